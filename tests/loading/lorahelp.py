@@ -1,5 +1,6 @@
 """Tiny models and LoRAs; models of diffusers and transformers with the same weights."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -94,6 +95,17 @@ def make_random_lora(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=
 def read_lora(path: Path, model: LatentDiffusion) -> LoRA:
     """A plain LoRA, not attached and not merged."""
     return LoRA(dict(read_changes(path, model)))
+
+
+def rename_keys(state, *rules):
+    """Substitute (pattern, replacement) rules in the names of weights, one after another."""
+    for pattern, replacement in rules:
+        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+    return state
+
+
+def collect_weights(model: LatentDiffusion) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def are_equal(ours, theirs):

@@ -18,6 +18,7 @@ from lorahelp import (
     compute_outputs,
     make_random_lora,
     read_lora,
+    rename_keys,
 )
 
 from ldm.encoders.text import OpenCLIPText
@@ -116,21 +117,22 @@ def test_every_format_changes_its_target_layers_only(kind, file):
     torch.testing.assert_close(ours, 0.5 * state["lora_unet_conv_in.diff"])
 
 
-@pytest.mark.parametrize(("yaml", "text"), [(SD1, 12 * 6), (SD2, 23 * 6)])
-def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
-    model = build_on_meta(read_yaml(yaml))
+@pytest.mark.parametrize(("config", "num_text_layers"), [(SD1, 12 * 6), (SD2, 23 * 6)])
+def test_published_models_have_the_layers_that_kohya_trains(config, num_text_layers):
+    model = build_on_meta(read_yaml(config))
     names = [layer.kohya for layer in list_lora_targets(model)]
     assert len(set(names)) == len(names)
-    assert sum(name.startswith("lora_te_text_model_encoder_layers_") for name in names) == text
-    inside = [name for name in names if "_attentions_" in name]
-    assert len(inside) == 192
-    assert "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj" in inside
+    text_prefix = "lora_te_text_model_encoder_layers_"
+    assert sum(name.startswith(text_prefix) for name in names) == num_text_layers
+    attentions = [name for name in names if "_attentions_" in name]
+    assert len(attentions) == 192
+    assert "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj" in attentions
     assert "lora_te_text_model_encoder_layers_11_self_attn_out_proj" in names
 
 
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
 @pytest.mark.parametrize("kind", slow_except(KINDS, "sd1"))
-def test_a_file_comes_back_bit_for_bit(kind, style, file):
+def test_a_written_lora_is_read_back_bit_for_bit(kind, style, file):
     model = build_tiny_model(kind)
     adapter = make_random_lora(model, alpha=1.5)  # half the rank: a power of two is exact
     write_lora(adapter, file, model, style)
@@ -141,7 +143,7 @@ def test_a_file_comes_back_bit_for_bit(kind, style, file):
     )
 
 
-SPELLINGS = [
+REPLACEMENTS = [
     ("unet.", ".to_q.lora_A.", ".processor.to_q_lora.down."),
     ("unet.", ".to_out.0.lora_B.", ".processor.to_out_lora.up."),
     ("unet.", ".lora_A.", ".lora.down."),
@@ -169,22 +171,16 @@ def test_names_of_other_programs_are_read(file):
     state = {name: v for name, v in state.items() if "conv_in" in name or ".0." in name}
     write_checkpoint(file, state)
     ours = read_lora(file, model).state_dict()
-    for part, old, new in SPELLINGS:
-        renamed = {k.replace(old, new) if k.startswith(part) else k: v for k, v in state.items()}
+    for prefix, old, new in REPLACEMENTS:
+        renamed = {k.replace(old, new) if k.startswith(prefix) else k: v for k, v in state.items()}
         assert renamed.keys() != state.keys()
         write_checkpoint(file, renamed)
         assert are_equal(read_lora(file, model).state_dict(), ours), new
 
 
-def rename_keys(state, *rules):
-    for pattern, replacement in rules:
-        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
-    return state
-
-
 TEXT_1, TEXT_2 = r"^text_encoder\.", r"^text_encoder_2\."
 DOWN_UP = [(r"lora_A\.", "lora_down."), (r"lora_B\.", "lora_up.")]
-XL_SPELLINGS = {
+XL_NAMING_STYLES = {
     "kohya with diffusers' blocks": [  # LCM-LoRA
         (TEXT_1, "lora_te1_"),
         (TEXT_2, "lora_te2_"),
@@ -207,21 +203,20 @@ XL_SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("spelling", slow_except(XL_SPELLINGS, "kohya with diffusers' blocks"))
-def test_names_of_sdxl_loras_are_read(spelling, file):
+@pytest.mark.parametrize("style", slow_except(XL_NAMING_STYLES, "kohya with diffusers' blocks"))
+def test_names_of_sdxl_loras_are_read(style, file):
     model = build_tiny_model("sdxl")
     write_lora(make_random_lora(model), file, model, "diffusers")
     ours = read_lora(file, model).state_dict()
     state = read_checkpoint(file).state
-    other = rename_keys(state, *XL_SPELLINGS[spelling])
+    other = rename_keys(state, *XL_NAMING_STYLES[style])
     assert other.keys() != state.keys()
     write_checkpoint(file, other)
     assert are_equal(read_lora(file, model).state_dict(), ours)
 
 
 @pytest.mark.parametrize(
-    "prefix",
-    slow_except(["lora_te_", "lora_te1_", "lora_te2_", "text_encoder."], "text_encoder."),
+    "prefix", slow_except(["lora_te_", "lora_te1_", "lora_te2_", "text_encoder."], "text_encoder.")
 )
 def test_the_refiner_has_one_text_encoder_by_any_name(prefix, file):
     model = build_tiny_model("refiner")
@@ -231,7 +226,7 @@ def test_the_refiner_has_one_text_encoder_by_any_name(prefix, file):
     assert are_equal(read_lora(file, model).state_dict(), adapter.state_dict())
 
 
-def test_layers_that_are_there_twice_are_those_with_the_names_of_diffusers(file, caplog):
+def test_a_layer_under_two_names_is_read_from_that_of_diffusers(file, caplog):
     model = build_tiny_model("sdxl")
     write_lora(make_random_lora(model, seed=1), file, model, "diffusers")
     state = read_checkpoint(file).state
@@ -272,7 +267,7 @@ BIG_G_LAYERS = {
 }
 
 
-def sdxl_layers_of_kohya():
+def list_sdxl_layers_of_kohya():
     """{name in kohya's files: shape of the weight}, from the names in a checkpoint."""
     layers = {}
     text = gzip.decompress(Path("tests/data/keys/sd_xl_base.txt.gz").read_bytes()).decode()
@@ -295,7 +290,7 @@ def sdxl_layers_of_kohya():
 
 
 def test_all_layers_that_kohya_trains_in_sdxl_are_read(file):
-    layers = sdxl_layers_of_kohya()
+    layers = list_sdxl_layers_of_kohya()
     counts = {prefix: sum(prefix in name for name in layers) for prefix in ("unet", "te1", "te2")}
     assert counts == {"unet": 722, "te1": 72, "te2": 192}
     state = {}
@@ -313,8 +308,8 @@ ORIGINAL = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
-def low_rank(layer, down="lora_down", up="lora_up", rank=4, width=32):
-    """The two matrices for a layer, and what they add to it where alpha is their rank."""
+def make_low_rank(layer, down="lora_down", up="lora_up", rank=4, width=32):
+    """The two matrices for a layer, and their product."""
     torch.manual_seed(0)
     a, b = torch.randn(rank, width), torch.randn(width, rank)
     return {f"{layer}.{down}.weight": a, f"{layer}.{up}.weight": b}, b @ a
@@ -330,7 +325,7 @@ def test_layers_may_have_the_names_of_the_original(file):
         f"base_model.model.{ORIGINAL}",
         ORIGINAL,
     ):
-        state, delta = low_rank(layer)
+        state, delta = make_low_rank(layer)
         write_checkpoint(file, state | {f"{layer}.alpha": torch.tensor(2.0)})
         changes = {
             name: change.compute_delta() for name, change in read_lora(file, model).layers.items()
@@ -347,7 +342,7 @@ def test_the_projection_of_the_pooled_output_may_be_changed(file, name):
     model = build_tiny_model("refiner" if "te_" in name else "sdxl")
     tower = model.conditioner.find_all(OpenCLIPText)[-1].model
     before = tower.text_projection.clone()
-    state, delta = low_rank(name, width=len(before))
+    state, delta = make_low_rank(name, width=len(before))
     state[f"{name}.alpha"] = torch.tensor(2.0)
     write_checkpoint(file, state)
     load_loras(model, [(file, 0.5)])
@@ -366,7 +361,7 @@ def test_a_folder_of_peft_has_a_file_for_each_network(tmp_path):
         ("text_encoder", "lora_te1_", text, WIDTH),
         ("text_encoder_2", "lora_te2_", text, WIDTH_2),
     ):
-        state, delta = low_rank(f"base_model.model.{layer}", "lora_A", "lora_B", width=width)
+        state, delta = make_low_rank(f"base_model.model.{layer}", "lora_A", "lora_B", width=width)
         write_checkpoint(tmp_path / network / "adapter_model.safetensors", state)
         config = {"r": 4, "lora_alpha": 8, "use_rslora": network == "unet"}
         (tmp_path / network / "adapter_config.json").write_text(json.dumps(config))
@@ -392,9 +387,9 @@ LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         ({"q": 2, "0.attentions.0.transformer_blocks.0.attn1.to_": 2}, 8),  # parts of words
     ],
 )
-def test_patterns_of_alpha_are_those_of_peft(patterns, alpha, tmp_path):
-    """Regular expressions for the end of a name, of which the first counts."""
-    state, delta = low_rank(f"base_model.model.{LAYER}", "lora_A", "lora_B")
+def test_patterns_of_alpha_match_names_as_in_peft(patterns, alpha, tmp_path):
+    """Regular expressions for the end of a name; the first that matches counts."""
+    state, delta = make_low_rank(f"base_model.model.{LAYER}", "lora_A", "lora_B")
     write_checkpoint(tmp_path / "adapter_model.safetensors", state)
     config = {"r": 4, "lora_alpha": 8, "alpha_pattern": patterns}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -402,8 +397,8 @@ def test_patterns_of_alpha_are_those_of_peft(patterns, alpha, tmp_path):
     torch.testing.assert_close(layer.compute_delta(), alpha / 4 * delta)
 
 
-def test_whole_matrices_of_lokr_are_scaled_as_in_peft(tmp_path):
-    """By alpha / r of the config, which files of lycoris-lora do not have: it does not scale."""
+def test_lokr_of_whole_matrices_is_scaled_as_in_peft(tmp_path):
+    """By alpha / r of the config; lycoris-lora, which writes no config, does not scale them."""
     first, second = torch.randn(4, 4), torch.randn(8, 8)
     state = {f"base_model.model.{LAYER}.lokr_w{n}": v for n, v in ((1, first), (2, second))}
     write_checkpoint(tmp_path / "adapter_model.safetensors", state)
@@ -430,16 +425,16 @@ PATTERNS = {"r": 4, "alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"
         ),
     ],
 )
-def test_a_config_of_peft_that_cannot_be_followed_is_refused(config, message, tmp_path):
-    state, _ = low_rank(f"base_model.model.{LAYER}", "lora_A", "lora_B")
+def test_a_config_of_peft_that_cannot_be_applied_is_refused(config, message, tmp_path):
+    state, _ = make_low_rank(f"base_model.model.{LAYER}", "lora_A", "lora_B")
     write_checkpoint(tmp_path / "adapter_model.safetensors", state)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FileFormatError, match=message):
         read_lora(tmp_path, build_tiny_model())
 
 
-def test_metadata_that_are_damaged_and_weights_of_whole_numbers_are_refused(file):
-    state, _ = low_rank(KOHYA)
+def test_damaged_metadata_and_integer_weights_are_refused(file):
+    state, _ = make_low_rank(KOHYA)
     for text in ("{", "[]"):
         write_checkpoint(file, state, {lora_files.ADAPTER_METADATA_KEY: text})
         with pytest.raises(FileFormatError, match="alpha in its metadata or .* is damaged"):
@@ -450,20 +445,20 @@ def test_metadata_that_are_damaged_and_weights_of_whole_numbers_are_refused(file
 
 
 def test_bundled_embeddings_are_added_and_layers_of_rank_zero_change_nothing(file):
-    state = low_rank(KOHYA, rank=0)[0] | {f"{KOHYA}.alpha": torch.tensor(0.0)}
-    words = {"cat.v1": torch.randn(2, WIDTH), "dog": torch.randn(1, WIDTH)}
-    state["bundle_emb.cat.v1.string_to_param.*"] = words["cat.v1"]
-    state["bundle_emb.dog.emb_params"] = words["dog"]
+    state = make_low_rank(KOHYA, rank=0)[0] | {f"{KOHYA}.alpha": torch.tensor(0.0)}
+    embeddings = {"cat.v1": torch.randn(2, WIDTH), "dog": torch.randn(1, WIDTH)}
+    state["bundle_emb.cat.v1.string_to_param.*"] = embeddings["cat.v1"]
+    state["bundle_emb.dog.emb_params"] = embeddings["dog"]
     write_checkpoint(file, state)
     model = build_tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     load_loras(model, [(file, 1.0)])
     assert are_equal(model.state_dict(), before)
-    assert are_equal(model.conditioner.text.added_embeddings, words)
+    assert are_equal(model.conditioner.text.added_embeddings, embeddings)
 
 
 def test_bundled_embeddings_that_do_not_fit_are_skipped_with_a_warning(file, caplog):
-    state, delta = low_rank(KOHYA)
+    state, delta = make_low_rank(KOHYA)
     state["bundle_emb.cat.emb_params"] = torch.ones(1, 768)
     write_checkpoint(file, state)
     model = build_tiny_model()
@@ -475,7 +470,7 @@ def test_bundled_embeddings_that_do_not_fit_are_skipped_with_a_warning(file, cap
 
 
 def test_a_sum_too_large_for_the_weights_is_refused(file):
-    write_checkpoint(file, low_rank(KOHYA)[0])
+    write_checkpoint(file, make_low_rank(KOHYA)[0])
     with pytest.raises(ValueError, match="too large for torch.float16") as caught:
         load_loras(build_tiny_model().half(), [(file, 1e9)])
     assert caught.value.argument == "loras"
@@ -517,20 +512,20 @@ def test_a_file_names_its_base_model(file):
     assert expected.items() <= read_checkpoint(file).metadata.items()
 
 
-SD1_KEYS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-SDXL_KEYS = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"
+SD1_LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+SDXL_LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"
 
 
 @pytest.mark.parametrize(
     ("kind", "context", "layer", "width", "theirs", "ours"),
     [
-        ("sd1", 768, SD1_KEYS, 1024, "Stable Diffusion 2", "Stable Diffusion 1"),
-        ("sd1", 768, SDXL_KEYS, 2048, "Stable Diffusion XL", "Stable Diffusion 1"),
+        ("sd1", 768, SD1_LAYER, 1024, "Stable Diffusion 2", "Stable Diffusion 1"),
+        ("sd1", 768, SDXL_LAYER, 2048, "Stable Diffusion XL", "Stable Diffusion 1"),
         ("sd2", 1024, "lora_te2_text", 64, "Stable Diffusion XL", "Stable Diffusion 2"),
-        ("sd1", 768, f"{SDXL_KEYS[:-8]}1.to_k", 640, "Stable Diffusion XL", "Stable Diffusion 1"),
-        ("sdxl", 2048, SD1_KEYS, 768, "Stable Diffusion 1", "Stable Diffusion XL"),
-        ("sdxl", 2048, SDXL_KEYS, 1280, "Stable Diffusion XL refiner", "Stable Diffusion XL"),
-        ("refiner", 1280, SDXL_KEYS, 2048, "Stable Diffusion XL", "Stable Diffusion XL refiner"),
+        ("sd1", 768, f"{SDXL_LAYER[:-8]}1.to_k", 640, "Stable Diffusion XL", "Stable Diffusion 1"),
+        ("sdxl", 2048, SD1_LAYER, 768, "Stable Diffusion 1", "Stable Diffusion XL"),
+        ("sdxl", 2048, SDXL_LAYER, 1280, "Stable Diffusion XL refiner", "Stable Diffusion XL"),
+        ("refiner", 1280, SDXL_LAYER, 2048, "Stable Diffusion XL", "Stable Diffusion XL refiner"),
     ],
 )
 def test_a_file_of_another_family_is_refused_in_one_line(
@@ -538,7 +533,7 @@ def test_a_file_of_another_family_is_refused_in_one_line(
 ):
     model = build_tiny_model(kind)
     model.unet.context_dim = context
-    write_checkpoint(file, low_rank(layer, width=width)[0])
+    write_checkpoint(file, make_low_rank(layer, width=width)[0])
     with pytest.raises(ValueError, match="is a LoRA for") as caught:
         load_loras(model, [(file, 1.0)])
     assert str(caught.value) == (
@@ -547,22 +542,22 @@ def test_a_file_of_another_family_is_refused_in_one_line(
     )
 
 
-def test_the_family_is_found_beside_differences_of_vectors(file):
-    state = low_rank(SDXL_KEYS, width=2048)[0] | {"lora_unet_norm.diff": torch.ones(4)}
+def test_the_family_is_recognised_in_a_file_with_differences_of_vectors(file):
+    state = make_low_rank(SDXL_LAYER, width=2048)[0] | {"lora_unet_norm.diff": torch.ones(4)}
     write_checkpoint(file, dict(sorted(state.items())))  # that of the norm comes first
     with pytest.raises(ValueError, match="is a LoRA for Stable Diffusion XL"):
         load_loras(build_tiny_model(), [(file, 1.0)])
 
 
 def test_a_file_of_an_unknown_family_is_refused_in_one_line(file):
-    state = low_rank("lora_unet_down_blocks_3_x")[0] | low_rank("lora_unet_conv_in")[0]
+    state = make_low_rank("lora_unet_down_blocks_3_x")[0] | make_low_rank("lora_unet_conv_in")[0]
     write_checkpoint(file, state)
     with pytest.raises(ValueError, match="1 of its 2 layers unknown, 1 of another shape"):
         read_lora(file, build_tiny_model())
 
 
-def test_alpha_may_have_any_numeric_type_and_nothing_is_nan(tmp_path, file):
-    state, delta = low_rank(KOHYA)
+def test_alpha_may_have_any_numeric_type_but_not_be_nan(tmp_path, file):
+    state, delta = make_low_rank(KOHYA)
     for alpha in (2, 2.0, torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).half()):
         torch.save(state | {f"{KOHYA}.alpha": alpha}, tmp_path / "x.pt")
         lora = read_lora(tmp_path / "x.pt", build_tiny_model())
@@ -587,7 +582,7 @@ def test_alpha_may_have_any_numeric_type_and_nothing_is_nan(tmp_path, file):
         (["betas", "lora_unet_conv_in.alpha"], "kind of LoRA: 1 of its 2 keys .*: `betas`"),
     ],
 )
-def test_what_is_no_lora_is_refused(names, message, file):
+def test_a_file_that_is_not_a_lora_is_refused(names, message, file):
     write_checkpoint(file, {name: torch.ones(2, 2) for name in names})
     with pytest.raises(ValueError, match=message):
         read_lora(file, build_tiny_model())

@@ -12,13 +12,13 @@ ATTENTION = "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT0
 XL_ATTENTION = "BASE IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"
 
 
-def blocks_of(config):
+def find_blocks_of(config):
     return find_blocks(build_on_meta(read_yaml(f"{config}.yaml")).state_dict())
 
 
 @pytest.fixture(scope="module")
 def blocks():
-    return blocks_of(f"{CONFIG_DIR}/v1-inference")
+    return find_blocks_of(f"{CONFIG_DIR}/v1-inference")
 
 
 def test_blocks_of_stable_diffusion(blocks):
@@ -29,7 +29,7 @@ def test_blocks_of_stable_diffusion(blocks):
 
 
 def test_blocks_of_sdxl():
-    blocks = blocks_of(f"{SDXL_CONFIG_DIR}/sd_xl_base")
+    blocks = find_blocks_of(f"{SDXL_CONFIG_DIR}/sd_xl_base")
     assert len(blocks.names) == 20
     assert list(blocks.attention_names) == XL_ATTENTION.split()
     assert blocks.find_block("unet.out.2.weight") == "OUT08"
@@ -54,7 +54,7 @@ def test_block_of_a_weight(blocks, name, block):
     assert blocks.find_block(name) == block
 
 
-def test_numbers_stand_in_the_order_of_the_blocks(blocks):
+def test_numbers_are_in_the_order_of_the_blocks(blocks):
     numbers = [number / 100 for number in range(26)]
     text = ",".join(map(str, numbers))
     assert list(blocks.parse_weights(text, 0.5, "x").values()) == numbers
@@ -64,7 +64,7 @@ def test_numbers_stand_in_the_order_of_the_blocks(blocks):
     ]
 
 
-def test_numbers_of_the_blocks_that_a_plain_lora_changes(blocks):
+def test_seventeen_numbers_are_for_the_blocks_that_a_plain_lora_changes(blocks):
     weights = blocks.parse_weights(",".join("2" * 17), 0.5, "x", is_lora=True)
     assert {block for block, weight in weights.items() if weight == 2} == {*blocks.attention_names}
     assert {*weights.values()} == {2, 0.5}
@@ -86,6 +86,6 @@ def test_name_weight_pairs_leave_other_blocks_unchanged(blocks):
         ("IN00=1,in00=0.5", "block IN00 has two weights"),
     ],
 )
-def test_numbers_that_fit_no_block_are_refused(blocks, text, message):
+def test_block_weights_that_do_not_fit_the_model_are_refused(blocks, text, message):
     with pytest.raises(ArgumentError, match=message):
         blocks.parse_weights(text, 0.5, "x")

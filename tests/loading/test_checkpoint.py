@@ -22,18 +22,18 @@ STATE = {
     "model.diffusion_model.in.bias": torch.ones(3),
     "betas": torch.linspace(0, 1, 10),
 }
-AVERAGES = {
+EMA = {
     "model_ema.diffusion_modelinweight": torch.full((3, 4), 7.0),
     "model_ema.diffusion_modelinbias": torch.full((3,), 8.0),
 }
 COUNTERS = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
 
 
-@pytest.mark.parametrize("ending", [".ckpt", ".safetensors", ".CKPT", ".SafeTensors"])
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors", ".CKPT", ".SafeTensors"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_written_weights_come_back(tmp_path, ending, dtype):
+def test_written_weights_are_read_back(tmp_path, suffix, dtype):
     state = {name: value.to(dtype) for name, value in STATE.items()}
-    path = tmp_path / f"x{ending}"
+    path = tmp_path / f"x{suffix}"
     write_checkpoint(path, state, {"global_step": 12, "author": "me"})
     file = read_checkpoint(path)
     torch.testing.assert_close(file.state, state, rtol=0, atol=0)  # dtypes, too
@@ -44,14 +44,14 @@ def test_written_weights_come_back(tmp_path, ending, dtype):
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_tensors_that_share_memory_are_written_apart(tmp_path):
-    whole = torch.arange(1000.0)
-    state = {"a": whole[:10], "b": whole[5:15], "c": whole.view(10, 100).T}
-    for ending in (".ckpt", ".safetensors"):
-        write_checkpoint(tmp_path / f"x{ending}", state)
-        read = read_checkpoint(tmp_path / f"x{ending}").state
+def test_tensors_that_share_memory_are_written_separately(tmp_path):
+    storage = torch.arange(1000.0)
+    state = {"a": storage[:10], "b": storage[5:15], "c": storage.view(10, 100).T}
+    for suffix in (".ckpt", ".safetensors"):
+        write_checkpoint(tmp_path / f"x{suffix}", state)
+        read = read_checkpoint(tmp_path / f"x{suffix}").state
         assert all(torch.equal(read[name], state[name]) for name in state)
-        assert (tmp_path / f"x{ending}").stat().st_size < 8000
+        assert (tmp_path / f"x{suffix}").stat().st_size < 8000
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -59,10 +59,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     write_checkpoint(path, STATE)
     before = path.read_bytes()
 
-    def full(*arguments):
+    def fail(*arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="no space"):
         write_checkpoint(path, {"a": torch.ones(1)})
     assert path.read_bytes() == before
@@ -75,25 +75,25 @@ def test_another_suffix_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("averages", "message"),
+    ("ema", "message"),
     [
         ({}, "no EMA weights"),
         (COUNTERS, "no EMA weights"),
         (
-            AVERAGES | {"model_ema.what": torch.ones(1)},
+            EMA | {"model_ema.what": torch.ones(1)},
             "(?s)1 EMA weights fit no name: `model_ema.*load it with `ema=False`",
         ),
     ],
 )
-def test_ema_weights_that_are_missing_or_fit_no_name_are_an_error(tmp_path, averages, message):
-    torch.save({**STATE, **averages}, tmp_path / "x.ckpt")
+def test_ema_weights_that_are_missing_or_unknown_are_an_error(tmp_path, ema, message):
+    torch.save({**STATE, **ema}, tmp_path / "x.ckpt")
     file = read_checkpoint(tmp_path / "x.ckpt")
-    assert file.has_ema == (len(averages) > 2)
+    assert file.has_ema == (len(ema) > 2)
     with pytest.raises(ValueError, match=message):
         use_ema_weights(file.state, file.ema_state, {name: name for name in STATE}, file.path)
 
 
-def test_content_decides_not_the_ending(tmp_path):
+def test_the_format_is_recognised_by_content_not_by_suffix(tmp_path):
     write_checkpoint(tmp_path / "x.safetensors", STATE)
     (tmp_path / "x.safetensors").rename(tmp_path / "y.ckpt")
     torch.save(STATE, tmp_path / "z.safetensors")
@@ -101,7 +101,7 @@ def test_content_decides_not_the_ending(tmp_path):
     assert read_checkpoint(tmp_path / "z.safetensors").format == "zip"
 
 
-def test_what_is_not_plain_weights_is_an_error(tmp_path):
+def test_files_without_plain_weights_are_errors(tmp_path):
     for content in ({"epoch": 3}, [torch.ones(2)], {"a": torch.eye(3).to_sparse()}):
         torch.save(content, tmp_path / "x.ckpt")
         with pytest.raises(ValueError, match=r"holds|plain|refused"):
@@ -110,7 +110,7 @@ def test_what_is_not_plain_weights_is_an_error(tmp_path):
         read_checkpoint(tmp_path / "absent.ckpt")
 
 
-def test_a_file_that_ends_within_its_header_is_said_to_be_damaged(tmp_path):
+def test_a_file_cut_within_its_header_is_reported_as_damaged(tmp_path):
     write_checkpoint(tmp_path / "x.safetensors", STATE)
     for length in (9, 50):
         (tmp_path / "y.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:length])
@@ -118,12 +118,12 @@ def test_a_file_that_ends_within_its_header_is_said_to_be_damaged(tmp_path):
             read_checkpoint(tmp_path / "y.safetensors")
 
 
-@pytest.mark.parametrize("part", [0.2, 0.8])  # within its pickle, within its tensors
-def test_a_cut_file_of_the_older_format_is_said_to_be_damaged(part, tmp_path):
+@pytest.mark.parametrize("fraction", [0.2, 0.8])  # within its pickle, within its tensors
+def test_a_cut_file_of_the_older_format_is_reported_as_damaged(fraction, tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save({"w": torch.ones(400)}, path, _use_new_zipfile_serialization=False)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: round(part * len(whole))])
+    content = path.read_bytes()
+    path.write_bytes(content[: round(fraction * len(content))])
     with pytest.raises(ValueError, match=r"x\.ckpt` is damaged, perhaps an incomplete download"):
         read_checkpoint(path)
 
@@ -139,7 +139,7 @@ def test_a_pickle_that_contains_itself_is_refused_in_bounded_time(tmp_path):
     assert time.monotonic() - start < 60  # hours without the bound
 
 
-def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+def pack(header: object, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -149,26 +149,26 @@ def entry(start: int, stop: int, shape: list[int], dtype: str = "F32") -> dict[s
 
 
 MALFORMED = {
-    "header longer than the file": safetensors({}, length=1 << 40),
-    "header of a gigabyte": safetensors({}, length=1 << 30),
-    "overlap": safetensors({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12)),
-    "hole": safetensors({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, bytes(12)),
-    "short data": safetensors({"a": entry(0, 8, [2])}, bytes(4)),
-    "trailing data": safetensors({"a": entry(0, 4, [1])}, bytes(40)),
-    "shape overflow": safetensors({"a": entry(0, 4, [1 << 62, 8])}, bytes(4)),
-    "shape and bytes differ": safetensors({"a": entry(0, 4, [3])}, bytes(4)),
-    "negative side": safetensors({"a": entry(0, 4, [-1])}, bytes(4)),
-    "negative offset": safetensors({"a": entry(-4, 4, [2])}, bytes(8)),
-    "unknown dtype": safetensors({"a": entry(0, 4, [1], "X9")}, bytes(4)),
-    "same name twice": safetensors(
+    "header longer than the file": pack({}, length=1 << 40),
+    "header of a gigabyte": pack({}, length=1 << 30),
+    "overlap": pack({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12)),
+    "hole": pack({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, bytes(12)),
+    "short data": pack({"a": entry(0, 8, [2])}, bytes(4)),
+    "trailing data": pack({"a": entry(0, 4, [1])}, bytes(40)),
+    "shape overflow": pack({"a": entry(0, 4, [1 << 62, 8])}, bytes(4)),
+    "shape and bytes differ": pack({"a": entry(0, 4, [3])}, bytes(4)),
+    "negative side": pack({"a": entry(0, 4, [-1])}, bytes(4)),
+    "negative offset": pack({"a": entry(-4, 4, [2])}, bytes(8)),
+    "unknown dtype": pack({"a": entry(0, 4, [1], "X9")}, bytes(4)),
+    "same name twice": pack(
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
         b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
         bytes(8),
     ),
-    "metadata not text": safetensors({"__metadata__": {"a": [1]}, "a": entry(0, 4, [1])}, bytes(4)),
-    "not JSON": safetensors(b"{" + bytes(50)),
-    "no tensors": safetensors({}),
-    "too many tensors": safetensors({f"t{i}": entry(0, 0, [0]) for i in range(30_000)}),
+    "metadata not text": pack({"__metadata__": {"a": [1]}, "a": entry(0, 4, [1])}, bytes(4)),
+    "not JSON": pack(b"{" + bytes(50)),
+    "no tensors": pack({}),
+    "too many tensors": pack({f"t{i}": entry(0, 0, [0]) for i in range(30_000)}),
 }
 
 
@@ -180,7 +180,7 @@ def test_malformed_safetensors_are_errors(tmp_path, name):
         read_checkpoint(path)
 
 
-def test_changed_bytes_never_do_worse_than_an_error(tmp_path):
+def test_changed_bytes_cause_nothing_worse_than_an_error(tmp_path):
     path = tmp_path / "x.safetensors"
     write_checkpoint(path, STATE)
     whole = path.read_bytes()

@@ -24,7 +24,7 @@ def test_numbers_are_read_as_omegaconf_reads_them_and_overrides_come_last():
     assert raw == {"a": {"b": 1, "c": [3], "d": {"e": None}}}
 
 
-def test_what_is_parsed_twice_may_be_changed():
+def test_a_parsed_config_may_be_changed_without_changing_the_next():
     parse_yaml("a: {b: [1]}")["a"]["b"].append(2)
     assert parse_yaml("a: {b: [1]}") == {"a": {"b": [1]}}
 
@@ -86,13 +86,13 @@ def test_configs_are_found_from_any_directory(tmp_path, monkeypatch):
         find_file("configs/absent.yaml")
 
 
-def test_parts_are_built_by_old_and_new_names():
+def test_networks_are_built_by_the_originals_and_our_names():
     params = {"embed_dim": 4, "ddconfig": DDCONFIG, "lossconfig": {"target": "os.system"}}
     for package in ("models", "nets"):
         target = f"ldm.{package}.autoencoder.AutoencoderKL"
-        part = ldm.instantiate({"target": target, "params": params})
-        assert isinstance(part, AutoencoderKL)
-        assert "encoder.down.0.block.0.norm1.weight" in part.state_dict()
+        autoencoder = ldm.instantiate({"target": target, "params": params})
+        assert isinstance(autoencoder, AutoencoderKL)
+        assert "encoder.down.0.block.0.norm1.weight" in autoencoder.state_dict()
 
 
 @pytest.mark.parametrize("name", ["v2-inference", "v2-inference-v"])
@@ -143,12 +143,12 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", ["model", "unet_config", "cond_stage_config"])
-def test_hostile_targets_are_refused_without_import(tiny_yaml, place):
+@pytest.mark.parametrize("section", ["model", "unet_config", "cond_stage_config"])
+def test_hostile_targets_are_refused_without_import(tiny_yaml, section):
     raw, before = read_yaml(tiny_yaml), set(sys.modules)
-    sections = raw if place == "model" else raw["model"]["params"]
-    for target in HOSTILE if place == "model" else HOSTILE[::8]:  # the same check, behind others
-        sections[place] = {"target": target, "params": {"command": "echo"}}
+    parent = raw if section == "model" else raw["model"]["params"]
+    for target in HOSTILE if section == "model" else HOSTILE[::8]:  # the same check, behind others
+        parent[section] = {"target": target, "params": {"command": "echo"}}
         with pytest.raises(ValueError, match="target"), torch.device("meta"):
             instantiate(raw, where="evil.yaml")
     imported = {name.split(".")[0] for name in set(sys.modules) - before}
@@ -157,7 +157,7 @@ def test_hostile_targets_are_refused_without_import(tiny_yaml, place):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of the user's own, with things in it that are not its classes."""
+    """A package of the user, with objects in it that are not its classes."""
     folder = tmp_path / "my_pkg"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
@@ -204,18 +204,18 @@ def test_nonsense_values_are_one_error(tiny_yaml, value):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [*(("image_size", size) for size in ("16", 0, [16], [16, -1], [16, 16.0])), ("scale_factor", 0),
-     ("scale_factor", "nan")],
+    ("key", "value", "allowed"),
+    [*(("image_size", size, r"integer, or \(height, width\)") for size in ("16", 0, [16], [16, -1],
+     [16, 16.0])), ("scale_factor", 0, "number"), ("scale_factor", "nan", "number")],
 )  # fmt: skip
-def test_nonsense_sizes_and_factors_of_a_model_are_one_error(tiny_yaml, key, value):
+def test_nonsense_sizes_and_factors_of_a_model_are_one_error(tiny_yaml, key, value, allowed):
     raw = read_yaml(tiny_yaml)
     raw["model"]["params"][key] = value
-    with pytest.raises(ValueError, match=rf"^tiny\.yaml: .*{key} must be a positive "):
+    with pytest.raises(ValueError, match=rf"^tiny\.yaml: .*{key} must be a positive {allowed}"):
         build_on_meta(raw, where="tiny.yaml")
 
 
-def test_later_texts_go_over_earlier_ones():
+def test_later_texts_override_earlier_ones():
     texts = ["model: {params: {x: 1, y: [1, 2]}}\nz: ${model.params.x}"]
     raw = parse_yaml([*texts, "model: {params: {x: 3, y: [4]}}\nnew: 5"], ["new=6"])
     assert raw == {"model": {"params": {"x": 3, "y": [4]}}, "z": 3, "new": 6}

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from lorahelp import are_equal, make_random_lora
-from tinyfamilies import write_family
+from tinyfamilies import change_json, write_family
 
 import ldm
 from ldm.commands.convert import main
@@ -29,15 +29,15 @@ COMPACT_RUN = "tests/data/written_by_0_1/logs/2026-11-29T12-00-00_tiny"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def root(tmp_path_factory):
     return tmp_path_factory.mktemp("convert")
 
 
 @pytest.fixture(scope="module")
-def tiny(place):
+def tiny(root):
     """The file of a tiny Stable Diffusion 2."""
-    write_family("sd2-v", place / "tiny.safetensors")
-    return place / "tiny.safetensors"
+    write_family("sd2-v", root / "tiny.safetensors")
+    return root / "tiny.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,14 @@ def text(tiny):
 
 
 @pytest.fixture(scope="module")
-def folder(place, tiny):
-    run(tiny, place / "folder")
-    return place / "folder"
+def folder(root, tiny):
+    run(tiny, root / "folder")
+    return root / "folder"
 
 
 @pytest.fixture
 def with_ema(tmp_path, state, text):
-    """The same file with averaged weights beside the raw ones."""
+    """The same file with EMA weights beside the raw ones."""
     ema = {to_ema_name(k): v + 1 for k, v in state.items() if k.startswith("model.")}
     content = state | ema | {"model_ema.decay": torch.tensor(0.9999)}
     torch.save({"state_dict": content, "ldm.config": text}, tmp_path / "both.ckpt")
@@ -69,7 +69,7 @@ def run(*words):
     assert main([str(word) for word in words]) == 0
 
 
-def fails(capsys, *words):
+def get_error(capsys, *words):
     assert main([str(word) for word in words]) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -92,7 +92,7 @@ def test_a_file_is_converted_between_ckpt_and_safetensors(tiny, state, tmp_path,
         assert ldm.load(tmp_path / name).parameterization == "v"  # by the YAML inside
 
 
-def test_a_folder_loads_like_its_file_and_becomes_it_again(tiny, state, folder, tmp_path):
+def test_a_folder_loads_like_its_file_and_converts_back_to_it(tiny, state, folder, tmp_path):
     for name in ("x.ckpt", "y.safetensors"):
         run(folder, tmp_path / name)
         assert are_equal(read_checkpoint(tmp_path / name).state, state)
@@ -104,18 +104,17 @@ def test_a_folder_loads_like_its_file_and_becomes_it_again(tiny, state, folder, 
         ldm.load(folder, ema=True)
 
 
-def test_the_spacing_of_a_folder_that_is_not_used_is_named(folder, tmp_path, caplog):
+def test_a_timestep_spacing_that_is_ignored_is_named(folder, tmp_path, caplog):
     other = shutil.copytree(folder, tmp_path / "folder")
     (other / EXTRA_WEIGHTS).unlink()
-    config = other / "scheduler/scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "use_karras_sigmas": True}))
+    change_json(other / "scheduler/scheduler_config.json", use_karras_sigmas=True)
     ldm.load(folder)
     assert "spacing" not in caplog.text
     ldm.load(other)
     assert "its timestep spacing is ignored, select it by the scheduler `karras`" in caplog.text
 
 
-def test_what_no_computation_uses_may_be_missing(tiny, state, text, tmp_path):
+def test_weights_that_no_computation_uses_may_be_missing(tiny, state, text, tmp_path):
     """Programs that write SD 2's text tower from diffusers' have no last block and projection."""
     tower, short = "cond_stage_model.model.", tmp_path / "short.ckpt"
     unused = ("transformer.resblocks.2.", "text_projection", "logit_scale")
@@ -133,7 +132,7 @@ def test_what_no_computation_uses_may_be_missing(tiny, state, text, tmp_path):
         ldm.load(short)
 
 
-def test_half_precision_and_its_variant(tiny, state, tmp_path):
+def test_half_precision_is_written_and_read_as_a_variant(tiny, state, tmp_path):
     half = tmp_path / "half"
     run(tiny, half, "--variant", "fp16")
     weights = read_checkpoint(half / "unet/diffusion_pytorch_model.fp16.safetensors").state
@@ -158,7 +157,7 @@ def test_numbers_too_large_for_half_precision_are_named(state, text, tmp_path, c
     large["cond_stage_model.model.attn_mask"] = torch.tensor([-torch.inf])  # is left as it is
     torch.save({"state_dict": large, "ldm.config": text}, tmp_path / "x.ckpt")
     target = tmp_path / f"half.{ending}"
-    error = fails(capsys, tmp_path / "x.ckpt", target, "--dtype", "float16")
+    error = get_error(capsys, tmp_path / "x.ckpt", target, "--dtype", "float16")
     assert "2 tensors have values too large for torch.float16: `" in error
     assert CONV_IN in error
     assert "model.diffusion_model.out.2.bias" in error
@@ -187,9 +186,9 @@ def test_ema_weights_are_copied_used_or_left_out(
     if "--ema" in flags:  # also where the file has no raw weights
         file = read_checkpoint(with_ema)
         lean = {k: v for k, v in file.state.items() if k not in unet}
-        averages = {"state_dict": lean | file.ema_state, **file.metadata}
-        torch.save(averages, tmp_path / "averages.ckpt")
-        run(tmp_path / "averages.ckpt", tmp_path / target, *flags, "--force")
+        ema = {"state_dict": lean | file.ema_state, **file.metadata}
+        torch.save(ema, tmp_path / "ema.ckpt")
+        run(tmp_path / "ema.ckpt", tmp_path / target, *flags, "--force")
         again = open_checkpoint(tmp_path / target).state
         assert all(torch.equal(again[k], state[k] + 1) for k in unet)
     assert ("model_ema.*" in capsys.readouterr().err) == (not keeps_ema)
@@ -206,9 +205,9 @@ def test_loras_are_merged_as_when_a_model_is_loaded(tiny, with_ema, tmp_path, ta
     flags = [word for path, weight in styles for word in ("--lora", f"{path}:{weight}")]
     before = with_ema.read_bytes()
     run(with_ema, tmp_path / target, *flags)
-    notes = capsys.readouterr().err
-    assert f"merged: {styles[0][0]} of weight 0.8, " in notes
-    assert "model_ema.*" in notes
+    messages = capsys.readouterr().err
+    assert f"merged: {styles[0][0]} of weight 0.8, " in messages
+    assert "model_ema.*" in messages
     assert same_model(ldm.load(tmp_path / target), ldm.load(tiny, loras=styles))
     if target == "merged.safetensors":
         run(tmp_path / target, tmp_path / "again.safetensors", *flags[:2])
@@ -229,7 +228,7 @@ def test_a_lora_is_merged_into_both_text_encoders_of_sdxl(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sum_is_as_fine_as_what_is_written(tiny, tmp_path):
+def test_loras_are_merged_in_the_precision_that_is_written(tiny, tmp_path):
     style, half = tmp_path / "style.safetensors", tmp_path / "half.safetensors"
     write_lora(make_random_lora(model := ldm.load(tiny)), style, model)
     run(tiny, half, "--dtype", "float16")
@@ -237,16 +236,16 @@ def test_a_sum_is_as_fine_as_what_is_written(tiny, tmp_path):
     assert same_model(ldm.load(tmp_path / "x.ckpt"), ldm.load(half, loras=[(style, 1.0)]))
 
 
-def test_a_lora_for_a_part_of_a_model_or_for_none_is_refused(tiny, state, tmp_path, capsys):
+def test_what_cannot_be_merged_as_a_lora_is_refused(tiny, state, tmp_path, capsys):
     vae, target = tmp_path / "vae.safetensors", tmp_path / "x.ckpt"
     write_checkpoint(vae, select_prefix(state, VAE))
-    error = fails(capsys, vae, target, "--lora", "style.safetensors")
+    error = get_error(capsys, vae, target, "--lora", "style.safetensors")
     assert "is not a whole model: LoRAs cannot be merged" in error
-    assert "is not a LoRA file" in fails(capsys, tiny, target, "--lora", vae)
+    assert "is not a LoRA file" in get_error(capsys, tiny, target, "--lora", vae)
     assert not target.exists()
 
 
-def test_folders_of_training_runs(state, text, tmp_path):
+def test_the_folder_of_a_training_run_is_converted(state, text, tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/configs").mkdir()
     torch.save({"state_dict": state, "global_step": 9}, tmp_path / "run/checkpoints/last.ckpt")
@@ -258,7 +257,7 @@ def test_folders_of_training_runs(state, text, tmp_path):
 
 
 @pytest.mark.parametrize("config", ["whole", "part"])
-def test_an_autoencoder_alone(tmp_path, state, text, config):
+def test_an_autoencoder_alone_is_converted_both_ways(tmp_path, state, text, config):
     raw = parse_yaml(text)
     if config == "part":
         raw = {"model": raw["model"]["params"]["first_stage_config"]}
@@ -269,14 +268,14 @@ def test_an_autoencoder_alone(tmp_path, state, text, config):
     bare = tmp_path / "kl/diffusion_pytorch_model.safetensors"
     run(bare, tmp_path / "original.ckpt", "--config", tmp_path / "kl.yaml")
     assert are_equal(read_checkpoint(tmp_path / "original.ckpt").state, select_prefix(state, VAE))
-    about = json.loads((tmp_path / "kl/config.json").read_text())
-    assert about["block_out_channels"] == [32, 64]
+    written = json.loads((tmp_path / "kl/config.json").read_text())
+    assert written["block_out_channels"] == [32, 64]
     assert are_equal(open_checkpoint(tmp_path / "kl").state, select_prefix(state, VAE))
     assert are_equal(ldm.load(tmp_path / "kl").state_dict(), select_prefix(state, VAE))
 
 
-def test_another_autoencoder_replaces_the_models(tiny, state, text, tmp_path, capsys):
-    """Such as one whose decoder was trained on: alone in its file, or within a whole model."""
+def test_another_autoencoder_replaces_that_of_the_model(tiny, state, text, tmp_path, capsys):
+    """From a file of its own, or from that of a whole model."""
     vae, x, y = (tmp_path / name for name in ("vae.ckpt", "x.ckpt", "y.safetensors"))
     other = {name: (value + 1).half() for name, value in select_prefix(state, VAE).items()}
     write_checkpoint(vae, other)
@@ -296,7 +295,7 @@ def test_another_autoencoder_replaces_the_models(tiny, state, text, tmp_path, ca
     assert are_equal(read_checkpoint(tmp_path / "z.ckpt").state, expected)
     (tmp_path / "z.ckpt").unlink()
     write_checkpoint(tmp_path / "no.ckpt", {"decoder.conv_in.bias": torch.ones(1)})
-    error = fails(capsys, tiny, tmp_path / "z.ckpt", "--vae", tmp_path / "no.ckpt")
+    error = get_error(capsys, tiny, tmp_path / "z.ckpt", "--vae", tmp_path / "no.ckpt")
     assert "does not fit" in error
 
 
@@ -329,27 +328,27 @@ def test_a_missing_token_embedding_of_a_folder_is_named(tmp_path):
         open_checkpoint(tmp_path / "x")
 
 
-def test_nothing_is_replaced_unasked(tiny, folder, tmp_path, capsys):
+def test_nothing_is_replaced_without_force(tiny, folder, tmp_path, capsys):
     (tmp_path / "x.safetensors").write_text("mine")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("mine")
-    assert "replaces it (--force)" in fails(capsys, tiny, tmp_path / "x.safetensors")
+    assert "replaces it (--force)" in get_error(capsys, tiny, tmp_path / "x.safetensors")
     with pytest.raises(FileExistsError) as caught:
         convert(plan_conversion(tiny, tmp_path / "x.safetensors"))
     assert caught.value.argument == "force"
     assert (tmp_path / "x.safetensors").read_text() == "mine"
-    assert "is not replaced" in fails(capsys, tiny, tmp_path / "mine", "--force")
+    assert "is not replaced" in get_error(capsys, tiny, tmp_path / "mine", "--force")
     assert (tmp_path / "mine/thesis.txt").read_text() == "mine"
     before = {path.name for path in folder.parent.iterdir()}
     run(tiny, folder, "--force")
-    assert {path.name for path in folder.parent.iterdir()} == before  # nothing aside is left
+    assert {path.name for path in folder.parent.iterdir()} == before  # no temporary file is left
     run(tiny, tmp_path / "x.safetensors", "--force")
 
 
 @pytest.mark.parametrize(
     "target", slow_except(["out", "out.ckpt", "out.safetensors"], "out", "out.ckpt")
 )
-def test_a_crash_leaves_nothing(tiny, tmp_path, target):
+def test_a_crash_leaves_no_files(tiny, tmp_path, target):
     def crash(size):
         raise KeyboardInterrupt
 
@@ -367,25 +366,24 @@ def test_extra_weights_of_another_model_are_left_out(tiny, tmp_path, caplog):
     assert parse_yaml(file.metadata["ldm.config"])["model"]["params"]["parameterization"] == "eps"
     last = [value for name, value in file.state.items() if ".resblocks.2." in name]
     assert last
-    assert not any(value.any() for value in last)  # what is not used is zero
+    assert not any(value.any() for value in last)  # unused weights are zero
 
 
 def test_folders_of_other_versions_are_read(tiny, state, tmp_path):
-    """Pickles, shards, attention by its old words, text without prefix, configs full of trifles."""
-    place = tmp_path / "old"
-    run(tiny, place)
-    vae = place / "vae/diffusion_pytorch_model.safetensors"
+    """Pickles, shards, former names of attention, text without prefix, unused keys in configs."""
+    copy = tmp_path / "old"
+    run(tiny, copy)
+    vae = copy / "vae/diffusion_pytorch_model.safetensors"
     content = read_checkpoint(vae).state
     for new, old in OLD_VAE_NAMES.items():
         content = {k.replace(f".{new}.", f".{old}."): v for k, v in content.items()}
     torch.save(content, vae.with_suffix(".bin"))
-    text = place / "text_encoder/model.safetensors"
+    text = copy / "text_encoder/model.safetensors"
     content = {k.removeprefix("text_model."): v for k, v in read_checkpoint(text).state.items()}
     write_checkpoint(text, content | {"embeddings.position_ids": torch.arange(77)[None]})
-    about = json.loads((place / "text_encoder/config.json").read_text())
-    about |= {"length_penalty": 1.0, "top_k": 50, "id2label": {"0": "x"}}
-    (place / "text_encoder/config.json").write_text(json.dumps(about))
-    unet = place / "unet/diffusion_pytorch_model.safetensors"
+    unused_keys = {"length_penalty": 1.0, "top_k": 50, "id2label": {"0": "x"}}
+    change_json(copy / "text_encoder/config.json", **unused_keys)
+    unet = copy / "unet/diffusion_pytorch_model.safetensors"
     content, weight_map = read_checkpoint(unet).state, {}
     for i in range(2):
         name, names = f"part-{i}.safetensors", list(content)[i::2]
@@ -395,22 +393,22 @@ def test_folders_of_other_versions_are_read(tiny, state, tmp_path):
     index.write_text(json.dumps({"weight_map": weight_map}))
     vae.unlink()
     unet.unlink()
-    assert are_equal(open_checkpoint(place).state, state)
+    assert are_equal(open_checkpoint(copy).state, state)
     index.unlink()
     for i in range(2):
         shard = unet.with_name(f"part-{i}.safetensors")
         shard.rename(unet.with_stem(f"{unet.stem}-0000{i}-of-00002"))
-    assert are_equal(open_checkpoint(place).state, state)
-    for shard in (place / "unet").glob("*-of-*"):
+    assert are_equal(open_checkpoint(copy).state, state)
+    for shard in (copy / "unet").glob("*-of-*"):
         shard.unlink()
     with pytest.raises(FileNotFoundError, match="no weights in `.*unet`, only config.json"):
-        open_checkpoint(place)
+        open_checkpoint(copy)
 
 
 @pytest.mark.parametrize("suffix", slow_except([".fp16.safetensors", ".fp16.bin"], ".fp16.bin"))
-def test_a_variant_is_chosen_whatever_its_files_are(folder, state, tmp_path, suffix):
-    place = shutil.copytree(folder, tmp_path / "x")
-    for path in place.glob("*/*.safetensors"):
+def test_a_variant_is_chosen_in_either_format(folder, state, tmp_path, suffix):
+    copy = shutil.copytree(folder, tmp_path / "x")
+    for path in copy.glob("*/*.safetensors"):
         content = read_checkpoint(path).state
         stem = "pytorch_model" if suffix == ".fp16.bin" and path.stem == "model" else path.stem
         if suffix == ".fp16.bin":
@@ -420,30 +418,26 @@ def test_a_variant_is_chosen_whatever_its_files_are(folder, state, tmp_path, suf
         for other in ("non_ema", "bf16"):
             (path.parent / f"{stem}.{other}{suffix[5:]}").touch()
         path.unlink()
-    assert are_equal(open_checkpoint(place).state, state)
-
-
-def edit(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    assert are_equal(open_checkpoint(copy).state, state)
 
 
 def test_sizes_of_a_folder_may_be_lists(folder, tmp_path):
-    place = shutil.copytree(folder, tmp_path / "x")
-    (place / EXTRA_WEIGHTS).unlink()
-    about = json.loads((place / "unet/config.json").read_text())
-    edit(
-        place / "unet/config.json",
+    copy = shutil.copytree(folder, tmp_path / "x")
+    (copy / EXTRA_WEIGHTS).unlink()
+    config = json.loads((copy / "unet/config.json").read_text())
+    change_json(
+        copy / "unet/config.json",
         sample_size=[8, 16],
-        layers_per_block=[about["layers_per_block"]] * 2,
-        cross_attention_dim=[about["cross_attention_dim"]] * 2,
+        layers_per_block=[config["layers_per_block"]] * 2,
+        cross_attention_dim=[config["cross_attention_dim"]] * 2,
         transformer_layers_per_block=[1, 1],
     )
-    model = ldm.load(place)
+    model = ldm.load(copy)
     assert model.latent_size == (8, 16)
     assert ldm.txt2img(model, ["a cat"], steps=1).shape == (1, 3, 16, 32)
-    run(place, tmp_path / "y")
-    about = json.loads((tmp_path / "y/unet/config.json").read_text())
-    assert about["sample_size"] == [8, 16]
+    run(copy, tmp_path / "y")
+    config = json.loads((tmp_path / "y/unet/config.json").read_text())
+    assert config["sample_size"] == [8, 16]
 
 
 TOKENS = {
@@ -458,25 +452,25 @@ TOKENS = {
 
 
 def test_added_tokens_of_a_folder_are_read(folder, state, tmp_path, capsys, caplog):
-    place = shutil.copytree(folder, tmp_path / "x")
-    path = place / "text_encoder/model.safetensors"
+    copy = shutil.copytree(folder, tmp_path / "x")
+    path = copy / "text_encoder/model.safetensors"
     content, name = read_checkpoint(path).state, "text_model.embeddings.token_embedding.weight"
     vectors = torch.randn(2, content[name].shape[1])
     content[name] = torch.cat([content[name], vectors])
     path.unlink()
     write_checkpoint(path, content)
-    edit(place / "text_encoder/config.json", vocab_size=49410)
-    assert are_equal(open_checkpoint(place).state, state)
+    change_json(copy / "text_encoder/config.json", vocab_size=49410)
+    assert are_equal(open_checkpoint(copy).state, state)
     assert "has 2 rows without a token" in caplog.text
     for file, tokens in TOKENS.items():
         edited = tmp_path / file
-        shutil.copytree(place, edited)
+        shutil.copytree(copy, edited)
         if file != "tokenizer_config.json":
             (edited / "tokenizer" / file).write_text("{}")
-        edit(edited / "tokenizer" / file, **tokens)
-        words = {t: v for t, (v,) in open_checkpoint(edited).added_tokens.items()}
-        assert are_equal(words, {"<cat>": vectors, "<cat>_1": vectors[1:]}), file
-    assert are_equal(ldm.load(edited).conditioner.text.added_embeddings, words)
+        change_json(edited / "tokenizer" / file, **tokens)
+        embeddings = {t: v for t, (v,) in open_checkpoint(edited).added_tokens.items()}
+        assert are_equal(embeddings, {"<cat>": vectors, "<cat>_1": vectors[1:]}), file
+    assert are_equal(ldm.load(edited).conditioner.text.added_embeddings, embeddings)
     run(edited, tmp_path / "y.ckpt")
     assert (
         "added tokens are not written, load them as embeddings: `<cat>`" in capsys.readouterr().err
@@ -486,33 +480,33 @@ def test_added_tokens_of_a_folder_are_read(folder, state, tmp_path, capsys, capl
 @pytest.mark.slow
 def test_added_tokens_of_both_tokenizers_of_sdxl_are_read(tmp_path):
     write_family("xl", tmp_path / "xl.safetensors")
-    run(tmp_path / "xl.safetensors", place := tmp_path / "folder")
+    run(tmp_path / "xl.safetensors", copy := tmp_path / "folder")
     name = "text_model.embeddings.token_embedding.weight"
     for tower in ("", "_2"):
-        path = place / f"text_encoder{tower}/model.safetensors"
+        path = copy / f"text_encoder{tower}/model.safetensors"
         content = read_checkpoint(path).state
         content[name] = torch.cat([content[name], content[name][:2]])
         path.unlink()
         write_checkpoint(path, content)
-        edit(place / f"text_encoder{tower}/config.json", vocab_size=49410)
-        (place / f"tokenizer{tower}/added_tokens.json").write_text(
+        change_json(copy / f"text_encoder{tower}/config.json", vocab_size=49410)
+        (copy / f"tokenizer{tower}/added_tokens.json").write_text(
             json.dumps(TOKENS["added_tokens.json"])
         )
-    conditioner = ldm.load(place).conditioner
+    conditioner = ldm.load(copy).conditioner
     for text in (conditioner.text, conditioner.text_2):
         assert torch.equal(text.added_embeddings["<cat>"], text.embedding_table[:2])
 
 
 def test_errors_are_one_line(folder, tmp_path, capsys):
     copy, target = tmp_path / "copy", tmp_path / "x"
-    assert "no checkpoint" in fails(capsys, tmp_path / "none.ckpt", target)
+    assert "no checkpoint" in get_error(capsys, tmp_path / "none.ckpt", target)
     for flag in ("--lora", "--vae", "--text-encoder"):
-        error = fails(capsys, folder, target, flag, "none.ckpt")
+        error = get_error(capsys, folder, target, flag, "none.ckpt")
         assert f"no checkpoint `none.ckpt` ({flag})" in error
-    error = fails(capsys, folder, target, "--clip-stats", "stats.th")
+    error = get_error(capsys, folder, target, "--clip-stats", "stats.th")
     assert "is not an unCLIP model, it takes no clip_stats (--clip-stats)" in error
-    assert "a folder in none" in fails(capsys, folder, tmp_path / "x.bin")
-    assert "neither a diffusers folder" in fails(capsys, tmp_path, target)
+    assert "a folder in none" in get_error(capsys, folder, tmp_path / "x.bin")
+    assert "neither a diffusers folder" in get_error(capsys, tmp_path, target)
     run(folder, copy)
     unet = copy / "unet/config.json"
     text = unet.read_text()
@@ -528,7 +522,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (text, "{", "is damaged"),
     ):
         unet.write_text(text.replace(old, new))
-        assert message in fails(capsys, copy, tmp_path / "x.safetensors")
+        assert message in get_error(capsys, copy, tmp_path / "x.safetensors")
     torch.save({"a": torch.ones(1)}, tmp_path / "odd.ckpt")
-    assert "of no known family" in fails(capsys, tmp_path / "odd.ckpt", target)
+    assert "of no known family" in get_error(capsys, tmp_path / "odd.ckpt", target)
     assert not target.exists()

@@ -34,12 +34,12 @@ KL = {
     "kl-f32": ([1, 1, 2, 2, 4, 4], 64, [16, 8]),
 }
 SOME = slow_except(NAMES, "x4-upscaling")
-# What no network of diffusers holds, by the beginning of our names.
-WITHOUT_PLACE = (
+# Prefixes of our weights that no network of diffusers has.
+NOT_IN_DIFFUSERS = (
     "conditioner.text.model.transformer.resblocks.23.", "conditioner.text.model.text_projection",
     "conditioner.text.model.logit_scale", "conditioner.depth.model.pretrained.model.head.",
     "conditioner.lowres.", "conditioner.image.noise.", "conditioner.image.clip.model.",
-    # of the text tower of a CLIP that only sees
+    # of the text tower of a CLIP that only encodes images
     "conditioner.text.model.positional_embedding", "conditioner.text.model.token_embedding.",
     "conditioner.text.model.ln_final.", "conditioner.text_2.model.logit_scale",
 )  # fmt: skip
@@ -50,59 +50,59 @@ def read_shipped(name):
     return read_yaml(f"configs/{folder}/{name}.yaml")
 
 
-def theirs(component, about):
+def get_diffusers_shapes(component, config):
     """Names and shapes of the module that diffusers builds from a JSON."""
     import diffusers
     import transformers
 
-    about = json.loads(json.dumps(about))
+    config = json.loads(json.dumps(config))
     with torch.device("meta"):
-        if "_class_name" in about:
-            module = getattr(diffusers, about["_class_name"]).from_config(about)
+        if "_class_name" in config:
+            module = getattr(diffusers, config["_class_name"]).from_config(config)
         else:
-            kind = getattr(transformers, about["architectures"][0])
-            module = kind(kind.config_class(**about))
+            kind = getattr(transformers, config["architectures"][0])
+            module = kind(kind.config_class(**config))
     prefix = "text_model." if component == "text_encoder" else ""
     names = {prefix + k.removeprefix(prefix): v for k, v in module.state_dict().items()}
     return {k: tuple(v.shape) for k, v in names.items() if not k.endswith("position_ids")}
 
 
-def components(model, spec):
+def iter_components(model, spec):
     files, state = make_folder_configs(model, spec), model.state_dict()
     located = set()
     for component, locations in locate_weights(model).items():
         path = f"{component}/config.json" if INDEX in files else "config.json"
         yield component, files[path], convert_to_diffusers(locations, state)
         located |= locations.keys()
-    assert all(name.startswith(WITHOUT_PLACE) for name in state.keys() - located)
+    assert all(name.startswith(NOT_IN_DIFFUSERS) for name in state.keys() - located)
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_published_models_have_diffusers_names_and_shapes(name):
     raw = read_shipped(name)
     spec = translate_config(raw, where=name)
-    for component, about, ours in components(build_on_meta(spec), spec):
+    for component, config, ours in iter_components(build_on_meta(spec), spec):
         shapes = {name: tuple(value.shape) for name, value in ours.items()}
-        assert shapes == theirs(component, about), component
+        assert shapes == get_diffusers_shapes(component, config), component
 
 
 @pytest.mark.parametrize("name", KL)
 def test_autoencoders_have_diffusers_names_and_shapes(name):
     mult, channels, attends = KL[name]
-    layout = {"double_z": True, "z_channels": channels, "resolution": 256, "in_channels": 3,
+    ddconfig = {"double_z": True, "z_channels": channels, "resolution": 256, "in_channels": 3,
               "out_ch": 3, "ch": 128, "ch_mult": mult, "num_res_blocks": 2,
               "attn_resolutions": attends, "dropout": 0.0}  # fmt: skip
-    spec = {"target": legacy.AUTOENCODER, "params": {"ddconfig": layout, "embed_dim": channels}}
+    spec = {"target": legacy.AUTOENCODER, "params": {"ddconfig": ddconfig, "embed_dim": channels}}
     model = build_on_meta(spec)
-    for component, about, ours in components(model, spec):
+    for component, config, ours in iter_components(model, spec):
         shapes = {name: tuple(value.shape) for name, value in ours.items()}
-        assert shapes == theirs(component, about)
-        assert networks.parse_vae_config(about) == spec["params"]
+        assert shapes == get_diffusers_shapes(component, config)
+        assert networks.parse_vae_config(config) == spec["params"]
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_configs_come_back_as_they_were(name):
-    """Nothing but trifles without meaning differs after the way there and back."""
+def test_configs_survive_the_round_trip_through_diffusers(name):
+    """Only keys without meaning differ."""
     raw = read_shipped(name)
     spec = translate_config(raw, where=name)
     files = json.loads(json.dumps(make_folder_configs(build_on_meta(spec), spec)))

@@ -54,7 +54,7 @@ class Hub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The answers of the hub."""
+    """The responses of the hub."""
 
     def do_GET(self):
         hub, name = self.server, self.path[1:].partition("?")[0]
@@ -151,20 +151,20 @@ def download(capsys):
     return run
 
 
-def final_files(cache):
+def list_final_files(cache):
     return [path for path in cache.glob("*/snapshots/**/*") if path.is_file()]
 
 
-def leave_part(cache, content):
-    """What an interrupted process leaves."""
-    part = cache / f"models--first--one/blobs/{SHA256}.incomplete"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(content)
-    return part
+def leave_partial_file(cache, content):
+    """Write the partial file of an interrupted process."""
+    path = cache / f"models--first--one/blobs/{SHA256}.incomplete"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return path
 
 
 @pytest.mark.usefixtures("table")
-def test_a_file_is_downloaded_once_and_then_meant_by_its_name(hub, download, tmp_path, monkeypatch):
+def test_a_file_is_downloaded_once_and_then_found_by_its_name(hub, download, tmp_path, monkeypatch):
     hub.files[FIRST] = CONTENT
     status, out, err = download("small")
     path = Path(out)
@@ -183,7 +183,7 @@ def test_a_file_is_downloaded_once_and_then_meant_by_its_name(hub, download, tmp
 
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("name", ["smal", "small"])
-def test_what_is_not_here_is_not_downloaded_by_loading_it(hub, name):
+def test_loading_a_missing_file_does_not_download_it(hub, name):
     with pytest.raises(FileNotFoundError, match=r"did you mean `small`|: ldm download small"):
         load(ckpt=name)
     assert hub.requests == []
@@ -192,12 +192,17 @@ def test_what_is_not_here_is_not_downloaded_by_loading_it(hub, name):
 @pytest.mark.usefixtures("table")
 def test_another_process_continues_an_interrupted_download(hub, cache):
     hub.files[FIRST] = CONTENT
-    part = leave_part(cache, CONTENT[:1_500_000])
+    part = leave_partial_file(cache, CONTENT[:1_500_000])
     code = "import sys, pathlib as p, ldm.loading.published as m; m.TABLE = p.Path(sys.argv[1]);"
-    words = [sys.executable, "-c", f"{code} print(m.download_checkpoint('small'))", published.TABLE]
+    command = [
+        sys.executable,
+        "-c",
+        f"{code} print(m.download_checkpoint('small'))",
+        published.TABLE,
+    ]
     env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(cache)}
     env = {**os.environ, **env, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert Path(result.stdout.strip()).read_bytes() == CONTENT
     assert hub.gets == [(FIRST, "bytes=1500000-")]
     assert not part.exists()
@@ -209,17 +214,17 @@ def test_an_interrupted_download_is_resumed(hub, download, cache, monkeypatch):
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
     hub.files[FIRST], hub.sent = CONTENT, 1_000_000
     assert download("small")[0] == 0
-    assert [words for _, words in hub.gets] == [None, "bytes=1000000-"]
-    assert final_files(cache)[0].read_bytes() == CONTENT
+    assert [range_ for _, range_ in hub.gets] == [None, "bytes=1000000-"]
+    assert list_final_files(cache)[0].read_bytes() == CONTENT
 
 
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("size", [1000, len(CONTENT) + 1])
 def test_a_damaged_partial_file_is_fetched_again(hub, download, cache, size):
     hub.files[FIRST] = CONTENT
-    leave_part(cache, b"x" * size)
+    leave_partial_file(cache, b"x" * size)
     assert download("small")[0] == 0
-    assert final_files(cache)[0].read_bytes() == CONTENT
+    assert list_final_files(cache)[0].read_bytes() == CONTENT
 
 
 @pytest.mark.usefixtures("table")
@@ -235,24 +240,24 @@ def test_a_damaged_partial_file_is_fetched_again(hub, download, cache, size):
     ],
     ids=["gone", "refused", "gated", "missing", "forbidden", "wrong"],
 )
-def test_the_next_place_is_tried(hub, download, cache, answer, reason):
+def test_the_next_source_is_tried(hub, download, cache, answer, reason):
     hub.files |= {FIRST: answer, SECOND: CONTENT}
     status, out, err = download("small")
     assert status == 0
     assert err[1].startswith(reason)
-    assert [Path(out)] == final_files(cache)
+    assert [Path(out)] == list_final_files(cache)
     assert [name for name, _ in hub.gets] == [SECOND]
 
 
 @pytest.mark.usefixtures("table")
-def test_content_that_is_not_what_the_hub_promised_is_thrown_away(hub, download, cache):
+def test_content_with_another_hash_than_the_hub_states_is_deleted(hub, download, cache):
     hub.files[FIRST], hub.etags[FIRST] = WRONG, SHA256
     status, _, (*_, first, second, last) = download("small")
     assert status == 1
     assert first == f"SHA-256 mismatch for `{FIRST}`: expected {SHA256}, got {WRONG_SHA256}"
     assert second == "`second/two` is not found, or private"
     assert "error: small cannot be downloaded from any of its 2 sources" in last
-    assert final_files(cache) + list(cache.rglob("*.incomplete")) == []
+    assert list_final_files(cache) + list(cache.rglob("*.incomplete")) == []
 
 
 def test_an_address_outside_the_hub_is_fetched_once_and_checked(hub, monkeypatch):
@@ -274,14 +279,14 @@ def test_an_address_outside_the_hub_is_fetched_once_and_checked(hub, monkeypatch
 
 
 @pytest.mark.usefixtures("table")
-def test_a_full_disk_and_a_missing_network_end_it_in_one_line(hub, download, cache, monkeypatch):
+def test_a_full_disk_and_a_missing_network_are_one_line(hub, download, cache, monkeypatch):
     hub.files[FIRST] = CONTENT
     usage = namedtuple("usage", "free")(1_000_000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         assert "error: the disk is full: 0.00 GB are needed" in download("small")[2][-1]
     if Path("/dev/full").exists():
-        leave_part(cache / "other", b"")
+        leave_partial_file(cache / "other", b"")
         part = cache / f"models--first--one/blobs/{SHA256}.incomplete"
         part.unlink()
         part.symlink_to("/dev/full")
@@ -291,7 +296,7 @@ def test_a_full_disk_and_a_missing_network_end_it_in_one_line(hub, download, cac
     error = OfflineModeIsEnabled("HF_HUB_OFFLINE=1")
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", Mock(side_effect=error))
     assert "error: HF_HUB_OFFLINE is set" in download("small")[2][-1]
-    assert final_files(cache) == []
+    assert list_final_files(cache) == []
 
 
 def test_a_row_without_a_hash_is_unverified_and_its_first_hash_stored(hub, table, download, cache):
@@ -299,7 +304,7 @@ def test_a_row_without_a_hash_is_unverified_and_its_first_hash_stored(hub, table
     hub.files[FIRST] = CONTENT
     assert f"SHA-256 {SHA256}; none was published" in download("small")[2][-1]
     assert f"(unverified {SHA256})" in download()[1]
-    final_files(cache)[0].unlink()
+    list_final_files(cache)[0].unlink()
     hub.files[FIRST] = WRONG
     assert f"expected {SHA256}, got {WRONG_SHA256}" in download("small")[2][1]
 
@@ -308,7 +313,7 @@ def test_a_row_without_a_hash_is_unverified_and_its_first_hash_stored(hub, table
 def test_a_changed_file_in_the_cache_is_not_used(hub, download, cache):
     hub.files[FIRST] = CONTENT
     assert download("small")[0] == 0
-    final_files(cache)[0].write_bytes(WRONG)
+    list_final_files(cache)[0].write_bytes(WRONG)
     with pytest.raises(FileNotFoundError, match="is not on this machine"):
         find_checkpoint("small")
     assert download("small")[0] == 0
@@ -325,7 +330,7 @@ def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub, download, monkeyp
     assert tokens == [(FIRST, "Bearer hf_secret"), ("in/storage/x", None)]
 
 
-def test_everything_knows_a_downloaded_file_and_nothing_else_connects(
+def test_all_programs_find_a_downloaded_file_without_a_connection(
     hub, table, download, tmp_path, capsys, monkeypatch
 ):
     hub.files[FIRST] = DEMO.read_bytes()
@@ -347,7 +352,7 @@ def test_everything_knows_a_downloaded_file_and_nothing_else_connects(
     assert connections == []
 
 
-def test_an_address_is_a_file_or_a_diffusers_folder(hub, cache):
+def test_a_hub_address_may_name_a_file_or_a_diffusers_folder(hub, cache):
     index = {"_class_name": "P", "unet": ["diffusers", "U"], "safety_checker": ["a", "B"]}
     weights = "unet/diffusion_pytorch_model"
     names = [f"{weights}{end}" for end in (".safetensors", ".fp16.safetensors", ".bin")]
@@ -356,7 +361,7 @@ def test_an_address_is_a_file_or_a_diffusers_folder(hub, cache):
     files |= {"model_index.json": json.dumps(index).encode(), "v1.ckpt": CONTENT}
     hub.files |= {f"some/pipe/{name}": content for name, content in files.items()}
     folder = find_checkpoint("hf:some/pipe")
-    downloaded = sorted(path.relative_to(folder).as_posix() for path in final_files(cache))
+    downloaded = sorted(path.relative_to(folder).as_posix() for path in list_final_files(cache))
     assert downloaded == ["model_index.json", "unet/config.json", f"{weights}.safetensors"]
     assert find_checkpoint("hf:some/pipe/v1.ckpt").read_bytes() == CONTENT
     assert find_checkpoint("hf:only/one").name == "v1.ckpt"
@@ -379,4 +384,4 @@ def test_a_server_cannot_choose_where_files_are_written(hub, cache):
     hub.files["some/pipe/v1.ckpt"], hub.etags["some/pipe/v1.ckpt"] = CONTENT, "../../x"
     with pytest.raises(OSError, match="does not answer as a hub does"):
         find_checkpoint("hf:some/pipe/v1.ckpt")
-    assert [path.name for path in final_files(cache)] == ["model_index.json"]
+    assert [path.name for path in list_final_files(cache)] == ["model_index.json"]

@@ -27,7 +27,7 @@ VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_transformers_computes_the_same_with_rows_for_the_word(kind, tmp_path):
+def test_transformers_computes_the_same_with_added_rows(kind, tmp_path):
     model = build_tiny_model(kind)
     theirs = build_transformers_tower(model.conditioner.text)
     write_embeddings(tmp_path / "x.safetensors", {"<cat>": VECTORS, "sks": VECTORS[:1] - 1})
@@ -69,16 +69,16 @@ def test_every_format_is_read(name, tmp_path):
         write_checkpoint(path, content)
     else:
         torch.save(content, path)
-    words = {path.stem: VECTORS}  # where the file does not name its token
+    expected = {path.stem: VECTORS}  # where the file does not name its token
     content = content if name != "two.pt" else content["string_to_param"]
     if "<" in str(content.keys()):
-        words = {word: vectors.reshape(-1, WIDTH) for word, vectors in content.items()}
-    state = read_embeddings(path)
-    assert state.keys() == words.keys()
-    assert all(torch.equal(*state[word], vectors) for word, vectors in words.items())
+        expected = {token: value.reshape(-1, WIDTH) for token, value in content.items()}
+    embeddings = read_embeddings(path)
+    assert embeddings.keys() == expected.keys()
+    assert all(torch.equal(*embeddings[token], value) for token, value in expected.items())
 
 
-UNFIT = {  # tokens, and the error
+INVALID = {  # tokens, and the error
     "wide": ({"<wide>": torch.zeros(2, 768)}, r"`<wide>` has vectors of width 768 \(Stable Diff"),
     "xl": ({"clip_l": VECTORS, "clip_g": torch.ones(3, 1280)}, r"`xl` .* 1280 \(SDXL\).* takes 24"),
     "odd": ({"clip_l": VECTORS, "clip_g": VECTORS[:2]}, "`odd` has 3 vectors for CLIP-L and 2 for"),
@@ -89,9 +89,9 @@ UNFIT = {  # tokens, and the error
 }
 
 
-def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
+def test_embeddings_that_do_not_fit_are_refused_and_skipped_in_a_folder(tmp_path, caplog):
     model = build_tiny_model()
-    for name, (tokens, message) in UNFIT.items():
+    for name, (tokens, message) in INVALID.items():
         write_embeddings(tmp_path / f"{name}.safetensors", tokens)
         with pytest.raises(ValueError, match=message):
             load_embeddings(model, [tmp_path / f"{name}.safetensors"])
@@ -101,12 +101,13 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     load_embeddings(model, [tmp_path])
     assert list(model.conditioner.text.added_embeddings) == ["<fits>"]
     assert len(model.provenance["embeddings"]) == 1
-    assert caplog.text.count("skipped: ") == len(UNFIT)
+    assert caplog.text.count("skipped: ") == len(INVALID)
     del model.conditioner.text
     with pytest.raises(ValueError, match="no text encoder: embeddings"):
         load_embeddings(model, [tmp_path])
 
 
+# For the two text encoders of SDXL.
 PAIR = [
     torch.randn(2, width, generator=torch.Generator().manual_seed(1)) for width in (WIDTH, WIDTH_2)
 ]
@@ -121,7 +122,7 @@ def test_a_second_token_of_sdxl_in_a_file_is_refused(tmp_path):
 
 @pytest.mark.slow  # beside the towers of transformers
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("style", ["one file", "pickle", "pair of files"])
+@pytest.mark.parametrize("style", ["one file", "pickle", "two files"])
 def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
     model = build_tiny_model("sdxl")
     pipeline = build_diffusers_pipeline(model)
@@ -142,7 +143,7 @@ def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
     states = [read_checkpoint(path).state for path in paths]
     for key, name, vectors in (("clip_l", "", states[0]), ("clip_g", "_2", states[-1])):
         pipeline.load_textual_inversion(
-            vectors if style == "pair of files" else vectors[key],
+            vectors if style == "two files" else vectors[key],
             token="sks",
             text_encoder=getattr(pipeline, f"text_encoder{name}"),
             tokenizer=getattr(pipeline, f"tokenizer{name}"),
@@ -150,15 +151,15 @@ def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
     load_embeddings(model, paths)
     prompt = "a sks and a dog, by sks"
     expected = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, device="cpu")
-    numbers = {key: value[:1] for key, value in MICRO_CONDITIONS.items()}
-    cond = model.condition({"txt": [prompt], **numbers})
-    plain = model.condition({"txt": ["a cat and a dog, by cat"], **numbers})
+    sizes = {key: value[:1] for key, value in MICRO_CONDITIONS.items()}
+    cond = model.condition({"txt": [prompt], **sizes})
+    plain = model.condition({"txt": ["a cat and a dog, by cat"], **sizes})
     torch.testing.assert_close(cond.crossattn, expected[0], rtol=0, atol=5e-6)
     torch.testing.assert_close(cond.vector[:, :WIDTH_2], expected[2], rtol=0, atol=5e-6)
     assert (cond.crossattn - plain.crossattn).abs().max() > 0.1
 
 
-def test_a_token_of_one_tower_is_said_to_be_text_for_the_other(tmp_path, caplog):
+def test_a_token_for_one_tower_only_is_warned_of(tmp_path, caplog):
     model = build_tiny_model("sdxl")
     tokens = {"sd1": {"<sd1>": PAIR[0]}, "both": {"<both>": PAIR}, "g": {"clip_g": PAIR[1]}}
     paths = [tmp_path / f"{name}.safetensors" for name in tokens]
@@ -186,8 +187,8 @@ def test_tokens_are_added_to_a_compact_vocabulary():
     assert text.state_dict().keys() == OpenCLIPText(arch=arch, compact_vocab=8).state_dict().keys()
 
 
-def test_embeddings_inside_of_images_are_read(tmp_path):
-    """A1111 writes JSON, in base64, into a text of a PNG."""
+def test_embeddings_inside_images_are_read(tmp_path):
+    """A1111 writes JSON in base64 into a text chunk of a PNG."""
     model = build_tiny_model()
     vectors = [[float(k)] * WIDTH for k in range(2)]
     content = {"string_to_param": {"*": {"TORCHTENSOR": vectors}}, "name": "cat-style"}

@@ -40,13 +40,13 @@ def test_parts_ema_and_step_are_reported(file, tiny_yaml, tiny_state):
 
 
 def test_a_config_that_asks_for_ema_weights_is_reported(file, tiny_yaml, tmp_path):
-    config = tmp_path / "ema.yaml"
+    config = tmp_path / "x.yaml"
     config.write_text(tiny_yaml.read_text().replace("use_ema: false", "use_ema: true"))
     report = inspect_checkpoint(file, config)
     assert "EMA         yes, used, as the config says" in report.format_lines()
 
 
-def test_what_does_not_fit_is_reported_by_the_names_in_the_file(file, tiny_yaml):
+def test_weights_that_do_not_fit_are_reported_by_their_names_in_the_file(file, tiny_yaml):
     content = torch.load(file, weights_only=True)
     del content["state_dict"]["model.diffusion_model.out.2.bias"]
     content["state_dict"]["extra"] = torch.ones(1)
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_reported_by_the_names_in_the_file(file, tiny_yaml)
     assert report.unexpected == ["extra"]
 
 
-def test_text_and_json_say_the_same(file, tiny_yaml, capsys):
+def test_text_and_json_report_the_same(file, tiny_yaml, capsys):
     assert main([str(file), "--config", str(tiny_yaml)]) == 0
     text = capsys.readouterr().out
     assert "EMA         yes" in text
@@ -67,7 +67,7 @@ def test_text_and_json_say_the_same(file, tiny_yaml, capsys):
     assert {"family", "config", "prediction", "parts", "pickle_names"} <= report.keys()
 
 
-def test_the_keys_of_a_prediction_in_json_stay():
+def test_the_keys_of_a_prediction_in_json_are_stable():
     prediction = PredictionType("v", (Detection("marker", "v", "`v_pred`"),))
     assert Report("x.ckpt", 1, "", prediction=prediction).as_dict()["prediction"] == {
         "kind": "v",
@@ -87,7 +87,7 @@ def test_hostile_files_are_described_and_not_run(tmp_path, capsys):
     assert not marker.exists()
 
 
-def test_files_that_are_no_checkpoints_are_one_line(tmp_path, capsys):
+def test_files_that_are_not_checkpoints_are_described_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "absent.ckpt")]) == 1
     assert "no checkpoint" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 1
@@ -121,13 +121,13 @@ def test_a_file_with_its_own_yaml_is_compared_with_it(tmp_path, tiny_yaml, tiny_
         (["text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight"], "a CLIP"),
     ],
 )
-def test_what_holds_no_model_is_named(tmp_path, names, kind):
+def test_the_type_of_a_file_without_a_model_is_named(tmp_path, names, kind):
     torch.save({name: torch.ones(2) for name in names}, tmp_path / "x.pth")
     assert kind in inspect_checkpoint(tmp_path / "x.pth").note
 
 
 @pytest.mark.parametrize(("name", "task"), [("ldm3d-4c", "txt2img"), ("ldm3d-sr", "upscale_rgbd")])
-def test_ldm3d_is_reported(tmp_path, name, task):
+def test_ldm3d_is_recognised(tmp_path, name, task):
     write_family(name, tmp_path / "x.safetensors")
     report = inspect_checkpoint(tmp_path / "x.safetensors")
     assert (report.task, report.missing, report.unexpected) == (task, [], [])

@@ -35,30 +35,26 @@ SLOTS = {
     "ldm3d": {"txt": "crossattn"},
     "ldm3d-4c": {"txt": "crossattn"},
     "ldm3d-sr": {"txt": "crossattn", "rgbd": "concat"},
-    "x2-latent-upscaler": {
-        "txt": "crossattn",
-        "lowres_latent": "concat",
-        "noise_sigma": "vector",
-    },
+    "x2-latent-upscaler": {"txt": "crossattn", "lowres_latent": "concat", "noise_sigma": "vector"},
     "x4-upscaling": {"txt": "crossattn", "lowres": "concat", "noise_level": "vector"},
     "v2-1-stable-unclip-h-inference": {"txt": "crossattn", "embedding": "vector"},
     "v2-1-stable-unclip-l-inference": {"txt": "crossattn", "embedding": "vector"},
 }
 
 
-def meta(name):
+def build_shipped(name):
     path = ROOT / f"configs/stable-diffusion/{name}.yaml"
     return build_on_meta(read_yaml(path), where=path.name)
 
 
-def published(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_published_shapes(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Names, shapes and dtypes that the original builds for a config."""
     text = gzip.decompress((ROOT / f"tests/data/keys/{name}.txt.gz").read_bytes()).decode()
     rows = (line.split() for line in text.splitlines())
     return {k: (tuple(map(int, s.split("x"))) if s != "-" else (), d) for k, s, d in rows}
 
 
-def test_all_shipped_configs_are_translated():
+def test_all_shipped_configs_are_tested_here():
     assert {path.stem for path in SHIPPED} == set(MODELS) | set(SLOTS)
 
 
@@ -70,10 +66,10 @@ LARGE = ("v2-midas-inference", "v2-1-stable-unclip-l-inference")
     [pytest.param(*m, marks=[pytest.mark.slow] if m[0] in LARGE else []) for m in MODELS.items()],
 )
 def test_whole_models_have_the_names_and_shapes_of_published_files(name, parameters):
-    model = meta(name)
+    model = build_shipped(name)
     state = restore_names(model.state_dict(), model.schedule.buffers())
     ours = {k: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in state.items()}
-    assert ours == published(name.removesuffix("-v"))
+    assert ours == read_published_shapes(name.removesuffix("-v"))
     assert sum(p.numel() for p in model.parameters()) == parameters
     predicts_v = name == "v2-inference-v" or name.startswith(("x4", "v2-1-stable-unclip"))
     assert model.parameterization == ("v" if predicts_v else "eps")
@@ -87,9 +83,9 @@ def test_families_differ_in_their_encoders(name, slots):
     assert {encoder.key: encoder.slot for encoder in encoders} == slots
 
 
-def test_an_image_in_place_of_text_needs_no_text_encoder():
-    """Whether a file still has the blocks of it or not."""
-    clip = meta("v1-image-variation-inference").conditioner.text.model
+def test_a_model_of_image_variations_needs_no_text_encoder():
+    """Its weights in a file are left out."""
+    clip = build_shipped("v1-image-variation-inference").conditioner.text.model
     assert len(clip.visual.transformer.resblocks) == 24
     prefix = "cond_stage_model.model."
     state = {prefix + "visual.proj": torch.ones(1), prefix + "transformer.resblocks.0.x": None}
@@ -103,7 +99,7 @@ def test_renaming_back_and_forth_changes_nothing(tiny_state):
     assert back.keys() == tiny_state.keys()
 
 
-def test_positions_are_written_back():
+def test_position_ids_are_restored():
     name = "conditioner.text.transformer.text_model.embeddings.position_embedding.weight"
     state = restore_names({name: torch.zeros(77, 8)})
     ids = state["cond_stage_model.transformer.text_model.embeddings.position_ids"]
@@ -130,7 +126,7 @@ def test_names_of_other_programs_are_renamed(old, new):
     assert list(rename_weights({old: torch.ones(1)})) == [new]
 
 
-def test_what_is_recomputed_is_left_out():
+def test_tensors_that_are_recomputed_are_left_out():
     names = (
         "betas", "posterior_mean_coef2", "lvlb_weights", "logvar", "model_ema.decay", "v_pred",
         "cond_stage_model.model.attn_mask", "first_stage_model.loss.logvar", "loss.discriminator.x",
@@ -140,7 +136,7 @@ def test_what_is_recomputed_is_left_out():
     assert rename_weights(dict.fromkeys(names, torch.ones(1))) == {}
 
 
-def params():
+def read_params():
     return read_yaml(SHIPPED[0].with_name("v2-inference.yaml"))["model"]["params"]
 
 
@@ -157,13 +153,13 @@ def test_every_parameter_of_the_original_is_accepted():
         "force_null_conditioning", "num_timesteps_cond", "scheduler_config", "monitor",
         "use_positional_encodings", "unet_trainable", "scale_by_std",
     ):  # fmt: skip
-        assert translate(params() | {key: None}) == translate(params()), key
+        assert translate(read_params() | {key: None}) == translate(read_params()), key
     schedule = {"beta_schedule": "cosine", "cosine_s": 8e-3, "v_posterior": 0.5}
-    assert translate(params() | schedule)["target"] == legacy.MODEL
+    assert translate(read_params() | schedule)["target"] == legacy.MODEL
 
 
 def test_given_betas_make_the_schedule():
-    spec = translate(params() | {"given_betas": [0.1, 0.2]})
+    spec = translate(read_params() | {"given_betas": [0.1, 0.2]})
     schedule = instantiate(spec["params"]["schedule"])
     assert schedule.betas.tolist() == [0.1, 0.2]
 
@@ -173,11 +169,11 @@ IDENTITY = {"target": "torch.nn.Identity", "params": {}}
 
 @pytest.mark.parametrize("text", ["__is_unconditional__", "__is_first_stage__", IDENTITY])
 def test_models_without_text_have_no_encoder(text):
-    spec = translate(params() | {"cond_stage_config": text})
+    spec = translate(read_params() | {"cond_stage_config": text})
     assert spec["params"]["conditioner"]["params"] == {}
 
 
-def test_the_first_stage_of_pixel_space_takes_the_original_s_parameter():
+def test_the_first_stage_of_pixel_space_skips_the_originals_parameter():
     spec = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
     skipped = []
     instantiate(spec | {"params": {"vq_interface": False}}, skipped=skipped)
@@ -185,16 +181,16 @@ def test_the_first_stage_of_pixel_space_takes_the_original_s_parameter():
 
 
 def test_trainable_text_is_not_frozen():
-    changed = params() | {"cond_stage_trainable": True}
+    changed = read_params() | {"cond_stage_trainable": True}
     changed["cond_stage_config"]["params"].pop("freeze")
     text = translate(changed)["params"]["conditioner"]["params"]["text"]
     assert text["params"]["freeze"] is False
 
 
-SEGMENTS = {"target": "ldm.modules.encoders.modules.SpatialRescaler"}
+SEMANTIC = {"target": "ldm.modules.encoders.modules.SpatialRescaler"}
 
 
-def family(name, **changes):
+def translate_family(name, **changes):
     spec = read_yaml(SHIPPED[0].with_name(f"{name}.yaml"))["model"]
     return translate_config({**spec, "params": spec["params"] | changes}, where="x.yaml")
 
@@ -209,8 +205,8 @@ def family(name, **changes):
         ("v2-1-stable-unclip-h-inference", {"embedding_dropout": 0.5}),
     ],
 )
-def test_what_only_training_of_a_family_needs_is_accepted(name, changes):
-    assert family(name, **changes) == family(name)
+def test_parameters_that_only_training_needs_are_accepted(name, changes):
+    assert translate_family(name, **changes) == translate_family(name)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +214,7 @@ def test_what_only_training_of_a_family_needs_is_accepted(name, changes):
     [
         ("v2-inference", {"scale_facto": 1.0}, "`scale_facto`, did you mean `scale_factor`"),
         ("v2-inference", {"conditioning_key": "concat"}, "conditioning_key `concat`"),
-        ("v2-inference", {"cond_stage_config": SEGMENTS}, "semantic synthesis .* not supported"),
+        ("v2-inference", {"cond_stage_config": SEMANTIC}, "semantic synthesis .* not supported"),
         ("x4-upscaling", {"low_scale_kee": "x"}, "LatentUpscaleDiffusion `low_scale_kee`, did you"),
         ("v2-midas-inference", {"conditioning_key": "concat"}, "only `hybrid`"),
         ("v2-inference", {"low_scale_key": "lr"}, "unknown parameter of LatentDiffusion"),
@@ -226,9 +222,9 @@ def test_what_only_training_of_a_family_needs_is_accepted(name, changes):
         ("v2-inference", {"defaults": 5}, r"^x\.yaml: invalid parameters: "),
     ],
 )
-def test_a_family_refuses_what_it_cannot_do(name, changes, message):
+def test_parameters_that_a_family_does_not_support_are_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
-        family(name, **changes)
+        translate_family(name, **changes)
 
 
 @pytest.mark.parametrize(
@@ -249,12 +245,15 @@ def test_classes_that_are_not_supported_are_refused_by_name(target):
 
 def test_noise_on_images_in_patches_is_refused_by_name():
     changes = {"conditioning_key": "hybrid", "low_scale_config": {}, "concat_keys": ["lr"]}
-    spec = {"target": legacy.DDPM + "LatentUpscaleFinetuneDiffusion", "params": params() | changes}
+    spec = {
+        "target": legacy.DDPM + "LatentUpscaleFinetuneDiffusion",
+        "params": read_params() | changes,
+    }
     with pytest.raises(ValueError, match="low_scale_config with patches is not supported yet"):
         translate_config(spec)
 
 
-def test_a_family_without_its_part_is_refused():
+def test_a_family_without_a_section_that_it_needs_is_refused():
     params = read_yaml(SHIPPED[0].with_name("x4-upscaling.yaml"))["model"]["params"]
     spec = {"target": legacy.DDPM + "LatentUpscaleDiffusion", "params": params}
     lowres = translate_config(spec)["params"]["conditioner"]["params"]["lowres"]

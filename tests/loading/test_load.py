@@ -34,6 +34,7 @@ from ldm.loading.weight_names import rename_weights, restore_names, select_prefi
 from ldm.loading.weights import identify_weights
 from ldm.runtime.errors import ArgumentError, ConfigError, FileFormatError
 from loading import tinyfamilies
+from loading.lorahelp import rename_keys
 
 
 @pytest.fixture
@@ -43,28 +44,23 @@ def tiny_file(tmp_path, tiny_state):
     return path
 
 
-def same(model, state):
-    ours = rename_weights(state)
-    theirs = model.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
+def has_weights(model, state):
+    expected, actual = rename_weights(state), model.state_dict()
+    return expected.keys() == actual.keys() and all(
+        torch.equal(actual[name], expected[name]) for name in expected
+    )
 
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 ATTENTION = ["q", "k", "v", "proj_out", "norm"]
-OTHER_WORDS = {
-    "words of diffusers": ["to_q", "to_k", "to_v", "to_out.0", "group_norm"],
-    "words of old diffusers": ["query", "key", "value", "proj_attn", "group_norm"],
+OTHER_ATTENTION = {
+    "attention of diffusers": ["to_q", "to_k", "to_v", "to_out.0", "group_norm"],
+    "attention of old diffusers": ["query", "key", "value", "proj_attn", "group_norm"],
 }
 
 
-def rename_keys(state, *rules):
-    for pattern, replacement in rules:
-        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
-    return state
-
-
-def spellings(model, state):
-    """The same weights as other programs write them."""
+def make_contents(model, state):
+    """The same weights as in the files of other programs."""
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     bare = {k: v for k, v in state.items() if k.startswith(("model.", "first", "cond"))}
     other = torch.ones(1)
@@ -74,14 +70,14 @@ def spellings(model, state):
         for n, v in state.items()
     }
     unused = {n: v for n, v in state.items() if re.search("resblocks.1|_projection|_scale", n)}
-    words = {
+    renamed = {
         name: rename_keys(
             state,
             *((rf"(attn_1)\.{a}\.", rf"\1.{b}.") for a, b in zip(ATTENTION, new, strict=True)),
         )
-        for name, new in OTHER_WORDS.items()
+        for name, new in OTHER_ATTENTION.items()
     }
-    return words | {
+    return renamed | {
         "compiled": rename_keys(state, ("^", "_orig_mod.")),
         "compiled UNet": rename_keys(state, (f"^{UNET}", f"{UNET}_orig_mod.")),
         "FSDP": rename_keys(state, (r"(block\.\d+)\.", r"\1._fsdp_wrapped_module.")),
@@ -112,12 +108,12 @@ def spellings(model, state):
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
-def test_every_spelling_gives_the_same_model(tmp_path, tiny_yaml, tiny_state, old, caplog):
+def test_files_of_all_programs_give_the_same_model(tmp_path, tiny_yaml, tiny_state, old, caplog):
     model = build_on_meta(read_yaml(tiny_yaml))
     path, halves = tmp_path / "x.ckpt", {}
     for name, value in tiny_state.items():
         halves[name] = value.half().float() if value.is_floating_point() else value
-    for name, content in spellings(model, tiny_state).items():
+    for name, content in make_contents(model, tiny_state).items():
         if old and name not in ("lightning", "half"):
             continue
         caplog.clear()
@@ -132,19 +128,19 @@ def test_every_spelling_gives_the_same_model(tmp_path, tiny_yaml, tiny_state, ol
         assert bool(caplog.text) == (name in warned), caplog.text
 
 
-def test_the_model_runs_and_says_where_it_is_from(tiny_yaml, tiny_file):
+def test_a_loaded_model_runs_and_names_its_files(tiny_yaml, tiny_file):
     model = ldm.load(tiny_yaml, tiny_file)
     assert not model.training
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     cond = model.condition({"txt": ["an apple", ""]})
     z = model.denoiser(torch.randn(2, 4, 8, 8), torch.ones(2), cond)
     assert model.decode(z).shape == (2, 3, 16, 16)
-    about = model.provenance
-    assert about["config"] == str(tiny_yaml)
-    assert about["checkpoint"] == str(tiny_file)
-    assert "data" in about["skipped"]
-    assert any("scheduler_config" in name for name in about["skipped"])
-    assert any("ckpt_path" in name for name in about["skipped"])
+    provenance = model.provenance
+    assert provenance["config"] == str(tiny_yaml)
+    assert provenance["checkpoint"] == str(tiny_file)
+    assert "data" in provenance["skipped"]
+    assert any("scheduler_config" in name for name in provenance["skipped"])
+    assert any("ckpt_path" in name for name in provenance["skipped"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -155,8 +151,8 @@ def test_weights_are_cast_once(tiny_yaml, tiny_file, tiny_state, dtype):
     assert torch.equal(model.autoencoder.encoder.conv_in.weight, tiny_state[name].to(dtype))
 
 
-def test_casting_gives_the_file_back(tmp_path, tiny_yaml, tiny_state):
-    """Pages given back are read again from the file, never lost: two names for one storage."""
+def test_released_pages_are_read_again(tmp_path, tiny_state):
+    """Also where two names share one storage."""
     state = dict(tiny_state)
     state["cond_stage_model.model.token_embedding.weight"] = shared = torch.randn(49408, 16)
     torch.save({**state, "again": shared}, tmp_path / "x.ckpt")
@@ -165,8 +161,8 @@ def test_casting_gives_the_file_back(tmp_path, tiny_yaml, tiny_state):
     assert torch.equal(file.state["again"], shared)
 
 
-def test_weights_that_a_folder_computes_are_not_lost(convert_family):
-    """Of three matrices for query, key and value OpenCLIP has one, which is in no file."""
+def test_weights_that_are_computed_from_a_folder_survive_a_release(convert_family):
+    """OpenCLIP has one matrix for query, key and value, which is in no file of the folder."""
     _, expected, folder = convert_family("sd2")
     file = read_folder(folder)
     assert file.memory_mapped
@@ -175,15 +171,15 @@ def test_weights_that_a_folder_computes_are_not_lost(convert_family):
         assert torch.equal(value, expected[name]), name
 
 
-def test_a_model_saved_is_the_model_loaded(tmp_path, tiny_yaml, tiny_file, tiny_state):
+def test_a_saved_model_loads_with_the_same_weights(tmp_path, tiny_yaml, tiny_file, tiny_state):
     model = ldm.load(tiny_yaml, tiny_file)
     for ending in (".ckpt", ".safetensors"):
         path = tmp_path / f"again{ending}"
         save_model(model, path, {"global_step": 7, CONFIG_KEY: tiny_yaml.read_text()})
         assert read_checkpoint(path).state.keys() == tiny_state.keys()
-        assert same(ldm.load(tiny_yaml, path), tiny_state)
+        assert has_weights(ldm.load(tiny_yaml, path), tiny_state)
     alone = ldm.load(ckpt=tmp_path / "again.safetensors")
-    assert same(alone, tiny_state)
+    assert has_weights(alone, tiny_state)
     assert alone.provenance["step"] == 7
 
 
@@ -196,20 +192,20 @@ def test_weights_may_be_trained_after_loading(tiny_yaml, tiny_file):
     assert tiny_file.read_bytes() == before
 
 
-def ema_of(state):
+def make_ema(state):
     return {to_ema_name(k): v + 1 for k, v in state.items() if k.startswith("model.")}
 
 
 def test_ema_weights_are_loaded_if_asked_for(tmp_path, tiny_yaml, tiny_state):
-    averages = ema_of(tiny_state)
-    torch.save(tiny_state | averages, tmp_path / "x.ckpt")
+    ema_state = make_ema(tiny_state)
+    torch.save(tiny_state | ema_state, tmp_path / "x.ckpt")
     raw = ldm.load(tiny_yaml, tmp_path / "x.ckpt").state_dict()
     ema = ldm.load(tiny_yaml, tmp_path / "x.ckpt", ema=True).state_dict()
     for name in raw:
         assert torch.equal(ema[name], raw[name] + 1 if name.startswith("unet.") else raw[name])
     rest = {k: v for k, v in tiny_state.items() if not k.startswith("model.")}
     compiled = {
-        n.replace("diffusion_model", "diffusion_model_orig_mod"): averages[n] for n in averages
+        n.replace("diffusion_model", "diffusion_model_orig_mod"): v for n, v in ema_state.items()
     }
     torch.save(rest | compiled, tmp_path / "y.ckpt")
     with pytest.raises(ValueError, match="contains only EMA weights") as caught:
@@ -237,7 +233,7 @@ def test_the_config_says_whether_ema_weights_are_used(
     (tmp_path / "x.yaml").write_text(text)
     metadata = {CONFIG_KEY: text} if is_embedded else {}
     config = None if is_embedded else tmp_path / "x.yaml"
-    write_checkpoint(tmp_path / "x.safetensors", tiny_state | ema_of(tiny_state), metadata)
+    write_checkpoint(tmp_path / "x.safetensors", tiny_state | make_ema(tiny_state), metadata)
     model = ldm.load(config, tmp_path / "x.safetensors", ema=ema)
     assert model.provenance["ema"] == expected
     name = "model.diffusion_model.out.2.bias"
@@ -248,7 +244,7 @@ def test_the_config_says_whether_ema_weights_are_used(
         assert not ldm.load(config, tmp_path / "raw.safetensors", ema=ema).provenance["ema"]
 
 
-def test_models_that_are_recognised_have_raw_weights():
+def test_shipped_configs_use_raw_weights():
     """No config that is chosen by the tensors asks for EMA weights."""
     for path in Path("configs").glob("s*/*.yaml"):
         assert not asks_for_ema(read_yaml(path)), path
@@ -256,13 +252,13 @@ def test_models_that_are_recognised_have_raw_weights():
 
 @pytest.mark.parametrize("entry", ["ema_state_dict", "ema"])
 def test_ema_weights_may_be_another_entry_of_the_file(tmp_path, tiny_yaml, tiny_state, entry):
-    averages = {f"module.{n}": v + 1 for n, v in tiny_state.items() if n.startswith("model.")}
-    torch.save({"state_dict": tiny_state, entry: averages}, tmp_path / "x.ckpt")
-    # The original, whose scripts `use_ema` is for, knows no such entry.
+    ema_state = {f"module.{n}": v + 1 for n, v in tiny_state.items() if n.startswith("model.")}
+    torch.save({"state_dict": tiny_state, entry: ema_state}, tmp_path / "x.ckpt")
+    # Files of the original, which `use_ema` is for, have no such entry.
     model = ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides="model.params.use_ema=true")
-    assert same(model, tiny_state)
-    expected = tiny_state | {n.removeprefix("module."): v for n, v in averages.items()}
-    assert same(ldm.load(tiny_yaml, tmp_path / "x.ckpt", ema=True), expected)
+    assert has_weights(model, tiny_state)
+    expected = tiny_state | {n.removeprefix("module."): v for n, v in ema_state.items()}
+    assert has_weights(ldm.load(tiny_yaml, tmp_path / "x.ckpt", ema=True), expected)
 
 
 @pytest.mark.parametrize(
@@ -293,8 +289,8 @@ def test_a_pruned_vocabulary_is_named(tmp_path, tiny_yaml, tiny_state):
 
 @pytest.mark.parametrize("part", ["model", "model.params.unet_config"])
 def test_an_override_that_nothing_reads_is_refused(tiny_yaml, tiny_file, part):
-    says = f"tiny.yaml: unknown override `{part}.param`, did you mean `{part}.params`"
-    with pytest.raises(ArgumentError, match=re.escape(says)) as caught:
+    message = f"tiny.yaml: unknown override `{part}.param`, did you mean `{part}.params`"
+    with pytest.raises(ArgumentError, match=re.escape(message)) as caught:
         ldm.load(tiny_yaml, tiny_file, overrides=[f"{part}.param.x=1"])
     assert caught.value.argument == "overrides"
 
@@ -304,7 +300,7 @@ def test_the_family_of_ema_weights_alone_is_recognised(tmp_path, tiny_yaml):
     model = instantiate(read_yaml(tiny_yaml, [unet]))
     state = restore_names(model.state_dict())
     rest = {name: value for name, value in state.items() if not name.startswith("model.")}
-    torch.save(rest | ema_of(state), tmp_path / "ema.ckpt")
+    torch.save(rest | make_ema(state), tmp_path / "ema.ckpt")
     overrides = [unet, "model.params.parameterization=v"]
     with pytest.warns(UserWarning, match="predicts eps, the config says v: .*Stable Diffusion 1"):
         ldm.load(tiny_yaml, tmp_path / "ema.ckpt", ema=True, overrides=overrides)
@@ -341,10 +337,9 @@ def test_one_file_of_embeddings_needs_no_list(tmp_path, tiny_yaml, tiny_state):
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2],
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 )
-def test_another_schedule_in_the_file_is_a_warning(tmp_path, tiny_yaml, tiny_state, dtype):
+def test_another_schedule_in_the_file_is_warned_of(tmp_path, tiny_yaml, tiny_state, dtype):
     state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in tiny_state.items()}
     torch.save(state, tmp_path / "x.ckpt")
     with pytest.warns(UserWarning, match="its noise schedule differs"):
@@ -420,9 +415,9 @@ def test_single_parts_load_from_their_own_and_from_whole_files(tmp_path, tiny_ya
     (tmp_path / "kl.yaml").write_text(json.dumps({"model": part}))
     own = select_prefix(tiny_state, VAE)
     torch.save({"state_dict": own | {"loss.logvar": torch.zeros(())}}, tmp_path / "kl.ckpt")
-    assert same(ldm.load(tmp_path / "kl.yaml", tmp_path / "kl.ckpt"), own)
+    assert has_weights(ldm.load(tmp_path / "kl.yaml", tmp_path / "kl.ckpt"), own)
     torch.save(tiny_state, tmp_path / "whole.ckpt")
-    assert same(ldm.load(tmp_path / "kl.yaml", tmp_path / "whole.ckpt"), own)
+    assert has_weights(ldm.load(tmp_path / "kl.yaml", tmp_path / "whole.ckpt"), own)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +447,7 @@ def test_the_x4_upscalers_autoencoder_stays_in_float32(tmp_path):
         ldm.load(ckpt=tmp_path / "x4.safetensors", variant="lcm")
 
 
-def test_what_is_not_enough_to_load_is_an_error(tiny_yaml, tiny_file):
+def test_missing_files_are_errors_that_name_their_argument(tiny_yaml, tiny_file):
     with pytest.raises(ValueError, match="no weights") as caught:
         ldm.load(tiny_yaml)
     assert caught.value.argument == "ckpt"
@@ -464,7 +459,7 @@ def test_what_is_not_enough_to_load_is_an_error(tiny_yaml, tiny_file):
     assert caught.value.argument == "config"
 
 
-def test_a_config_in_the_file_that_is_none_is_one_error(tmp_path, tiny_state):
+def test_an_invalid_config_in_the_file_is_one_error(tmp_path, tiny_state):
     write_checkpoint(tmp_path / "x.ckpt", tiny_state, {CONFIG_KEY: "model: 3"})
     with pytest.raises(ConfigError, match=r"^ldm\.config: model: `target` is missing$"):
         ldm.load(ckpt=tmp_path / "x.ckpt")
@@ -482,14 +477,14 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     other = {name: value + 1 for name, value in tiny_state.items() if name.startswith(VAE)}
     write_checkpoint(path, select_prefix(other, VAE))
     model = ldm.load(tiny_yaml, tiny_file, vae=path)
-    assert same(model, tiny_state | other)
+    assert has_weights(model, tiny_state | other)
     assert model.provenance["vae"] == {"path": str(path), "hash": compute_short_hash(path)}
     save_model(model, tmp_path / "whole.safetensors")
     again = ldm.load(tiny_yaml, tiny_file, vae=tmp_path / "whole.safetensors")
-    assert same(again, tiny_state | other)
+    assert has_weights(again, tiny_state | other)
     lean = {name: value for name, value in tiny_state.items() if name not in other}
     write_checkpoint(tmp_path / "lean.ckpt", lean)
-    assert same(ldm.load(tiny_yaml, tmp_path / "lean.ckpt", vae=path), tiny_state | other)
+    assert has_weights(ldm.load(tiny_yaml, tmp_path / "lean.ckpt", vae=path), tiny_state | other)
     write_checkpoint(path, {"encoder.down.0.block.0.conv1.weight": torch.ones(3)})
     message = r"vae.ckpt` does not fit .*tiny.safetensors`: .* 1 mism"
     with pytest.raises(ValueError, match=message) as caught:
@@ -515,7 +510,7 @@ def test_an_argument_of_another_type_is_one_line(tiny_yaml, tiny_file, name, val
     assert caught.value.argument == name
 
 
-def test_loading_neither_initialises_nor_opens_connections(tiny_yaml, tiny_file):
+def test_loading_imports_no_heavy_package_and_opens_no_connection(tiny_yaml, tiny_file):
     code = f"""
 import socket, sys
 def refuse(*arguments, **keywords): raise AssertionError("network")
@@ -530,11 +525,11 @@ print([name for name in heavy if name in sys.modules])
     assert out.stdout.strip() == "[]"
 
 
-# Families, by the shapes of full-size models; values are one number each.
+# Families, by the shapes of full-size models, whose tensors are expanded from one number.
 
 
 @cache
-def full(name):
+def make_full_size_state(name):
     """A checkpoint with the shapes of a shipped config, taking no memory."""
     raw = read_yaml(f"configs/stable-diffusion/{name}.yaml")["model"]["params"]
     unet = build_on_meta(raw.get("unet_config") or raw["unet"])
@@ -549,7 +544,7 @@ def test_families_are_recognised(family):
     others = {families.IMAGE_CONV: torch.zeros(128, family.image_channels, 3, 3)}
     if family.has_vision_tower:
         others[families.VISION_TOWER] = torch.zeros(1)
-    assert detect_family(full(family.config) | others) is family
+    assert detect_family(make_full_size_state(family.config) | others) is family
 
 
 EPS, V = torch.full((320,), 0.05), torch.linspace(-0.5, 0.5, 320)
@@ -572,7 +567,7 @@ EPS[::2] *= -1
     ],
 )
 def test_several_methods_detect_the_prediction(step, bias, metadata, kind, is_disputed):
-    state = restore_names(full("v2-inference") | {families.BIAS_NAME: bias})
+    state = restore_names(make_full_size_state("v2-inference") | {families.BIAS_NAME: bias})
     weights = identify_weights(Checkpoint(Path("x.ckpt"), "zip", state, step, metadata=metadata))
     prediction = weights.prediction_type
     assert (prediction.kind, prediction.is_disputed) == (kind, is_disputed)
@@ -582,7 +577,7 @@ def test_several_methods_detect_the_prediction(step, bias, metadata, kind, is_di
 
 
 def test_the_probe_tells_v_from_eps():
-    class Answer(torch.nn.Module):
+    class Scale(torch.nn.Module):
         def __init__(self, factor):
             super().__init__()
             self.factor = torch.nn.Parameter(torch.tensor(factor))
@@ -590,13 +585,13 @@ def test_the_probe_tells_v_from_eps():
         def forward(self, x, t, context):
             return self.factor * x
 
-    nothing = families.PredictionType(None)
-    assert probe_prediction_type(Answer(-2.0), nothing).kind == "v"
-    assert probe_prediction_type(Answer(1.0), nothing).kind == "eps"
-    assert probe_prediction_type(Answer(float("nan")), nothing).kind is None
+    unknown = families.PredictionType(None)
+    assert probe_prediction_type(Scale(-2.0), unknown).kind == "v"
+    assert probe_prediction_type(Scale(1.0), unknown).kind == "eps"
+    assert probe_prediction_type(Scale(float("nan")), unknown).kind is None
 
 
-def test_a_contradiction_between_config_and_weights_is_loud(tmp_path, tiny_yaml, tiny_state):
+def test_a_contradiction_between_config_and_weights_is_warned_of(tmp_path, tiny_yaml, tiny_state):
     write_checkpoint(tmp_path / "v.ckpt", tiny_state, {"modelspec.prediction_type": "v"})
     with pytest.warns(UserWarning, match="predicts v, the config says eps: .*marker"):
         ldm.load(tiny_yaml, tmp_path / "v.ckpt")

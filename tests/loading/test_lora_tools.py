@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lorahelp import build_tiny_model, make_random_lora, read_lora
+from lorahelp import build_tiny_model, collect_weights, make_random_lora, read_lora
 from tinyfamilies import write_family
 
 from ldm.commands.extract_lora import main as extract
@@ -30,8 +30,8 @@ SPEC = (
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Paths of tiny models by family, and of models tuned from them."""
+def folder(tmp_path_factory):
+    """A folder with tiny models, and models tuned from them."""
     folder = tmp_path_factory.mktemp("lora_tools")
     torch.manual_seed(0)
     for family in ("sd1", "xl"):
@@ -51,13 +51,13 @@ def _is_tuned(name, value):
     return name.startswith(parts) and value.is_floating_point() and value.dim() > 1
 
 
-def deltas(lora):
+def compute_deltas(lora):
     return {name: layer.compute_delta() for name, layer in lora.layers.items()}
 
 
 @pytest.mark.parametrize("family", slow_except(["sd1", "xl"], "sd1"))
-def test_a_lora_of_full_rank_makes_the_base_the_tuned_model(files, family):
-    tuned, base = files / f"{family}-tuned.safetensors", files / f"{family}.safetensors"
+def test_a_lora_of_full_rank_turns_the_base_into_the_tuned_model(folder, family):
+    tuned, base = folder / f"{family}-tuned.safetensors", folder / f"{family}.safetensors"
     result = extract_lora(tuned, base, FULL, conv_limits=FULL, clamp_quantile=1)
     assert result.retained_fraction == pytest.approx(1)
     assert all("embedding" in name or "projection" in name for name in result.other_weights)
@@ -69,8 +69,8 @@ def test_a_lora_of_full_rank_makes_the_base_the_tuned_model(files, family):
             torch.testing.assert_close(value, target[name], rtol=0, atol=2e-6)  # seen 4e-7
 
 
-def test_extraction_is_kohyas_rule(files):
-    paths = files / "sd1-tuned.safetensors", files / "sd1.safetensors"
+def test_extraction_follows_kohyas_rule(folder):
+    paths = folder / "sd1-tuned.safetensors", folder / "sd1.safetensors"
     result = extract_lora(*paths, RankLimits(rank=4))
     assert not any("resnets" in name and "conv1" in name for name in result.lora.layers)
     assert 0.1 < result.retained_fraction < 0.5
@@ -102,7 +102,7 @@ def test_extraction_is_kohyas_rule(files):
         ({"rank": 2, "ratio": 2}, 2),
     ],
 )
-def test_limits_of_the_rank(limits, count):
+def test_limits_select_the_rank(limits, count):
     assert RankLimits(**limits).count(torch.tensor([4.0, 3.0, 2.0, 1.0])) == count
 
 
@@ -139,10 +139,6 @@ def write_lycoris(path, *kinds):
     write_checkpoint(path, state)
 
 
-def weights(model):
-    return {name: value.detach() for name, value in model.named_parameters()}
-
-
 @pytest.mark.parametrize("kind", slow_except(KINDS, "full difference"))
 def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
     """At the rank that the sum has."""
@@ -161,7 +157,7 @@ def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
     theirs.load_state_dict(model.state_dict())
     load_loras(ours, [(paths[2], 1.0)])
     load_loras(theirs, files)
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=2e-6)
+    torch.testing.assert_close(collect_weights(ours), collect_weights(theirs), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", slow_except(["LoHa", "plain LoRA"], "LoHa"))
@@ -171,10 +167,10 @@ def test_a_resized_lora_is_the_nearest_of_its_rank(kind, tmp_path):
         write_lycoris(file, kind, "norm")
     else:
         write_lora(make_random_lora(model, rank=6, alpha=3), file, model)
-    whole = deltas(join_loras([(file, 1.0)], model).lora)
+    whole = compute_deltas(join_loras([(file, 1.0)], model).lora)
     small = join_loras([(file, 1.0)], model, RankLimits(rank=2))
     retained = total = ranks = 0
-    for name, delta in deltas(small.lora).items():
+    for name, delta in compute_deltas(small.lora).items():
         u, s, v = torch.linalg.svd(whole[name].flatten(1), full_matrices=False)
         torch.testing.assert_close(delta.flatten(1), u[:, :2] * s[:2] @ v[:2], rtol=0, atol=1e-5)
         retained, total = retained + s[:2].square().sum(), total + s.square().sum()
@@ -194,7 +190,7 @@ def test_a_resized_lora_is_the_nearest_of_its_rank(kind, tmp_path):
         {"diff": (64, 64, 3, 3), "dora_scale": (64, 1, 1, 1)},
     ],
 )
-def test_what_scales_or_turns_weights_is_not_joined(tensors, tmp_path):
+def test_a_lora_that_scales_or_rotates_weights_is_not_joined(tensors, tmp_path):
     file = tmp_path / "x.safetensors"
     write_checkpoint(file, {f"{CONV}.{role}": torch.ones(shape) for role, shape in tensors.items()})
     with pytest.raises(LdmError, match="scales or rotates weights .* which a LoRA cannot do"):
@@ -213,7 +209,7 @@ def test_textual_inversions_stay_in_a_joined_file(tmp_path):
     assert torch.equal(model.conditioner.text.added_embeddings["cat"], torch.ones(2, 24))
 
 
-def test_joined_loras_do_what_all_do(tmp_path):
+def test_joined_loras_have_the_sum_of_their_deltas(tmp_path):
     model = build_tiny_model("sd1")
     loras = [make_random_lora(model, rank=rank, seed=rank, alpha=1) for rank in (2, 3)]
     paths = [tmp_path / f"{number}.safetensors" for number in (0, 1)]
@@ -221,30 +217,30 @@ def test_joined_loras_do_what_all_do(tmp_path):
         write_lora(lora, path, model)
     joined = join_loras(zip(paths, (0.8, "-0.5:2"), strict=True), model)
     assert {layer.rank for layer in joined.lora.layers.values()} == {5}
-    first, second = map(deltas, loras)
-    for name, delta in deltas(joined.lora).items():
+    first, second = map(compute_deltas, loras)
+    for name, delta in compute_deltas(joined.lora).items():
         weight = 2 if name.startswith("lora_unet_") else -0.5
         torch.testing.assert_close(
             delta, 0.8 * first[name] + weight * second[name], rtol=0, atol=1e-6
         )
 
 
-def test_the_commands_write_files_that_name_their_sources(files, tmp_path, capsys):
-    tuned, base = (str(files / f"sd1{end}.safetensors") for end in ("-tuned", ""))
+def test_the_commands_write_files_that_name_their_sources(folder, tmp_path, capsys):
+    tuned, base = (str(folder / f"sd1{end}.safetensors") for end in ("-tuned", ""))
     style, joined = str(tmp_path / "style.safetensors"), str(tmp_path / "joined.safetensors")
     assert extract([tuned, base, style, "--rank", "8", "--conv-rank", "2"]) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{style}\n"
     assert "95 layers, " in printed.err
     assert "2 other weights differ, not in the LoRA: conditioner.text" in printed.err
-    words = [f"{style}:0.5", style, joined, "--keep-squares", "0.8", "--model", base]
-    assert merge(words) == 0
+    arguments = [f"{style}:0.5", style, joined, "--keep-squares", "0.8", "--model", base]
+    assert merge(arguments) == 0
     assert "of the squares" in capsys.readouterr().err
     metadata = read_checkpoint(joined).metadata
     assert {f"modelspec.{name}" for name in SPEC} <= metadata.keys()
     assert metadata["modelspec.merged_from"] == "style.safetensors, style.safetensors"
     assert metadata["ss_network_dim"] == "Dynamic"
-    assert merge(words) == 1
+    assert merge(arguments) == 1
     assert "exists" in capsys.readouterr().err
     for flag, value in (("--rank", "0"), ("--keep-sum", "2"), ("--ratio", "0.5")):
         assert merge([style, f"{joined}.safetensors", flag, value]) == 1
@@ -260,8 +256,8 @@ def test_the_family_of_a_file_is_recognised(tmp_path):
     assert list(read_lora(tmp_path / "x.safetensors", model).layers) == [name]
 
 
-def test_models_of_two_families_are_refused(files):
+def test_models_of_two_families_are_refused(folder):
     with pytest.raises(LdmError, match="sd1.safetensors` does not fit .*xl.safetensors`"):
-        extract_lora(files / "sd1.safetensors", files / "xl.safetensors", FULL)
+        extract_lora(folder / "sd1.safetensors", folder / "xl.safetensors", FULL)
     with pytest.raises(LdmError, match="no layer of .* differs"):
-        extract_lora(files / "sd1.safetensors", files / "sd1.safetensors", FULL)
+        extract_lora(folder / "sd1.safetensors", folder / "sd1.safetensors", FULL)

@@ -6,6 +6,7 @@ from lorahelp import (
     are_equal,
     build_diffusers_pipeline,
     build_tiny_model,
+    collect_weights,
     compute_diffusers_outputs,
     compute_outputs,
     make_random_lora,
@@ -31,10 +32,6 @@ def file(tmp_path):
     return tmp_path / "x.safetensors"
 
 
-def collect_weights(model):
-    return {name: value.clone() for name, value in model.named_parameters()}
-
-
 @pytest.mark.parametrize(
     ("text", "weight", "written"),
     [
@@ -48,7 +45,7 @@ def collect_weights(model):
         ("0.7:IN04=1,M00=0", LoRAWeight(0.7, 0.7, None, "IN04=1,M00=0"), "0.7:lbw=IN04=1,M00=0"),
     ],
 )
-def test_weights_are_read_as_people_write_them(text, weight, written):
+def test_weights_are_parsed_in_every_form(text, weight, written):
     assert LoRAWeight.parse(text) == weight
     assert weight.to_json() == written
     assert LoRAWeight.parse(written) == weight
@@ -77,7 +74,7 @@ def test_a_colon_may_be_part_of_the_name():
     assert split_weight("a:b.safetensors") == ("a:b.safetensors", "")
 
 
-def test_each_tower_and_block_gets_its_own_number(file):
+def test_each_tower_and_block_gets_its_own_weight(file):
     model = build_tiny_model()
     base, lora = collect_weights(model), read_lora(file, model)
     layers = {id(layer.target.layer): layer for layer in lora.layers.values()
@@ -100,7 +97,7 @@ def test_each_tower_and_block_gets_its_own_number(file):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_computes_the_same_with_a_number_for_each_part(tmp_path):
+def test_diffusers_computes_the_same_with_a_weight_for_each_block(tmp_path):
     pytest.importorskip("peft")
     model, file = build_tiny_model(), tmp_path / "x.safetensors"
     layers = {name: layer for name, layer in make_random_lora(model).layers.items()
@@ -117,7 +114,7 @@ def test_diffusers_computes_the_same_with_a_number_for_each_part(tmp_path):
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)
 
 
-def test_a_rank_is_cut_from_plain_loras_alone(file, tmp_path):
+def test_only_the_rank_of_plain_loras_can_be_cut(file, tmp_path):
     model, name = build_tiny_model(), "lora_unet_conv_in"
     layer = read_lora(file, model)[name]
     up, down = layer.lora_up.weight[:, :1].flatten(1), layer.lora_down.weight[:1].flatten(1)
@@ -130,7 +127,7 @@ def test_a_rank_is_cut_from_plain_loras_alone(file, tmp_path):
 
 
 @pytest.mark.parametrize("blocks", ["1,0", "IN99=1", "IN01=x,M00=1"])
-def test_blocks_that_the_model_does_not_have_are_one_line(file, blocks):
+def test_unknown_blocks_are_refused_in_one_line(file, blocks):
     with pytest.raises(ValueError, match="block") as error:
         load_loras(build_tiny_model(), [(file, f"1:lbw={blocks}")])
     assert "\n" not in str(error.value)
@@ -213,15 +210,16 @@ PAIRS = [("DoRA", "OFT"), ("OFT", "BOFT"), ("BOFT", "DoRA")]
 def test_two_files_that_rotate_a_weight_are_applied_in_order_with_a_warning(
     kinds, file, tmp_path, caplog
 ):
-    """After what is added to it, wherever that stands."""
+    """After LoRAs that add to it, wherever they are listed."""
     paths = [write_rotation(tmp_path / f"{n}.safetensors", kind, n) for n, kind in enumerate(kinds)]
     results = []
     for first, second in (paths, paths[::-1]):
         caplog.clear()
         model = build_tiny_model()
         load_loras(model, [(first, 1.0), (file, 0.5), (second, 0.7)])
-        said = f"`{first.name}`, `{second.name}` scale or rotate the same weights: they are applied"
-        assert [r.getMessage().startswith(said) for r in caplog.records] == [True]
+        names = f"`{first.name}`, `{second.name}`"
+        message = f"{names} scale or rotate the same weights: they are applied"
+        assert [r.getMessage().startswith(message) for r in caplog.records] == [True]
         expected = build_tiny_model()
         for one in [(file, 0.5), (first, 1.0), (second, 0.7)]:
             load_loras(expected, [one])
@@ -232,7 +230,7 @@ def test_two_files_that_rotate_a_weight_are_applied_in_order_with_a_warning(
     assert (results[0][name] - results[1][name]).abs().max() > 0.01
 
 
-def test_set_loras_follows_a_model_that_was_converted(file):
+def test_set_loras_works_after_the_model_was_cast(file):
     model = build_tiny_model()
     ldm.set_loras(model, [(file, 1.0)])
     model.half()

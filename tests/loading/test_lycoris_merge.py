@@ -49,10 +49,7 @@ def boft(rows, columns, *kernel):
     """As many blocks and stages as its butterfly needs for so many rows."""
     size, count = importlib.import_module("lycoris.modules.boft").butterfly_factor(rows, 4)
     stages = (count - 1).bit_count() + 1
-    return {
-        "oft_blocks": (stages, count, size, size),
-        "rescale": (rows, *[1] * (1 + len(kernel))),
-    }
+    return {"oft_blocks": (stages, count, size, size), "rescale": (rows, *[1] * (1 + len(kernel)))}
 
 
 def full(rows, columns, *kernel):
@@ -78,7 +75,7 @@ class Network:
         return self.layers.items()
 
 
-def networks_of(folder, towers):
+def load_diffusers_networks(folder, towers):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers
@@ -90,25 +87,25 @@ def networks_of(folder, towers):
     return networks
 
 
-def layer_of(networks, name):
+def get_layer(networks, name):
     """Version 5 of transformers has one level less."""
     component, _, path = name.partition(".")
     is_flat = not hasattr(networks[component], "text_model")
     return networks[component].get_submodule(path.removeprefix("text_model." if is_flat else ""))
 
 
-def random_file(path, layers, choices):
-    """Layer n has a kind by turns; norms have differences."""
+def write_random_file(path, layers, kinds):
+    """Layers get the kinds in turn; norms get differences."""
     torch.manual_seed(0)
-    state, kinds = {}, {}
+    state, layer_kinds = {}, {}
     matrices_first = sorted(layers.items(), key=lambda item: item[1].weight.dim() == 1)
     for number, (name, layer) in enumerate(matrices_first):
-        kind = norm if layer.weight.dim() == 1 else choices[number % len(choices)]
-        if layer.weight.shape[1:2] == (4,) or len(layer.weight) == 4:  # of latents
+        kind = norm if layer.weight.dim() == 1 else kinds[number % len(kinds)]
+        if layer.weight.shape[1:2] == (4,) or len(layer.weight) == 4:  # reads or makes latents
             kind = full
         if kind is boft and len(layer.weight).bit_count() > 1:  # no butterfly
             kind = oft
-        kinds[name] = kind
+        layer_kinds[name] = kind
         for role, size in kind(*layer.weight.shape).items():
             state[f"{name}.{role}"] = torch.randn(size) / 4
         if kind in ALPHAS:
@@ -116,7 +113,7 @@ def random_file(path, layers, choices):
         if kind is ia3:
             state[f"{name}.on_input"] = torch.tensor(False)
     write_checkpoint(path, state)
-    return state, kinds
+    return state, layer_kinds
 
 
 def merge_theirs(layers, towers, state, strength):
@@ -147,16 +144,16 @@ def test_convert_merges_all_kinds_into_unet_and_towers_as_lycoris_does(
 ):
     """At most 1.2e-7 apart. What its merge does otherwise is left out: it scales LoHa twice (here
     alpha is the rank); strengths go into DoRA's length alone, and into each stage of BOFT."""
-    choices = [kind for kind in KINDS if kind not in (dora, boft) or strength == 1]
+    kinds = [kind for kind in KINDS if kind not in (dora, boft) or strength == 1]
     base, file = tmp_path / "base.safetensors", tmp_path / "x.safetensors"
     write_family(family, base)
     assert convert([str(base), str(tmp_path / "theirs")]) == 0
-    networks = networks_of(tmp_path / "theirs", towers.values())
+    networks = load_diffusers_networks(tmp_path / "theirs", towers.values())
     targets = list_lycoris_targets(build_model_of_lora(file, base))
     names = {layer.kohya: layer.diffusers for layer in targets}
-    layers = {kohya: layer_of(networks, name) for kohya, name in names.items()}
+    layers = {kohya: get_layer(networks, name) for kohya, name in names.items()}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    state, kinds = random_file(file, layers, choices)
+    state, layer_kinds = write_random_file(file, layers, kinds)
     assert convert([str(base), str(tmp_path / "ours"), "--lora", f"{file}:{strength}"]) == 0
     merge_theirs(layers, towers, state, strength)
     merged = {}
@@ -166,6 +163,9 @@ def test_convert_merges_all_kinds_into_unet_and_towers_as_lycoris_does(
     for name, layer in layers.items():
         ours, theirs = merged[f"{names[name]}.weight"], layer.weight.detach()
         assert (theirs - before[name]).abs().max() > 1e-3, name
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=f"{kinds[name]}: {name}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-5, atol=1e-5, msg=f"{layer_kinds[name]}: {name}"
+        )
     for part in ("lora_unet_", "lora_te"):
-        assert {kinds[name] for name in layers if name.startswith(part)} == {*choices, norm}
+        merged_kinds = {layer_kinds[name] for name in layers if name.startswith(part)}
+        assert merged_kinds == {*kinds, norm}

@@ -26,17 +26,17 @@ def folder(tmp_path_factory):
     for name, family, seed in (("b", "sd1", 1), ("c", "sd1", 2), ("xl-b", "xl", 3)):
         file = read_checkpoint(folder / f"{family}.safetensors")
         torch.manual_seed(seed)
-        state = {n: _change(v) if v.dim() else v for n, v in file.state.items()}
-        about = {"modelspec.license": "MIT", "modelspec.title": name}
-        write_checkpoint(folder / f"{name}.safetensors", state, {**file.metadata, **about})
+        state = {n: _add_noise(v) if v.dim() else v for n, v in file.state.items()}
+        spec = {"modelspec.license": "MIT", "modelspec.title": name}
+        write_checkpoint(folder / f"{name}.safetensors", state, {**file.metadata, **spec})
     return folder
 
 
-def _change(value):
+def _add_noise(value):
     return value + 0.1 * torch.randn(value.shape) if value.is_floating_point() else value + 1
 
 
-def state_of(folder, name):
+def read_state(folder, name):
     return read_checkpoint(folder / f"{name}.safetensors").state
 
 
@@ -50,7 +50,7 @@ def merge(folder, target, a, b, c=None, **options):
     ("a", "b"), [("sd1", "b"), pytest.param("xl", "xl-b", marks=pytest.mark.slow)]
 )
 def test_unet_and_text_encoders_are_merged_and_other_weights_stay(folder, a, b, tmp_path):
-    ours, theirs = state_of(folder, a), state_of(folder, b)
+    ours, theirs = read_state(folder, a), read_state(folder, b)
     file = merge(folder, tmp_path / "x.safetensors", a, b, weight=0.3)
     assert file.state.keys() == ours.keys()
     for name, value in file.state.items():
@@ -61,8 +61,8 @@ def test_unet_and_text_encoders_are_merged_and_other_weights_stay(folder, a, b, 
         assert torch.equal(value, expected), name
 
 
-def test_an_inpainting_model_plus_a_difference_keeps_its_further_channels(folder, tmp_path):
-    a, b, c = (state_of(folder, name) for name in ("sd1-inpainting", "b", "c"))
+def test_an_inpainting_model_plus_a_difference_keeps_its_additional_channels(folder, tmp_path):
+    a, b, c = (read_state(folder, name) for name in ("sd1-inpainting", "b", "c"))
     options = {"weight": 0.8, "merge_vae": True, "dtype": torch.float16}
     file = merge(folder, tmp_path / "x.ckpt", "sd1-inpainting", "b", "c", **options)
     first = file.state[FIRST]
@@ -73,14 +73,14 @@ def test_an_inpainting_model_plus_a_difference_keeps_its_further_channels(folder
     assert torch.equal(file.state["alphas_cumprod"], a["alphas_cumprod"].half())
 
 
-def test_a_difference_of_models_with_other_channels_leaves_these(folder, tmp_path):
-    a, c = (state_of(folder, name)[FIRST] for name in ("sd1-inpainting", "c"))
+def test_channels_that_the_subtracted_model_does_not_have_stay(folder, tmp_path):
+    a, c = (read_state(folder, name)[FIRST] for name in ("sd1-inpainting", "c"))
     file = merge(folder, tmp_path / "x.ckpt", "sd1-inpainting", "sd1-inpainting", "c")
     assert torch.equal(file.state[FIRST], torch.cat([a[:, :4] + (a[:, :4] - c), a[:, 4:]], 1))
 
 
-def test_each_block_has_its_number(folder, tmp_path):
-    ours, theirs = state_of(folder, "sd1"), state_of(folder, "b")
+def test_each_block_has_its_own_weight(folder, tmp_path):
+    ours, theirs = read_state(folder, "sd1"), read_state(folder, "b")
     weights = "BASE=0,IN00=0,M00=1,OUT00=0.25"
     file = merge(folder, tmp_path / "x.safetensors", "sd1", "b", block_weights=weights)
     expected = {
@@ -97,9 +97,9 @@ def test_each_block_has_its_number(folder, tmp_path):
 
 def test_ema_weights_are_merged_if_asked_else_left_out(folder, tmp_path):
     file = read_checkpoint(folder / "sd1.safetensors")
-    ema = {to_ema_name(n): v + 1 for n, v in file.state.items() if n.startswith(UNET)}
+    ema_state = {to_ema_name(n): v + 1 for n, v in file.state.items() if n.startswith(UNET)}
     path, other = tmp_path / "a.safetensors", folder / "b.safetensors"
-    write_checkpoint(path, file.state | ema, file.metadata)
+    write_checkpoint(path, file.state | ema_state, file.metadata)
     name, theirs = f"{UNET}out.2.weight", read_checkpoint(other).state
     for ema, change in ((False, 0), (True, 1)):
         merged = read_checkpoint(

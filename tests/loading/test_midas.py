@@ -23,19 +23,19 @@ def files(tmp_path):
     return tmp_path
 
 
-def network(factor=1.0):
-    """As MiDaS publishes it."""
+def make_midas_state(factor=1.0):
+    """The depth network's weights, as MiDaS publishes them."""
     state, _ = make_content("depth")
     return {k.removeprefix(PREFIX): v * factor for k, v in state.items() if k.startswith(PREFIX)}
 
 
 def check_network(path, factor=1.0, **options):
     model = ldm.load(path, **options).conditioner.depth.model
-    torch.testing.assert_close(dict(model.state_dict()), network(factor), rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.state_dict()), make_midas_state(factor), rtol=0, atol=0)
 
 
 def test_the_network_is_found_beside_the_checkpoint(files):
-    torch.save(network(), files / FILE)
+    torch.save(make_midas_state(), files / FILE)
     check_network(files / "lean.safetensors")
 
 
@@ -45,7 +45,7 @@ def test_the_network_is_found_beside_the_checkpoint(files):
     ids=["zip", "legacy"],
 )
 def test_a_given_file_comes_before_the_checkpoint(files, old, wrapped, name):
-    path, content = files / "other.pt", network(2.0)
+    path, content = files / "other.pt", make_midas_state(2.0)
     content = {"optimizer": {}, "model": content} if wrapped else content
     torch.save(content, path, _use_new_zipfile_serialization=not old)
     check_network(files / f"{name}.safetensors", 2.0, midas=path)
@@ -77,8 +77,8 @@ LAYER = "scratch.layer1_rn.weight"
         ("pretrained.*|scratch.*", {"x": torch.zeros(3)}, "is not a file of MiDaS"),
     ],
 )
-def test_files_of_something_else_are_refused(files, names, change, message):
-    content = {k: v for k, v in network().items() if not re.fullmatch(names, k)} | change
+def test_files_of_other_networks_are_refused(files, names, change, message):
+    content = {k: v for k, v in make_midas_state().items() if not re.fullmatch(names, k)} | change
     torch.save(content, files / "x.pt")
     with pytest.raises(ValueError, match=message):
         ldm.load(files / "lean.safetensors", midas=files / "x.pt")

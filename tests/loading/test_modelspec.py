@@ -17,13 +17,13 @@ from ldm.loading.modelspec import filter_metadata
 AUTHOR = {"modelspec.title": "Barns", "modelspec.author": "Ann", "modelspec.license": "CC0-1.0"}
 
 
-def spec_of(path):
+def read_spec(path):
     metadata = read_checkpoint(path).metadata
     prefix = "modelspec."
     return {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
 
 
-def hash_of_tensors(path):
+def compute_hash_of_tensors(path):
     content = path.read_bytes()
     return "0x" + hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
@@ -40,9 +40,9 @@ def model_file(tmp_path_factory):
 
 def test_a_conversion_keeps_the_authors_metadata_and_computes_a_new_hash(model_file, tmp_path):
     path = convert(plan_conversion(model_file, tmp_path / "half.safetensors", dtype=torch.float16))
-    spec = spec_of(path)
+    spec = read_spec(path)
     assert (spec["title"], spec["author"], spec["license"]) == ("Barns", "Ann", "CC0-1.0")
-    assert spec["hash_sha256"] == hash_of_tensors(path)
+    assert spec["hash_sha256"] == compute_hash_of_tensors(path)
     assert spec["prediction_type"] == "v"
     assert spec["resolution"] == "32x32"
     assert spec["sai_model_spec"] == "1.0.1"
@@ -67,15 +67,15 @@ def test_changed_weights_keep_the_licence_only():
         ),
     ],
 )
-def test_loras_and_embeddings_name_what_they_are_for(kind, base, implementation, tmp_path):
+def test_loras_and_embeddings_name_their_base_model(kind, base, implementation, tmp_path):
     model = build_tiny_model(kind)
     model.unet.context_dim = {"sd1": 768, "sdxl": 2048}[kind]
     write_lora(make_random_lora(model), tmp_path / "style.safetensors", model)
-    spec = spec_of(tmp_path / "style.safetensors")
+    spec = read_spec(tmp_path / "style.safetensors")
     assert (spec["title"], spec["architecture"]) == ("style", f"{base}/lora")
     assert spec["implementation"] == implementation
-    assert spec["hash_sha256"] == hash_of_tensors(tmp_path / "style.safetensors")
+    assert spec["hash_sha256"] == compute_hash_of_tensors(tmp_path / "style.safetensors")
     write_embeddings(tmp_path / "cat.safetensors", {"<cat>": torch.ones(1, 8)}, model=model)
-    spec = spec_of(tmp_path / "cat.safetensors")
+    spec = read_spec(tmp_path / "cat.safetensors")
     assert spec["architecture"] == f"{base}/textual-inversion"
     assert spec["trigger_phrase"] == "<cat>"

@@ -33,8 +33,8 @@ def test_hostile_files_are_refused_and_nothing_runs(tmp_path):
     assert not {"antigravity", "pdb", "webbrowser"} & (set(sys.modules) - before)
 
 
-def test_the_payloads_are_live(tmp_path):
-    """So that their refusal means something: an ordinary unpickler runs them."""
+def test_an_ordinary_unpickler_runs_the_payloads(tmp_path):
+    """Otherwise their refusal would prove nothing."""
     marker = tmp_path / "marker"
     for name in ("os.system", "builtins.eval", "builtins.exec", "subprocess.getoutput"):
         pickle.loads(payloads.make_pickle(payloads.make_calls(marker)[name]))
@@ -49,14 +49,14 @@ def test_imports_are_listed_for_every_opcode(tmp_path, name):
     assert "os.system" in list_foreign_imports(path, "zip")
 
 
-def test_stand_ins_keep_nothing():
+def test_stand_ins_keep_no_state():
     stand_in = next(cls for cls, name in pickles.STAND_INS if name == "numpy.dtype")
     instance = stand_in("f8", False, True)
     instance.__setstate__({"x": 1})
     assert vars(instance) == {}
 
 
-# What is left of old trainers in published files.
+# Objects of old trainers in published files.
 
 
 class Foreign:
@@ -70,7 +70,7 @@ class Foreign:
 
 
 @pytest.fixture
-def pretend(monkeypatch):
+def make_global(monkeypatch):
     """Makes an object `module.name` that pickles under that name."""
 
     def make(module, name):
@@ -89,7 +89,7 @@ def pretend(monkeypatch):
     return make
 
 
-def lightning(state, callback, score):
+def make_checkpoint(state, callback, score):
     return {
         "epoch": 3,
         "global_step": 470000,
@@ -105,11 +105,11 @@ STATE = {"model.a.weight": torch.arange(6.0).view(2, 3), "model.a.bias": torch.o
 
 
 @pytest.mark.parametrize(
-    ("home", "old"), [("pytorch_lightning", True), ("lightning.pytorch", False)]
+    ("package", "old"), [("pytorch_lightning", True), ("lightning.pytorch", False)]
 )
-def test_lightning_files_load_without_lightning(tmp_path, pretend, home, old):
-    path, module = tmp_path / "last.ckpt", f"{home}.callbacks.model_checkpoint"
-    content = lightning(STATE, pretend(module, "ModelCheckpoint"), np.float64(0.5))
+def test_lightning_files_load_without_lightning(tmp_path, make_global, package, old):
+    path, module = tmp_path / "last.ckpt", f"{package}.callbacks.model_checkpoint"
+    content = make_checkpoint(STATE, make_global(module, "ModelCheckpoint"), np.float64(0.5))
     torch.save(content, path, _use_new_zipfile_serialization=not old)
     sys.modules.pop(module)
     file = read_checkpoint(path)
@@ -119,8 +119,8 @@ def test_lightning_files_load_without_lightning(tmp_path, pretend, home, old):
     assert "callbacks" in file.extras
 
 
-def test_other_objects_of_old_trainers_are_skipped(tmp_path, pretend):
-    stopping = pretend("pytorch_lightning.callbacks.early_stopping", "EarlyStopping")
+def test_other_objects_of_old_trainers_are_skipped(tmp_path, make_global):
+    stopping = make_global("pytorch_lightning.callbacks.early_stopping", "EarlyStopping")
     content = {
         "state_dict": STATE,
         "callbacks": {stopping: {}},
@@ -128,7 +128,7 @@ def test_other_objects_of_old_trainers_are_skipped(tmp_path, pretend):
         "config": OmegaConf.create({"lr": 1e-4, "sizes": [1, "x", None], "copy": "${lr}"}),
     }
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        content[module] = Foreign(pretend(module, "scalar"), np.dtype("f8"), b"12345678")
+        content[module] = Foreign(make_global(module, "scalar"), np.dtype("f8"), b"12345678")
     torch.save(content, tmp_path / "x.ckpt")
     assert set(read_checkpoint(tmp_path / "x.ckpt").state) == set(STATE)
     assert list_foreign_imports(tmp_path / "x.ckpt", "zip") == []
@@ -142,7 +142,7 @@ def test_parameters_and_nested_tensors_load(tmp_path):
     assert not state["768.0.w"].requires_grad
 
 
-def test_an_older_torch_is_refused_not_trusted(tmp_path, monkeypatch):
+def test_an_older_torch_is_refused(tmp_path, monkeypatch):
     torch.save(STATE, tmp_path / "x.ckpt")
     monkeypatch.setattr(torch, "__version__", "2.5.1")
     with pytest.raises(ValueError, match=r"needs torch 2\.10"):

@@ -123,7 +123,7 @@ def test_training_parameters_are_skipped():
 
 
 @pytest.mark.parametrize(
-    ("key", "change", "error", "says"),
+    ("key", "change", "error", "message"),
     [
         ("scale", 1.0, UnknownName, "did you mean `scale_factor`"),
         ("network_wrapper", "sgm.x.IdentityWrapper", ConfigError, "network_wrapper"),
@@ -133,10 +133,10 @@ def test_training_parameters_are_skipped():
          "needs one `input_key`"),
     ],
 )  # fmt: skip
-def test_unsupported_configs_are_errors(key, change, error, says):
+def test_unsupported_configs_are_errors(key, change, error, message):
     raw = tinyfamilies.make_small_config("xl")
     raw["model"]["params"][key] = change
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         build(raw)
 
 
@@ -158,7 +158,7 @@ def test_discretizations_become_tables(denoiser, discretization, name, length, l
     assert sigmas[-1] == pytest.approx(last, rel=1e-5)
 
 
-def test_the_denoiser_is_built_as_the_config_says(tmp_path):
+def test_the_denoiser_is_built_as_the_config_says():
     raw = tinyfamilies.make_small_config("xl")
     params = raw["model"]["params"]["denoiser_config"]["params"]
     params |= {"flip": False, "do_append_zero": True}
@@ -172,7 +172,7 @@ def test_the_denoiser_is_built_as_the_config_says(tmp_path):
     assert table[-1] == 0
 
 
-def checkpoint(full, name, **others):
+def make_checkpoint(full, name, **others):
     """A file with the shapes of a full-size UNet, taking no memory, and other tensors."""
     state = {
         f"unet.{key}": torch.zeros(1).expand(value.shape)
@@ -200,7 +200,7 @@ COSXL = {"edm_vpred.sigma_max": torch.tensor(90.0)}
     ],
 )
 def test_families_are_recognised(full, config, markers, chosen):
-    weights = identify_weights(checkpoint(full, config, **markers))
+    weights = identify_weights(make_checkpoint(full, config, **markers))
     source, raw = read_config(weights)
     assert Path(source).stem == chosen
     model = translate_config(raw)["params"]
@@ -223,7 +223,7 @@ def test_families_are_recognised(full, config, markers, chosen):
 )
 def test_markers_determine_the_denoiser_of_all_families(full, config, markers, zero_snr):
     """A conversion writes the config, so that it has to have it, too."""
-    file = checkpoint(full, config, **markers)
+    file = make_checkpoint(full, config, **markers)
     weights = identify_weights(file)
     raw = read_config(weights)[1]
     assert yaml.safe_load(find_config_text(file, None)) == raw
@@ -234,16 +234,16 @@ def test_markers_determine_the_denoiser_of_all_families(full, config, markers, z
     assert zero_snr is not None or schedule["sigma_max"] == 90
 
 
-@pytest.mark.parametrize(("channels", "says"), [(8, "InstructPix2Pix"), (4, "KOALA")])
-def test_models_that_are_not_supported_are_refused_by_name(full, channels, says):
-    file = checkpoint(full, "sd_xl_base")
+@pytest.mark.parametrize(("channels", "name"), [(8, "InstructPix2Pix"), (4, "KOALA")])
+def test_models_that_are_not_supported_are_refused_by_name(full, channels, name):
+    file = make_checkpoint(full, "sd_xl_base")
     first = "model.diffusion_model.input_blocks.0.0.weight"
     if channels == 8:
         file.state[first] = torch.zeros(1).expand(320, 8, 3, 3)
     else:
-        for name in [n for n in file.state if ".transformer_blocks.9." in n]:
-            del file.state[name]
-    with pytest.raises(MissingArgument, match=says):
+        for key in [key for key in file.state if ".transformer_blocks.9." in key]:
+            del file.state[key]
+    with pytest.raises(MissingArgument, match=name):
         read_config(identify_weights(file))
 
 
@@ -302,19 +302,19 @@ def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "says"),
+    ("prefix", "message"),
     [
         ("conditioner.embedders.1.", r"no second text encoder \(`conditioner.embedders.1.`\)"),
         ("conditioner.", r"no text encoder \(`conditioner.embedders.0.`\) and no second text"),
         ("first_stage_model.", r"no autoencoder \(`first_stage_model.`\): pass one \(`vae`\)"),
     ],
 )
-def test_a_missing_part_is_an_error_of_one_line(full, prefix, says):
+def test_a_missing_component_is_an_error_of_one_line(full, prefix, message):
     model = full("sd_xl_base")
     state = {name: torch.zeros(()).expand(v.shape) for name, v in model.state_dict().items()}
     original = restore_names(state)
     weights = rename_weights({n: v for n, v in original.items() if not n.startswith(prefix)})
-    with pytest.raises(WeightsMismatch, match=says):
+    with pytest.raises(WeightsMismatch, match=message):
         match_weights(model, weights, "x.safetensors")
 
 
@@ -327,13 +327,13 @@ def test_a_transposed_projection_is_reported():
     assert has_transposed_projection(state)
 
 
-def write_as_playground(model, state):
+def rename_as_playground(model, state):
     name = "conditioner.embedders.1.model.text_projection"
     return {n: v for n, v in state.items() if n != name} | {f"{name}.weight": state[name].T}
 
 
-def write_as_merged(model, state):
-    """As merges have it: a table in float16, float positions, no logit_scale, old averages."""
+def rename_as_merged(model, state):
+    """As in merged models: sigmas in float16, float position ids, no logit_scale, EMA left over."""
     prefix = "conditioner.embedders."
     positions = "transformer.text_model.embeddings.position_ids"
     return {n: v for n, v in state.items() if not n.endswith("logit_scale")} | {
@@ -346,12 +346,12 @@ def write_as_merged(model, state):
 
 @SLOW  # beside the spellings of test_load
 @pytest.mark.parametrize(
-    "write", [tinyfamilies.convert_to_pipeline_state, write_as_playground, write_as_merged]
+    "rename", [tinyfamilies.convert_to_pipeline_state, rename_as_playground, rename_as_merged]
 )
-def test_files_of_other_programs_are_read(tmp_path, tiny, write):
+def test_files_of_other_programs_are_read(tmp_path, tiny, rename):
     file, model = read_checkpoint(tiny), ldm.load(tiny)
     path = tmp_path / "other.safetensors"
-    state = {name: value.contiguous() for name, value in write(model, file.state).items()}
+    state = {name: value.contiguous() for name, value in rename(model, file.state).items()}
     write_checkpoint(path, state, {"ldm.config": file.metadata["ldm.config"]})
     loaded, state = ldm.load(path).state_dict(), model.state_dict()
     differing = {name for name in state if not torch.equal(state[name], loaded[name])}
@@ -360,7 +360,7 @@ def test_files_of_other_programs_are_read(tmp_path, tiny, write):
 
 def test_a_distilled_unet_is_recognised(full):
     name = "model.diffusion_model.time_embedding.cond_proj.weight"
-    weights = identify_weights(checkpoint(full, "sd_xl_base", **{name: torch.zeros(320, 256)}))
+    weights = identify_weights(make_checkpoint(full, "sd_xl_base", **{name: torch.zeros(320, 256)}))
     assert find_variant(weights).name == "lcm-full"
     unet = translate_config(read_config(weights)[1])["params"]["unet"]
     assert unet["params"]["time_cond_proj_dim"] == 256

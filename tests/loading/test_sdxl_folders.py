@@ -1,10 +1,11 @@
-"""Diffusers folders of SDXL: configs, variants and shards; test_diffusers_pictures has images."""
+"""Diffusers folders of SDXL: configs, variants and shards; test_diffusers_images has images."""
 
 import json
 import shutil
 
 import pytest
 import torch
+from tinyfamilies import change_json
 
 import ldm
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
@@ -22,13 +23,9 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-def change_json(path, **changes):
-    path.write_text(json.dumps(read_json(path) | changes))
-
-
 @pytest.fixture
 def folder(convert_family, tmp_path):
-    """A folder as others publish it: without the tensors that diffusers has no place for."""
+    """A folder as others publish it: without the tensors that diffusers does not have."""
     path = tmp_path / "folder"
     shutil.copytree(convert_family("xl")[2], path)
     (path / EXTRA_WEIGHTS).unlink()
@@ -74,7 +71,7 @@ def test_configs_of_a_folder_are_read(folder):
         ({"timestep_spacing": "trailing", "steps_offset": 0}, "trailing", False),
     ],
 )
-def test_spacings_of_a_scheduler_are_taken_over_or_named(
+def test_spacings_of_a_scheduler_are_used_or_reported_as_ignored(
     folder, caplog, options, scheduler, is_warned
 ):
     change_json(folder / "scheduler/scheduler_config.json", **options)
@@ -82,7 +79,7 @@ def test_spacings_of_a_scheduler_are_taken_over_or_named(
     assert ("`steps_offset` is ignored" in caplog.text) == is_warned
 
 
-def test_noise_levels_that_diffusers_has_no_name_for_come_back(convert_family, tmp_path):
+def test_noise_levels_without_a_name_in_diffusers_survive_the_round_trip(convert_family, tmp_path):
     file = read_checkpoint(convert_family("xl")[0])
     raw = parse_yaml(file.metadata["ldm.config"])
     denoiser = raw["model"]["params"]["denoiser_config"]["params"]
@@ -91,8 +88,8 @@ def test_noise_levels_that_diffusers_has_no_name_for_come_back(convert_family, t
     source = tmp_path / "edm.safetensors"
     write_checkpoint(source, file.state, {"ldm.config": format_yaml(raw)})
     folder = convert(plan_conversion(source, tmp_path / "edm"))
-    for place in (folder, convert(plan_conversion(folder, tmp_path / "back.safetensors"))):
-        assert torch.equal(ldm.load(place).schedule.sigmas, ldm.load(source).schedule.sigmas)
+    for path in (folder, convert(plan_conversion(folder, tmp_path / "back.safetensors"))):
+        assert torch.equal(ldm.load(path).schedule.sigmas, ldm.load(source).schedule.sigmas)
 
 
 def test_another_autoencoder_runs_in_a_wide_dtype_although_the_folders_own_needs_none(folder):
@@ -114,8 +111,7 @@ def test_a_turbo_folder_is_sampled_as_its_scheduler_says(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "scheduler"),
-    [("turbo", "EulerAncestralDiscreteScheduler"), ("lcm", "LCMScheduler")],
+    ("name", "scheduler"), [("turbo", "EulerAncestralDiscreteScheduler"), ("lcm", "LCMScheduler")]
 )
 def test_a_few_step_model_is_sampled_alike_from_file_and_folder(
     convert_family, tmp_path, name, scheduler
@@ -136,11 +132,11 @@ def test_the_scale_of_an_autoencoder_is_kept(convert_family, tmp_path):
         for name, value in convert_family("xl")[1].items()
         if name.startswith("first_stage_model.")
     }
-    layout = read_yaml("configs/stable-diffusion-xl/sd_xl_base.yaml")
-    part = layout["model"]["params"]["first_stage_config"]
-    part["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 1, 2], "num_res_blocks": 1}
+    config = read_yaml("configs/stable-diffusion-xl/sd_xl_base.yaml")
+    first_stage = config["model"]["params"]["first_stage_config"]
+    first_stage["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 1, 2], "num_res_blocks": 1}
     file = tmp_path / "sdxl_vae.safetensors"
-    write_checkpoint(file, state, {"ldm.config": format_yaml({"model": part})})
+    write_checkpoint(file, state, {"ldm.config": format_yaml({"model": first_stage})})
     convert(plan_conversion(file, tmp_path / "vae"))
     assert read_json(tmp_path / "vae/config.json")["scaling_factor"] == 0.13025
     convert(plan_conversion(tmp_path / "vae", tmp_path / "back.safetensors"))
@@ -169,7 +165,7 @@ def test_missing_weights_are_an_error_of_one_line(folder):
         ldm.load(folder)
 
 
-def test_a_variant_that_is_missing_is_an_error_of_one_line(convert_family, folder):
+def test_a_missing_variant_is_an_error_of_one_line(convert_family, folder):
     with pytest.raises(MissingFile, match="no weights of variant `bf16` in `.*: leave out `var"):
         ldm.load(folder, variant="bf16")
     with pytest.raises(UnknownName, match="unknown variant `fp16`, choose one of base, lcm"):

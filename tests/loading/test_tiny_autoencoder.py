@@ -50,15 +50,15 @@ def test_networks_have_the_published_tensors(network, count):
 
 
 @pytest.mark.parametrize("form", ["one", "folder", "file"])
-def test_encoding_and_decoding_are_those_of_diffusers(form, formats, theirs):
+def test_encoding_and_decoding_equal_diffusers(form, formats, theirs):
     model = ldm.load(vae=formats[form])
     assert isinstance(model.autoencoder, TinyAutoencoder)
     assert model.provenance["vae"]["path"] == str(formats[form])
     image, z = torch.rand(1, 3, 64, 64) * 2 - 1, 4 * torch.randn(1, 4, 8, 8)
     with torch.no_grad():
-        worst = (model.encode(image) - theirs.encode(image).latents).abs().max()
-        assert worst < 1e-5  # 0
-        assert (model.decode(z) - theirs.decode(z).sample).abs().max() < 1e-5  # 0
+        error = (model.encode(image) - theirs.encode(image).latents).abs().max()
+        assert error < 1e-5  # observed: 0
+        assert (model.decode(z) - theirs.decode(z).sample).abs().max() < 1e-5  # observed: 0
 
 
 def test_a_decoder_alone_leaves_the_encoder(formats, theirs):
@@ -71,7 +71,7 @@ def test_a_decoder_alone_leaves_the_encoder(formats, theirs):
     assert isinstance(plain.autoencoder, AutoencoderKL)
 
 
-def test_tasks_decode_with_it(formats, theirs):
+def test_tasks_decode_with_taesd(formats, theirs):
     model = ldm.load(vae=formats["one"], text_encoder=DEMO_CHECKPOINT)
     latents = []
     image = ldm.txt2img(
@@ -85,17 +85,17 @@ def test_tasks_decode_with_it(formats, theirs):
     assert again.shape == image.shape
 
 
-def test_previews_are_its_images(formats, theirs):
+def test_previews_are_images_of_taesd(formats, theirs):
     model = ldm.load()
-    show = ldm.load_preview(formats["decoder"], model)
+    preview = ldm.load_preview(formats["decoder"], model)
     z = torch.randn(2, 4, 4, 4)
     with torch.no_grad():
-        assert (show(z) - theirs.decode(z).sample.clamp(-1, 1)).abs().max() < 1e-5
+        assert (preview(z) - theirs.decode(z).sample.clamp(-1, 1)).abs().max() < 1e-5
     assert isinstance(model.autoencoder, AutoencoderKL)
 
 
 @pytest.mark.slow
-def test_a_command_decodes_with_it_and_the_image_can_be_made_again(formats, tmp_path, capsys):
+def test_a_command_decodes_with_taesd_and_its_image_is_reproduced(formats, tmp_path, capsys):
     flags = ["--vae", str(formats["folder"]), "--steps", "1", "--n_samples", "1", "--n_iter", "1"]
     assert main(["txt2img", "--skip_grid", "--outdir", str(tmp_path), *flags]) == 0
     path = capsys.readouterr().out.strip()
@@ -103,7 +103,7 @@ def test_a_command_decodes_with_it_and_the_image_can_be_made_again(formats, tmp_
     assert "identical" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_refused(formats, tmp_path):
+def test_files_of_taesd_that_do_not_fit_are_refused(formats, tmp_path):
     with pytest.raises(WeightsMismatch, match="only the encoder of TAESD"):
         ldm.load(vae=formats["encoder"])
     state = {k: v for k, v in torch.load(formats["decoder"]).items() if not k.startswith("19.")}
@@ -115,13 +115,13 @@ def test_what_does_not_fit_is_refused(formats, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_damaged_config_of_its_folder_is_named(tmp_path, text):
+def test_a_damaged_config_of_a_folder_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(FileFormatError, match=r"config\.json` is (damaged|not a config)"):
         ldm.load(vae=tmp_path)
 
 
-def test_that_of_another_family_is_named(formats, tmp_path):
+def test_taesd_of_another_family_is_warned_of(formats, tmp_path):
     (tmp_path / "taesdxl_decoder.pth").write_bytes(formats["decoder"].read_bytes())
     with pytest.warns(UserWarning, match="is for SDXL, by its name"):
         ldm.load(vae=tmp_path / "taesdxl_decoder.pth")

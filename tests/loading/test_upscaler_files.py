@@ -38,13 +38,13 @@ def files(model, tmp_path_factory):
     return folder
 
 
-def assert_equal(ours, theirs, *, but=()):
+def assert_equal(ours, theirs, *, except_for=()):
     ours, theirs = ours.state_dict(), theirs.state_dict()
     assert ours.keys() == theirs.keys()
-    assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == list(but)
+    assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == list(except_for)
 
 
-def test_original_pickle_uses_ema_weights_and_parts_of_another_model(model, files):
+def test_the_original_pickle_uses_ema_weights_and_networks_of_another_model(model, files):
     loaded = load(files / "x2.yaml", files / "x2.pth", base=model)
     assert_equal(loaded, model)
     ours, theirs = loaded.autoencoder, model.autoencoder
@@ -54,13 +54,13 @@ def test_original_pickle_uses_ema_weights_and_parts_of_another_model(model, file
     assert loaded.provenance["text_encoder"]["path"] == str(files / "x2.safetensors")
 
 
-def test_original_pickle_alone_says_what_it_needs(files):
+def test_the_original_pickle_alone_names_what_it_needs(files):
     with pytest.raises(MissingArgument, match=r"no autoencoder and no text encoder.*ViT-L/14") as e:
         load(ckpt=files / "x2.pth")
     assert e.value.argument == "text_encoder"
 
 
-def test_sizes_are_those_of_weights_or_of_the_json(files, tmp_path):
+def test_sizes_are_read_from_the_weights_or_the_json(files, tmp_path):
     expected = make_tiny_config()["model"]["params"]["unet"]["params"]
     weights = identify_weights(open_checkpoint(files / "x2.pth"))
     _, raw = read_config(weights)
@@ -82,7 +82,7 @@ def test_sizes_are_those_of_weights_or_of_the_json(files, tmp_path):
         read_config(weights)
 
 
-def test_folder_and_back(model, files, tmp_path):
+def test_a_folder_converts_back_to_the_original_pickle(model, files, tmp_path):
     assert_equal(load(ckpt=files / "folder"), model)
     convert(plan_conversion(files / "folder", tmp_path / "x2.pth"))
     content = torch.load(tmp_path / "x2.pth", weights_only=True)
@@ -91,11 +91,11 @@ def test_folder_and_back(model, files, tmp_path):
     assert all(torch.equal(content["model_ema"][name], theirs[name]) for name in theirs)
 
 
-def test_folder_of_diffusers_knows_no_noise(model, files, tmp_path):
+def test_a_folder_of_diffusers_has_no_embedding_of_noise_levels(model, files, tmp_path):
     folder = shutil.copytree(files / "folder", tmp_path / "folder")
     (folder / "original.safetensors").unlink()
     loaded = load(ckpt=folder)
-    assert_equal(loaded, model, but=["unet.low_res_noise_embed.weight"])
+    assert_equal(loaded, model, except_for=["unet.low_res_noise_embed.weight"])
     options = {"latent": make_random_latent(), "seeds": 0, "steps": 1}
     images = [ldm.upscale_latent(each, ["a cat"], **options) for each in (model, loaded)]
     torch.testing.assert_close(*images, atol=1e-4, rtol=0)
@@ -104,15 +104,15 @@ def test_folder_of_diffusers_knows_no_noise(model, files, tmp_path):
 
 
 @pytest.mark.slow
-def test_unet_of_a_folder_alone(model, files, tmp_path):
+def test_the_unet_of_a_folder_is_loaded_alone(model, files, tmp_path):
     shutil.copy(
         files / "folder/unet/diffusion_pytorch_model.safetensors", tmp_path / "u.safetensors"
     )
     loaded = load(files / "x2.yaml", tmp_path / "u.safetensors", text_encoder=files / "folder")
-    assert_equal(loaded, model, but=["unet.low_res_noise_embed.weight"])
+    assert_equal(loaded, model, except_for=["unet.low_res_noise_embed.weight"])
 
 
-def test_noise_levels_are_those_of_the_scheduler(files, tmp_path):
+def test_noise_levels_follow_the_config_of_the_scheduler(files, tmp_path):
     folder = shutil.copytree(files / "folder", tmp_path / "folder")
     path = folder / "scheduler/scheduler_config.json"
     config = json.loads(path.read_text())
@@ -138,7 +138,7 @@ def test_a_folder_cannot_have_another_range_of_sigmas(model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scale", [0, 1, 3.0])
-def test_pipeline_of_diffusers(files, scale):
+def test_the_pipeline_of_diffusers_computes_the_same(files, scale):
     from diffusers import StableDiffusionLatentUpscalePipeline
 
     pipeline = StableDiffusionLatentUpscalePipeline.from_pretrained(str(files / "folder"))
@@ -155,7 +155,7 @@ def test_pipeline_of_diffusers(files, scale):
     torch.testing.assert_close(latents[-1], theirs, atol=2e-4, rtol=0)  # observed: 3e-5
 
 
-def test_inspection(files):
+def test_the_original_pickle_is_inspected(files):
     report = inspect_checkpoint(files / "x2.pth")
     assert (report.family, report.task) == ("x2", "upscale_latent")
     assert [part.name for part in report.parts] == ["unet"]

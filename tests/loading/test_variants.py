@@ -1,6 +1,5 @@
 """Few-step models: how they are recognised, and their defaults in commands and Python."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ldm.loading.variants import GUIDANCE_WEIGHT, VARIANTS, detect_lora_variant,
 from ldm.model import Defaults
 from ldm.nets.lora import LoRA, LoRALayer
 from ldm.runtime.errors import ArgumentError
-from loading import tinyfamilies
+from loading.tinyfamilies import change_json, write_family
 
 QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid"]
 
@@ -41,7 +40,7 @@ QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid"]
         ("v1-5-pruned.ckpt", None, 0),
     ],
 )
-def test_names_of_models(name, variant, steps):
+def test_a_variant_is_recognised_by_the_name_of_a_model(name, variant, steps):
     detected = detect_variant(Path(name), {"modelspec.title": "Stable Diffusion XL 1.0 Base"})
     assert (detected and detected[:2]) == (variant and (variant, "the file's name"))
     by_title = detect_variant(Path("x"), {"modelspec.title": name})
@@ -65,7 +64,7 @@ def test_names_of_models(name, variant, steps):
         ("turbo_cars_v2.safetensors", None, 0, ""),
     ],
 )  # fmt: skip
-def test_names_of_loras(path, variant, steps, sampler):
+def test_a_variant_is_recognised_by_the_name_of_a_lora(path, variant, steps, sampler):
     detected = detect_lora_variant(Path(path), {})
     assert (detected and detected.name) == variant
     if detected is not None:
@@ -74,9 +73,9 @@ def test_names_of_loras(path, variant, steps, sampler):
         assert detect_lora_variant(Path("x.safetensors"), metadata)
 
 
-def test_a_tensor_tells_a_model_that_embeds_the_scale(tmp_path):
+def test_a_model_that_embeds_the_guidance_scale_is_recognised_by_a_tensor(tmp_path):
     path = tmp_path / "tiny.safetensors"
-    tinyfamilies.write_family("sd1", path)
+    write_family("sd1", path)
     plain = ldm.load(path)
     file = read_checkpoint(path)
     width = plain.unet.model_channels
@@ -111,7 +110,7 @@ def test_a_lora_sets_the_defaults_unless_a_variant_is_given(lora):
     assert ldm.load(loras=[(lora, 1.0)], variant="tcd").defaults == VARIANTS["tcd"].defaults
 
 
-def test_loras_that_are_set_bring_their_defaults_and_take_them_along(lora):
+def test_set_loras_sets_and_restores_the_defaults(lora):
     model = ldm.load()
     plain = model.defaults
     for _ in range(2):
@@ -129,29 +128,27 @@ def test_loras_that_are_set_bring_their_defaults_and_take_them_along(lora):
     ("name", "variant"),
     [("LCMScheduler", "lcm"), pytest.param("TCDScheduler", "tcd", marks=pytest.mark.slow)],
 )
-def test_the_scheduler_of_a_folder_tells_the_variant(tiny_folder, name, variant):
-    path = tiny_folder / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}))
+def test_the_scheduler_of_a_folder_determines_the_variant(tiny_folder, name, variant):
+    change_json(tiny_folder / "scheduler/scheduler_config.json", _class_name=name)
     model = ldm.load(tiny_folder)
     assert model.provenance["variant"]["evidence"] == f"its `{name}`"
     assert model.defaults == VARIANTS[variant].defaults
     assert ldm.load(tiny_folder, variant="base").defaults.steps == 50
 
 
-def test_the_spacing_of_a_folder_chooses_steps(tiny_folder):
-    path = tiny_folder / "scheduler/scheduler_config.json"
-    kind = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | kind))
+def test_the_timestep_spacing_of_a_folder_sets_the_scheduler(tiny_folder):
+    changes = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+    change_json(tiny_folder / "scheduler/scheduler_config.json", **changes)
     assert ldm.load(tiny_folder).defaults == Defaults(scheduler="trailing")
 
 
 @pytest.fixture(scope="module")
 def written_folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("folder")
-    tinyfamilies.write_family("sd1", place / "sd1.safetensors")
-    convert(plan_conversion(place / "sd1.safetensors", place / "sd1"))
-    (place / "sd1" / EXTRA_WEIGHTS).unlink()
-    return place / "sd1"
+    root = tmp_path_factory.mktemp("folder")
+    write_family("sd1", root / "sd1.safetensors")
+    convert(plan_conversion(root / "sd1.safetensors", root / "sd1"))
+    (root / "sd1" / EXTRA_WEIGHTS).unlink()
+    return root / "sd1"
 
 
 @pytest.fixture
@@ -176,7 +173,7 @@ def test_loras_in_prompts_choose_how_each_image_is_sampled(lora, tmp_path, capsy
     assert [main(["replay", path]) for path in paths] == [0, 0, 0]
 
 
-def test_a_command_says_how_it_samples_records_it_and_can_be_repeated(
+def test_a_command_reports_and_records_the_variant_and_is_reproduced(
     lora, tmp_path, capsys, caplog
 ):
     flags = ["--lora", str(lora), "--outdir", str(tmp_path), *QUICK]
@@ -194,14 +191,16 @@ def test_a_command_says_how_it_samples_records_it_and_can_be_repeated(
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
-def test_a_command_overrides_it_and_warns(lora, tmp_path, capsys, caplog):
+def test_options_override_the_defaults_of_a_variant_with_a_warning(lora, tmp_path, capsys, caplog):
     flags = ["--lora", str(lora), "--outdir", str(tmp_path), *QUICK]
     assert main(["txt2img", *flags, "--steps", "17", "--scale", "9", "--sampler", "euler"]) == 0
     info = read_info(capsys.readouterr().out.strip())
     assert (info["sampler"], info["steps"], info["scale"]) == ("euler", 17, 9)
-    said = f"`{lora.name}` is made for 4 steps and guidance scale 1: 17 steps and guidance scale 9"
-    assert caplog.text.count(said) == 1
-    assert caplog.text.index(said) < caplog.text.index("running on")
+    message = (
+        f"`{lora.name}` is made for 4 steps and guidance scale 1: 17 steps and guidance scale 9"
+    )
+    assert caplog.text.count(message) == 1
+    assert caplog.text.index(message) < caplog.text.index("running on")
 
 
 def test_a_pickle_named_lcm_is_warned_of_before_it_is_loaded(tmp_path):

@@ -1,5 +1,6 @@
 """A tiny model of every published family: its YAML with small sizes, weights by the recipe."""
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,8 @@ def make_content(family: str) -> tuple[dict[str, torch.Tensor], str]:
         state["noise_augmentor.data_mean"] = torch.linspace(-1, 1, WIDTH)
         state["noise_augmentor.data_std"] = torch.linspace(0.5, 2, WIDTH)
     return state, format_yaml(raw)
+
+
+def change_json(path: Path, **values: object) -> None:
+    """Set keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")

@@ -12,7 +12,7 @@ needs_gpu = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch):
+def reset_backend(monkeypatch):
     for name in ("LDM_ATTENTION", "ATTN_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     yield
@@ -33,7 +33,7 @@ def fake_xformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
 
 
-def qkv(n=12, m=7, heads=3, d=16, dtype=torch.float32, size=1.0, device="cpu"):
+def make_qkv(n=12, m=7, heads=3, d=16, dtype=torch.float32, size=1.0, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, n, d), (2, heads, m, d), (2, heads, m, d)]
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -44,7 +44,7 @@ def qkv(n=12, m=7, heads=3, d=16, dtype=torch.float32, size=1.0, device="cpu"):
 @pytest.mark.parametrize("shape", [(12, 7, 3, 16), (1, 1, 1, 8), (64, 64, 1, 40)])
 def test_backends_and_their_gradients_equal_the_formula(shape, backend, fake_xformers):
     def results(backend):
-        inputs = [x.requires_grad_() for x in qkv(*shape, dtype=torch.float64)]
+        inputs = [x.requires_grad_() for x in make_qkv(*shape, dtype=torch.float64)]
         out = attention(*inputs, backend=backend)
         return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
@@ -55,7 +55,7 @@ def test_backends_and_their_gradients_equal_the_formula(shape, backend, fake_xfo
 @pytest.mark.parametrize("shape", [(2, 1, 1, 7), (2, 3, 12, 7), (12, 7)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_keys_are_as_if_absent(shape, backend, fake_xformers):
-    q, k, v = qkv()
+    q, k, v = make_qkv()
     mask = torch.ones(shape, dtype=torch.bool)
     mask[..., 4:] = False
     masked = attention(q, k, v, mask, backend=backend)
@@ -65,7 +65,7 @@ def test_masked_keys_are_as_if_absent(shape, backend, fake_xformers):
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_beyond_half_precision_do_not_overflow(backend, dtype):
-    q, k, v = qkv(64, 64, d=64, dtype=dtype, size=300.0)
+    q, k, v = make_qkv(64, 64, d=64, dtype=dtype, size=300.0)
     assert (q.float() @ k.float().mT).abs().max() > 65504 * 8
     exact = attention(q.double(), k.double(), v.double(), backend="math")
     out = attention(q, k, v, backend=backend)
@@ -74,13 +74,13 @@ def test_scores_beyond_half_precision_do_not_overflow(backend, dtype):
 
 
 def test_attn_precision_fp16_leaves_the_scores_in_half(monkeypatch):
-    q, k, v = qkv(64, 64, d=64, dtype=torch.float16, size=300.0)
+    q, k, v = make_qkv(64, 64, d=64, dtype=torch.float16, size=300.0)
     monkeypatch.setenv("ATTN_PRECISION", "fp16")
     assert not attention(q, k, v, backend="math").isfinite().all()
 
 
 def test_scores_stay_in_float32_under_autocast():
-    q, k, v = qkv()
+    q, k, v = make_qkv()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = attention(q, k, v, backend="math")
     assert torch.equal(out, attention(q, k, v, backend="math"))
@@ -97,29 +97,29 @@ def record_backends(monkeypatch):
 
 def test_on_a_cpu_sdpa_is_chosen_even_with_xformers_installed(monkeypatch, fake_xformers):
     calls = record_backends(monkeypatch)
-    attention(*qkv())
+    attention(*make_qkv())
     assert calls == ["sdpa"]
 
 
 def test_xformers_is_chosen_where_its_kernel_runs(monkeypatch):
     calls = record_backends(monkeypatch)
     monkeypatch.setattr(module, "_can_use_xformers", lambda *args: True)
-    attention(*qkv())
-    attention(*qkv(), torch.ones(7, dtype=torch.bool))
+    attention(*make_qkv())
+    attention(*make_qkv(), torch.ones(7, dtype=torch.bool))
     assert calls == ["xformers", "sdpa"]
 
 
-def test_call_precedes_set_backend_precedes_environment(monkeypatch):
+def test_the_argument_precedes_set_backend_and_that_the_environment(monkeypatch):
     calls = record_backends(monkeypatch)
     monkeypatch.setenv("LDM_ATTENTION", "math")
-    attention(*qkv())
+    attention(*make_qkv())
     set_backend("sdpa")
-    attention(*qkv())
-    attention(*qkv(), backend="math")
+    attention(*make_qkv())
+    attention(*make_qkv(), backend="math")
     set_backend("auto")
-    attention(*qkv())
+    attention(*make_qkv())
     monkeypatch.setenv("LDM_ATTENTION", "auto")
-    attention(*qkv())
+    attention(*make_qkv())
     assert calls == ["math", "sdpa", "math", "math", "sdpa"]
 
 
@@ -128,13 +128,13 @@ def test_an_unknown_backend_is_refused_by_name(monkeypatch):
         set_backend("flash")
     monkeypatch.setenv("LDM_ATTENTION", "fast")
     with pytest.raises(ValueError, match="LDM_ATTENTION: unknown attention backend `fast`"):
-        attention(*qkv())
+        attention(*make_qkv())
 
 
 def test_xformers_that_is_not_installed_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(ImportError, match=r"pip install 'ldm-revived\[xformers\]'"):
-        attention(*qkv(), backend="xformers")
+        attention(*make_qkv(), backend="xformers")
 
 
 def test_a_kernel_that_fails_its_trial_is_not_chosen(monkeypatch):
@@ -154,7 +154,7 @@ def test_a_kernel_that_fails_its_trial_is_not_chosen(monkeypatch):
 def test_backends_agree_on_a_gpu(dtype, d, backend):
     if backend == "xformers":
         pytest.importorskip("xformers")
-    q, k, v = qkv(256, 77, 2, d, dtype, device="cuda")
+    q, k, v = make_qkv(256, 77, 2, d, dtype, device="cuda")
     if backend == "xformers" and not module._can_use_xformers(q, k, v):
         pytest.skip("xformers has no kernel for this")
     error = attention(q, k, v, backend=backend) - attention(q, k, v, backend="math")
@@ -164,6 +164,6 @@ def test_backends_agree_on_a_gpu(dtype, d, backend):
 @needs_gpu
 @pytest.mark.parametrize("backend", ["sdpa", None])
 def test_scores_beyond_half_precision_do_not_overflow_on_a_gpu(backend):
-    q, k, v = qkv(64, 64, d=64, dtype=torch.float16, size=300.0, device="cuda")
+    q, k, v = make_qkv(64, 64, d=64, dtype=torch.float16, size=300.0, device="cuda")
     exact = attention(q.double(), k.double(), v.double(), backend="math")
     assert (attention(q, k, v, backend=backend) - exact).abs().max() < 0.05

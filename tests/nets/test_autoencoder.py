@@ -21,13 +21,13 @@ SMALL = {
     "vae_f16_attn": ["0_1x64x64", "1_2x64x128"],
 }
 FAITHFUL = ["kl_f8", "x4_f4", "kl_f4", "kl_f16", "kl_f32"]
-LAYOUT = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 4}
+DDCONFIG = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 4}
 F16 = {"z_channels": 16, "ch_mult": [1, 1, 2, 2, 4], "attn_resolutions": [16]}
 F32 = {"z_channels": 64, "ch_mult": [1, 1, 2, 2, 4, 4], "attn_resolutions": [16, 8]}
 SIZES = {
-    "kl_f4": (3, {**LAYOUT, "z_channels": 3, "ch_mult": [1, 2, 4]}),
-    "kl_f16": (16, {**LAYOUT, **F16}),
-    "kl_f32": (64, {**LAYOUT, **F32}),
+    "kl_f4": (3, {**DDCONFIG, "z_channels": 3, "ch_mult": [1, 2, 4]}),
+    "kl_f16": (16, {**DDCONFIG, **F16}),
+    "kl_f32": (64, {**DDCONFIG, **F32}),
 }
 
 
@@ -62,7 +62,7 @@ def test_decoding_equals_the_recorded_one(small):
         golden.assert_close(case, dec=ours)
 
 
-def test_faint_images_show_the_eps_of_the_norms(small):
+def test_a_faint_image_shows_that_the_eps_of_norms_is_the_recorded_one(small):
     golden, autoencoder, _ = small
     case = "forward_small_input"
     ours = autoencoder.decode(autoencoder.encode(golden.inputs(case)["x"]).mode())
@@ -72,7 +72,9 @@ def test_faint_images_show_the_eps_of_the_norms(small):
 @pytest.mark.parametrize("name", FAITHFUL)
 def test_narrow_autoencoder_of_each_config_equals_the_recorded_one(name):
     golden = load_golden("vae_faithful_recipe")
-    check_both_ways(build_from(golden, AutoencoderKL, golden.meta[f"config_{name}"]), golden, name)
+    check_both_networks(
+        build_from(golden, AutoencoderKL, golden.meta[f"config_{name}"]), golden, name
+    )
 
 
 @pytest.mark.slow
@@ -82,10 +84,10 @@ def test_full_size_autoencoder_equals_the_recorded_one(name):
     with meta_device():
         autoencoder = build_network(AutoencoderKL, golden.meta["config"])
     autoencoder.load_state_dict(golden.weights(autoencoder.state_dict()), assign=True)
-    check_both_ways(autoencoder, golden, "a")
+    check_both_networks(autoencoder, golden, "a")
 
 
-def check_both_ways(autoencoder, golden, case):
+def check_both_networks(autoencoder, golden, case):
     inputs = golden.inputs(case)
     moments = autoencoder.encode(inputs["x"]).parameters
     golden.assert_close(case, moments=moments, dec=autoencoder.decode(inputs["z"]))
@@ -114,11 +116,11 @@ def test_distribution_equals_the_recorded_one():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_names_and_shapes_are_the_original_ones_at_full_size(name):
-    embed_dim, layout = SIZES[name]
+    embed_dim, ddconfig = SIZES[name]
     with meta_device():
-        autoencoder = AutoencoderKL(ddconfig=layout, embed_dim=embed_dim)
+        autoencoder = AutoencoderKL(ddconfig=ddconfig, embed_dim=embed_dim)
     assert get_shapes(autoencoder) == read_recorded_shapes(f"vae_{name}")
-    assert autoencoder.downscale == 2 ** (len(layout["ch_mult"]) - 1)
+    assert autoencoder.downscale == 2 ** (len(ddconfig["ch_mult"]) - 1)
 
 
 def test_diffusers_computes_the_same(diffusers):
@@ -138,7 +140,7 @@ def test_diffusers_computes_the_same(diffusers):
     assert_close(ours.decode(z), theirs.decode(z).sample, tolerance=1e-5)
 
 
-def test_a_generator_decides_the_sample_and_leaves_the_global_one_alone():
+def test_a_generator_determines_the_sample_and_leaves_the_global_one_alone():
     posterior = DiagonalGaussian(torch.randn(1, 8, 4, 4))
     before = torch.get_rng_state()
     first, again = (posterior.sample(torch.Generator().manual_seed(7)) for _ in range(2))
@@ -183,7 +185,7 @@ def test_forward_reconstructs_a_sample_and_every_parameter_gets_a_gradient():
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3e-2), (torch.float16, 3e-3)])
-def test_weights_decide_the_precision_and_the_input_the_dtype_of_the_result(dtype, limit):
+def test_weights_set_the_precision_and_the_input_the_dtype_of_the_result(dtype, limit):
     autoencoder = build_tiny_autoencoder()
     image, z = torch.rand(1, 3, 16, 16), torch.randn(1, 4, 4, 4)
     moments, decoded = autoencoder.encode(image).parameters, autoencoder.decode(z)
@@ -196,14 +198,14 @@ def test_weights_decide_the_precision_and_the_input_the_dtype_of_the_result(dtyp
         assert (ours - exact).norm() <= limit * exact.norm()
 
 
-def test_options_of_the_decoder():
+def test_the_decoder_may_apply_tanh_or_return_features():
     z = torch.randn(1, 4, 4, 4)
     plain = build_tiny_autoencoder().decode(z)
     assert torch.equal(build_tiny_autoencoder(tanh_out=True).decode(z), plain.tanh())
     assert build_tiny_autoencoder(give_pre_end=True).decode(z).shape == (1, 32, 16, 16)
 
 
-def test_kinds_of_attention():
+def test_attn_type_decides_whether_there_is_attention():
     plain, xformers, none = (
         get_shapes(build_tiny_autoencoder(attn_resolutions=[128], attn_type=name))
         for name in ("vanilla", "vanilla-xformers", "none")

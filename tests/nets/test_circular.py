@@ -1,4 +1,4 @@
-"""Circular padding: convolutions, tiles, and a whole model that knows no left and right edge."""
+"""Circular padding of convolutions, layers and tiles."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from ldm.nets.tiled import apply_tiled
 from ldm.runtime.errors import ArgumentError
 
 
-def noise(*shape):
+def make_noise(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -25,7 +25,7 @@ def test_convolutions_wrap_as_torch_does(stride, channels):
         for kind, options in ((Conv2d, {}), (nn.Conv2d, {"padding_mode": "circular"}))
     )
     theirs.load_state_dict(ours.state_dict())
-    x = noise(1, channels, 32, 48)
+    x = make_noise(1, channels, 32, 48)
     with circular_padding("x"), circular_padding("y"):
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(ours(x), theirs(x), atol=1e-2)
@@ -33,15 +33,15 @@ def test_convolutions_wrap_as_torch_does(stride, channels):
 
 @pytest.mark.parametrize("layer", [AsymmetricDownsample(8), Upsample(8)])
 @torch.no_grad()
-def test_layers_move_with_their_input(layer):
-    x = noise(1, 8, 8, 12)
+def test_layers_shift_with_their_input(layer):
+    x = make_noise(1, 8, 8, 12)
     with circular_padding("x"):
         y, moved = layer(x), layer(x.roll(4, dims=3))
     torch.testing.assert_close(moved, y.roll(4 * y.shape[3] // 12, dims=3))
 
 
-def test_tiles_overlap_across_edges_that_meet():
-    x = noise(1, 1, 10, 40)
+def test_tiles_overlap_across_the_edges_that_are_joined():
+    x = make_noise(1, 1, 10, 40)
     kernel = torch.ones(1, 1, 1, 3) / 3
 
     def blur(x):

@@ -8,13 +8,7 @@ from torch import nn
 from goldfile import load_golden
 from ldm.loading.build import meta_device
 from ldm.nets import autoencoder
-from ldm.nets.blocks import (
-    Downsample,
-    GroupNorm,
-    ResBlock,
-    Upsample,
-    timestep_embedding,
-)
+from ldm.nets.blocks import Downsample, GroupNorm, ResBlock, Upsample, timestep_embedding
 from ldm.nets.transformer import (
     GEGLU,
     AttentionBlock,
@@ -161,7 +155,7 @@ def test_each_block_attends_to_its_own_context():
     torch.testing.assert_close(module(x, contexts), expected, rtol=0, atol=1e-5)
 
 
-WRONG = [
+INVALID = [
     (lambda: GroupNorm(48), "48 channels are not a multiple of 32"),
     (
         lambda: AttentionBlock(channels=64, num_heads=3),
@@ -179,7 +173,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), WRONG)
+@pytest.mark.parametrize(("call", "message"), INVALID)
 def test_settings_and_inputs_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -25,8 +25,8 @@ def layer(request):
 
 
 def make_lora(layer, *, rank=4, alpha=2.0):
-    parts = range(3) if isinstance(layer, FusedAttention) else [None]
-    layers = {f"layer{part}": LoRALayer(Target(layer, part), rank, alpha) for part in parts}
+    indices = range(3) if isinstance(layer, FusedAttention) else [None]
+    layers = {f"layer{index}": LoRALayer(Target(layer, index), rank, alpha) for index in indices}
     for lora_layer in layers.values():
         torch.nn.init.normal_(lora_layer.lora_up.weight)
     return LoRA(layers)
@@ -42,27 +42,27 @@ def merge(*loras):
     merge_changes(lora_layer for lora in loras for lora_layer in lora.layers.values())
 
 
-def example(layer):
-    wide = (2, 12, 6, 8) if isinstance(layer, Conv2d) else (2, 5, 12)
-    return torch.randn(wide, generator=torch.Generator().manual_seed(1))
+def make_input(layer):
+    shape = (2, 12, 6, 8) if isinstance(layer, Conv2d) else (2, 5, 12)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_fresh_lora_is_zero(layer):
-    x = example(layer)
+def test_a_new_lora_changes_nothing(layer):
+    x = make_input(layer)
     plain = layer(x)
-    part = 1 if isinstance(layer, FusedAttention) else None
-    LoRA({"new": LoRALayer(Target(layer, part), 4)}).attach()
+    index = 1 if isinstance(layer, FusedAttention) else None
+    LoRA({"new": LoRALayer(Target(layer, index), 4)}).attach()
     assert torch.equal(layer(x), plain)
 
 
-def test_several_with_weights_are_their_sum(layer):
+def test_several_loras_are_summed_by_strength(layer):
     first, second = make_lora(layer), make_lora(layer, rank=2)
     targets = [lora_layer.target for lora_layer in first.values()]
     expected = [
         target.weight + 0.75 * first[name].compute_delta() - 0.5 * second[name].compute_delta()
         for name, target in zip(first, targets, strict=True)
     ]
-    x, plain = example(layer), layer(example(layer))
+    x, plain = make_input(layer), layer(make_input(layer))
     set_strength(first, 0.75).attach()
     set_strength(second, -0.5).attach()
     attached = layer(x)
@@ -88,7 +88,7 @@ def test_merging_does_not_write_into_the_memory_of_a_file(layer):
 def test_only_the_lora_is_trained(layer):
     lora = make_lora(layer)
     lora.attach()
-    layer(example(layer)).square().sum().backward()
+    layer(make_input(layer)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lora.parameters())
     assert all(p.grad is None for p in layer.parameters())
 

@@ -1,4 +1,4 @@
-"""Each kind of adapter beside lycoris-lora, the library of those who train them."""
+"""Each kind of adapter against lycoris-lora, with which they are trained."""
 
 import importlib
 
@@ -28,11 +28,11 @@ def layer(request):
     return nn.Linear(COLUMNS, ROWS) if is_linear else nn.Conv2d(COLUMNS, ROWS, 3)
 
 
-def normal(*shape):
+def draw_normal(*shape):
     return torch.randn(shape) / 2
 
 
-def change(layer, tensors, alpha=ALPHA, strength=STRENGTH, **options):
+def make_change(layer, tensors, alpha=ALPHA, strength=STRENGTH, **options):
     return build_change(Target(layer), Adapter(tensors, alpha, **options), strength)
 
 
@@ -40,98 +40,100 @@ def tensors_by_role(names, *tensors):
     return {n: value for n, value in zip(names, tensors, strict=True) if value is not None}
 
 
-def kernel(layer):
+def get_kernel_size(layer):
     return layer.weight.shape[2:]
 
 
-def low_rank(layer):
-    ones = [1] * len(kernel(layer))
-    return normal(ROWS, RANK, *ones), normal(RANK, COLUMNS, *kernel(layer))
+def make_low_rank(layer):
+    ones = [1] * len(get_kernel_size(layer))
+    return draw_normal(ROWS, RANK, *ones), draw_normal(RANK, COLUMNS, *get_kernel_size(layer))
 
 
-def flat_factors(layer, rows=ROWS, columns=COLUMNS):
-    return normal(rows, RANK), normal(RANK, columns * kernel(layer).numel())
+def make_flat_factors(layer, rows=ROWS, columns=COLUMNS):
+    return draw_normal(rows, RANK), draw_normal(RANK, columns * get_kernel_size(layer).numel())
 
 
-def tucker(*, rows=ROWS, columns=COLUMNS):
-    return normal(RANK, RANK, 3, 3), normal(RANK, rows), normal(RANK, columns)
+def make_tucker(*, rows=ROWS, columns=COLUMNS):
+    return draw_normal(RANK, RANK, 3, 3), draw_normal(RANK, rows), draw_normal(RANK, columns)
 
 
-def check(ours, theirs):
+def assert_close(ours, theirs):
     """Observed: at most 1.5e-5 of values to 110."""
     torch.testing.assert_close(ours, theirs.reshape(ours.shape), rtol=1e-5, atol=1e-4)
 
 
-def test_low_rank_additions(lycoris, layer):
-    up, down = low_rank(layer)
-    check(
-        change(layer, {"up": up, "down": down}).compute_delta(),
+def test_lora_and_loha_add_products(lycoris, layer):
+    up, down = make_low_rank(layer)
+    assert_close(
+        make_change(layer, {"up": up, "down": down}).compute_delta(),
         STRENGTH / 2 * (up.flatten(1) @ down.flatten(1)),
     )
-    a1, b1, a2, b2 = *flat_factors(layer), *flat_factors(layer)
-    ours = change(layer, tensors_by_role(LOHA[:4], a1, b1, a2, b2)).compute_delta()
-    check(ours, lycoris.loha.diff_weight(b1, a1, b2, a2, None, None, gamma=STRENGTH / 2))
+    a1, b1, a2, b2 = *make_flat_factors(layer), *make_flat_factors(layer)
+    ours = make_change(layer, tensors_by_role(LOHA[:4], a1, b1, a2, b2)).compute_delta()
+    assert_close(ours, lycoris.loha.diff_weight(b1, a1, b2, a2, None, None, gamma=STRENGTH / 2))
 
 
-def test_tucker_forms_of_convolutions(lycoris):
+def test_lora_and_loha_add_tucker_forms_to_convolutions(lycoris):
     layer = nn.Conv2d(COLUMNS, ROWS, 3)
-    mid, up, down = tucker()
+    mid, up, down = make_tucker()
     up, down = up.t()[:, :, None, None], down[:, :, None, None]
-    ours = change(layer, tensors_by_role(LOCON, up, down, mid)).compute_delta()
-    check(ours, lycoris.locon.diff_weight(down, up, mid, gamma=STRENGTH / 2))
-    (t1, a1, b1), (t2, a2, b2) = tucker(), tucker()
-    ours = change(layer, tensors_by_role(LOHA, a1, b1, a2, b2, t1, t2)).compute_delta()
-    check(ours, lycoris.loha.diff_weight(b1, a1, b2, a2, t1, t2, gamma=STRENGTH / 2))
+    ours = make_change(layer, tensors_by_role(LOCON, up, down, mid)).compute_delta()
+    assert_close(ours, lycoris.locon.diff_weight(down, up, mid, gamma=STRENGTH / 2))
+    (t1, a1, b1), (t2, a2, b2) = make_tucker(), make_tucker()
+    ours = make_change(layer, tensors_by_role(LOHA, a1, b1, a2, b2, t1, t2)).compute_delta()
+    assert_close(ours, lycoris.loha.diff_weight(b1, a1, b2, a2, t1, t2, gamma=STRENGTH / 2))
 
 
 def test_kronecker_products_are_scaled_only_if_a_factor_is_a_product(lycoris, layer):
-    w1, w2 = normal(4, 4), normal(ROWS // 4, COLUMNS // 4, *kernel(layer))
-    a1, b1 = normal(4, RANK), normal(RANK, 4)
-    a2, b2 = flat_factors(layer, ROWS // 4, COLUMNS // 4)
-    shaped = b2.view(RANK, -1, *kernel(layer))
+    w1, w2 = draw_normal(4, 4), draw_normal(ROWS // 4, COLUMNS // 4, *get_kernel_size(layer))
+    a1, b1 = draw_normal(4, RANK), draw_normal(RANK, 4)
+    a2, b2 = make_flat_factors(layer, ROWS // 4, COLUMNS // 4)
+    shaped = b2.view(RANK, -1, *get_kernel_size(layer))
     for tensors in [
         (w1, None, None, w2, None, None, None),
         (None, a1, b1, w2, None, None, None),
         (w1, None, None, None, a2, shaped, None),
         (None, a1, b1, None, a2, shaped, None),
     ]:
-        ours = change(layer, tensors_by_role(LOKR, *tensors)).compute_delta()
-        check(ours, STRENGTH * lycoris.lokr.diff_weight(*tensors, gamma=ALPHA))
+        ours = make_change(layer, tensors_by_role(LOKR, *tensors)).compute_delta()
+        assert_close(ours, STRENGTH * lycoris.lokr.diff_weight(*tensors, gamma=ALPHA))
 
 
 def test_kronecker_product_with_a_tucker_factor(lycoris):
     # The oracle takes the rank from the wrong axis of `lokr_w2_a`, which is as long here.
-    t2, a2, b2 = tucker(rows=RANK, columns=COLUMNS // 4)
-    tensors = (normal(ROWS // RANK, 4), None, None, None, a2, b2, t2)
-    ours = change(nn.Conv2d(COLUMNS, ROWS, 3), tensors_by_role(LOKR, *tensors)).compute_delta()
-    check(ours, lycoris.lokr.diff_weight(*tensors, gamma=ALPHA * STRENGTH))
+    t2, a2, b2 = make_tucker(rows=RANK, columns=COLUMNS // 4)
+    tensors = (draw_normal(ROWS // RANK, 4), None, None, None, a2, b2, t2)
+    ours = make_change(nn.Conv2d(COLUMNS, ROWS, 3), tensors_by_role(LOKR, *tensors)).compute_delta()
+    assert_close(ours, lycoris.lokr.diff_weight(*tensors, gamma=ALPHA * STRENGTH))
 
 
 @pytest.mark.parametrize("of_rows", [True, False])
 def test_dora_sets_the_length_of_rows_or_columns(lycoris, layer, of_rows):
-    up, down = low_rank(layer)
-    ones = [1] * len(kernel(layer))
+    up, down = make_low_rank(layer)
+    ones = [1] * len(get_kernel_size(layer))
     length = torch.rand(*((ROWS, 1) if of_rows else (1, COLUMNS)), *ones) + 0.5
     weight = layer.weight.detach()
-    ours = change(layer, {"up": up, "down": down, "dora_scale": length}).change_weight(weight)
+    ours = make_change(layer, {"up": up, "down": down, "dora_scale": length}).change_weight(weight)
     changed = weight + lycoris.locon.diff_weight(down, up, None, gamma=STRENGTH / 2)
-    check(
+    assert_close(
         ours,
         lycoris.general.weight_decompose(changed, length, multiplier=STRENGTH, wd_on_out=of_rows),
     )
 
 
 @pytest.mark.parametrize("limit", [None, 0.001])
-def test_oft_and_boft_turn_rows(lycoris, layer, limit):
+def test_oft_and_boft_rotate_rows(lycoris, layer, limit):
     weight, rescale = layer.weight.detach(), torch.rand(ROWS, 1) + 0.5
-    blocks, stages = normal(4, 8, 8) / 2, normal(3, 8, 4, 4) / 2
+    blocks, stages = draw_normal(4, 8, 8) / 2, draw_normal(3, 8, 4, 4) / 2
     shaped = rescale.view(-1, *[1] * (weight.dim() - 1))
     constraint = limit and limit * ROWS
-    ours = change(layer, {"oft_blocks": blocks, "rescale": rescale}, limit).change_weight(weight)
+    ours = make_change(layer, {"oft_blocks": blocks, "rescale": rescale}, limit).change_weight(
+        weight
+    )
     theirs = lycoris.diag_oft.diff_weight(weight, blocks, shaped, constraint=constraint)
-    check(ours, weight + STRENGTH * theirs)
-    ours = change(layer, {"oft_blocks": stages}, limit).change_weight(weight)
-    check(
+    assert_close(ours, weight + STRENGTH * theirs)
+    ours = make_change(layer, {"oft_blocks": stages}, limit).change_weight(weight)
+    assert_close(
         ours,
         weight + STRENGTH * lycoris.boft.diff_weight(weight, stages, None, constraint=constraint),
     )
@@ -143,9 +145,9 @@ def test_ia3_scales_rows_or_columns(layer, on_input):
 
     theirs = IA3Module("x", layer, 1.0, train_on_input=on_input)
     nn.init.normal_(theirs.weight)
-    ours = change(layer, {"weight": theirs.weight.data}, None, 1.0, on_input=on_input)
+    ours = make_change(layer, {"weight": theirs.weight.data}, None, 1.0, on_input=on_input)
     expected = theirs.get_merged_weight()[0].detach()
-    check(ours.change_weight(layer.weight.detach()), expected)
+    assert_close(ours.change_weight(layer.weight.detach()), expected)
 
 
 def test_glora_adds_a_product_with_the_weight():
@@ -156,8 +158,8 @@ def test_glora_adds_a_product_with_the_weight():
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.3)
     tensors = {f"{n}.weight": getattr(theirs, n).weight.data for n in ("a1", "a2", "b1", "b2")}
-    ours = change(layer, tensors, strength=1.0).change_weight(layer.weight.detach())
-    check(ours, theirs.get_merged_weight()[0].detach())
+    ours = make_change(layer, tensors, strength=1.0).change_weight(layer.weight.detach())
+    assert_close(ours, theirs.get_merged_weight()[0].detach())
 
 
 def test_whole_differences_are_added_to_weights_and_biases_of_any_layer():
@@ -170,23 +172,23 @@ def test_whole_differences_are_added_to_weights_and_biases_of_any_layer():
 
 def test_the_order_of_additions_does_not_matter_and_that_of_products_does():
     torch.manual_seed(1)
-    additions = [{"diff": normal(ROWS, COLUMNS)} for _ in range(5)]
-    turns = [{"oft_blocks": normal(4, 8, 8)}, {"oft_blocks": normal(2, 16, 16)}]
-    weight = normal(ROWS, COLUMNS)
+    additions = [{"diff": draw_normal(ROWS, COLUMNS)} for _ in range(5)]
+    rotations = [{"oft_blocks": draw_normal(4, 8, 8)}, {"oft_blocks": draw_normal(2, 16, 16)}]
+    weight = draw_normal(ROWS, COLUMNS)
 
     def merge_into_layer(*adapters):
         layer = nn.Linear(COLUMNS, ROWS).requires_grad_(False)
         layer.weight.copy_(weight)
-        merge_changes([change(layer, tensors, None) for tensors in adapters])
+        merge_changes([make_change(layer, tensors, None) for tensors in adapters])
         return layer.weight
 
-    expected = merge_into_layer(*additions, turns[0])
-    assert torch.equal(merge_into_layer(turns[0], *reversed(additions)), expected)
+    expected = merge_into_layer(*additions, rotations[0])
+    assert torch.equal(merge_into_layer(rotations[0], *reversed(additions)), expected)
     assert torch.equal(
-        merge_into_layer(additions[2], turns[0], *additions[:2], *additions[3:]), expected
+        merge_into_layer(additions[2], rotations[0], *additions[:2], *additions[3:]), expected
     )
     assert not torch.allclose(
-        merge_into_layer(*turns), merge_into_layer(*reversed(turns)), atol=1e-3
+        merge_into_layer(*rotations), merge_into_layer(*reversed(rotations)), atol=1e-3
     )
 
 
@@ -201,7 +203,7 @@ def test_the_order_of_additions_does_not_matter_and_that_of_products_does():
         ({"up": (ROWS, 4), "down": (4, COLUMNS), "dora_scale": (5, 1)}, "do not fit"),
     ],
 )
-def test_what_does_not_fit_is_refused(tensors, message):
+def test_tensors_that_do_not_fit_are_refused(tensors, message):
     tensors = {name: torch.zeros(shape) for name, shape in tensors.items()}
     with pytest.raises(ValueError, match=message):
-        change(nn.Linear(COLUMNS, ROWS), tensors)
+        make_change(nn.Linear(COLUMNS, ROWS), tensors)

@@ -26,7 +26,7 @@ FAITHFUL = ["v1", "v2", "inpaint", "depth", "x4", "unclip_h", "unclip_l"]
 FULL = ["v1", "v2", "inpaint", "depth", "x4", "unclip_h"]
 
 
-def call(unet, inputs):
+def run_unet(unet, inputs):
     with torch.no_grad():
         return unet(inputs["x"], inputs["timesteps"], inputs.get("context"), inputs.get("y"))
 
@@ -36,7 +36,7 @@ def test_small_unet_equals_the_recorded_one(name):
     golden = load_golden(f"unet_{name}")
     unet = build_from(golden, UNet)
     for case in ("sq16", "nonsq", "floatt", "odd_mid", "tiny_x", "big_x"):
-        ours = call(unet, golden.inputs(case))
+        ours = run_unet(unet, golden.inputs(case))
         golden.assert_close(case, eps=ours)
 
 
@@ -44,7 +44,7 @@ def test_small_unet_equals_the_recorded_one(name):
 def test_narrow_unet_of_each_family_equals_the_recorded_one(name):
     golden = load_golden("unet_faithful_recipe")
     unet = build_from(golden, UNet, golden.meta[f"config_{name}"])
-    ours = call(unet, golden.inputs(name))
+    ours = run_unet(unet, golden.inputs(name))
     golden.assert_close(name, eps=ours)
 
 
@@ -65,7 +65,7 @@ def test_sdxl_unet_equals_the_recorded_one(name):
     golden = load_golden("sdxl_unet")
     unet = build_from(golden, UNet, golden.meta[f"config_{name}"])
     for case in [f"{name}_{size}" for size in SDXL[name].split()] or [name]:
-        ours = call(unet, golden.inputs(case))
+        ours = run_unet(unet, golden.inputs(case))
         golden.assert_close(case, eps=ours)
 
 
@@ -77,7 +77,7 @@ def test_each_block_of_an_sdxl_unet_equals_the_recorded_one():
     outputs = {}
     for name, block in {**blocks, "mid": unet.middle_block}.items():
         block.register_forward_hook(lambda *args, name=name: outputs.update({name: args[-1]}))
-    call(unet, golden.inputs("base_small"))
+    run_unet(unet, golden.inputs("base_small"))
     recorded = golden.outputs("base_inter")
     assert outputs.keys() == recorded.keys()
     for name, output in outputs.items():
@@ -117,7 +117,7 @@ def test_full_size_sdxl_unet_equals_the_recorded_one(full_sdxl):
     """In 0.9 GB of memory. Observed: 2.2e-5 (base), 1e-5 (refiner)."""
     _, golden, unet = full_sdxl
     fill_on_demand(unet, golden.meta["salt"])
-    ours = call(unet, golden.inputs("a"))
+    ours = run_unet(unet, golden.inputs("a"))
     golden.assert_close("a", eps=ours)
 
 
@@ -128,7 +128,7 @@ def test_full_size_unet_equals_the_recorded_one(name):
     with meta_device():
         unet = build_network(UNet, golden.meta["config"])
     unet.load_state_dict(golden.weights(unet.state_dict()), assign=True)
-    ours = call(unet, golden.inputs("a"))
+    ours = run_unet(unet, golden.inputs("a"))
     golden.assert_close("a", eps=ours)
 
 
@@ -158,12 +158,12 @@ DIFFUSERS = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-SD1_WAY = {"num_heads": 4, "num_head_channels": -1, "use_linear_in_transformer": False}
+SD1 = {"num_heads": 4, "num_head_channels": -1, "use_linear_in_transformer": False}
 
 
 HEADS = {"attention_head_dim": (2, 4), "use_linear_projection": True}
-TWINS = {  # settings of our UNet, settings of theirs, y
-    "SD1": (SD1_WAY, {"attention_head_dim": 4}, None),
+DIFFUSERS_CASES = {  # settings of our UNet, settings of theirs, y
+    "SD1": (SD1, {"attention_head_dim": 4}, None),
     "SD2": ({}, HEADS, None),
     "x4": (
         {"num_res_blocks": 2, "num_classes": 10},
@@ -172,11 +172,7 @@ TWINS = {  # settings of our UNet, settings of theirs, y
     ),
     "unCLIP": (
         {"num_classes": "sequential", "adm_in_channels": 12},
-        {
-            **HEADS,
-            "class_embed_type": "projection",
-            "projection_class_embeddings_input_dim": 12,
-        },
+        {**HEADS, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 12},
         torch.linspace(-1, 1, 24).view(2, 12),
     ),
     "SDXL, pruned": (
@@ -200,9 +196,9 @@ TWINS = {  # settings of our UNet, settings of theirs, y
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", TWINS)
+@pytest.mark.parametrize("family", DIFFUSERS_CASES)
 def test_diffusers_computes_the_same(diffusers, family):
-    ours, theirs, y = TWINS[family]
+    ours, theirs, y = DIFFUSERS_CASES[family]
     unet = build_tiny_unet(**{"attention_resolutions": [1], **ours})
     other = diffusers.UNet2DConditionModel(**{**DIFFUSERS, **theirs}).eval()
     other.load_state_dict(convert_to_diffusers(locate_unet(unet.state_dict()), unet.state_dict()))
@@ -243,7 +239,7 @@ def test_every_parameter_gets_a_gradient():
 @pytest.mark.parametrize(
     ("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float64, 1e-5)]
 )
-def test_weights_decide_the_precision_and_x_the_dtype_of_the_result(dtype, limit):
+def test_weights_set_the_precision_and_x_the_dtype_of_the_result(dtype, limit):
     unet = build_tiny_unet()
     x, t, context = make_tiny_inputs()
     with torch.no_grad():
@@ -269,7 +265,7 @@ def test_depth_may_differ_by_level():
     assert len(unet.middle_block[1].transformer_blocks) == 2
 
 
-BAD = [
+INVALID = [
     ({"model_channels": 48}, "48 channels are not a multiple of 32"),
     ({"num_head_channels": -1}, "num_head_channels must be at least 1, or -1 with num_heads"),
     ({"num_head_channels": 0, "num_heads": 4}, "num_head_channels must be at least 1"),
@@ -290,7 +286,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD)
+@pytest.mark.parametrize(("changes", "message"), INVALID)
 def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         UNet(**{**TINY, **changes})

@@ -14,7 +14,7 @@ def network():
     return build_tiny_upscaler().unet
 
 
-def test_network(network):
+def test_the_network_equals_the_recorded_one(network):
     file, name = load_golden("seed_x2_unet"), "net_nonsq"
     given = file.inputs(name)
     with torch.no_grad():
@@ -28,7 +28,7 @@ def test_network(network):
     file.assert_close(name, out=out[:, :4], logvar=out[:, 4:].mean((1, 2, 3)))
 
 
-def test_published_size():
+def test_the_published_config_has_the_published_size():
     with torch.device("meta"):
         network = LatentUpscalerUNet(**read_yaml(CONFIG)["model"]["params"]["unet"]["params"])
     assert sum(parameter.numel() for parameter in network.parameters()) == 372_560_261
@@ -36,13 +36,13 @@ def test_published_size():
 
 
 @pytest.mark.parametrize("side", [8, 20])
-def test_sides_that_it_does_not_take(network, side):
+def test_sides_that_do_not_fit_are_refused(network, side):
     x = torch.zeros(1, 8, side, side)
     with pytest.raises(ValueError, match="multiples of 8, at least 16"):
         network(x, torch.zeros(1), torch.zeros(1, 5, 32), torch.zeros(1, 33))
 
 
-def test_settings_that_it_does_not_have():
+def test_an_unsupported_setting_is_refused():
     params = read_yaml(CONFIG)["model"]["params"]["unet"]["params"]
     with pytest.raises(ValueError, match="augment_wrapper is not supported"):
         LatentUpscalerUNet(**params, augment_wrapper=True)

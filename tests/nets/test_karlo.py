@@ -20,18 +20,18 @@ VISION = {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "lay
 TINY_CLIP = {"embed_dim": 16, "text_cfg": TEXT, "vision_cfg": VISION}
 
 
-def recorded_prior():
+def load_recorded_prior():
     golden = load_golden("karlo_prior")
     options = golden.meta["config"]["model"]["hparams"]
     prior = Prior(**{k: v for k, v in options.items() if k not in Prior.IGNORED_PARAMS})
     prior.load_state_dict(golden.weights(prior.state_dict(), "model."))
     given = golden.inputs("transformer")
     tokens = given["txt_feat_seq"] * given["mask"][..., None]
-    both = Cond(crossattn=tokens, vector=given["txt_feat"])
-    return golden, prior.eval(), both
+    cond = Cond(crossattn=tokens, vector=given["txt_feat"])
+    return golden, prior.eval(), cond
 
 
-def tiny_prior():
+def build_tiny_prior():
     torch.manual_seed(0)
     prior = Prior(**TINY)
     for parameter in prior.parameters():
@@ -40,23 +40,23 @@ def tiny_prior():
 
 
 def test_the_prediction_equals_the_recorded_one():
-    golden, prior, both = recorded_prior()
+    golden, prior, cond = load_recorded_prior()
     given = golden.inputs("transformer")
     with torch.no_grad():
-        x0 = prior(given["x"], given["timesteps"], both.crossattn, both.vector)
+        x0 = prior(given["x"], given["timesteps"], cond.crossattn, cond.vector)
     assert_close(x0, golden.outputs("transformer")["out"])
 
 
 @pytest.mark.parametrize("steps", [5, 25])
 def test_samples_equal_the_recorded_ones(steps):
-    golden, prior, both = recorded_prior()
+    golden, prior, cond = load_recorded_prior()
     case = f"sample_{steps}"
     # The original carries the unconditional half along with noise of its own, and never reads it.
     drawn = iter([noise[:2] for noise in golden.rng(case)])
     scale = golden.case(case)["info"]["cf_scale"]
     with torch.no_grad():
         x = sample_normalized_embeddings(
-            prior, both[:2], both[2:], steps=steps, scale=scale, noise=lambda _: next(drawn)
+            prior, cond[:2], cond[2:], steps=steps, scale=scale, noise=lambda _: next(drawn)
         )
     given = golden.inputs("transformer")
     assert_close(x * given["clip_std"] + given["clip_mean"], golden.outputs(case)["img_feat"])
@@ -64,13 +64,13 @@ def test_samples_equal_the_recorded_ones(steps):
 
 
 def test_ddim_samples_equal_the_recorded_ones():
-    golden, prior, both = recorded_prior()
+    golden, prior, cond = load_recorded_prior()
     table = Schedule(make_betas("squaredcos_cap_v2")).sigmas
     sigmas = torch.cat([table[[750, 500, 250, 0]], torch.zeros(1)])
     start = golden.rng("sample_ddim4")[0][:2]
     with torch.no_grad():
         x = sample_normalized_embeddings(
-            prior, both[:2], both[2:], sigmas=sigmas, eta=0.0, noise=lambda _: start
+            prior, cond[:2], cond[2:], sigmas=sigmas, eta=0.0, noise=lambda _: start
         )
     given = golden.inputs("transformer")
     expected = golden.outputs("sample_ddim4")["img_feat"]
@@ -89,8 +89,8 @@ def test_full_size_keys_equal_the_published_ones():
     assert sum(p.numel() for p in prior.parameters()) == 1_022_028_544
 
 
-def test_padding_is_not_looked_at():
-    prior = tiny_prior()
+def test_padding_is_ignored():
+    prior = build_tiny_prior()
     x, y, t = torch.randn(2, 16), torch.randn(2, 16), torch.tensor([3, 700])
     context = torch.randn(2, 77, 16)
     short = context.clone()
@@ -106,7 +106,7 @@ def test_padding_is_not_looked_at():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_prediction_has_the_dtype_of_the_input(dtype):
-    prior = tiny_prior()
+    prior = build_tiny_prior()
     inputs = (torch.randn(1, 16), torch.tensor([3]), torch.randn(1, 77, 16), torch.randn(1, 16))
     with torch.no_grad():
         full, half = prior(*inputs), prior.to(dtype)(*inputs)
@@ -114,8 +114,8 @@ def test_the_prediction_has_the_dtype_of_the_input(dtype):
     assert_close(half, full, tolerance=0.05)
 
 
-def test_a_text_leads_to_an_embedding_in_the_units_of_clip():
-    prior, clip = tiny_prior(), CLIPImage(model=TINY_CLIP)
+def test_a_sampled_embedding_is_denormalised_by_the_statistics():
+    prior, clip = build_tiny_prior(), CLIPImage(model=TINY_CLIP)
     mean, std = torch.full((16,), 3.0), torch.full((16,), 0.5)
     runs = [
         sample_image_embeddings(
@@ -154,6 +154,9 @@ def test_a_clip_without_text_tower_is_refused():
 
 
 def test_a_wrong_option_is_named():
-    prior, cond = tiny_prior(), Cond(crossattn=torch.ones(1, 77, 16), vector=torch.ones(1, 16))
+    prior, cond = (
+        build_tiny_prior(),
+        Cond(crossattn=torch.ones(1, 77, 16), vector=torch.ones(1, 16)),
+    )
     with pytest.raises(ValueError, match="must be in 2 … 1000, got 1"):
         sample_normalized_embeddings(prior, cond, cond, steps=1)

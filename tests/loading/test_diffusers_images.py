@@ -1,7 +1,7 @@
 """Folders that we write open in diffusers, and both programs make the same images.
 
-Weights are random, so a difference of kernels grows: 2e-4 of pixels in [0, 1] is the tolerance, and
-what is measured is below 5e-5.
+Weights are random, so differences of kernels grow: 2e-4 of pixels in [0, 1] is the tolerance, less
+than 5e-5 was observed.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tinyfamilies import PROMPT, WIDTH
+from tinyfamilies import PROMPT, WIDTH, change_json
 
 import ldm
 from ldm.encoders.image import preprocess
@@ -43,7 +43,7 @@ def open_pipeline(folder):
     return pipe
 
 
-def opened_xl(folder):
+def open_xl(folder):
     """With the timestep spacing of published folders, which starts with the same noise as ours."""
     from diffusers import EulerDiscreteScheduler
 
@@ -53,30 +53,30 @@ def opened_xl(folder):
     return pipe
 
 
-def start(folder, family, batch=1):
+def prepare_run(folder, family, batch=1):
     """Diffusers' pipeline, its size, and our options with the noise that both start from."""
     pipe, side, latent, ours = open_pipeline(folder), SIDE, SIDE // 2, OURS
     if family.startswith(("xl", "ssd-1b")):
-        pipe, side, latent, ours = opened_xl(folder), XL_SIDE, XL_SIDE // 8, XL_OURS
-    ours = ours | {"size": (side, side), "x_T": noise(batch, 4, latent, latent)}
+        pipe, side, latent, ours = open_xl(folder), XL_SIDE, XL_SIDE // 8, XL_OURS
+    ours = ours | {"size": (side, side), "x_T": make_noise(batch, 4, latent, latent)}
     return pipe, {"height": side, "width": side}, ours
 
 
-def noise(*shape, seed=0):
+def make_noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def picture(side=SIDE):
+def make_image(side=SIDE):
     return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def common(x):
+def make_options(x):
     x = None if x is None else x.clone()
     return {"latents": x, "num_inference_steps": STEPS, "guidance_scale": SCALE,
             "output_type": "pt", "generator": torch.Generator().manual_seed(5)}  # fmt: skip
 
 
-def agree(ours, theirs, tolerance=TOLERANCE):
+def assert_close(ours, theirs, tolerance=TOLERANCE):
     ours = (ours + 1) / 2
     assert ours.std() > 0.05
     assert (ours - theirs).abs().max() < tolerance
@@ -91,21 +91,21 @@ def sample_images(model, batch, x, uncond=None):
     return model.decode(z).clamp(-1, 1)
 
 
-SLOW = pytest.mark.slow  # as the others, or as goldens of tests/pipelines
+SLOW = pytest.mark.slow  # beside the other cases, and the goldens of tests/pipelines
 
 
 @pytest.mark.parametrize("family", slow_except((*TEXT, "ssd-1b"), "sd2-v"))
-def test_text_to_image(convert_family, family):
+def test_text_to_image_equals_diffusers(convert_family, family):
     source, _, folder = convert_family(family)
-    pipe, size, ours = start(folder, family)
-    theirs = pipe(PROMPT, **size, **common(ours["x_T"])).images
-    agree(ldm.txt2img(ldm.load(source), [PROMPT], **ours), theirs)
-    agree(ldm.txt2img(ldm.load(folder), [PROMPT], **ours), theirs)
+    pipe, size, ours = prepare_run(folder, family)
+    theirs = pipe(PROMPT, **size, **make_options(ours["x_T"])).images
+    assert_close(ldm.txt2img(ldm.load(source), [PROMPT], **ours), theirs)
+    assert_close(ldm.txt2img(ldm.load(folder), [PROMPT], **ours), theirs)
 
 
 @SLOW
 @pytest.mark.parametrize("sampler", ["ddim", "plms"])
-def test_safe_latent_diffusion(convert_family, tmp_path, sampler):
+def test_safe_latent_diffusion_equals_diffusers(convert_family, tmp_path, sampler):
     """A folder of that class opens, too; PNDM's first steps are PLMS's."""
     from diffusers import PNDMScheduler
     from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
@@ -116,11 +116,11 @@ def test_safe_latent_diffusion(convert_family, tmp_path, sampler):
     if sampler == "plms":
         pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     pipe.set_progress_bar_config(disable=True)
-    x = noise(2, 4, 16, 16)
+    x = make_noise(2, 4, 16, 16)
     numbers = {"sld_warmup_steps": 1, "sld_guidance_scale": 20, "sld_threshold": 0.1,
                "sld_momentum_scale": 0.3, "sld_mom_beta": 0.4}  # fmt: skip
     theirs = pipe([PROMPT, "a cat"], negative_prompt=["blurry", ""], height=SIDE, width=SIDE,
-                  **numbers, **common(x) | {"output_type": "np"}).images  # fmt: skip
+                  **numbers, **make_options(x) | {"output_type": "np"}).images  # fmt: skip
     theirs = torch.from_numpy(theirs).movedim(-1, 1)
     pipe.save_pretrained(tmp_path)
     for path in (source, tmp_path):
@@ -129,7 +129,7 @@ def test_safe_latent_diffusion(convert_family, tmp_path, sampler):
             size=(SIDE, SIDE), scale=SCALE, sampler=sampler, sld=[*numbers.values()],
             sld_concept="diffusers",
         )  # fmt: skip
-        agree(ours, theirs)
+        assert_close(ours, theirs)
 
 
 PAG = {"sd1": "StableDiffusionPAGPipeline", "sd2-v": "StableDiffusionPAGPipeline",
@@ -138,92 +138,91 @@ PAG = {"sd1": "StableDiffusionPAGPipeline", "sd2-v": "StableDiffusionPAGPipeline
 
 @pytest.mark.parametrize("scale", [SCALE, pytest.param(1.0, marks=SLOW)])
 @pytest.mark.parametrize("family", slow_except(PAG, "sd1"))
-def test_perturbed_attention_guidance(diffusers, convert_family, family, scale):
+def test_perturbed_attention_guidance_equals_diffusers(diffusers, convert_family, family, scale):
     """Without classifier-free guidance, too."""
     source, _, folder = convert_family(family)
-    pipe, size, ours = start(folder, family, batch=2)
+    pipe, size, ours = prepare_run(folder, family, batch=2)
     pipe = getattr(diffusers, PAG[family])(**pipe.components, pag_applied_layers="mid")
     texts = {"negative_prompt": ["blurry", "a dog"]}
-    options = common(ours["x_T"]) | {"guidance_scale": scale, "pag_scale": 3.0}
+    options = make_options(ours["x_T"]) | {"guidance_scale": scale, "pag_scale": 3.0}
     theirs = pipe([PROMPT, "a cat"], **size, **texts, **options).images
     ours |= {"scale": scale, **texts}
     model = ldm.load(source)
     guided = ldm.txt2img(model, [PROMPT, "a cat"], **ours, pag=3.0)
-    agree(guided, theirs)
+    assert_close(guided, theirs)
     without = ldm.txt2img(model, [PROMPT, "a cat"], **ours)
     assert (guided - without).abs().max() > 100 * TOLERANCE
 
 
 @SLOW  # beside the formulas of tests/nets/test_freeu
 @pytest.mark.parametrize("family", ["sd1", "xl"])
-def test_freeu_by_the_level_of_a_block(convert_family, family):
+def test_freeu_by_the_level_of_a_block_equals_diffusers(convert_family, family):
     source, _, folder = convert_family(family)
-    pipe, size, ours = start(folder, family)
+    pipe, size, ours = prepare_run(folder, family)
     pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.2, b2=1.4)
-    theirs = pipe(PROMPT, **size, **common(ours["x_T"])).images
+    theirs = pipe(PROMPT, **size, **make_options(ours["x_T"])).images
     model, factors = ldm.load(source), {"freeu": (1.2, 1.4, 0.6, 0.4), "freeu_version": "diffusers"}
-    agree(ldm.txt2img(model, [PROMPT], **ours, **factors), theirs)
+    assert_close(ldm.txt2img(model, [PROMPT], **ours, **factors), theirs)
     without = ldm.txt2img(model, [PROMPT], **ours)
     assert ((without + 1) / 2 - theirs).abs().max() > 10 * TOLERANCE
 
 
 @SLOW
 @pytest.mark.parametrize("family", ["sd1-inpainting", "inpainting", "xl-inpainting"])
-def test_inpainting(convert_family, family):
+def test_inpainting_equals_diffusers(convert_family, family):
     source, _, folder = convert_family(family)
-    pipe, size, ours = start(folder, family)
+    pipe, size, ours = prepare_run(folder, family)
     side, _ = ours.pop("size")
-    image, mask = picture(side), torch.zeros(1, 1, side, side)
+    image, mask = make_image(side), torch.zeros(1, 1, side, side)
     mask[..., side // 4 : 3 * side // 4, 8:24] = 1
     inputs = {"image": image, "mask_image": mask, "strength": 1.0}
-    theirs = pipe(PROMPT, **inputs, **size, **common(ours["x_T"])).images
+    theirs = pipe(PROMPT, **inputs, **size, **make_options(ours["x_T"])).images
     ours |= {"seeds": 5, "composite": False}
-    agree(ldm.inpaint(ldm.load(source), [PROMPT], 2 * image - 1, mask, **ours), theirs)
+    assert_close(ldm.inpaint(ldm.load(source), [PROMPT], 2 * image - 1, mask, **ours), theirs)
 
 
 @SLOW
-def test_sdxl_base_and_refiner(convert_family):
+def test_sdxl_base_and_refiner_equal_diffusers(convert_family):
     base_file, _, base_folder = convert_family("xl")
     refiner_file, _, refiner_folder = convert_family("xl-refiner")
-    base, refiner, x = ldm.load(base_file), ldm.load(refiner_file), noise(1, 4, 8, 8)
-    pipe, sizes = opened_xl(base_folder), {"original_size": (512, 384), "target_size": (96, 80)}
+    base, refiner, x = ldm.load(base_file), ldm.load(refiner_file), make_noise(1, 4, 8, 8)
+    pipe, sizes = (open_xl(base_folder), {"original_size": (512, 384), "target_size": (96, 80)})
     size = {"height": XL_SIDE, "width": XL_SIDE}
     texts = {"negative_prompt": "blurry", "prompt_2": "a pear"}
-    theirs = pipe(PROMPT, **texts, **sizes, **size, **common(x)).images
+    theirs = pipe(PROMPT, **texts, **sizes, **size, **make_options(x)).images
     ours = {**XL_OURS, "size": (XL_SIDE, XL_SIDE), "x_T": x}
-    agree(ldm.txt2img(base, [PROMPT], **texts, **sizes, **ours), theirs)
-    options = {**common(x), "output_type": "latent"}
+    assert_close(ldm.txt2img(base, [PROMPT], **texts, **sizes, **ours), theirs)
+    options = {**make_options(x), "output_type": "latent"}
     z_t = pipe(PROMPT, denoising_end=0.5, **size, **options).images
-    pipe = opened_xl(refiner_folder)
-    theirs = pipe(PROMPT, image=z_t, denoising_start=0.5, **common(None)).images
-    agree(ldm.txt2img(base, [PROMPT], refiner=refiner, refiner_start=0.5, **ours), theirs)
+    pipe = open_xl(refiner_folder)
+    theirs = pipe(PROMPT, image=z_t, denoising_start=0.5, **make_options(None)).images
+    assert_close(ldm.txt2img(base, [PROMPT], refiner=refiner, refiner_start=0.5, **ours), theirs)
 
 
 @pytest.mark.parametrize("family", slow_except(["sd1", "xl"], "sd1"))
-def test_folders_whose_network_predicts_the_image(convert_family, tmp_path, family):
+def test_a_folder_whose_network_predicts_x0_equals_diffusers(convert_family, tmp_path, family):
     _, _, written = convert_family(family)
     folder = Path(shutil.copytree(written, tmp_path / family))
     (folder / EXTRA_WEIGHTS).unlink()
-    path = folder / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    change_json(folder / "scheduler/scheduler_config.json", prediction_type="sample")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*predicts")
         model = ldm.load(folder)
-    pipe, size, ours = start(folder, family)
-    theirs = pipe(PROMPT, **size, **common(ours["x_T"])).images
-    # Guidance multiplies the rounding of an estimate itself: of SDXL 2.3e-4 was seen.
-    agree(ldm.txt2img(model, [PROMPT], **ours), theirs, 1e-3)
+    pipe, size, ours = prepare_run(folder, family)
+    theirs = pipe(PROMPT, **size, **make_options(ours["x_T"])).images
+    # Guidance multiplies the rounding of the estimate: 2.3e-4 was observed for SDXL.
+    assert_close(ldm.txt2img(model, [PROMPT], **ours), theirs, 1e-3)
     convert(plan_conversion(folder, tmp_path / "back"))
     again = json.loads((tmp_path / "back/scheduler/scheduler_config.json").read_text())
     assert again["prediction_type"] == "sample"
 
 
 @SLOW
-def test_depth(convert_family):
+def test_depth2img_equals_diffusers(convert_family):
     source, _, folder = convert_family("depth")
-    model, image, depth = ldm.load(source), picture(), noise(1, SIDE, SIDE, seed=2)
+    model, image, depth = ldm.load(source), make_image(), make_noise(1, SIDE, SIDE, seed=2)
     pipe = open_pipeline(folder)
-    theirs = pipe(PROMPT, image=image, depth_map=depth, strength=1.0, **common(None)).images
+    theirs = pipe(PROMPT, image=image, depth_map=depth, strength=1.0, **make_options(None)).images
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
         z = model.encode(2 * image - 1, g)
@@ -231,8 +230,8 @@ def test_depth(convert_family):
     drawn = torch.randn(z.shape, generator=g)
     x = pipe.scheduler.add_noise(z, drawn, pipe.scheduler.timesteps[:1])
     prepared = model.prepare({"depth": depth[None]}, (16, 16))
-    agree(sample_images(model, {"depth": prepared["depth"]}, x), theirs)
-    image_input = noise(1, 3, 64, 64)
+    assert_close(sample_images(model, {"depth": prepared["depth"]}, x), theirs)
+    image_input = make_noise(1, 3, 64, 64)
     with torch.no_grad():
         ours = model.conditioner.depth.run_network(image_input)[:, 0]
         theirs = pipe.depth_estimator(image_input).predicted_depth
@@ -241,42 +240,42 @@ def test_depth(convert_family):
 
 
 @SLOW
-def test_upscaling(convert_family):
+def test_upscaling_equals_diffusers(convert_family):
     source, _, folder = convert_family("x4")
-    model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture(16)
-    theirs = open_pipeline(folder)(PROMPT, image=image, noise_level=20, **common(x)).images
-    level, drawn = torch.tensor([20]), noise(1, 3, 16, 16, seed=5)
+    model, x, image = ldm.load(source), make_noise(1, 4, 16, 16), make_image(16)
+    theirs = open_pipeline(folder)(PROMPT, image=image, noise_level=20, **make_options(x)).images
+    level, drawn = torch.tensor([20]), make_noise(1, 3, 16, 16, seed=5)
     lowres = model.conditioner.lowres.add_noise(2 * image - 1, level, drawn)
-    agree(sample_images(model, {"lowres": lowres, "noise_level": level}, x), theirs)
+    assert_close(sample_images(model, {"lowres": lowres, "noise_level": level}, x), theirs)
 
 
 @SLOW
 @pytest.mark.parametrize("family", ["unclip-l", "unclip-h"])
-def test_unclip(convert_family, family):
+def test_unclip_equals_diffusers(convert_family, family):
     source, _, folder = convert_family(family)
-    model, x, image_input = ldm.load(source), noise(1, 4, 16, 16), noise(1, 3, 28, 28)
+    model, x, image_input = ldm.load(source), make_noise(1, 4, 16, 16), make_noise(1, 3, 28, 28)
     pipe = open_pipeline(folder)
     with torch.no_grad():
         embedding = model.conditioner.image.clip.model.visual(image_input)
         assert torch.allclose(pipe.image_encoder(image_input).image_embeds, embedding, atol=1e-5)
         theirs = pipe(prompt=PROMPT, image_embeds=embedding, noise_level=10, height=SIDE,
-                      width=SIDE, **common(x)).images  # fmt: skip
-        vector = model.conditioner.image.noise(embedding, 10, noise(1, WIDTH, seed=5))
-    agree(sample_images(model, {"embedding": vector}, x, {"embedding": [None]}), theirs)
+                      width=SIDE, **make_options(x)).images  # fmt: skip
+        vector = model.conditioner.image.noise(embedding, 10, make_noise(1, WIDTH, seed=5))
+    assert_close(sample_images(model, {"embedding": vector}, x, {"embedding": [None]}), theirs)
 
 
 @SLOW
-def test_variations(convert_family):
+def test_variations_equal_diffusers(convert_family):
     source, _, folder = convert_family("variations")
-    pipe, size, ours = start(folder, "variations")
-    image = 2 * picture() - 1
+    pipe, size, ours = prepare_run(folder, "variations")
+    image = 2 * make_image() - 1
     image_input = preprocess(image, 28, antialias=False)  # as the original of these models
-    theirs = pipe(image=image_input, **size, **common(ours["x_T"])).images
-    agree(vary(ldm.load(source), [""], [image], **ours), theirs)
+    theirs = pipe(image=image_input, **size, **make_options(ours["x_T"])).images
+    assert_close(vary(ldm.load(source), [""], [image], **ours), theirs)
 
 
 @pytest.mark.parametrize("family", slow_except((*FAMILIES, *OTHERS), "unclip-l", "xl", "ldm3d-sr"))
-def test_the_way_back_loses_nothing(convert_family, family):
+def test_a_folder_converts_back_without_loss(convert_family, family):
     _, state, folder = convert_family(family)
     back = open_checkpoint(folder).state
     assert back.keys() == state.keys()

@@ -11,24 +11,24 @@ NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 OUT = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 
 
-def one_value(value: float, *shape: int) -> torch.Tensor:
-    """So large in the network, so small in a file."""
+def expand_value(value: float, *shape: int) -> torch.Tensor:
+    """A tensor of one value, which takes few bytes in a file."""
     return torch.tensor([value]).expand(shape)
 
 
 @pytest.fixture
 def files(tmp_path):
-    heads = {f"lin{k}.model.1.weight": one_value(k, 1, w, 1, 1) for k, w in enumerate(CHANNELS)}
-    vgg = {"classifier.0.weight": one_value(0, 4096, 25088)}
+    heads = {f"lin{k}.model.1.weight": expand_value(k, 1, w, 1, 1) for k, w in enumerate(CHANNELS)}
+    vgg = {"classifier.0.weight": expand_value(0, 4096, 25088)}
     for number, before, after in zip(NUMBERS, (3, *OUT), OUT, strict=False):
-        vgg[f"features.{number}.weight"] = one_value(number, after, before, 3, 3)
-        vgg[f"features.{number}.bias"] = one_value(-number, after)
+        vgg[f"features.{number}.weight"] = expand_value(number, after, before, 3, 3)
+        vgg[f"features.{number}.bias"] = expand_value(-number, after)
     torch.save(heads, tmp_path / "vgg.pth")
     torch.save(vgg, tmp_path / "vgg16-397923af.pth")
     return [tmp_path / "vgg.pth", tmp_path / "vgg16-397923af.pth"]
 
 
-def test_two_files_make_one_network(files) -> None:
+def test_a_network_is_read_from_two_files(files) -> None:
     net = read_lpips(files)
     layers = [layer for part in net.net.children() for layer in part.named_children()]
     assert [name for name, _ in layers] == [str(n) for n in range(30)]
@@ -40,7 +40,7 @@ def test_two_files_make_one_network(files) -> None:
     assert net.scaling_layer.shift.flatten().tolist() == pytest.approx([-0.030, -0.088, -0.188])
 
 
-def test_one_of_the_two_is_not_enough(files) -> None:
+def test_one_of_the_two_files_is_not_enough(files) -> None:
     with pytest.raises(
         ValueError, match=r"vgg.pth`: weights of LPIPS are missing, it needs .* of torchvis"
     ):

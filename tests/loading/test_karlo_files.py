@@ -1,4 +1,4 @@
-"""Karlo's files: statistics of embeddings, the error where they are missing; the prior."""
+"""Karlo's files: statistics of image embeddings, and the prior."""
 
 import pytest
 import torch
@@ -27,12 +27,12 @@ def has_statistics(conditioner):
     return torch.equal(mean[0], MEAN) and torch.equal(std[0], STD)
 
 
-def test_the_argument_precedes_the_checkpoint_and_that_its_folder(tmp_path):
+def test_statistics_come_from_the_argument_else_the_checkpoint_else_its_folder(tmp_path):
     torch.save((MEAN, STD), tmp_path / "stats.th")
     module = make_conditioner()
     load_clip_statistics(module, tmp_path / "model.ckpt")
     assert has_statistics(module)
-    (tmp_path / "stats.th").unlink()  # the tensors are pages of it
+    (tmp_path / "stats.th").unlink()  # the tensors are mapped to it
     torch.save((MEAN * 0, STD), tmp_path / "stats.th")
     module.image.noise.set_statistics(MEAN, STD)
     tables = get_clip_statistics(module)
@@ -53,7 +53,7 @@ def test_a_missing_file_is_named_when_the_model_is_used(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_models_without_statistics_have_no_tensors_of_them(tmp_path):
+def test_a_model_without_statistics_has_no_tensors_for_them(tmp_path):
     module = make_conditioner()
     assert get_clip_statistics(module) == {}
     module.image.noise.set_statistics(MEAN, STD)
@@ -63,7 +63,7 @@ def test_models_without_statistics_have_no_tensors_of_them(tmp_path):
 
 
 @pytest.mark.parametrize("content", [{"a": MEAN}, [MEAN, 3], MEAN, {}])
-def test_files_of_something_else_are_refused(tmp_path, content):
+def test_files_without_statistics_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "stats.th")
     with pytest.raises(ValueError, match="does not contain a mean and a standard deviation"):
         read_clip_statistics(tmp_path / "stats.th")
