@@ -18,12 +18,12 @@ TRAILING = {"timestep_spacing": "trailing"}
 PROMPT, WIDTH, SIZE = ["a cat"], 6, (32, 32)
 
 
-def noise_of(seed):
+def make_noise_function(seed):
     generator = torch.Generator().manual_seed(seed)
     return lambda like: torch.randn(like.shape, generator=generator)
 
 
-def their_latents(pipe, scheduler, cond, **options):
+def sample_by_diffusers(pipe, scheduler, cond, **options):
     """Sample with a pipeline of diffusers, which gets text embeddings and initial noise."""
     pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
@@ -39,8 +39,8 @@ def their_latents(pipe, scheduler, cond, **options):
     ).images  # fmt: skip
 
 
-def our_latents(model, cond, uncond=None, **options):
-    return ldm.sample(model, cond, uncond, size=SIZE, noise=noise_of(3), **options)
+def sample_latents(model, cond, uncond=None, **options):
+    return ldm.sample(model, cond, uncond, size=SIZE, noise=make_noise_function(3), **options)
 
 
 @pytest.fixture
@@ -59,12 +59,14 @@ def test_a_latent_consistency_model_is_sampled_as_by_diffusers(distilled_model):
     model, pipe = distilled_model
     cond, calls = model.condition({"txt": PROMPT}), []
     model.unet.register_forward_hook(lambda *_: calls.append(1))
-    theirs = their_latents(pipe, pipe.scheduler, cond, guidance_scale=8.0, num_inference_steps=4)
-    ours = our_latents(model, cond)
-    worst = (ours - theirs).abs().max() / theirs.std()
-    assert worst < 3e-5  # 3.2e-6
+    theirs = sample_by_diffusers(
+        pipe, pipe.scheduler, cond, guidance_scale=8.0, num_inference_steps=4
+    )
+    ours = sample_latents(model, cond)
+    error = (ours - theirs).abs().max() / theirs.std()
+    assert error < 3e-5  # observed: 3.2e-6
     assert len(calls) == 4
-    other = our_latents(model, cond, scale=2.0)
+    other = sample_latents(model, cond, scale=2.0)
     assert not torch.allclose(ours, other)
 
 
@@ -88,12 +90,12 @@ def test_variants_are_sampled_as_by_diffusers(diffusers, variant, name, options,
     cond = model.condition({"txt": PROMPT})
     pipe = build_diffusers_pipeline(model)
     scheduler = getattr(diffusers, name)(**BETAS, **options)
-    theirs = their_latents(
+    theirs = sample_by_diffusers(
         pipe, scheduler, cond, guidance_scale=1.0, num_inference_steps=steps, **extra
     )
-    ours = our_latents(model, cond, steps=steps)
-    worst = (ours - theirs).abs().max() / theirs.std()
-    assert worst < 2e-4  # 2.8e-6, of x0 3.4e-5
+    ours = sample_latents(model, cond, steps=steps)
+    error = (ours - theirs).abs().max() / theirs.std()
+    assert error < 2e-4  # observed: 2.8e-6, of x0 3.4e-5
 
 
 def test_too_many_steps_and_too_large_a_scale_are_warned_of():
@@ -109,13 +111,13 @@ def test_too_many_steps_and_too_large_a_scale_are_warned_of():
     ldm.txt2img(model, PROMPT, size=(8, 8), steps=17)
 
 
-def test_a_negative_prompt_that_is_not_read_is_said(distilled_model):
+def test_a_negative_prompt_that_is_not_read_is_warned_of(distilled_model):
     with pytest.warns(UserWarning, match="does not read a negative prompt") as caught:
         ldm.txt2img(distilled_model[0], PROMPT, negative_prompt="dog", size=(8, 8), steps=1)
     assert caught[0].filename == __file__  # warnings point at the caller of the package
 
 
 @pytest.mark.parametrize("option", [{"pag": 3.0}, {"rescale": 0.5}, {"guidance_interval": (0, 1)}])
-def test_changes_of_guidance_are_refused_where_there_is_one_pass(distilled_model, option):
+def test_options_of_guidance_are_refused_if_the_model_embeds_the_scale(distilled_model, option):
     with pytest.raises(ArgumentError, match="embeds the guidance scale: leave it out"):
         ldm.txt2img(distilled_model[0], PROMPT, size=SIZE, **option)

@@ -7,13 +7,7 @@ from PIL import Image
 
 from goldfile import load_golden
 from ldm.imaging.pixels import to_tensor, to_uint8
-from ldm.pipelines import (
-    LEGACY,
-    depth2img,
-    inpaint,
-    unclip,
-    upscale,
-)
+from ldm.pipelines import LEGACY, depth2img, inpaint, unclip, upscale
 from pipelines.goldmodels import build_recorded_model
 
 
@@ -33,32 +27,32 @@ def compare(task, file, name, model_name, *inputs, seed, **options):
     assert (apart > 0).mean() < 0.05
 
 
-def image_of(pixels):
+def to_image(pixels):
     return to_tensor(Image.fromarray(pixels.numpy()))
 
 
-def start_code(info, h, w):
+def make_start_code(info, h, w):
     """The original's demos start from numpy's noise."""
     noise = np.random.RandomState(info["seed"]).randn(info["num_samples"], 4, h, w)
     return torch.from_numpy(noise).float()
 
 
 @pytest.mark.parametrize("name", ["inp0", "inp1"])
-def test_inpaint(name):
+def test_inpaint_equals_the_original(name):
     file = load_golden("e2e_inpaint")
     info, inputs = file.case(name)["info"], file.inputs(name)
-    image, mask = image_of(inputs["image"]), inputs["mask"][None, None].float() / 255
+    image, mask = to_image(inputs["image"]), inputs["mask"][None, None].float() / 255
     compare(
         inpaint, file, name, "inpaint", image, mask, seed=info["torch_seed_before"],
-        composite=False, x_T=start_code(info, info["h"] // 8, info["w"] // 8),
+        composite=False, x_T=make_start_code(info, info["h"] // 8, info["w"] // 8),
         steps=info["ddim_steps"], eta=info["eta"],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["dep0", "dep1"])
-def test_depth2img(name):
+def test_depth2img_equals_the_original(name):
     file = load_golden("e2e_depth2img")
-    info, image = file.case(name)["info"], image_of(file.inputs(name)["image"])
+    info, image = file.case(name)["info"], to_image(file.inputs(name)["image"])
     compare(
         depth2img, file, name, "depth", image, seed=info["seed"], strength=info["strength"],
         steps=info["steps"],
@@ -66,17 +60,18 @@ def test_depth2img(name):
 
 
 @pytest.mark.parametrize("name", ["up0", "up1"])
-def test_upscale(name):
+def test_upscale_equals_the_original(name):
     file = load_golden("e2e_upscale")
-    info, image = file.case(name)["info"], image_of(file.inputs(name)["image"])
+    info, image = file.case(name)["info"], to_image(file.inputs(name)["image"])
     compare(
-        upscale, file, name, "upscale", image, seed=info["seed"], noise_level=info["noise_level"],
-        tile=64, x_T=start_code(info, info["h"], info["w"]), steps=info["steps"], eta=info["eta"],
+        upscale, file, name, "upscale", image, seed=info["seed"], tile=64,
+        noise_level=info["noise_level"], x_T=make_start_code(info, info["h"], info["w"]),
+        steps=info["steps"], eta=info["eta"],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["uc0_ddim", "uc1_dpm"])
-def test_unclip(name):
+def test_unclip_equals_the_original(name):
     file = load_golden("e2e_unclip")
     info, image = file.case(name)["info"], file.inputs(name)["image"]
     compare(

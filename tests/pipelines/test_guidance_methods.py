@@ -1,4 +1,4 @@
-"""Rules of guidance and FreeU as keywords of the tasks: combined, refused, sample by sample."""
+"""Guidance methods and FreeU as keywords of the tasks: combined, refused, sample by sample."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def xl():
     return build_recorded_model(load_golden("sdxl_e2e_txt2img"), "base")
 
 
-def latents_of(model, prompts, **options):
+def sample_latents(model, prompts, **options):
     """Latents after the last step."""
     xs = []
     steps = {"steps": 3, "scale": 5.0, "seeds": 5, "size": (64, 64), **options}
@@ -48,29 +48,29 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", slow_except(METHODS, "apg", "perp_neg", "pag and sld", "freeu"))
-def test_rules_act_on_each_sample_alone(model, name):
-    """Kernels round differently in a batch: the largest difference is 2e-4."""
+def test_methods_act_on_each_sample_alone(model, name):
+    """Kernels round differently in a batch: observed difference 2e-4."""
     options = {"sampler": "dpmpp_2m", **METHODS[name]}
-    one, two = (latents_of(model, ["a cat", "a red apple"][:n], **options) for n in (1, 2))
+    one, two = (sample_latents(model, ["a cat", "a red apple"][:n], **options) for n in (1, 2))
     torch.testing.assert_close(one, two[:1], rtol=0, atol=3e-3)
     plain = {"sampler": "dpmpp_2m", "scale": options.get("scale", 5.0)}
-    assert (latents_of(model, ["a cat"], **plain) - one).abs().max() > 0.02
+    assert (sample_latents(model, ["a cat"], **plain) - one).abs().max() > 0.02
 
 
 @pytest.mark.parametrize(
     "options",
     slow_except([{"pag": 2.0, "apg": (0, 3, -0.5)}, {"freeu": "auto"}], {"freeu": "auto"}),
 )
-def test_sdxl_has_them_and_a_refiner_goes_on_with_the_rule(xl, options):
+def test_methods_work_for_sdxl_and_continue_in_the_refiner(xl, options):
     refiner = build_recorded_model(load_golden("sdxl_e2e_refine"), "refiner")
-    runs = [latents_of(xl, ["a cat"], refiner=refiner, refiner_strength=0.5, **chosen)
-            for chosen in ({}, options)]  # fmt: skip
+    runs = [sample_latents(xl, ["a cat"], refiner=refiner, refiner_strength=0.5, **changes)
+            for changes in ({}, options)]  # fmt: skip
     assert (runs[0] - runs[1]).abs().max() > 0.02
 
 
 @torch.no_grad()
 def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
-    """Pos is c - e: without a component of the negative prompt beside it, it is guidance alone."""
+    """A negative prompt that equals the prompt has no perpendicular part."""
     xs = []
     options = {"steps": 1, "size": (64, 64), "x_T": torch.ones(1, 4, 8, 8), "scale": 5.0}
     txt2img(model, ["a cat"], negative_prompt="a cat", perp_neg=1.0,
@@ -105,22 +105,22 @@ def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
 def test_wrong_values_are_named_before_a_network_runs(model, options, message, monkeypatch):
     monkeypatch.setattr(model.conditioner, "forward", None)
     with pytest.raises(ValueError, match=message):
-        latents_of(model, ["a cat"], **options)
+        sample_latents(model, ["a cat"], **options)
 
 
-def test_what_a_model_cannot_have_is_said(xl, model):
+def test_methods_that_a_model_cannot_have_are_refused(xl, model):
     with pytest.raises(ValueError, match="which `ignore-negative` ignores"):
-        latents_of(xl, ["a"], perp_neg=1.0, negative_prompt="b", legacy=["ignore-negative"])
+        sample_latents(xl, ["a"], perp_neg=1.0, negative_prompt="b", legacy=["ignore-negative"])
     unet = model.unet
     try:
         without = UNet(**{**dataclasses.asdict(unet), "transformer_depth_middle": 0})
         model.unet = without.eval()
         with pytest.raises(ValueError, match="pag needs self-attention in the middle block"):
-            latents_of(model, ["a cat"], pag=3.0)
+            sample_latents(model, ["a cat"], pag=3.0)
         wide = {"channel_mult": [1, 1], "attention_resolutions": [1], "num_res_blocks": 1}
         model.unet = UNet(**{**dataclasses.asdict(unet), **wide}).eval()
         with pytest.raises(ValueError, match=r"freeu has no effect .* \[32\] channels: it changes"):
-            latents_of(model, ["a cat"], freeu="auto")
+            sample_latents(model, ["a cat"], freeu="auto")
     finally:
         model.unet = unet
     upscaler = build_tiny_upscaler()
@@ -130,12 +130,12 @@ def test_what_a_model_cannot_have_is_said(xl, model):
 
 def test_an_interval_without_a_noise_level_is_warned_of(model):
     with pytest.warns(UserWarning, match="pag had no effect: there was no guidance at any noise"):
-        latents_of(model, ["a cat"], pag=3.0, guidance_interval=(900, 901))
+        sample_latents(model, ["a cat"], pag=3.0, guidance_interval=(900, 901))
 
 
-SIZES = {"sd1": "stable-diffusion/v1-inference", "sd2": "stable-diffusion/v2-inference",
-         "sdxl": "stable-diffusion-xl/sd_xl_base"}  # fmt: skip
-# Factors of the output blocks: 1 those of b1 and s1, 2 of b2 and s2, 0 none.
+CONFIGS = {"sd1": "stable-diffusion/v1-inference", "sd2": "stable-diffusion/v2-inference",
+           "sdxl": "stable-diffusion-xl/sd_xl_base"}  # fmt: skip
+# Factors of the output blocks: 1 is b1 and s1, 2 is b2 and s2, 0 is none.
 BLOCKS = {
     ("sd1", "1"): "111111122200", ("sd2", "2"): "111111122200", ("sdxl", "1"): "111122200",
     ("sd1", "diffusers"): "111222000000", ("sdxl", "diffusers"): "111222000",
@@ -143,10 +143,10 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize(("family", "version"), BLOCKS)
-def test_the_authors_choose_blocks_by_channels_and_diffusers_by_level(
+def test_freeu_selects_blocks_by_channels_and_that_of_diffusers_by_level(
     model, xl, family, version, monkeypatch
 ):
-    params = read_yaml(f"configs/{SIZES[family]}.yaml")["model"]["params"]
+    params = read_yaml(f"configs/{CONFIGS[family]}.yaml")["model"]["params"]
     config = (params.get("unet_config") or params["network_config"])["params"]
     with meta_device():
         unet = UNet(**{k: v for k, v in config.items() if k not in UNet.IGNORED_PARAMS})

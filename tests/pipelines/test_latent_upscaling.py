@@ -37,8 +37,8 @@ def base():
     return build_recorded_model(load_golden("e2e_txt2img"), "base_eps")
 
 
-def test_loss_with_variance(model):
-    """§1.6 of the contract: the fifth channel is the log variance of the error."""
+def test_the_loss_with_variance_equals_the_recorded_one(model):
+    """The fifth channel is the log variance of the error."""
     file, name = load_golden("seed_x2_unet"), "loss_variance"
     inputs, expected = file.inputs(name), file.outputs(name)
     sigma, low_res_sigma = inputs["sigma"], inputs["low_res_sigma"]
@@ -69,7 +69,7 @@ def test_loss_with_variance(model):
         "euler10_gaussian0.3", "euler10_fake0.3", "euler_a10_eta1",
     ),
 )  # fmt: skip
-def test_notebook(model, name, monkeypatch):
+def test_latents_equal_those_of_the_notebook(model, name, monkeypatch):
     file = load_golden("seed_x2_sample")
     info, inputs = file.case(name)["info"], file.inputs(name)
     tolerance = info["tol_scale"]
@@ -100,7 +100,7 @@ def test_notebook(model, name, monkeypatch):
         "log_gs9_neg", "lin_gs2", "log_image",
     ),
 )  # fmt: skip
-def test_diffusers(model, name, monkeypatch):
+def test_images_equal_those_of_diffusers(model, name, monkeypatch):
     """Its pipeline, by `legacy`; guidance above 1 is the same in both."""
     file = load_golden("seed_x2_diffusers")
     info, inputs, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
@@ -131,7 +131,7 @@ def test_diffusers(model, name, monkeypatch):
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 5), (9, 8)])
-def test_any_size_is_padded_and_cut(model, height, width):
+def test_any_size_is_padded_and_cropped(model, height, width):
     images = ldm.upscale_latent(
         model, ["a cat"], latent=make_random_latent(1, height, width), seeds=0, steps=1
     )
@@ -141,20 +141,20 @@ def test_any_size_is_padded_and_cut(model, height, width):
     assert images.shape == (1, 3, 2 * image.shape[2], 2 * image.shape[3])
 
 
-def test_latents_go_on_without_being_decoded(model, base, monkeypatch):
+def test_latents_are_upscaled_without_being_decoded(model, base, monkeypatch):
     """The chain, from a text-to-image model, is the two functions one after the other."""
     latents = []
     options = {"seeds": [3], "steps": 3}
     monkeypatch.setattr(base, "decode", lambda z, tile=None: latents.append(z) or torch.zeros(1))
     ldm.txt2img(base, ["a cat"], size=(64, 64), scale=2, **options)
     steps = []
-    chain = ldm.Upscaling(model, steps=2)
+    upscaling = ldm.Upscaling(model, steps=2)
     ldm.txt2img(
         base,
         ["a cat"],
         size=(64, 64),
         scale=2,
-        upscaling=chain,
+        upscaling=upscaling,
         callback=lambda step, total, x, denoised: steps.append((step, total)),
         **options,
     )
@@ -180,12 +180,12 @@ def test_latents_go_on_without_being_decoded(model, base, monkeypatch):
          {"latent": make_random_latent(), "x_T": torch.zeros(1, 4, 8, 18)}),
     ],
 )  # fmt: skip
-def test_bad_input(model, error, message, options):
+def test_wrong_inputs_are_refused(model, error, message, options):
     with pytest.raises(error, match=message):
         ldm.upscale_latent(model, ["a cat"], seeds=0, **options)
 
 
-def test_models_for_other_tasks(model, base):
+def test_models_for_other_tasks_are_refused(model, base):
     with pytest.raises(WrongFamily, match="is an x2 latent upscaler: use `upscale_latent`"):
         ldm.upscale(model, ["a cat"], torch.zeros(1, 3, 64, 64))
     with pytest.raises(ArgumentError, match="this is not an x2 latent upscaler"):
@@ -196,30 +196,28 @@ def test_models_for_other_tasks(model, base):
             ldm.Upscaling(**{"model": model, **options})
 
 
-def test_latents_of_another_kind(model, base, monkeypatch):
+def test_another_latent_space_is_refused(model, base, monkeypatch):
     monkeypatch.setattr(base, "scale_factor", 0.13025)
     with pytest.raises(ArgumentError, match="another latent space than the upscaler"):
         ldm.txt2img(base, ["a cat"], upscaling=ldm.Upscaling(model))
 
 
-def test_edges_meet_with_tiling(model):
-    """A moved latent with moved noise gives the moved image; observed 5e-6."""
+def test_a_tiled_image_has_no_seam(model):
+    """A shifted latent with shifted noise gives the shifted image; observed 5e-6."""
     latent, x_T = make_random_latent(1, 8, 16), torch.randn(1, 4, 16, 32)
 
-    def upscale_moved(by, tiling, latent=latent):
+    def upscale(by, tiling, latent=latent):
         moved = {"latent": latent.roll(by, dims=3), "x_T": x_T.roll(2 * by, dims=3)}
         return ldm.upscale_latent(model, ["a cat"], steps=2, tiling=tiling, **moved)
 
-    torch.testing.assert_close(
-        upscale_moved(4, "x"), upscale_moved(0, "x").roll(64, dims=3), atol=1e-4, rtol=0
-    )
-    assert (upscale_moved(4, "none") - upscale_moved(0, "none").roll(64, dims=3)).abs().max() > 0.1
+    torch.testing.assert_close(upscale(4, "x"), upscale(0, "x").roll(64, dims=3), atol=1e-4, rtol=0)
+    assert (upscale(4, "none") - upscale(0, "none").roll(64, dims=3)).abs().max() > 0.1
     with pytest.raises(ArgumentError, match="multiples of 32 pixels, from 64, got 72"):
-        upscale_moved(0, "x", make_random_latent(1, 8, 9))
+        upscale(0, "x", make_random_latent(1, 8, 9))
 
 
 @pytest.mark.slow
-def test_tiles_of_the_unet_have_sides_that_it_takes_and_offloading_changes_nothing(model):
+def test_tiles_of_the_unet_have_valid_sides_and_offloading_changes_nothing(model):
     options = {"latent": make_random_latent(1, 8, 16), "steps": 2, "seeds": 1}
     whole = ldm.upscale_latent(model, ["a cat"], **options)
     tiles = [ldm.upscale_latent(model, ["a cat"], unet_tile=side, **options) for side in (5, 16)]

@@ -48,29 +48,31 @@ def sr():
     return load_golden("seed_ldm3d_sr")
 
 
-def levels(images):
+def get_depth(images):
     return torch.stack([torch.from_numpy(np.array(depth)).int() for depth in split_depth(images)])
 
 
 @pytest.mark.parametrize("name", ["post_6c_rand", "post_6c_ramp", "post_4c_rand", "post_4c_ramp"])
-def test_colour_and_depth_come_out_of_one_image(file, name):
+def test_colour_and_depth_are_split_from_one_image(file, name):
     pixels, out = file.inputs(name)["pixels"], file.outputs(name)
     assert np.array_equal(to_uint8(split_color(pixels)), out["rgb"])
-    assert torch.equal(levels(pixels), out["depth"])
+    assert torch.equal(get_depth(pixels), out["depth"])
 
 
 @pytest.mark.parametrize("channels", [4, 6])
-def test_depth_survives_the_way_there_and_back(channels):
+def test_depth_survives_the_round_trip(channels):
     depth = (torch.arange(65536, dtype=torch.float64) / 65535).reshape(1, 1, 256, 256)
     images = join_depth(torch.zeros(1, 3, 256, 256).double(), depth, channels)
     assert images.shape == (1, channels, 256, 256)
-    there = (depth[0] * 65535).round().int()
-    assert (levels(images) - there).abs().max() <= (1 if channels == 4 else 0)  # it is truncated
+    expected = (depth[0] * 65535).round().int()
+    assert (get_depth(images) - expected).abs().max() <= (
+        1 if channels == 4 else 0
+    )  # it is truncated
 
 
 @pytest.mark.parametrize("name", ["e2e_6c_ddim", "e2e_4c_ddim"])
-def test_txt2img(file, name):
-    """Observed: 1.1e-5 where the original differs from itself by 1.2e-5."""
+def test_txt2img_equals_diffusers(file, name):
+    """Observed: 1.1e-5 where diffusers differs from itself by 1.2e-5."""
     info, model = file.case(name)["info"], build_ldm3d_model(file, "unet", f"vae_{name[4:6]}")
     images = txt2img(
         model,
@@ -93,8 +95,8 @@ def test_a_second_depth_is_refused(file):
 
 
 @pytest.mark.parametrize("name", ["e2e_4c_pndm", "e2e_4c_rescale", "e2e_6c_scale1"])
-def test_latents(file, name):
-    """PNDM, rescaled guidance, none. Observed: 1.3e-4 where the original differs by 1.2e-4."""
+def test_latents_equal_diffusers(file, name):
+    """PNDM, rescaled guidance, none. Observed: 1.3e-4, diffusers' own error is 1.2e-4."""
     info, model = file.case(name)["info"], build_ldm3d_model(file, "unet", f"vae_{name[4:6]}")
     t = sorted(set(info["timesteps"]), reverse=True)  # PNDM repeats one
     z = sample(
@@ -133,15 +135,15 @@ def run_upscaling(sr, name):
 
 
 @pytest.mark.parametrize("name", slow_except(["sr_plain", "sr_level"], "sr_level"))
-def test_upscale_rgbd(sr, name):
-    """Without and with an embedding of the noise level. Observed: 2.0e-5, the original's 2.1e-5."""
+def test_upscale_rgbd_equals_diffusers(sr, name):
+    """Without and with an embedding of the noise level. Observed: 2.0e-5, diffusers' own 2.1e-5."""
     theirs = sr.outputs(name)["decoded"].clamp(-1, 1)
     torch.testing.assert_close(run_upscaling(sr, name), theirs, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["sr_plain", "sr_level", "sr_float"])
 def test_image_and_depth_are_enlarged_as_recorded(sr, name):
-    """Colours are equal; depth is, in float, and by one of 65535 where it was rounded."""
+    """Colours are equal; depth is equal in float, and off by 1 of 65535 where it was rounded."""
     inputs = sr.inputs(name)
     image = to_tensor(Image.fromarray(inputs["rgb"].numpy()))
     depth = inputs["depth"][None, None].float() / 65535
@@ -152,12 +154,12 @@ def test_image_and_depth_are_enlarged_as_recorded(sr, name):
 
 
 def test_a_panorama_has_no_seam(file):
-    """With circular padding along x, moved noise gives the moved image."""
+    """With circular padding along x, shifted noise gives the shifted image."""
     model = build_ldm3d_model(file, "unet", "vae_4c")
     x = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(0))
     options = {"size": (64, 128), "steps": 2, "scale": 1, "tiling": "x"}
-    image, moved = (txt2img(model, ["a cat"], x_T=x.roll(by, dims=3), **options) for by in (0, 4))
-    torch.testing.assert_close(moved, image.roll(32, dims=3), atol=1e-4, rtol=0)
+    image, shifted = (txt2img(model, ["a cat"], x_T=x.roll(by, dims=3), **options) for by in (0, 4))
+    torch.testing.assert_close(shifted, image.roll(32, dims=3), atol=1e-4, rtol=0)
     options["tiling"] = "none"
     edges = txt2img(model, ["a cat"], x_T=x, **options)
     assert (edges - image).abs().max() > 0.1

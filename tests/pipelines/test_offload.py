@@ -1,4 +1,4 @@
-"""Running on a device that does not hold the whole model, and the memory that this takes."""
+"""Offloading: one part of the model at a time is on the device; the memory that this takes."""
 
 from functools import partial
 
@@ -20,25 +20,25 @@ CPU = torch.device("cpu")
 XL = "configs/stable-diffusion-xl"
 
 
-def text_model() -> LatentDiffusion:
+def build_text_model() -> LatentDiffusion:
     return build_recorded_model(load_golden("e2e_txt2img"), "base_v")
 
 
-def addresses(model: LatentDiffusion) -> dict[str, int]:
+def get_addresses(model: LatentDiffusion) -> dict[str, int]:
     return {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
-def parts_on_device(model: LatentDiffusion, home: dict[str, int]) -> set[str]:
-    """The parts whose weights are not where they were at home."""
-    return {n.split(".")[0] for n, pointer in addresses(model).items() if pointer != home[n]}
+def list_parts_on_device(model: LatentDiffusion, home: dict[str, int]) -> set[str]:
+    """List the networks whose weights are not at their original addresses."""
+    return {n.split(".")[0] for n, pointer in get_addresses(model).items() if pointer != home[n]}
 
 
 def test_one_part_at_a_time_has_a_copy_on_the_device():
     """Here the device is the CPU as well: a copy has another address."""
-    model = text_model()
+    model = build_text_model()
     expected = txt2img(model, ["a"], **QUICK)
     model.offload(CPU)
-    home, parts = addresses(model), []
+    home, parts = get_addresses(model), []
 
     def check(layer, inputs, *, name):
         own = [f"{name}.{key}" for key, _ in layer.named_parameters(recurse=False)]
@@ -46,7 +46,7 @@ def test_one_part_at_a_time_has_a_copy_on_the_device():
             layer.get_parameter(key.rsplit(".", 1)[1]).data_ptr() != home[key] for key in own
         )
         if own:
-            parts.append(parts_on_device(model, home))
+            parts.append(list_parts_on_device(model, home))
 
     for name, layer in model.named_modules():
         layer.register_forward_pre_hook(partial(check, name=name))
@@ -57,7 +57,7 @@ def test_one_part_at_a_time_has_a_copy_on_the_device():
 
 @pytest.mark.slow
 def test_loras_are_exchanged_while_a_part_is_on_the_device(tmp_path):
-    model, offloaded = text_model(), text_model()
+    model, offloaded = build_text_model(), build_text_model()
     file = write_random_lora(tmp_path / "x.safetensors", model, 0)
     offloaded.offload(CPU)
     images = {}
@@ -71,13 +71,13 @@ def test_loras_are_exchanged_while_a_part_is_on_the_device(tmp_path):
     assert not torch.equal(images[0.5], images[0.8])
 
 
-def test_a_model_gives_way_to_another():
-    first, second = text_model(), text_model()
-    home = addresses(first)
+def test_a_model_leaves_the_device_for_another():
+    first, second = build_text_model(), build_text_model()
+    home = get_addresses(first)
     for model in (first, second):
         model.offload(CPU)
         txt2img(model, ["a"], **QUICK)
-    assert parts_on_device(first, home) == set()
+    assert list_parts_on_device(first, home) == set()
 
 
 def test_encoders_of_images_stay_on_the_device():
@@ -88,9 +88,9 @@ def test_encoders_of_images_stay_on_the_device():
     assert torch.equal(inpaint(model, ["a"], image, mask, **QUICK), expected)
 
 
-def test_a_conversion_outlives_the_copy():
-    """As after NaN in half precision."""
-    model, other = text_model().bfloat16(), text_model().bfloat16().float()
+def test_a_cast_survives_the_end_of_the_copy():
+    """Such as to float32 after NaN in half precision."""
+    model, other = build_text_model().bfloat16(), build_text_model().bfloat16().float()
     expected = txt2img(other, ["a"], **QUICK)
     model.offload(CPU)
     txt2img(model, ["a"], **QUICK)

@@ -23,7 +23,7 @@ def model():
     return build_tiny_model("sd1")
 
 
-def latents(model, prompts, **options) -> list[torch.Tensor]:
+def sample_latents(model, prompts, **options) -> list[torch.Tensor]:
     """Return x after each step."""
     xs: list[torch.Tensor] = []
     options = {**FEW, **options, "callback": lambda step, steps, x, denoised: xs.append(x)}
@@ -33,13 +33,13 @@ def latents(model, prompts, **options) -> list[torch.Tensor]:
 
 def encode(model, texts: list[str], steps: int = 4):
     pairs = [parse_pair((text, text), "a1111", steps) for text in texts]
-    return encode_scheduled_prompts(pairs, lambda some, numbers: encode_prompts(model, some, {}))
+    return encode_scheduled_prompts(pairs, lambda texts, numbers: encode_prompts(model, texts, {}))
 
 
 IMAGE, LATENT = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 16, 16)
 TEXTS = {
-    "sld_concept": lambda model, text: latents(model, ["a"], sld="max", sld_concept=text,
-                                               syntax="a1111")[-1],
+    "sld_concept": lambda model, text: sample_latents(model, ["a"], sld="max", sld_concept=text,
+                                                     syntax="a1111")[-1],
     "source_prompt": lambda model, text: ldm.img2img(
         model, ["a"], IMAGE, z=LATENT, inversion=True, source_prompt=text, syntax="a1111",
         steps=4, seeds=1),
@@ -58,7 +58,7 @@ def test_texts_of_the_whole_run_are_read_by_the_syntax_of_prompts(model, name):
 
 
 @torch.no_grad()
-def test_composition_sums_guidance(model):
+def test_guidance_is_summed_over_subprompts(model):
     cond = encode(model, ["a AND b :0.5 AND c:-1", "d"])
     assert isinstance(cond, Composition)
     assert len(cond) == 2
@@ -66,11 +66,11 @@ def test_composition_sums_guidance(model):
     uncond = model.condition({"txt": ["", ""]})
     predict = model.denoiser.predict
 
-    def alone(text: str) -> torch.Tensor:
+    def run_alone(text: str) -> torch.Tensor:
         return predict(x[:1], 2.0, model.condition({"txt": [text]}))
 
-    u = alone("")
-    expected = u + 3 * (alone("a ") - u + 0.5 * (alone("b") - u) - (alone("c") - u))
+    u = run_alone("")
+    expected = u + 3 * (run_alone("a ") - u + 0.5 * (run_alone("b") - u) - (run_alone("c") - u))
     composed = add_guidance(model.denoiser, cond, uncond, 3.0)(x, 2.0)
     expected = model.denoiser.convert_prediction(x[:1], 2.0, expected)
     assert torch.allclose(composed[:1], expected, atol=2e-5)
@@ -79,10 +79,10 @@ def test_composition_sums_guidance(model):
 
 
 def test_a_schedule_switches_after_its_step(model):
-    """An entry (1, a) serves steps 0 and 1."""
+    """An entry (1, a) is used in steps 0 and 1."""
     for sampler in ("ddim", "heun"):
         first, both = (
-            latents(model, [text], sampler=sampler, syntax="a1111")
+            sample_latents(model, [text], sampler=sampler, syntax="a1111")
             for text in ("a cat", "a [cat:dog:1]")
         )
         assert torch.equal(both[1], first[1])
@@ -101,8 +101,8 @@ def test_alternation_changes_each_step(model):
 
 
 @torch.no_grad()
-def test_contexts_of_different_length_change_no_number(model):
-    """In float64; in float32 other shapes alone give 2e-6."""
+def test_contexts_of_different_lengths_are_batched_exactly(model):
+    """In float64; in float32 the other shape alone gives 2e-6."""
     cond, uncond = (encode(model, [text]) for text in (LONG, "a pear BREAK sky"))
     assert cond.crossattn.shape[1] == 231
     assert uncond.crossattn.shape[1] == 154
@@ -118,9 +118,13 @@ def test_contexts_of_different_length_change_no_number(model):
 
 def test_a_batch_has_the_images_of_its_prompts(model):
     prompts = ["a [cat:dog:2] AND b", LONG, "(sky)"]
-    batch = latents(model, prompts, seeds=[1, 2, 3], syntax="a1111", negative_prompt="(x:2)")[-1]
+    batch = sample_latents(
+        model, prompts, seeds=[1, 2, 3], syntax="a1111", negative_prompt="(x:2)"
+    )[-1]
     for row, prompt in enumerate(prompts):
-        single = latents(model, [prompt], seeds=[1 + row], syntax="a1111", negative_prompt="(x:2)")
+        single = sample_latents(
+            model, [prompt], seeds=[1 + row], syntax="a1111", negative_prompt="(x:2)"
+        )
         assert torch.allclose(batch[row], single[-1][0], atol=1e-4)
 
 
@@ -150,14 +154,14 @@ def test_both_towers_of_sdxl_read_the_syntax():
     assert not torch.equal(images[0], images[2])
 
 
-def test_text_without_effect_is_said(model):
+def test_text_without_effect_is_warned_of(model):
     with pytest.warns(PromptWarning, match="longer than 75 tokens: `.* …` is left out"):
         ldm.txt2img(model, [LONG], **FEW)
     with pytest.warns(PromptWarning, match="not a schedule, read as plain text: `\\[a:b:c\\]`"):
         ldm.txt2img(model, ["[a:b:c]"], syntax="a1111", **FEW)
 
 
-def test_second_prompts_have_the_same_compositions():
+def test_second_prompts_need_as_many_subprompts():
     with pytest.raises(
         ArgumentError, match="AND splits the prompt into 3 subprompts, prompt_2 into 2"
     ):

@@ -22,7 +22,7 @@ VAE = {
 }  # fmt: skip
 
 
-def numbers(parameters):
+def get_numbers(parameters):
     return [parameters[f"sld_{name}"] for name in PARAMETERS]
 
 
@@ -39,7 +39,7 @@ def model():
 
 def test_presets_and_concepts_are_those_of_the_packages():
     meta = recorded("seed_sld").meta
-    presets = {name.lower(): SLD.parse(numbers(row)) for name, row in meta["presets"].items()}
+    presets = {name.lower(): SLD.parse(get_numbers(row)) for name, row in meta["presets"].items()}
     assert presets == SLD_PRESETS
     assert {
         name: meta[f"safety_concept_{name}"] for name in ("original", "diffusers")
@@ -48,12 +48,12 @@ def test_presets_and_concepts_are_those_of_the_packages():
 
 @pytest.mark.parametrize("size", ["", "_small"])
 @pytest.mark.parametrize("preset", SLD_PRESETS)
-def test_the_rule_is_the_recorded_one_bit_for_bit(preset, size):
+def test_the_rule_equals_the_recorded_one_bit_for_bit(preset, size):
     name = f"rule_{preset}{size}"
     file = recorded("seed_sld")
     info, inputs, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
-    guidance = SafeGuidance(SLD.parse(numbers(info["parameters"])), "")
-    denoiser = Toy("eps").denoiser
+    guidance = SafeGuidance(SLD.parse(get_numbers(info["parameters"])), "")
+    denoiser = ToyNetwork("eps").denoiser
     for i in range(info["steps"]):
         uncond, cond, concept = (inputs[f"eps_{part}"][i] for part in ("uncond", "text", "safe"))
         evaluation = Evaluation(
@@ -72,7 +72,7 @@ SLOW = (
 
 @pytest.mark.filterwarnings("ignore:sld had no effect")
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
-def test_runs_are_the_recorded_ones(model, name):
+def test_runs_equal_the_recorded_ones(model, name):
     """Latents after each step but the last, and the guided eps there."""
     file, steps = recorded("seed_sld"), []
     info, expected = file.case(name)["info"], file.outputs(name)
@@ -83,7 +83,7 @@ def test_runs_are_the_recorded_ones(model, name):
         model,
         prompts * info["num_images_per_prompt"],
         negative_prompt=info["negative_prompt"] or "",
-        sld="medium" if isinstance(parameters, str) else numbers(parameters),
+        sld="medium" if isinstance(parameters, str) else get_numbers(parameters),
         sld_concept=info["safety_concept"],
         scale=info["guidance_scale"],
         steps=info["steps"],
@@ -100,13 +100,13 @@ def test_runs_are_the_recorded_ones(model, name):
     for (x, _), sigma, z_t in zip(steps[:-1], sigmas[1:], z_ts, strict=False):
         limit = 1e-4 * float(z_ts.abs().max()) + 10 * noise["x_after"]
         assert (x / (1 + sigma**2) ** 0.5 - z_t).abs().max() < limit
-    if not is_pndm:  # whose last slope is a mean of four
+    if not is_pndm:  # whose last slope is the mean of four
         eps = (steps[-2][0] - steps[-1][1]) / sigmas[-2]
         guided = expected["guided"][-1]
         assert (eps - guided).abs().max() < 1e-4 * guided.abs().max() + 10 * noise["guided"]
 
 
-class Toy:
+class ToyNetwork:
     """A network that predicts eps or v of the same estimate, and depends on its condition."""
 
     def __init__(self, parameterization):
@@ -128,32 +128,32 @@ CONDS = [Cond(torch.full((2, 3, 5), value)) for value in (0.0, 1.0, 2.0)]
 SETTINGS = SLD(2, 20, 0.01, 0.3, 0.4)
 
 
-def guide(denoiser, guidance, **options):
+def add_sld(denoiser, guidance, **options):
     uncond, cond, concept = CONDS
     return add_guidance(
         denoiser, cond, uncond, 7.5, guidance=guidance, further=[concept], **options
     )
 
 
-def test_v_models_are_guided_as_the_eps_models_of_the_same_estimate():
+def test_v_prediction_is_guided_as_the_eps_of_the_same_estimate():
     x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    eps, v = (guide(Toy(k).denoiser, SafeGuidance(SETTINGS, "")) for k in ("eps", "v"))
-    plain = add_guidance(Toy("v").denoiser, CONDS[1], CONDS[0], 7.5)
+    eps, v = (add_sld(ToyNetwork(k).denoiser, SafeGuidance(SETTINGS, "")) for k in ("eps", "v"))
+    plain = add_guidance(ToyNetwork("v").denoiser, CONDS[1], CONDS[0], 7.5)
     for sigma in (9.0, 5.0, 2.0, 0.7):
         torch.testing.assert_close(v(sigma * x, sigma), eps(sigma * x, sigma), rtol=0, atol=1e-4)
     assert not torch.allclose(v(x, 0.7), plain(x, 0.7), atol=1e-2)
 
 
-def test_evaluations_outside_the_interval_count_and_have_one_part():
-    toy, guidance = Toy("eps"), SafeGuidance(SETTINGS, "")
-    denoise = guide(toy.denoiser, guidance, interval=(1.0, 5.0))
+def test_evaluations_outside_the_interval_count_and_take_one_pass():
+    toy, guidance = ToyNetwork("eps"), SafeGuidance(SETTINGS, "")
+    denoise = add_sld(toy.denoiser, guidance, interval=(1.0, 5.0))
     for sigma in (9.0, 5.0, 0.5):
         denoise(torch.ones(2, 4, 6, 6), sigma)
     assert toy.rows == [2, 6, 2]
     assert guidance.calls == 3
 
 
-def latents_of(model, n, **options):
+def sample_latents(model, n, **options):
     """Latents after the last step, of n images."""
     xs = []
     prompts = ["a cat", "portrait of a samurai warrior"][:n]
@@ -165,34 +165,34 @@ def latents_of(model, n, **options):
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
 def test_every_image_has_a_momentum_of_its_own(model, sampler):
     options = {"sampler": sampler, "sld": [1, 20, 0.1, 0.3, 0.4], "rescale": 0.5}
-    one, two = (latents_of(model, n, **options) for n in (1, 2))
+    one, two = (sample_latents(model, n, **options) for n in (1, 2))
     torch.testing.assert_close(one, two[:1], rtol=0, atol=2e-3)
-    plain = latents_of(model, 1, sampler=sampler, rescale=0.5)
+    plain = sample_latents(model, 1, sampler=sampler, rescale=0.5)
     assert (plain - one).abs().max() > 0.05
 
 
 def test_the_concept_can_be_named_and_matters(model):
-    runs = [latents_of(model, 1, sld="max", sld_concept=concept)
+    runs = [sample_latents(model, 1, sld="max", sld_concept=concept)
             for concept in (None, SLD_CONCEPTS["original"], "diffusers")]  # fmt: skip
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
 
 @pytest.mark.slow
-def test_it_guides_in_tiles_of_the_unet(model):
+def test_sld_guides_in_tiles_of_the_unet(model):
     guidance = [0, 20, 0.1, 0.3, 0.4]
-    whole, one = (latents_of(model, 1, sld=guidance, unet_tile=side) for side in (None, 8))
+    whole, one = (sample_latents(model, 1, sld=guidance, unet_tile=side) for side in (None, 8))
     assert torch.equal(whole, one)
-    tiled, plain = (latents_of(model, 1, sld=sld, unet_tile=4) for sld in (guidance, None))
+    tiled, plain = (sample_latents(model, 1, sld=sld, unet_tile=4) for sld in (guidance, None))
     assert (tiled - plain).abs().max() > 0.05
 
 
 def test_a_warmup_as_long_as_the_run_is_warned_of_and_changes_nothing(model):
     with pytest.warns(UserWarning, match="its warmup of 4 is not below the 4 evaluations"):
-        idle = latents_of(model, 1, sampler="plms", sld=[4, 20, 0.1, 0.3, 0.4])
+        idle = sample_latents(model, 1, sampler="plms", sld=[4, 20, 0.1, 0.3, 0.4])
     # Not equal: kernels round differently for three parts in a batch.
-    torch.testing.assert_close(idle, latents_of(model, 1, sampler="plms"), rtol=0, atol=2e-3)
-    acting = latents_of(model, 1, sampler="plms", sld=[3, 20, 0.1, 0.3, 0.4])
+    torch.testing.assert_close(idle, sample_latents(model, 1, sampler="plms"), rtol=0, atol=2e-3)
+    acting = sample_latents(model, 1, sampler="plms", sld=[3, 20, 0.1, 0.3, 0.4])
     assert (idle - acting).abs().max() > 0.05
 
 
@@ -208,4 +208,4 @@ def test_a_warmup_as_long_as_the_run_is_warned_of_and_changes_nothing(model):
 )
 def test_wrong_values_are_named(model, options, message):
     with pytest.raises(ValueError, match=message):
-        latents_of(model, 1, **options)
+        sample_latents(model, 1, **options)

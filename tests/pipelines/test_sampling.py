@@ -30,6 +30,12 @@ def model() -> LatentDiffusion:
     return build_recorded_model(load_golden("e2e_txt2img"), "base_v")
 
 
+@pytest.fixture(scope="module")
+def image(model: LatentDiffusion):
+    """An image of one seed, by sampler and options."""
+    return lambda sampler, **options: run(model, ["a"], seeds=7, sampler=sampler, **options)
+
+
 def run(model: LatentDiffusion, prompts: list[str], **options) -> Tensor:
     return txt2img(model, prompts, **{"size": (64, 64), "steps": 3, "scale": 3.0, **options})
 
@@ -48,7 +54,7 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(model, sampler):
     assert not torch.allclose(batch[0], batch[1])
 
 
-def test_without_seeds_torch_s_own_generator_decides(model):
+def test_without_seeds_the_global_generator_of_torch_is_used(model):
     images = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -95,7 +101,7 @@ def test_the_callback_sees_every_step_and_can_stop(model):
 
 
 def test_tiles_blend_into_nearly_the_whole_image(model):
-    """Tiles differ by their own GroupNorm statistics; there must be no hole and no shift."""
+    """Each tile has its own GroupNorm statistics; there must be no hole and no shift."""
     z = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(0)) * 0.1
     with torch.no_grad():
         whole, tiled = model.decode(z), model.decode(z, tile=16)
@@ -212,7 +218,7 @@ def test_values_of_another_type_are_refused_before_a_network_runs(
     ({"steps": 4, "end": 1, "z": LATENT, "strength": 0.5}, "end must be in 2 … 4, the levels of"),
     ({"uncond": Cond(torch.zeros(2, 77, 32))}, "as many rows as cond, 1, got 2"),
 ])  # fmt: skip
-def test_sample_checks_its_arguments_as_tasks_do(model, monkeypatch, options, message):
+def test_sample_checks_its_arguments(model, monkeypatch, options, message):
     cond = model.condition({"txt": ["a"]})
     monkeypatch.setattr(model.unet, "forward", lambda *_, **__: pytest.fail("a network runs"))
     with pytest.raises(ArgumentError, match=re.escape(message)) as caught:
@@ -226,7 +232,7 @@ def test_sample_checks_its_arguments_as_tasks_do(model, monkeypatch, options, me
     ({"s_tmin": 0.1}, "s_tmin and s_tmax have no effect without s_churn"),
     ({"s_tmax": 9.0}, "s_tmin and s_tmax have no effect without s_churn"),
 ])  # fmt: skip
-def test_options_without_effect_are_a_warning(model, options, message):
+def test_options_without_effect_are_warned_of(model, options, message):
     with pytest.warns(UserWarning, match=message):
         run(model, ["a"], steps=1, scale=1, **options)
 
@@ -254,7 +260,7 @@ def test_numbers_may_be_of_numpy_or_tensors(model):
     assert torch.equal(*images)
 
 
-def test_a_brownian_path_needs_seeds_as_is_said_before_a_network_runs(model, monkeypatch):
+def test_brownian_without_seeds_is_refused_before_a_network_runs(model, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a network runs"))
     with pytest.raises(ValueError, match="brownian needs seeds, not a source of noise"):
         run(model, ["a"], sampler="dpmpp_sde", brownian=True, seeds=torch.randn_like)
@@ -267,10 +273,7 @@ def test_a_legacy_name_needs_no_list(model):
         run(model, ["a"], legacy="nois")
 
 
-def test_noise_of_steps_is_the_samplers_unless_given(model):
-    def image(sampler, **options):
-        return run(model, ["a"], seeds=7, sampler=sampler, **options)
-
+def test_noise_of_steps_is_the_samplers_unless_given(image):
     assert torch.equal(image("euler_a", eta=1.0), image("euler_a"))
     torch.testing.assert_close(image("euler_a", eta=0.0), image("euler"), rtol=0, atol=1e-3)
     assert not torch.equal(image("euler", s_churn=2.0), image("euler"))
@@ -280,17 +283,14 @@ def test_noise_of_steps_is_the_samplers_unless_given(model):
         assert not torch.equal(image(sampler, s_noise=0.5, **options), image(sampler, **options))
 
 
-def test_cfg_pp_computes_the_unconditional_estimate_at_any_scale(model):
-    def image(sampler, **options):
-        return run(model, ["a"], seeds=7, sampler=sampler, **options)
-
+def test_cfg_pp_computes_the_unconditional_estimate_at_any_scale(image):
     at_scale_1 = image("euler_cfg_pp", scale=1)
     assert torch.equal(at_scale_1, image("euler_cfg_pp", scale=None))
     assert not torch.allclose(at_scale_1, image("euler", scale=1), atol=1e-3)
     assert not torch.equal(at_scale_1, image("euler_cfg_pp", scale=1, negative_prompt="blurry"))
 
 
-def test_own_levels_are_run(model):
+def test_given_sigmas_are_used(model):
     sigmas = model.schedule.step_sigmas(3, "karras").tolist()
     images = [
         run(model, ["a"], seeds=7, sampler="euler", **options)
@@ -316,7 +316,7 @@ def test_the_last_level_is_skipped_where_a1111_does(model):
     assert len(levels("dpm2_a", scheduler="uniform")) == 6
 
 
-def test_plms_is_right_for_v_models_unless_asked_to_be_legacy(model):
+def test_plms_is_right_for_v_prediction_unless_asked_to_be_legacy(model):
     """Converged, PLMS and DDIM solve one ODE; the original's PLMS takes v for eps."""
     cond = model.condition({"txt": ["a"]})
     options = {"size": (64, 64), "scale": 1.0, "seeds": 3}
@@ -327,7 +327,7 @@ def test_plms_is_right_for_v_models_unless_asked_to_be_legacy(model):
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
-def test_legacy_inversion_is_the_recorded_one(kind):
+def test_legacy_inversion_equals_the_recorded_one(kind):
     from diffusion.test_samplers import denoiser_of
 
     file = load_golden(f"ddim_{kind}")

@@ -1,4 +1,4 @@
-"""SDXL against what generative-models and diffusers made of the same tiny models.
+"""SDXL against images of generative-models and diffusers on the same tiny models.
 
 Pixels are at most 1 apart; latents, 1e-4 of the largest value (observed: 1.8e-5).
 """
@@ -44,8 +44,8 @@ def model(name: str) -> LatentDiffusion:
         return build_recorded_model(recorded("sdxl_e2e_txt2img"), name)
 
 
-class Latents:
-    """A callback that keeps x after each step."""
+class LatentRecorder:
+    """A callback that records x after each step."""
 
     def __init__(self) -> None:
         self.xs: list[Tensor] = []
@@ -55,23 +55,23 @@ class Latents:
         self.xs.append(x)
 
 
-def close_latents(ours: Tensor, theirs: Tensor) -> None:
+def assert_latents_close(ours: Tensor, theirs: Tensor) -> None:
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
 
 
-def close_images(ours: Tensor, theirs: Tensor, *, truncate: bool = True) -> None:
+def assert_images_close(ours: Tensor, theirs: Tensor, *, truncate: bool = True) -> None:
     """Compare (B, 3, H, W) in [-1, 1] with (B, H, W, 3) uint8."""
     apart = np.abs(to_uint8(ours, truncate=truncate).astype(int) - theirs.numpy().astype(int))
     assert apart.max() <= 1
     assert (apart > 0).mean() < 0.01
 
 
-def close(file: GoldenFile, name: str, images: Tensor, latents: Latents) -> None:
-    close_images(images, file.outputs(name)["images"].movedim(1, -1))
-    close_latents(latents.xs[-1], file.outputs(name)["z"])
+def assert_close(file: GoldenFile, name: str, images: Tensor, latents: LatentRecorder) -> None:
+    assert_images_close(images, file.outputs(name)["images"].movedim(1, -1))
+    assert_latents_close(latents.xs[-1], file.outputs(name)["z"])
 
 
-def keywords(info: dict) -> dict:
+def make_options(info: dict) -> dict:
     return {
         "negative_prompt": info["negative_prompt"],
         "steps": info["steps"],
@@ -80,7 +80,7 @@ def keywords(info: dict) -> dict:
     }
 
 
-# Others show little more than these and the recorded samplers do.
+# The slow cases test little that these and the recorded samplers do not.
 TXT2IMG = slow_except(
     ["euler_negative", "heun_edm_sizes", "v_model", "euler", "dpmpp2m", "euler_a"],
     "euler_negative", "heun_edm_sizes", "v_model",
@@ -93,10 +93,10 @@ IMG2IMG = slow_except(
 
 
 @pytest.mark.parametrize("name", TXT2IMG)
-def test_txt2img(name: str) -> None:
-    file, latents = recorded("sdxl_e2e_txt2img"), Latents()
+def test_txt2img_equals_the_original(name: str) -> None:
+    file, latents = recorded("sdxl_e2e_txt2img"), LatentRecorder()
     info = file.case(name)["info"]
-    options = keywords(info)
+    options = make_options(info)
     if info["values"]:
         options |= {"original_size": (384, 512), "crop": (32, 16), "target_size": (768, 1024)}
     if "disc" in info["sampler_params"]:
@@ -110,21 +110,21 @@ def test_txt2img(name: str) -> None:
         callback=latents,
         **options,
     )
-    close(file, name, images, latents)
+    assert_close(file, name, images, latents)
 
 
-def test_the_refiner_alone() -> None:
-    file, latents = recorded("sdxl_e2e_txt2img"), Latents()
+def test_the_refiner_alone_equals_the_original() -> None:
+    file, latents = recorded("sdxl_e2e_txt2img"), LatentRecorder()
     info = file.case("refiner_alone")["info"]
     torch.manual_seed(info["seed_before"])
     images = img2img(
         model("refiner"), [info["prompt"]], BLACK, z=torch.zeros(1, 4, 8, 16), strength=1,
-        legacy={"noise", "nearest-sigma"}, callback=latents, **keywords(info),
+        legacy={"noise", "nearest-sigma"}, callback=latents, **make_options(info),
     )  # fmt: skip
-    close(file, "refiner_alone", images, latents)
+    assert_close(file, "refiner_alone", images, latents)
 
 
-def test_turbo() -> None:
+def test_turbo_equals_the_original() -> None:
     file = recorded("sdxl_e2e_txt2img")
     info = file.case("turbo")["info"]
     seeds = itertools.count(info["seed"])
@@ -136,14 +136,14 @@ def test_turbo() -> None:
         model("base"), [info["prompt"]], size=(64, 128), steps=2, sampler="euler_a", scale=1,
         scheduler="turbo", seeds=noise,
     )  # fmt: skip
-    close_images(images, file.outputs("turbo")["images_nhwc"])
+    assert_images_close(images, file.outputs("turbo")["images_nhwc"])
 
 
 @pytest.mark.parametrize("name", IMG2IMG)
-def test_img2img(name: str) -> None:
-    file, latents = recorded("sdxl_e2e_img2img"), Latents()
+def test_img2img_equals_the_original(name: str) -> None:
+    file, latents = recorded("sdxl_e2e_img2img"), LatentRecorder()
     info = file.case(name)["info"]
-    options = keywords(info)
+    options = make_options(info)
     legacy = DEMO | ({"ignore-negative"} if info["force_uc_zero_embeddings"] else set())
     if info["kwargs"]:
         posterior, noise, offset = file.rng(name)
@@ -161,17 +161,17 @@ def test_img2img(name: str) -> None:
         **options,
     )
     if latents.xs:
-        close(file, name, images, latents)
+        assert_close(file, name, images, latents)
     else:
-        close_images(images, file.outputs(name)["images"].movedim(1, -1))
+        assert_images_close(images, file.outputs(name)["images"].movedim(1, -1))
 
 
 @pytest.mark.parametrize("name", ["finish_euler", "finish_dpmpp2m", "img2img_finish"])
-def test_a_refiner_goes_on_at_the_same_noise_level(name: str) -> None:
-    file, latents = recorded("sdxl_e2e_refine"), Latents()
+def test_a_refiner_continues_at_the_same_noise_level(name: str) -> None:
+    file, latents = recorded("sdxl_e2e_refine"), LatentRecorder()
     info = file.case(name)["info"]
     options = {
-        **keywords(info), "refiner": model("refiner"), "refiner_strength": info["strength"],
+        **make_options(info), "refiner": model("refiner"), "refiner_strength": info["strength"],
         "legacy": DEMO | {"ignore-negative", "refiner-empty-negative"}, "callback": latents,
     }  # fmt: skip
     prompts = [info["prompt"]] * info["num_samples"]
@@ -181,13 +181,13 @@ def test_a_refiner_goes_on_at_the_same_noise_level(name: str) -> None:
     else:
         image, strength = file.select("shared/")["image"], info["img2img_strength"]
         images = img2img(model("base"), prompts, image, strength=strength, **options)
-    close(file, name, images, latents)
+    assert_close(file, name, images, latents)
     base_steps = len(file.outputs(name)["sigmas_base"]) - 1
-    close_latents(latents.xs[base_steps - 1], file.outputs(name)["z_base"])
+    assert_latents_close(latents.xs[base_steps - 1], file.outputs(name)["z_base"])
 
 
-def conditions(model: LatentDiffusion, prompt: str) -> tuple[Cond, Cond]:
-    """Of a prompt and of none, for an image of 64 x 128."""
+def make_conditions(model: LatentDiffusion, prompt: str) -> tuple[Cond, Cond]:
+    """Conditions of a prompt and of no prompt, for an image of 64 x 128."""
     sizes = [[(64, 128)], [(0, 0)], [(64, 128)]]
     batch = dict(zip(SIZE_KEYS, sizes, strict=True))
     null = model.conditioner.text.null
@@ -207,25 +207,25 @@ def test_base_and_refiner_may_sample_differently(name: str) -> None:
     end = len(file.outputs(name)["sigmas_base"]) - 1
     options = {"scale": info["guidance"], "legacy": DEMO, "noise": lambda like: next(draws)}
     z_t = sample(
-        base, *conditions(base, info["prompt"]), size=(64, 128), sigmas=sigmas, end=end,
+        base, *make_conditions(base, info["prompt"]), size=(64, 128), sigmas=sigmas, end=end,
         sampler=SAMPLERS[info["sampler"]], **options,
     )  # fmt: skip
     std = float(1 + sigmas[end] ** 2) ** 0.5
-    close_latents(z_t * std, file.outputs(name)["z_base"])
+    assert_latents_close(z_t * std, file.outputs(name)["z_base"])
     sigmas = refiner.schedule.step_sigmas(info["refiner_steps"], "sgm_uniform")
     sigmas = sigmas[-len(file.outputs(name)["sigmas_refiner"]) :]
     z = sample(
-        refiner, *conditions(refiner, info["prompt"]), sigmas=sigmas,
+        refiner, *make_conditions(refiner, info["prompt"]), sigmas=sigmas,
         z_t=z_t * std / float(1 + sigmas[0] ** 2) ** 0.5,
         sampler=SAMPLERS[info["refiner_sampler"]], **options,
     )  # fmt: skip
-    close_latents(z, file.outputs(name)["z"])
+    assert_latents_close(z, file.outputs(name)["z"])
 
 
 def test_a_refiner_after_a_finished_base_is_img2img() -> None:
-    file, base, latents = recorded("sdxl_e2e_refine"), Latents(), Latents()
+    file, base, latents = recorded("sdxl_e2e_refine"), LatentRecorder(), LatentRecorder()
     info = file.case("renoise_euler")["info"]
-    options = {**keywords(info), "legacy": DEMO}
+    options = {**make_options(info), "legacy": DEMO}
     models = model("base"), model("refiner")
     torch.manual_seed(info["seed_before"])
     txt2img(models[0], [info["prompt"]], size=(64, 128), callback=base, **options)
@@ -233,11 +233,11 @@ def test_a_refiner_after_a_finished_base_is_img2img() -> None:
         models[1], [info["prompt"]], BLACK, z=base.xs[-1], strength=info["strength"],
         callback=latents, **options,
     )  # fmt: skip
-    close(file, "renoise_euler", images, latents)
+    assert_close(file, "renoise_euler", images, latents)
 
 
 def test_the_refiner_of_the_api_starts_from_full_noise() -> None:
-    file, latents = recorded("sdxl_e2e_refine"), Latents()
+    file, latents = recorded("sdxl_e2e_refine"), LatentRecorder()
     info, refiner = file.case("api_refiner")["info"], model("refiner")
     torch.manual_seed(info["seed_before"])
     images = img2img(
@@ -246,10 +246,10 @@ def test_the_refiner_of_the_api_starts_from_full_noise() -> None:
         scale=2.5, negative_prompt=info["negative_prompt"], callback=latents,
         legacy=DEMO | {"refiner-from-noise"},
     )  # fmt: skip
-    close(file, "api_refiner", images, latents)
+    assert_close(file, "api_refiner", images, latents)
 
 
-def test_safe_latent_diffusion_counts_on_in_the_refiner() -> None:
+def test_safe_latent_diffusion_continues_its_warmup_in_the_refiner() -> None:
     def run(sld: list[float] | None) -> Tensor:
         return txt2img(
             model("base"), ["a cat"], refiner=model("refiner"), refiner_strength=0.5, steps=4,

@@ -1,7 +1,7 @@
 """SDXL on diffusers' grid and SDXL inpainting, against recorded runs of diffusers.
 
-Pixels are at most 1 apart; latents, 1e-4 of the largest value. diffusers cuts fractions of a step
-off, so its strength 0.8 of 6 steps is 4 steps here.
+Pixels are at most 1 apart; latents, 1e-4 of the largest value. diffusers drops fractions of a step,
+so its strength 0.8 of 6 steps is 4 steps here.
 """
 
 import functools
@@ -17,7 +17,13 @@ from ldm.imaging.pixels import to_tensor
 from ldm.model import LatentDiffusion
 from ldm.pipelines import img2img, inpaint, txt2img
 from pipelines.goldmodels import build_recorded_model
-from pipelines.test_sdxl_goldens import Latents, close_images, close_latents, model, recorded
+from pipelines.test_sdxl_goldens import (
+    LatentRecorder,
+    assert_images_close,
+    assert_latents_close,
+    model,
+    recorded,
+)
 
 
 @functools.cache
@@ -30,7 +36,7 @@ def image_and_mask() -> tuple[Tensor, Tensor]:
     return to_tensor(Image.fromarray(shared["image"].numpy())), shared["mask"][None, None] / 255
 
 
-def keywords(name: str, order: tuple[int, ...]) -> dict:
+def make_options(name: str, order: tuple[int, ...]) -> dict:
     """Options of a case, whose draws we make in another order."""
     file = recorded("sdxl_inpaint")
     info, rng = file.case(name)["info"], file.rng(name)
@@ -46,10 +52,10 @@ def keywords(name: str, order: tuple[int, ...]) -> dict:
     }
 
 
-def close(name: str, images: Tensor, latents: Latents) -> None:
+def assert_close(name: str, images: Tensor, latents: LatentRecorder) -> None:
     expected = recorded("sdxl_inpaint").outputs(name)
-    close_images(images, expected["images"], truncate=False)
-    close_latents(latents.xs[-1], expected["z"])
+    assert_images_close(images, expected["images"], truncate=False)
+    assert_latents_close(latents.xs[-1], expected["z"])
 
 
 @pytest.mark.parametrize(
@@ -61,29 +67,29 @@ def close(name: str, images: Tensor, latents: Latents) -> None:
         ("inpaint_no_cfg", 0.8, (2, 0, 1)),
     ],
 )
-def test_nine_channels(name: str, strength: float, order: tuple[int, ...]) -> None:
+def test_nine_channels_equal_diffusers(name: str, strength: float, order: tuple[int, ...]) -> None:
     image, mask = image_and_mask()
-    latents = Latents()
+    latents = LatentRecorder()
     images = inpaint(
         inpainting_model(), image=image, mask=mask, strength=strength, composite=False,
-        callback=latents, **keywords(name, order),
+        callback=latents, **make_options(name, order),
     )  # fmt: skip
-    close(name, images, latents)
+    assert_close(name, images, latents)
 
 
 def test_four_channels_keep_what_is_outside_the_mask() -> None:
     """diffusers takes the mask at one pixel in 8 x 8, we wherever it touches them."""
     image, mask = image_and_mask()
-    latents = Latents()
+    latents = LatentRecorder()
     small = F.interpolate((mask >= 0.5).float(), size=(8, 12))
     mask = small.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     images = inpaint(
         model("base"), image=image, mask=mask, strength=4 / 6, callback=latents,
-        **keywords("blend4_s08", (0, 1)),
+        **make_options("blend4_s08", (0, 1)),
     )  # fmt: skip
     expected = recorded("sdxl_inpaint").outputs("blend4_s08")["z"]
     inside = small.bool().expand_as(expected)
-    close_latents(latents.xs[-1][inside], expected[inside])
+    assert_latents_close(latents.xs[-1][inside], expected[inside])
     outside = ~mask.bool().expand_as(image)
     assert torch.equal(images[outside], image[outside])
 
@@ -121,39 +127,38 @@ SIZES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("txt2img_leading", {}), ("txt2img_sizes_negative", SIZES)],
+    ("name", "options"), [("txt2img_leading", {}), ("txt2img_sizes_negative", SIZES)]
 )
-def test_txt2img(name: str, options: dict) -> None:
-    base, latents = model("base"), Latents()
-    images = txt2img(base, size=(64, 96), callback=latents, **keywords(name, (0,)), **options)
-    close(name, images, latents)
+def test_txt2img_equals_diffusers(name: str, options: dict) -> None:
+    base, latents = model("base"), LatentRecorder()
+    images = txt2img(base, size=(64, 96), callback=latents, **make_options(name, (0,)), **options)
+    assert_close(name, images, latents)
 
 
-def test_txt2img_with_rescaled_guidance_and_one_block_less(monkeypatch) -> None:
-    latents, name = Latents(), "txt2img_clip_skip_rescale"
+def test_txt2img_with_rescaled_guidance_and_clip_skip_equals_diffusers(monkeypatch) -> None:
+    latents, name = LatentRecorder(), "txt2img_clip_skip_rescale"
     base = model("base")
     monkeypatch.setattr(base.conditioner.text, "blocks_run", 10)
     monkeypatch.setattr(OpenCLIPText, "num_blocks", 2)
-    images = txt2img(base, size=(64, 96), rescale=0.7, callback=latents, **keywords(name, (0,)))
-    close(name, images, latents)
+    images = txt2img(base, size=(64, 96), rescale=0.7, callback=latents, **make_options(name, (0,)))
+    assert_close(name, images, latents)
 
 
 def test_a_refiner_begins_where_diffusers_ends_the_base(monkeypatch) -> None:
-    """The recorded latent is not a multiple of 8, as our check of the size wants."""
+    """The recorded latent is not a multiple of 8, which our check of the size requires."""
     monkeypatch.setattr("ldm.pipelines.sdxl.REFINER_MULTIPLE", 32)
-    latents, name = Latents(), "txt2img_denoising_end"
+    latents, name = LatentRecorder(), "txt2img_denoising_end"
     txt2img(
         model("base"), original_size=(64, 96), target_size=(64, 96),
-        refiner=model("refiner"), refiner_start=0.7, callback=latents, **keywords(name, (0,)),
+        refiner=model("refiner"), refiner_start=0.7, callback=latents, **make_options(name, (0,)),
     )  # fmt: skip
     assert len(latents.xs) == 10
-    close_latents(latents.xs[6], recorded("sdxl_inpaint").outputs(name)["z"])
+    assert_latents_close(latents.xs[6], recorded("sdxl_inpaint").outputs(name)["z"])
 
 
-def test_img2img() -> None:
+def test_img2img_equals_diffusers() -> None:
     image, _ = image_and_mask()
-    latents = Latents()
-    options = keywords("img2img_s03", (0, 1))
+    latents = LatentRecorder()
+    options = make_options("img2img_s03", (0, 1))
     images = img2img(model("base"), image=image, strength=0.3, callback=latents, **options)
-    close("img2img_s03", images, latents)
+    assert_close("img2img_s03", images, latents)

@@ -19,7 +19,7 @@ IMAGE = torch.zeros(1, 3, 64, 64)
 
 @functools.cache
 def model(family: str) -> LatentDiffusion:
-    """Without weights: nothing may run."""
+    """A model without weights, which cannot run."""
     built: LatentDiffusion = build_on_meta(tinyfamilies.make_small_config(family))
     built.provenance["checkpoint"] = f"{family}.safetensors"
     return built
@@ -42,7 +42,7 @@ def model(family: str) -> LatentDiffusion:
         ("xl", {"scheduler": "turbo", "steps": 11}, "1 … 10 with scheduler `turbo`"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_in_one_line(family, options, message):
+def test_options_that_do_not_fit_are_refused_in_one_line(family, options, message):
     if "refiner" in options:
         options = options | {"refiner": model(options["refiner"])}
     with pytest.raises(ArgumentError) as caught:

@@ -63,31 +63,31 @@ def mask():
     return mask
 
 
-def test_strength_1_forgets_the_image(models, image):
-    """What is left is txt2img from the same noise, the first that was drawn after the latent's."""
+def test_strength_1_ignores_the_image(models, image):
+    """The result is that of txt2img from the same initial noise."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     options = {**QUICK, "x_T": noise}
-    forgotten = img2img(models["text"], ["a"], image, strength=1.0, **options)
-    assert torch.equal(forgotten, txt2img(models["text"], ["a"], **options))
+    result = img2img(models["text"], ["a"], image, strength=1.0, **options)
+    assert torch.equal(result, txt2img(models["text"], ["a"], **options))
 
 
-def coded(model, image):
+def reconstruct(model, image):
     with torch.no_grad():
         return model.decode(model.encode(image)).clamp(-1, 1)
 
 
 def test_strength_0_keeps_the_image(exact_model, image):
     result = img2img(exact_model, ["a"], image, strength=0.0, **QUICK)
-    error = (result - coded(exact_model, image)).abs().mean()
+    error = (result - reconstruct(exact_model, image)).abs().mean()
     assert error < 0.2  # the last level leaves a little noise
 
 
-@pytest.mark.parametrize(("strength", "run"), [(0.8, 8), (0.33, 3), (0.01, 1), (1.0, 10), (0, 0)])
-def test_strength_is_the_fraction_of_steps(models, image, strength, run):
+@pytest.mark.parametrize(("strength", "steps"), [(0.8, 8), (0.33, 3), (0.01, 1), (1.0, 10), (0, 0)])
+def test_strength_is_the_fraction_of_steps(models, image, strength, steps):
     counts = []
     options = {"steps": 10, "scale": 1, "callback": lambda i, n, *_: counts.append((i, n))}
     img2img(models["text"], ["a"], image, strength=strength, **options)
-    assert counts == [(i, run) for i in range(run)]
+    assert counts == [(i, steps) for i in range(steps)]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_images_of_any_size_keep_it(models, size):
     assert depth2img(models["depth"], ["a"], image, **QUICK).shape == (1, 3, *size)
 
 
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(models, image, mask):
+def test_an_image_of_any_task_depends_on_its_seed_and_not_on_its_batch(models, image, mask):
     runs = {
         "text": lambda model, *a, **k: img2img(model, *a, image, **k),
         "inpaint": lambda model, *a, **k: inpaint(model, *a, image, mask, **k),
@@ -124,8 +124,8 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(models, image, mask):
 
 
 @pytest.mark.parametrize("name", ["inpaint", "text"])
-def test_known_pixels_come_back_bit_exact(models, image, mask, name):
-    """By a model made for it, and by an ordinary one that is held to what is known."""
+def test_pixels_outside_the_mask_stay_bit_exact(models, image, mask, name):
+    """With an inpainting model, and with a text-to-image model."""
     painted = inpaint(models[name], ["a"], image, mask, **QUICK)
     known = (mask == 0).expand_as(image)
     assert torch.equal(painted[known], image[known])
@@ -183,10 +183,10 @@ def test_noise_levels_of_the_upscaler_are_checked(models, image):
 
 @pytest.mark.slow
 def test_tiled_upscaling_is_nearly_the_whole_and_has_no_seams(models):
-    """Steps of the difference across tile borders are no larger than elsewhere.
+    """Jumps of the difference across tile borders are no larger than elsewhere.
 
     Measured at 96 x 144 in tiles of 48: 28 dB to the whole, borders 1.02 of the median;
-    tiles made one by one and blended in the end are at 9 dB.
+    tiles sampled one by one and blended in the end are at 9 dB.
     """
     lr = torch.rand(1, 3, 40, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     whole, parts = (
@@ -256,7 +256,7 @@ def test_wrong_inputs_of_unclip_are_refused_in_one_line(
     assert [caught.value.argument] == list(changes)
 
 
-def test_embeddings_stand_for_images(models, image):
+def test_embeddings_may_replace_images(models, image):
     model, options = models["unclip"], {**QUICK, "size": (64, 64)}
     with torch.no_grad():
         embedding = model.conditioner.image.embed(image)
@@ -278,7 +278,7 @@ def test_unclip_takes_embeddings_of_the_prior(models):
     assert images.isfinite().all()
 
 
-def test_an_image_variation_model_reads_images_instead_of_prompts(models, image):
+def test_an_image_variation_model_reads_images_instead_of_prompts(image):
     text = load_golden("e2e_img2img")
     config = copy.deepcopy(text.meta["config_base_eps"])
     arch = text.meta["tiny_arch"]
@@ -332,12 +332,12 @@ def test_ddim_inversion_leads_back_to_the_image():
         img2img(model, [prompt], image, **inversion, **options)
         for inversion in ({"inversion": True, "source_prompt": prompt}, {})
     )
-    coded = model.decode(z).clamp(-1, 1)
-    assert (inverted - coded).abs().mean() < 0.5 * (noised - coded).abs().mean()
+    decoded = model.decode(z).clamp(-1, 1)
+    assert (inverted - decoded).abs().mean() < 0.5 * (noised - decoded).abs().mean()
 
 
 @pytest.mark.parametrize("scheduler", ["karras", "trailing"])
-def test_ddim_inversion_begins_above_a_noise_level_of_0(models, image, scheduler):
+def test_ddim_inversion_starts_above_a_noise_level_of_0(models, image, scheduler):
     images = img2img(models["text"], ["a"], image, inversion=True, scheduler=scheduler, **QUICK)
     assert images.isfinite().all()
 
@@ -345,7 +345,7 @@ def test_ddim_inversion_begins_above_a_noise_level_of_0(models, image, scheduler
 @pytest.mark.parametrize(
     ("sampler", "scheduler"), [("dpm2", "karras"), ("euler", "ddim_uniform"), ("ddim", "uniform")]
 )
-def test_sampling_begins_at_the_inverted_latent(models, image, sampler, scheduler):
+def test_sampling_starts_from_the_inverted_latent(models, image, sampler, scheduler):
     """dpm2 skips a level of karras, and ddim_uniform has 8 steps for 7."""
     model, options = models["text"], {"sampler": sampler, "scheduler": scheduler, "steps": 7}
     z = encode_image(model, image, 1, torch.zeros_like)
@@ -368,7 +368,7 @@ def test_unclip_takes_the_default_scale_of_a_sampler(models, image):
     assert torch.equal(images, unclip(models["unclip"], ["a"], [image], scale=1.0, **options))
 
 
-def test_guidance_acts_inside_its_interval_alone(models):
+def test_guidance_acts_only_inside_its_interval(models):
     options = {**QUICK, "size": (64, 64)}
     guided = txt2img(models["text"], ["a"], **options)
     everywhere = txt2img(models["text"], ["a"], guidance_interval=(0.0, 1e6), **options)

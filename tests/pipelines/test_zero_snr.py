@@ -1,4 +1,4 @@
-"""Zero terminal SNR: the schedule, sampling beside diffusers, files (arXiv:2305.08891)."""
+"""Zero terminal SNR: the schedule, sampling against diffusers, files (arXiv:2305.08891)."""
 
 from contextlib import nullcontext
 from functools import cache
@@ -38,7 +38,7 @@ def test_rescaled_betas_equal_diffusers_but_for_the_last(diffusers: ModuleType) 
 @pytest.mark.parametrize("steps", [4, 10])
 def test_ddim_from_pure_noise_equals_diffusers(diffusers: ModuleType, steps: int) -> None:
     """Tolerance: the last timestep of ours keeps 2.4e-4 of the latent, theirs nothing."""
-    model, cond = tiny(), Cond(crossattn=torch.randn(1, 7, 32))
+    model, cond = build_tiny(), Cond(crossattn=torch.randn(1, 7, 32))
     x_T = torch.randn(1, 4, 8, 8)
     ours = sample(model, cond, x_T=x_T, steps=steps, scale=1.0)
     scheduler = diffusers.DDIMScheduler(
@@ -65,13 +65,13 @@ def test_ddim_from_pure_noise_equals_diffusers(diffusers: ModuleType, steps: int
 def test_every_sampler_starts_from_pure_noise(sampler: str) -> None:
     """By the scheduler that is its default here; at most 8.0, by `dpm_fast`."""
     cond = Cond(crossattn=torch.zeros(1, 7, 32))
-    z = sample(tiny(), cond, sampler=sampler, size=(64, 64), steps=6, seeds=0, scale=1.0)
+    z = sample(build_tiny(), cond, sampler=sampler, size=(64, 64), steps=6, seeds=0, scale=1.0)
     assert z.isfinite().all()
     assert z.abs().max() < 10
 
 
-def test_samplers_that_cannot_begin_at_the_last_timestep_have_other_schedulers() -> None:
-    defaults = {name: get_default_scheduler(tiny(), name) for name in SAMPLERS}
+def test_samplers_that_cannot_start_at_the_last_timestep_have_other_schedulers() -> None:
+    defaults = {name: get_default_scheduler(build_tiny(), name) for name in SAMPLERS}
     assert [name for name in SAMPLERS if defaults[name] == "uniform"] == ["plms", "heun", "dpm2_a"]
     assert defaults["restart"] == defaults["dpm_fast"] == defaults["dpm_adaptive"] == "edm"
     assert defaults["ddim"] == defaults["dpm2"] == "trailing"
@@ -88,25 +88,25 @@ def test_samplers_that_cannot_begin_at_the_last_timestep_have_other_schedulers()
         ("euler", {"scheduler": "trailing"}, None),
     ],
 )
-def test_a_scheduler_that_begins_too_high_is_warned_of(
+def test_a_scheduler_that_starts_too_high_is_warned_of(
     sampler: str, options: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SAMPLERS, sampler, lambda denoise, x, sigmas, **_: x)
     cond = Cond(crossattn=torch.zeros(1, 7, 32))
     options = {"steps": None if "sigmas" in options else 4, "seeds": 0, **options}
     with pytest.warns(UserWarning, match=message) if message else nullcontext():
-        sample(tiny(), cond, sampler=sampler, **options)
+        sample(build_tiny(), cond, sampler=sampler, **options)
 
 
-def test_eps_is_refused() -> None:
-    raw = raw_of(parameterization="eps")
+def test_eps_prediction_is_refused() -> None:
+    raw = make_config(parameterization="eps")
     with pytest.raises(ValueError, match="rescale_betas_zero_snr needs parameterization `v`"):
         instantiate(raw["model"], where="model")
 
 
-def test_a_file_alone_tells_of_zero_snr(tmp_path: Path) -> None:
+def test_zero_snr_is_recognised_from_a_file_alone(tmp_path: Path) -> None:
     """By the config inside, and for other programs by the empty tensors `v_pred` and `ztsnr`."""
-    model, raw = tiny(), raw_of()
+    model, raw = build_tiny(), make_config()
     text = OmegaConf.to_yaml({"model": raw["model"]})
     save_model(model, tmp_path / "model.safetensors", {"ldm.config": text})
     again = load(ckpt=tmp_path / "model.safetensors")
@@ -116,15 +116,15 @@ def test_a_file_alone_tells_of_zero_snr(tmp_path: Path) -> None:
 
 
 @cache
-def tiny() -> LatentDiffusion:
+def build_tiny() -> LatentDiffusion:
     torch.manual_seed(0)
-    model: LatentDiffusion = instantiate(raw_of()["model"], where="model")
-    for p in model.unet.parameters():  # the last layers start at zero: let them say something
+    model: LatentDiffusion = instantiate(make_config()["model"], where="model")
+    for p in model.unet.parameters():  # the last layers start at zero
         torch.nn.init.normal_(p, std=0.05)
     return model.eval()
 
 
-def raw_of(**params: Any) -> dict[str, Any]:
+def make_config(**params: Any) -> dict[str, Any]:
     raw = tinyfamilies.make_small_config("sd2-v")
     raw["model"]["params"] |= {"rescale_betas_zero_snr": True, **params}
     return raw

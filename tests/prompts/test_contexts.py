@@ -23,7 +23,7 @@ WORDS = "red (apple:1.3) on a wooden table, [photograph], sharp focus, (light:0.
 LONG = WORDS * 9 + "the (end)"  # 150 tokens
 
 
-def encoders(kind: str) -> list[TextEncoder]:
+def find_encoders(kind: str) -> list[TextEncoder]:
     found = build_tiny_model(kind).conditioner.find_all(TextEncoder)
     for name, bias in (pair for encoder in found for pair in encoder.named_parameters()):
         if name.endswith(("ln_final.bias", "final_layer_norm.bias")):
@@ -31,7 +31,7 @@ def encoders(kind: str) -> list[TextEncoder]:
     return found
 
 
-def chunk(text: str) -> list[list[Unit]]:
+def parse_chunk(text: str) -> list[list[Unit]]:
     """Split a description such as `60w , 20w B 5w` as A1111."""
     sections: list[list[Unit]] = [[]]
     for word in text.split():
@@ -46,7 +46,7 @@ def chunk(text: str) -> list[list[Unit]]:
     return sections
 
 
-def lengths(chunks) -> list[int]:
+def count_tokens(chunks) -> list[int]:
     return [sum(len(unit.ids) for unit in chunk) for chunk in chunks]
 
 
@@ -60,10 +60,10 @@ def lengths(chunks) -> list[int]:
     ],
 )  # fmt: skip
 def test_chunks_of_a1111(text, expected):
-    assert lengths(split_at_commas(chunk(text))) == expected
+    assert count_tokens(split_at_commas(parse_chunk(text))) == expected
 
 
-def reference(encoder: TextEncoder, text: str, syntax: str = "a1111") -> torch.Tensor:
+def compute_a1111_context(encoder: TextEncoder, text: str, syntax: str = "a1111") -> torch.Tensor:
     """A1111's context, (77 k, D) float64: one run of the tower for each chunk."""
     tower = build_transformers_tower(encoder).double()
     is_penultimate = encoder.always_return_pooled or getattr(encoder, "layer", "") == "hidden"
@@ -97,12 +97,12 @@ def _units(encoder, section):
     ],
 )
 def test_contexts_of_a1111(kind, syntax):
-    for encoder in encoders(kind):
+    for encoder in find_encoders(kind):
         for text in ("a (red:1.4) [apple]", LONG, f"short (one:1.2) BREAK {WORDS}"):
             prompt = parse_prompt(text, syntax).subprompts[0].entries[0][1]
             output = encoder([prompt])
             context = output if isinstance(output, torch.Tensor) else output.crossattn
-            expected = reference(encoder, text, syntax)
+            expected = compute_a1111_context(encoder, text, syntax)
             assert context[0].shape == expected.shape
             error = (context[0] - expected).abs().max() / expected.abs().max()
             assert error < 1e-4  # observed: 1.3e-5 where the mean is about 0, else 5e-7
@@ -110,7 +110,7 @@ def test_contexts_of_a1111(kind, syntax):
 
 @torch.no_grad()
 def test_brackets_are_text_without_emphasis():
-    (encoder,) = encoders("sd1")
+    (encoder,) = find_encoders("sd1")
     text = "a (red:1.4) [apple] BREAK b"
     literal = encoder([parse_prompt(text, "a1111_none").subprompts[0].at(0)])
     assert torch.equal(literal, encoder([text]))
@@ -120,21 +120,21 @@ def test_brackets_are_text_without_emphasis():
 @pytest.mark.parametrize("kind", KINDS)
 def test_parsed_text_without_weights_has_the_plain_context(kind):
     text = "a red apple, on a table"
-    for encoder in encoders(kind):
+    for encoder in find_encoders(kind):
         plain = encoder([text])
         for syntax in ("a1111", "comfy", "compel"):
             parsed = encoder([parse_prompt(text, syntax).subprompts[0].entries[0][1]])
-            for ours, theirs in zip(tensors(parsed), tensors(plain), strict=True):
+            for ours, theirs in zip(list_tensors(parsed), list_tensors(plain), strict=True):
                 assert torch.equal(ours, theirs)
 
 
-def tensors(output: torch.Tensor | Cond) -> list[torch.Tensor]:
+def list_tensors(output: torch.Tensor | Cond) -> list[torch.Tensor]:
     return [output] if isinstance(output, torch.Tensor) else list(output.tensors().values())
 
 
 @torch.no_grad()
 def test_comfy_moves_away_from_the_empty_prompt():
-    (encoder,) = encoders("sd1")
+    (encoder,) = find_encoders("sd1")
     empty, plain = encoder(["", "a red apple"])
     weighted = encoder([parse_prompt("a (red:1.5) apple", "comfy").subprompts[0].at(0)])[0]
     expected = plain.clone()
@@ -143,17 +143,17 @@ def test_comfy_moves_away_from_the_empty_prompt():
 
 
 def test_comfy_does_not_cut_words():
-    (encoder,) = encoders("sd1")
+    (encoder,) = find_encoders("sd1")
     word = "supercalifragilistic"
     count = encoder.count_tokens(word)
     prompt = parse_prompt("a " * 73 + word, "comfy").subprompts[0].at(0)
     assert 1 < count < 8
-    assert [lengths(text) for text in encoder.split_into_chunks(prompt)] == [[73, count]]
+    assert [count_tokens(text) for text in encoder.split_into_chunks(prompt)] == [[73, count]]
 
 
 @torch.no_grad()
 def test_rows_of_different_length_are_repeated():
-    (encoder,) = encoders("sd1")
+    (encoder,) = find_encoders("sd1")
     prompts = [parse_prompt(text, "a1111").subprompts[0].at(0) for text in ("a", LONG)]
     both, alone = encoder(prompts), encoder(prompts[:1])
     assert both.shape[1] == 77 * 2
@@ -162,7 +162,7 @@ def test_rows_of_different_length_are_repeated():
 
 @torch.no_grad()
 def test_the_pooled_output_is_that_of_the_first_chunk():
-    second = encoders("sdxl")[1]
+    second = find_encoders("sdxl")[1]
     text = parse_prompt(LONG, "a1111").subprompts[0].at(0)
     first = second.split_into_chunks(text)[0][0]
     ids = torch.tensor([[49406, *(i for unit in first for i in unit.ids), 49407]])
@@ -172,26 +172,26 @@ def test_the_pooled_output_is_that_of_the_first_chunk():
 
 @torch.no_grad()
 def test_a_textual_inversion_is_not_cut():
-    (encoder,) = encoders("sd1")
+    (encoder,) = find_encoders("sd1")
     encoder.added_embeddings = {"<thing>": torch.randn(8, encoder.width)}
     for syntax, expected in (("a1111", [70, 9]), ("comfy", [70, 9]), ("compel", [70, 9])):
         prompt = parse_prompt("a " * 70 + "<thing> b", syntax).subprompts[0].at(0)
-        assert [lengths(text) for text in encoder.split_into_chunks(prompt)] == [expected]
+        assert [count_tokens(text) for text in encoder.split_into_chunks(prompt)] == [expected]
         assert encoder([prompt]).shape[1] == 154
 
 
 def test_comfy_names_textual_inversions():
-    (encoder,) = encoders("sd1")
+    (encoder,) = find_encoders("sd1")
     encoder.added_embeddings = {"thing": torch.randn(2, encoder.width)}
     chunks = [
         encoder.split_into_chunks(parse_prompt(text, "comfy").subprompts[0].at(0))
         for text in ("a (embedding:thing:1.2), b", "a (thing:1.2), b")
     ]
     assert chunks[0] == chunks[1]
-    assert lengths(chunks[0][0]) == [5]
+    assert count_tokens(chunks[0][0]) == [5]
 
 
-def compel_of(kind: str, encoder: TextEncoder, folder: Path):
+def build_compel(kind: str, encoder: TextEncoder, folder: Path):
     """Compel's encoder with the weights of ours."""
     layers = import_compel_module("embeddings_provider").ReturnedEmbeddingsType
     layer = layers.LAST_HIDDEN_STATES_NORMALIZED
@@ -228,8 +228,8 @@ COMPEL = [
     [("sd1", 0), *(pytest.param(*n, marks=SLOW) for n in (("sd2", 0), ("sdxl", 0), ("sdxl", 1)))],
 )
 def test_contexts_of_compel(tmp_path, kind, number):
-    encoder = encoders(kind)[number]
-    compel = compel_of(kind, encoder, tmp_path)
+    encoder = find_encoders(kind)[number]
+    compel = build_compel(kind, encoder, tmp_path)
     worst = 0.0
     for text in COMPEL:
         prompt = parse_prompt(text, "compel").subprompts[0].at(0)

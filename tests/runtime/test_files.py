@@ -21,8 +21,7 @@ def test_byte_order_marks_of_joined_files_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "line"),
-    [("fox\nFüchslein".encode("cp1252"), 2), ("a fox".encode("utf-16-le"), 1)],
+    ("content", "line"), [("fox\nFüchslein".encode("cp1252"), 2), ("a fox".encode("utf-16-le"), 1)]
 )
 def test_another_encoding_is_named_with_its_line(tmp_path, content, line):
     path = tmp_path / "prompts.txt"

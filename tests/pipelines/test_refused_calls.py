@@ -1,4 +1,4 @@
-"""Models and calls that do not fit are refused in one line, before any network runs."""
+"""Calls with a wrong model or keyword are refused in one line, before any network runs."""
 
 from types import SimpleNamespace
 
@@ -11,8 +11,8 @@ from ldm.pipelines import WrongFamily
 from ldm.pipelines.families import FAMILIES
 from ldm.runtime.errors import ArgumentError, UnknownName
 
-# What runs on models of which families, and its positional arguments after the model.
-FITS = {
+# Families of a task's models, and the count of its positional arguments after the model.
+TASKS = {
     "txt2img": ({"text"}, 1),
     "img2img": ({"text", "refiner"}, 2),
     "inpaint": ({"inpainting", "text"}, 3),
@@ -32,9 +32,9 @@ def model(keys):
     return model
 
 
-@pytest.mark.parametrize("task", FITS)
+@pytest.mark.parametrize("task", TASKS)
 def test_a_model_of_another_family_names_its_own_function(task):
-    families, count = FITS[task]
+    families, count = TASKS[task]
     for name in FAMILIES.keys() - families:
         with pytest.raises(WrongFamily) as caught:
             getattr(pipelines, task)(model(FAMILIES[name].keys), *[None] * count)
@@ -45,7 +45,7 @@ def test_the_task_of_every_family_is_public():
     assert {family.function for family in FAMILIES.values()} <= set(ldm.__all__)
 
 
-def test_a_model_of_no_known_family_says_what_it_reads():
+def test_a_model_of_no_known_family_is_refused_with_its_conditions():
     with pytest.raises(
         WrongFamily, match="this model reads `smell`, `txt`, and no task provides that"
     ):
@@ -67,11 +67,11 @@ def test_a_model_of_no_known_family_says_what_it_reads():
 )
 def test_misspelt_and_inapplicable_keywords_are_refused_with_the_nearest(task, options, message):
     with pytest.raises(UnknownName, match=message):
-        getattr(pipelines, task)(model({"txt"}), *[None] * FITS[task][1], **options)
+        getattr(pipelines, task)(model({"txt"}), *[None] * TASKS[task][1], **options)
 
 
 @pytest.mark.parametrize("loaded", [None, "sd_xl_base_1.0.safetensors"])
-def test_what_is_no_model_is_refused_in_one_line(loaded):
+def test_an_argument_that_is_not_a_model_is_refused(loaded):
     with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
         pipelines.txt2img(loaded, ["a"])
     with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
