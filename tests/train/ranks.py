@@ -3,7 +3,7 @@
     PYTHONPATH=.:tests torchrun --nproc-per-node 2 tests/train/ranks.py FOLDER CASE …
 
 A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 2 steps in one go, and 1 + 1. DATA is `map`,
-`xl` (the same for a tiny SDXL) or shards. Its result are two hashes of all that is trained.
+`xl` (the same for a tiny SDXL) or shards. Its result is two hashes of all that is trained.
 `ACTION:CASE` calls `run_action`.
 """
 
@@ -53,8 +53,8 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
     return build_run_from(config, folder)
 
 
-def digest(run: Run) -> str:
-    """Hash weights, EMA, moments and numbers: the same for the same values, however sharded."""
+def compute_digest(run: Run) -> str:
+    """Hash weights, EMA, moments and numbers; equal values give equal hashes, however sharded."""
     sha256 = hashlib.sha256()
     for name, value in sorted(gather_shards(run.state.get_tensors()).items()):
         sha256.update(name.encode() + value.detach().contiguous().numpy().tobytes())
@@ -63,20 +63,20 @@ def digest(run: Run) -> str:
     return sha256.hexdigest()[:16]
 
 
-def interrupt(folder: Path, case: str) -> tuple[str, str]:
+def interrupt_run(folder: Path, case: str) -> tuple[str, str]:
     """Train in one go and with an interruption; validation changes nothing."""
-    straight = make_run(folder / case / "whole", case, STEPS)
-    train(straight)
+    uninterrupted = make_run(folder / case / "whole", case, STEPS)
+    train(uninterrupted)
     train(make_run(folder / case / "parts", case, STEPS // 2))
     second = make_run(folder / case / "parts", case, STEPS)
     resume_newest(second)
     assert second.state.step == STEPS // 2
     train(second)
-    before = digest(second)
+    before = compute_digest(second)
     validating = replace(second, validation_source=second.source)
     assert validate(validating) == validate(validating) != {}
-    assert digest(second) == before
-    return digest(straight), before
+    assert compute_digest(second) == before
+    return compute_digest(uninterrupted), before
 
 
 def run_action(folder: Path, case: str, action: str) -> tuple[str, str]:
@@ -92,7 +92,7 @@ def run_action(folder: Path, case: str, action: str) -> tuple[str, str]:
         run.resume(folder / "checkpoints" / f"state-{STEPS // 2:08}")
     if action == "endless":
         (folder / f"{run.ranks.rank}.pid").touch()
-    before = digest(run)
+    before = compute_digest(run)
     train(run)
     weights = gather_shards(run.task.trainable.state_dict())
     if action == "resume" and run.ranks.is_first:
@@ -100,20 +100,20 @@ def run_action(folder: Path, case: str, action: str) -> tuple[str, str]:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
         path = folder / f"resumed-{run.ranks.world_size}.pt"
         torch.save({"weights": weights, "losses": losses}, path)
-    return before, digest(run)
+    return before, compute_digest(run)
 
 
 def run_cases(
     environment: Mapping[str, str], folder: Path, cases: Iterable[str]
 ) -> dict[str, tuple[str, str]]:
-    """Run all cases as the process that the environment says; return the hashes of each."""
+    """Run all cases as the process that the environment names; return the hashes of each."""
     os.environ.update(environment)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     hashes = {}
-    for word in cases:
-        action, _, case = word.rpartition(":")
-        hashes[word] = run_action(folder, case, action) if action else interrupt(folder, case)
+    for name in cases:
+        action, _, case = name.rpartition(":")
+        hashes[name] = run_action(folder, case, action) if action else interrupt_run(folder, case)
     return hashes
 
 

@@ -24,12 +24,12 @@ from ldm.train.run import Run
 from loading.lorahelp import read_lora
 from train.tinyrun import build_tiny_run, resume_newest
 
-# The base model has learned nothing, which the sanity check would say.
+# The base model is untrained, which the sanity check would refuse.
 SHORT = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")
 LORA = ["lightning.lora.rank=4", "lightning.lora.targets=[attention, text]"]
-WORD = ["lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.vectors=3"]
-WORD += ["data.params.train.fields.object=a <thing>", "data.params.train.transform.keyword=0"]
-WORD += [
+TOKEN = ["lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.vectors=3"]
+TOKEN += ["data.params.train.fields.object=a <thing>", "data.params.train.transform.keyword=0"]
+TOKEN += [
     "data.params.train.transform.drop_object=0",
     "lightning.objective.conditioning_dropout_prob=0",
 ]
@@ -62,13 +62,13 @@ def test_a_lora_of_a_frozen_model_is_trained_and_used(base: Path, tmp_path: Path
             torch.testing.assert_close(value, trained[f"lora.{name}"], rtol=0, atol=0)
     assert any("_te_" in name for name in adapter)
     assert all("attn" in name or "_te_" in name for name in adapter)
-    assert any(low.compute_delta().abs().max() > 0 for low in adapter.values())
+    assert any(layer.compute_delta().abs().max() > 0 for layer in adapter.values())
 
 
 @pytest.mark.usefixtures("no_states")
 def test_an_embedding_is_trained_and_used(base: Path, tmp_path: Path) -> None:
     run = build_adapted_run(
-        tmp_path / "word", base, *WORD, "lightning.textual_inversion.init=a cat"
+        tmp_path / "word", base, *TOKEN, "lightning.textual_inversion.init=a cat"
     )
     text: Any = run.model.conditioner.text
     start = text.get_token_embeddings("a cat")
@@ -99,20 +99,20 @@ def test_a_state_of_a_larger_lora_is_refused(base: Path, tmp_path: Path) -> None
         (["lightning.lora.targets=[texts]"], "targets: `texts` should be one of attention"),
         (["lightning.textual_inversion.tokens=x"], "unknown key `tokens`, did you mean `token`"),
         (
-            [*WORD, "lightning.textual_inversion.init=a qwertyuiop"],
+            [*TOKEN, "lightning.textual_inversion.init=a qwertyuiop"],
             "not in the model's vocabulary: `qwertyuiop`",
         ),
-        ([*WORD, "lightning.textual_inversion.init='&#7;'"], "has no words"),
+        ([*TOKEN, "lightning.textual_inversion.init='&#7;'"], "has no words"),
         (["lightning.textual_inversion.token=<x>"], "token `<x>` appears in no caption"),
     ],
 )
-def test_mistakes_are_named(overrides: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_settings_are_named(overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train(build_tiny_run(tmp_path, *SHORT, *overrides))
 
 
 @pytest.mark.parametrize(
-    ("base", "recipe", "parts"),
+    ("config", "recipe", "trained"),
     [
         ("demo/text2img", "lora", {"lora"}),
         ("demo/text2img", "textual-inversion", {"word"}),
@@ -124,12 +124,12 @@ def test_mistakes_are_named(overrides: list[str], message: str, tmp_path: Path) 
         ("stable-diffusion-xl/sd_xl_refiner", "textual-inversion-xl", {"word"}),
     ],
 )
-def test_the_recipes_fit_the_models(base: str, recipe: str, parts: set[str]) -> None:
-    files = (f"configs/{base}.yaml", f"configs/train/{recipe}.yaml")
+def test_the_recipes_fit_the_models(config: str, recipe: str, trained: set[str]) -> None:
+    files = (f"configs/{config}.yaml", f"configs/train/{recipe}.yaml")
     raw = parse_yaml([read_config_text(file) for file in files])
     task: Any = build_task(build_on_meta(raw), read_settings(raw))
-    assert task.trainable.keys() == parts
-    if "lora" in parts and base != "demo/text2img":
+    assert task.trainable.keys() == trained
+    if "lora" in trained and config != "demo/text2img":
         assert len(task.trainable["lora"]) == (722 if recipe == "lora-xl" else 192)
 
 

@@ -70,7 +70,7 @@ def lpips(recorded: GoldenFile) -> LPIPS:
     return net
 
 
-def test_lpips_is_the_originals(recorded: GoldenFile, lpips: LPIPS) -> None:
+def test_lpips_equals_the_originals(recorded: GoldenFile, lpips: LPIPS) -> None:
     x = recorded.tensors["shared/x"]
     expected = recorded.outputs("lpips_alone")["lpips"]
     torch.testing.assert_close(lpips.train()(x, x.flip(0)), expected, atol=1e-7, rtol=TOLERANCE)
@@ -83,7 +83,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_losses_are_the_originals(name, recorded, model, lpips, monkeypatch) -> None:
+def test_losses_equal_the_originals(name, recorded, model, lpips, monkeypatch) -> None:
     info = recorded.case(name)["info"]
     task = AdversarialTask(model, LossConfig(**info["loss_params"]), perceptual=lpips)
     task.discriminator.load_state_dict(
@@ -141,21 +141,21 @@ def test_without_gradients_the_discriminator_has_no_weight() -> None:
     assert losses["d_weight"] == 0
 
 
-def test_the_discriminator_learns_to_tell_them_apart() -> None:
+def test_the_discriminator_learns_to_tell_images_from_reconstructions() -> None:
     adversarial = AdversarialTask(build_tiny(), LossConfig(**PIXELS, disc_num_layers=1))
     optimizer = torch.optim.Adam(
         adversarial.discriminator.parameters(), 1e-3, betas=adversarial.betas
     )
-    apart = []
+    differences = []
     for adversarial.step in range(10):
         losses = adversarial.discriminator_loss(make_batch(), make_generator())
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
-        apart.append(float(losses["logits_real"] - losses["logits_fake"]))
+        differences.append(float(losses["logits_real"] - losses["logits_fake"]))
     assert not adversarial.model.decoder.conv_out.weight.grad
-    assert apart[2] == pytest.approx(apart[0])  # the original leaves it alone until disc_start
-    assert apart[-1] > apart[0] + 0.5
+    assert differences[2] == pytest.approx(differences[0])  # untrained until disc_start
+    assert differences[-1] > differences[0] + 0.5
 
 
 @pytest.mark.parametrize("is_adversarial", [False, True])
@@ -198,14 +198,16 @@ def test_the_config_chooses_the_losses() -> None:
         (PIXELS, {"perceptual": {"ckpt_path": "vgg.pth"}}, "no file `vgg.pth`"),
     ],
 )
-def test_what_does_not_fit_is_named(losses, options, message) -> None:
+def test_wrong_losses_are_named(losses, options, message) -> None:
     spec = {"target": LPIPS_LOSS, "params": losses}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         build_autoencoder_task(build_tiny(), {"lossconfig": spec}, options)
 
 
-def test_a_training_checkpoint_of_the_original_starts_everything(tmp_path, recorded, lpips) -> None:
-    """`loss.*` in it gives LPIPS, discriminator and variance; the model's loader passes it by."""
+def test_a_training_checkpoint_of_the_original_initialises_losses(
+    tmp_path, recorded, lpips
+) -> None:
+    """`loss.*` in it gives LPIPS, discriminator and variance; a model is loaded without it."""
     spec = {"target": LPIPS_LOSS, "params": {"disc_start": 1, "logvar_init": 0.4}}
     first = AdversarialTask(
         build_tiny(), LossConfig(**spec["params"]), perceptual=lpips, export_losses=True
@@ -230,7 +232,7 @@ def test_a_training_checkpoint_of_the_original_starts_everything(tmp_path, recor
         ("64x64x3", 55312063), ("32x32x4", 83653863), ("16x16x16", 69610963), ("8x8x64", 103880131)
     ],
 )  # fmt: skip
-def test_configs_of_the_original_build_its_models_and_losses(name: str, parameters: int) -> None:
+def test_configs_of_the_original_give_its_models_and_losses(name: str, parameters: int) -> None:
     raw = read_yaml(f"configs/autoencoder/autoencoder_kl_{name}.yaml")
     model = build_on_meta(raw, where=name)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -239,7 +241,7 @@ def test_configs_of_the_original_build_its_models_and_losses(name: str, paramete
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "autoencoder-decoder"])
-def test_recipes_build(name: str) -> None:
+def test_recipes_give_an_adversarial_task(name: str) -> None:
     raw = read_yaml(f"configs/train/{name}.yaml")
     params = raw["model"]["params"]
     params["lossconfig"]["params"]["perceptual_weight"] = 0.0
@@ -275,7 +277,7 @@ def test_a_resumed_discriminator_equals_an_uninterrupted_one(tmp_path: Path) -> 
     assert not tensors[name].equal(initial)
 
 
-def test_reconstructions_get_better() -> None:
+def test_reconstructions_improve() -> None:
     folder = Folder(root=EMOJI, transform=EmojiTransform(size=16))
     batch = next(DatasetSource(folder).iter_batches(4))
     task = ReconstructionTask(build_tiny())
@@ -292,7 +294,7 @@ def test_reconstructions_get_better() -> None:
 
 
 @torch.no_grad()
-def test_the_worst_values_of_an_image_can_count_more() -> None:
+def test_the_worst_values_of_an_image_can_be_weighted() -> None:
     batch, model = make_batch(), build_tiny()
     plain, weighted = (
         ReconstructionTask(model, peak=peak).loss(batch, make_generator())["loss"]
@@ -303,7 +305,7 @@ def test_the_worst_values_of_an_image_can_count_more() -> None:
     torch.testing.assert_close(weighted - plain, 2 * worst.mean())
 
 
-def test_a_spike_in_the_decoder_can_cost_something() -> None:
+def test_a_spike_in_the_decoder_can_be_penalised() -> None:
     batch, model = make_batch(), build_tiny()
 
     def compute_penalty() -> torch.Tensor:

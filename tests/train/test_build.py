@@ -1,4 +1,4 @@
-"""Settings that change time or memory of a step change no number."""
+"""Settings that change time or memory of a step do not change its numbers."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def build_model(family: str = "sd2") -> LatentDiffusion:
 
 
 def compute_gradients(model: LatentDiffusion, autocast: bool) -> dict[str, Tensor]:
-    """Of one batch, with dropout."""
+    """Compute the gradients of one batch, with dropout."""
     task, batch = DiffusionTask(model), {"z": torch.ones(2, 4, 8, 8), "txt": ["a cat", "a dog"]}
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -76,7 +76,7 @@ def test_encoders_of_sdxl_of_a_wrong_type_are_named(config: object) -> None:
         instantiate(raw, where="model")
 
 
-def test_dropout_of_a_condition_that_the_model_has_not_is_refused() -> None:
+def test_dropout_of_a_condition_that_the_model_does_not_have_is_refused() -> None:
     objective = {"conditioning_dropout_prob": {"text": 0.5}}
     raw = {"model": make_small_config("sd2")["model"], "lightning": {"objective": objective}}
     with pytest.raises(ValueError, match="prob: unknown condition `text`, did you mean `txt`"):
@@ -90,11 +90,11 @@ def test_checkpointing_keeps_fewer_activations() -> None:
         set_gradient_checkpointing(model, on)
         sizes: list[int] = []
 
-        def note(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+        def record_size(x: Tensor, sizes: list[int] = sizes) -> Tensor:
             sizes.append(x.numel())
             return x
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(record_size, lambda x: x):
             model.unet(torch.ones(1, 4, 16, 16), torch.ones(1), context=torch.ones(1, 7, 32))
         numbers.append(sum(sizes))
     assert numbers[1] < 0.5 * numbers[0]
@@ -112,7 +112,7 @@ def test_the_autoencoder_can_save_memory_too() -> None:
 
 
 def test_channels_last_gives_the_same_gradients() -> None:
-    """Tolerance: other kernels sum in another order. Dropout is off: it draws in memory's order."""
+    """Tolerance: other kernels sum in another order. Dropout is off: it draws in memory order."""
     plain, converted = build_model().eval(), build_model().eval()
     configure_model(converted, Trainer(channels_last=True))
     assert converted.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)

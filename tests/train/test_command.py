@@ -59,7 +59,7 @@ def parse_tiny(tmp_path: Path, *words: str) -> TrainRequest:
     return parse(["-b", TINY, "-t", "-l", str(tmp_path), *words])
 
 
-def test_a_command_of_the_original_means_what_it_meant() -> None:
+def test_a_command_of_the_original_is_understood() -> None:
     words = (
         "--base a.yaml b.yaml -t --gpus 0,1, --max_epochs 3 --scale_lr False --no-test -s 7 "
         "-f _try data.params.batch_size=4 --benchmark model.params.x=1"
@@ -238,23 +238,23 @@ def test_a_run_is_trained_resumed_exported_and_validated(
 ) -> None:
     held_out = "{root: tests/data/emoji, split: heldout, transform: {name: emoji, size: 32}}"
     base = ["-b", TINY, "-l", str(tmp_path)]
-    few = ["lightning.callbacks.images=0", "data.params.batch_size=2"]
-    few.append(f"data.params.validation={held_out}")
-    assert main([*base, "-t", "--max_steps", "2", *few]) == 0
+    options = ["lightning.callbacks.images=0", "data.params.batch_size=2"]
+    options.append(f"data.params.validation={held_out}")
+    assert main([*base, "-t", "--max_steps", "2", *options]) == 0
     weights = Path(capsys.readouterr().out.strip())
     assert weights == (tmp_path / "tiny").resolve() / "checkpoints" / "last.safetensors"
     weights.unlink()
     assert main(["--resume", str(tmp_path / "tiny")]) == 0
     assert capsys.readouterr().out.strip() == str(weights)
     assert weights.exists()
-    assert main(["-t", *base, "--resume", *few, "--max_steps", "3", "--validate"]) == 0
+    assert main(["-t", *base, "--resume", *options, "--max_steps", "3", "--validate"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert {"val/loss", "val/loss_ema"} <= set(names)
     assert (weights.parent / "state-00000003").is_dir()
     assert len(list((tmp_path / "tiny" / "configs").iterdir())) == 4
     assert len(list(tmp_path.glob("*_tiny"))) == 1
     link, start = (tmp_path / "tiny").resolve(), f"model.params.ckpt_path={weights}"
-    assert main([*base, "-t", "--max_steps", "1", *few, start]) == 1
+    assert main([*base, "-t", "--max_steps", "1", *options, start]) == 1
     assert "hardly better than a trivial baseline" in capsys.readouterr().err
     assert (tmp_path / "tiny").resolve() == link
 
@@ -383,7 +383,9 @@ def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> 
         ("{run}/checkpoints/epoch=000001.ckpt", "start a new run .* model.params.ckpt_path="),
     ],
 )
-def test_what_cannot_be_resumed_says_why(tmp_path: Path, resume: str, message: str) -> None:
+def test_the_reason_is_given_why_a_run_cannot_be_resumed(
+    tmp_path: Path, resume: str, message: str
+) -> None:
     run = start_run(parse_tiny(tmp_path))
     (run / "checkpoints").mkdir()
     (run / "checkpoints/epoch=000001.ckpt").touch()
@@ -431,7 +433,7 @@ def test_gpus_are_listed_or_counted(trainer: str, gpus: list[int] | int | None) 
 
 
 @pytest.mark.parametrize("gpus", ["''", "-2", "[-1]", "'0,-1'"])
-def test_no_number_of_gpus_is_an_error(gpus: str) -> None:
+def test_an_invalid_number_of_gpus_is_refused(gpus: str) -> None:
     with pytest.raises(
         ValueError, match=r"trainer\.gpus: `.*` should be a count of GPUs or a list"
     ):
@@ -458,20 +460,17 @@ def test_a_config_may_choose_the_cpu(
     assert build_run(settings, tmp_path).device.type == "cpu"
 
 
-def test_processes_are_counted_over_all_nodes() -> None:
+def test_processes_are_counted_over_all_nodes_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert launch.count_processes(Devices(-1)) == 3
     assert launch.count_processes(Devices([0, 1], num_nodes=3)) == 6
     assert launch.count_processes(Devices(), nproc_per_node=4) == 4
 
 
-def test_all_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert launch.count_processes(Devices(-1)) == 3
-
-
-def torchrun(
+def run_torchrun(
     monkeypatch: pytest.MonkeyPatch, devices: Devices, *, available: int, per_node: int = 0
 ) -> list[str]:
-    """The words of the torchrun that replaces the process, [] if it stays."""
+    """Launch; return the arguments of the torchrun that replaces the process, [] if it stays."""
     words: list[str] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
     monkeypatch.setattr(launch, "_replace_process", words.extend)
@@ -483,15 +482,15 @@ def torchrun(
 def test_two_gpus_mean_torchrun_with_two_processes_that_see_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = torchrun(monkeypatch, Devices([1, 3]), available=4)
+    words = run_torchrun(monkeypatch, Devices([1, 3]), available=4)
     assert words[:2] == ["--standalone", "--nproc-per-node=2"]
     assert words[-2:] == ["-b", "a.yaml"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
     for gpus, visible in (([3], "3"), (0, ""), (None, "")):
-        assert torchrun(monkeypatch, Devices(gpus), available=4) == []
+        assert run_torchrun(monkeypatch, Devices(gpus), available=4) == []
         assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
-    assert torchrun(monkeypatch, Devices([0]), available=0) == []
-    words = torchrun(monkeypatch, Devices([0, 1]), available=0, per_node=2)
+    assert run_torchrun(monkeypatch, Devices([0]), available=0) == []
+    words = run_torchrun(monkeypatch, Devices([0, 1]), available=0, per_node=2)
     assert "--nproc-per-node=2" in words
 
 
@@ -507,4 +506,4 @@ def test_gpus_that_are_not_available_are_named(
     monkeypatch: pytest.MonkeyPatch, devices: Devices, available: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        torchrun(monkeypatch, devices, available=available)
+        run_torchrun(monkeypatch, devices, available=available)

@@ -95,7 +95,7 @@ def test_the_data_module_of_sgm_is_translated() -> None:
         translate_data_module({**parse(STABLE), "params": {"train": "x"}})
 
 
-def test_our_own_form_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_our_own_data_section_is_read_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     text = f"batch_size: 4, train: {FOLDER}, validation: {FOLDER}"
     data = parse(f"{{target: main.DataModuleFromConfig, params: {{wrap: true, {text}}}}}")
@@ -103,7 +103,7 @@ def test_our_own_form_stays(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["data.params.wrap is ignored: samples depend on their index only"]
 
 
-def test_flip_may_be_true_as_in_older_runs(caplog: pytest.LogCaptureFixture) -> None:
+def test_flip_may_be_true_as_in_configs_of_older_versions(caplog: pytest.LogCaptureFixture) -> None:
     train = "{root: a, transform: {name: photo, flip: true}}"
     data = read_data(parse(f"{{params: {{batch_size: 1, train: {train}}}}}"))
     assert data.train["transform"] == {"name": "photo", "flip": 1.0}
@@ -127,7 +127,7 @@ def test_flip_may_be_true_as_in_older_runs(caplog: pytest.LogCaptureFixture) -> 
         ),
     ],
 )
-def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
+def test_simple_datasets_are_translated(spec: str, translation: str) -> None:
     data = read_data(parse(f"{{params: {{batch_size: 1, train: {spec}}}}}"))
     assert data.train == parse(translation)
 
@@ -203,14 +203,14 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
         ),
     ],
 )
-def test_mistakes_are_named(params: str, message: str) -> None:
+def test_wrong_data_sections_are_named(params: str, message: str) -> None:
     data = parse(f"{{params: {{{params}}}}}")
     data["params"].setdefault("batch_size", 1)
     with pytest.raises(ValueError, match=message):
         read_data(data)
 
 
-def test_a_folder_replaces_a_data_set_that_was_never_published() -> None:
+def test_a_folder_replaces_a_dataset_that_was_never_published() -> None:
     path = "configs/autoencoder/autoencoder_kl_32x32x4.yaml"
     photo = "{name: photo, size: 256, crop: random}"
     overrides = ["root=photos", f"transform={photo}"]

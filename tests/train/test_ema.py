@@ -1,4 +1,4 @@
-"""The running average of the weights."""
+"""The EMA of the weights."""
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ def test_three_updates_equal_the_originals() -> None:
     assert ema.num_updates == 3
 
 
-def test_applied_weights_are_taken_back() -> None:
+def test_weights_are_restored_after_ema_was_applied() -> None:
     module = nn.Linear(2, 2)
     before = module.weight.detach().clone()
     ema = EMA(module)

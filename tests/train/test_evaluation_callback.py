@@ -75,7 +75,7 @@ def test_images_of_nan_do_not_end_the_run(tmp_path, overrides, monkeypatch, capl
         (f"clip={EMOJI / 'metadata.jsonl'}", "metadata.jsonl"),
     ],
 )
-def test_wrong_file_ends_the_run_before_its_first_step(
+def test_a_wrong_setting_ends_the_run_before_its_first_step(
     tmp_path, overrides, monkeypatch, override, message
 ):
     monkeypatch.chdir(tmp_path)

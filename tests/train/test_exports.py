@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def change(run: Run, **callbacks: Any) -> Run:
+def change_callbacks(run: Run, **callbacks: Any) -> Run:
     """The same run with other settings."""
     return replace(run, settings=run.settings.replace(callbacks=callbacks))
 
@@ -53,20 +53,22 @@ def test_validation_is_reproducible_and_changes_nothing(run: Run) -> None:
 
 
 def test_grids_show_both_weights_at_fixed_prompts(run: Run) -> None:
-    drawing = change(run, images=2, prompts=["a red cat"])
+    drawing = change_callbacks(run, images=2, prompts=["a red cat"])
     train_path, val_path = draw_samples(drawing)
     assert train_path == run.folder / "images/train/samples_gs-000002_e-000000_b-000002.png"
     assert val_path.parent.name == "val"
     assert train_path.with_suffix(".txt").read_text() == "a red cat\na red cat\n"
     content = train_path.read_bytes()
     assert draw_samples(drawing)[0].read_bytes() == content
-    assert draw_samples(change(run, images=0)) == []
+    assert draw_samples(change_callbacks(run, images=0)) == []
 
 
-def test_the_best_exports_stay(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_exports_are_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def remaining(**options: Any) -> list[str]:
         """The files after five validations, by the losses in their names."""
-        here = replace(change(run, export=["safetensors"], **options), folder=tmp_path)
+        here = replace(change_callbacks(run, export=["safetensors"], **options), folder=tmp_path)
         for step, loss in enumerate((0.5, 0.3, 0.4, math.nan, 0.1)):
             monkeypatch.setattr(run.state, "step", step)
             export_best(here, {"val/loss": 1 - loss, "val/loss_ema": loss})
@@ -82,7 +84,7 @@ def test_the_best_exports_stay(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
         remaining(save_top_k=1, monitor="val/psnr")
 
 
-def test_an_export_of_a_step_has_its_number(run: Run) -> None:
+def test_an_export_of_a_step_is_named_by_it(run: Run) -> None:
     (path,) = export_step(run)
     folder = run.checkpoints / "trainstep_checkpoints"
     assert path == folder / "epoch=000000-step=000000002.safetensors"
@@ -92,7 +94,7 @@ def test_an_export_of_a_step_has_its_number(run: Run) -> None:
 @pytest.mark.parametrize("weights", ["ema", "raw", "both"])
 def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weights: str) -> None:
     kinds = ["safetensors", "ckpt"] if weights == "both" else ["safetensors"]
-    exporting = change(run, weights=weights, export=kinds, dtype="full")
+    exporting = change_callbacks(run, weights=weights, export=kinds, dtype="full")
     name = "unet.out.2.weight"
     raw, ema = run.model.state_dict()[name].clone(), run.state.ema.shadow[name]
     assert not raw.equal(ema)
@@ -115,13 +117,13 @@ def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weig
         assert file.state["alphas_cumprod"].dtype == torch.float32
 
 
-def test_an_export_in_half_precision_keeps_what_is_too_large(
+def test_an_export_in_half_precision_keeps_large_weights_in_float32(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bias = run.model.get_parameter("unet.out.0.bias")
     value = bias.data[0].clone()
     bias.data[0] = 1e6
-    (path,) = export(change(run, weights="both", dtype="half"), tmp_path / "last")
+    (path,) = export(change_callbacks(run, weights="both", dtype="half"), tmp_path / "last")
     bias.data[0] = value
     file = read_checkpoint(path)
     assert float(file.state["model.diffusion_model.out.0.bias"][0]) == 1e6
@@ -146,10 +148,10 @@ def test_loras_and_embeddings_have_the_config_of_their_training(adapted: Run) ->
         assert "ldm.config" not in metadata  # which would make it a whole model
 
 
-def test_the_best_loras_stay_with_all_their_files(
+def test_the_best_loras_are_kept_with_all_their_files(
     adapted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = replace(change(adapted, save_top_k=1), folder=tmp_path)
+    run = replace(change_callbacks(adapted, save_top_k=1), folder=tmp_path)
     for step, loss in enumerate((0.5, 0.3, 0.4)):
         monkeypatch.setattr(run.state, "step", step)
         export_best(run, {"val/loss": loss, "val/loss_ema": loss})

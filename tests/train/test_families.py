@@ -1,4 +1,4 @@
-"""Every family goes through one trainer: what it sees is made by its own encoders."""
+"""Every family is trained by one trainer: its own encoders make the inputs of its UNet."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ LOW_SCALE = {
     "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
     "params": {"noise_schedule_config": {"linear_end": 0.02}, "max_noise_level": 10},
 }
-EYE = {
+CLIP_IMAGE = {
     "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
     "params": {
         "freeze": False,
@@ -42,14 +42,14 @@ UNCLIP = {
     "embedding_dropout": 0.25,
     "embedder_config": {
         "target": "ldm.modules.encoders.modules.FrozenOpenCLIPImageEmbedder",
-        "params": {"arch": EYE["params"]["model"]},  # type: ignore[index]
+        "params": {"arch": CLIP_IMAGE["params"]["model"]},  # type: ignore[index]
     },
     "noise_aug_config": {
         "target": "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation",
         "params": {"timestep_dim": 32},
     },
 }
-# task: (class, channels that the UNet reads, records of the data, parameters)
+# task: (class, input channels of the UNet, conditioning images of the data, parameters)
 FAMILIES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "inpaint": ("LatentInpaintDiffusion", 9, {"mask": {}}, {"conditioning_key": "hybrid"}),
     "depth2img": (
@@ -60,14 +60,14 @@ FAMILIES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
         "LatentUpscaleDiffusion", 7, {"lr": {"factor": 4}},
         {"conditioning_key": "hybrid-adm", "low_scale_config": LOW_SCALE, "low_scale_key": "lr"},
     ),
-    "vary": ("LatentDiffusion", 4, {}, {"cond_stage_config": EYE}),
+    "vary": ("LatentDiffusion", 4, {}, {"cond_stage_config": CLIP_IMAGE}),
     "unclip": ("ImageEmbeddingConditionedLatentDiffusion", 4, {}, UNCLIP),
     "enlarge": (
         "LatentUpscaleFinetuneDiffusion", 16, {"lr": {"factor": 2}},
         {"conditioning_key": "hybrid", "concat_keys": ["lr"], "reshuffle_patch_size": 2},
     ),
 }  # fmt: skip
-# what `num_classes` of the UNet is, and with it
+# Parameters of the UNet for a vector.
 VECTORS: dict[str, dict[str, Any]] = {
     "upscale": {"num_classes": 10},
     "unclip": {"num_classes": "sequential", "adm_in_channels": 64},
@@ -90,7 +90,7 @@ def make_config(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     model["unet_config"]["params"] |= VECTORS.get(task, {})
     raw["model"] |= {"target": DDPM + name, "params": model}
     train = raw["data"]["params"]["train"]
-    train["transform"]["records"] = conditions
+    train["transform"]["conditions"] = conditions
     raw["data"]["params"]["latents"] = {"cache": folder / "latents", "variants_per_image": 1}
     return raw
 
@@ -110,7 +110,7 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
     first: Any = run.model.unet.input_blocks[0][0]  # type: ignore[union-attr]
     before = first.weight[:, -1].detach().clone()
     train(run)
-    assert not torch.equal(before, first.weight[:, -1])  # what it sees reaches the last channel
+    assert not torch.equal(before, first.weight[:, -1])  # the condition reaches the last channel
     assert len(list((tmp_path / "run" / "images" / "train").glob("*.png"))) == 1
     (tmp_path / "model.yaml").write_text(format_yaml({"model": raw["model"]}))
     model = load(tmp_path / "model.yaml", run.checkpoints / "last.safetensors")
@@ -127,7 +127,7 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
 )
 def test_a_missing_conditioning_image_is_named(task: str, key: str, tmp_path: Path) -> None:
     raw = make_config(task, tmp_path)
-    raw["data"]["params"]["train"]["transform"]["records"] = {}
+    raw["data"]["params"]["train"]["transform"]["conditions"] = {}
     with pytest.raises(
         ConfigError, match=rf"train.transform: .* add `conditions: {{{key}: {{}}}}`"
     ):
@@ -156,11 +156,11 @@ def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> 
     depth = {"depth": torch.rand(1, 1, 8, 8)}
     conds = [models[0].condition({"txt": ["cat"]}), models[1].condition({"txt": ["cat"], **depth})]
     with torch.no_grad():
-        seen = [
+        predictions = [
             m.denoiser.predict_at(z, c, t, torch.zeros_like(z))
             for m, c in zip(models, conds, strict=True)
         ]
-    torch.testing.assert_close(seen[0], seen[1], atol=2e-3, rtol=0)
+    torch.testing.assert_close(*predictions, atol=2e-3, rtol=0)
     assert models[1].conditioner.text.token_ids.equal(models[0].conditioner.text.token_ids)
 
 
@@ -184,6 +184,6 @@ def test_only_the_unet_and_its_scale_are_taken_if_asked_for(tmp_path: Path) -> N
     assert run.model.scale_factor == pytest.approx(0.3)  # not measured anew
 
 
-def test_weights_to_widen_need_a_checkpoint(tmp_path: Path) -> None:
+def test_finetune_keys_need_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`finetune_keys` needs a `ckpt_path`"):
         build_run_from(make_config("inpaint", tmp_path, finetune_keys=["any"]), tmp_path)

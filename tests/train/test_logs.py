@@ -17,17 +17,17 @@ from ldm.train.monitoring.timers import Interval
 from ldm.train.monitoring.timestep_losses import TimestepLosses
 
 
-def rows(path: Path) -> list[list[str]]:
+def read_rows(path: Path) -> list[list[str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.reader(file))[1:]
 
 
-def test_a_table_gets_columns_when_they_come(tmp_path: Path) -> None:
+def test_a_csv_log_gets_a_column_when_its_value_appears(tmp_path: Path) -> None:
     table = CsvLogger(tmp_path / "log.csv")
     table.log_scalars(1, {"loss": 0.5})
     table.log_scalars(2, {"loss": 0.25, "val/loss": 1.0})
     table.log_scalars(3, {"val/loss": 2.0})
-    assert rows(tmp_path / "log.csv") == [["1", "0.5", ""], ["2", "0.25", "1"], ["3", "", "2"]]
+    assert read_rows(tmp_path / "log.csv") == [["1", "0.5", ""], ["2", "0.25", "1"], ["3", "", "2"]]
 
 
 def test_rows_after_the_state_are_dropped_as_they_come_again(tmp_path: Path) -> None:
@@ -38,10 +38,10 @@ def test_rows_after_the_state_are_dropped_as_they_come_again(tmp_path: Path) -> 
     with path.open("a") as file:
         file.write("4,1")  # the process died here
     CsvLogger(path, start_step=2).log_scalars(3, {"loss": 30})
-    assert rows(path) == [["1", "1"], ["2", "2"], ["3", "30"]]
+    assert read_rows(path) == [["1", "1"], ["2", "2"], ["3", "30"]]
 
 
-def test_a_row_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
+def test_a_row_of_the_log_is_the_mean_over_its_steps(tmp_path: Path) -> None:
     loggers = LoggerCollection(tmp_path, ["csv"])
     options = {"start_step": 3, "max_steps": 8, "log_every": 4}
     progress = ProgressBar(loggers, Ranks(), torch.device("cpu"), **options)
@@ -49,7 +49,7 @@ def test_a_row_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
         losses = {"loss": torch.tensor(loss), "loss_per_sample": torch.ones(2)}
         progress.update(step, losses, 1e-3, images=2)
     progress.close()
-    first, second = rows(tmp_path / "log.csv")  # step, loss, lr, images per second, memory
+    first, second = read_rows(tmp_path / "log.csv")  # step, loss, lr, images per second, memory
     assert first[:3] == ["4", "7", "0.001"]
     assert second[:3] == ["8", "3", "0.001"]
     assert 0.05 < float(second[4]) < 100
@@ -67,7 +67,7 @@ def test_tensorboard_gets_numbers_and_images(tmp_path: Path) -> None:
     assert (events.Images("samples")[0].width, events.Images("samples")[0].step) == (4, 5)
 
 
-def test_wandb_gets_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_numbers_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class Handle:
@@ -121,12 +121,12 @@ def test_the_loss_is_logged_by_timestep(tmp_path: Path) -> None:
     with Image.open(plot) as image:
         assert image.size == (770, 440)
     expected = [["10", "0", "249", "2", "2"], ["10", "250", "499", "5", "1"]]
-    assert rows(path) == expected
+    assert read_rows(path) == expected
     log.add(torch.tensor([100, 100]), torch.tensor([8.0, 8.0]))
     log.write(20)  # the losses before count half
-    assert rows(path)[2][3] == "6"
+    assert read_rows(path)[2][3] == "6"
     assert sorted(TimestepLosses(tmp_path, Ranks(), 1000, num_bins=4, start_step=10).curves) == [10]
-    assert rows(path) == expected
+    assert read_rows(path) == expected
 
 
 def test_time_spent_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

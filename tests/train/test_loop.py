@@ -42,7 +42,7 @@ def resume_copy(run: Run, folder: Path, *overrides: str) -> Run:
 
 
 def fail_at(run: Run, steps: set[int]) -> None:
-    """Makes the loss NaN at these steps."""
+    """Make the loss NaN at these steps."""
     loss = run.state.model.loss
 
     def failing(batch: Any, generator: torch.Generator) -> Any:
@@ -52,7 +52,7 @@ def fail_at(run: Run, steps: set[int]) -> None:
     run.state.model.loss = failing
 
 
-def file_contents(folder: Path) -> dict[Path, bytes]:
+def read_files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
 
 
@@ -139,29 +139,29 @@ def test_states_of_a_diverging_run_never_replace_good_ones(four_steps: Run, tmp_
     run = resume_copy(four_steps, tmp_path)
     save(run)
     good = tmp_path / "checkpoints/state-00000004"
-    content = file_contents(good)
+    content = read_files(good)
     overrides = ("lightning.trainer.nan_limit=3", "model.base_learning_rate=1.0e+38")
     again = build_tiny_run(tmp_path, SAVE_STEPS + "1", *overrides)
     resume_newest(again)
     with pytest.raises(FloatingPointError, match="has earlier states"):
         train(again)
-    assert file_contents(good) == content
+    assert read_files(good) == content
     assert len([*good.parent.glob("state-*")]) == 2
 
 
 def test_weights_that_are_not_finite_are_not_written(four_steps: Run, tmp_path: Path) -> None:
     run = resume_copy(four_steps, tmp_path)
     save(run)
-    before = file_contents(tmp_path)
+    before = read_files(tmp_path)
     run.state.step = 5
     run.state.ema.shadow["unet.out.2.weight"][0] = torch.nan
     save(run)
     export(run)
-    assert file_contents(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 @pytest.mark.slow
-def test_a_full_disk_neither_ends_a_run_nor_costs_a_state(
+def test_a_full_disk_neither_ends_a_run_nor_loses_a_state(
     four_steps: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     resource = pytest.importorskip("resource", reason="Windows limits no file's size")
@@ -181,8 +181,8 @@ def test_a_full_disk_neither_ends_a_run_nor_costs_a_state(
     assert run.state.step == 4
 
 
-def test_what_killed_processes_left_is_cleaned_up(four_steps: Run, tmp_path: Path) -> None:
-    """One died after it moved an old state aside, another while it was writing the next."""
+def test_files_of_killed_processes_are_removed(four_steps: Run, tmp_path: Path) -> None:
+    """One died after it had moved an old state, another while it was writing the next."""
     run = resume_copy(four_steps, tmp_path)
     state = run.states.save(run.state)
     state.rename(state.with_name(f".{state.name}.old"))

@@ -25,7 +25,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", [(24, 100), (100, 24), (32, 32)])
-def test_orthogonal_pulls_singular_values_to_about_one(shape: tuple[int, int]) -> None:
+def test_orthogonalize_moves_singular_values_to_about_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     orthogonal = orthogonalize(matrix)
@@ -39,7 +39,7 @@ RATES = {"adamw": 0.05, "adamw8bit": 0.05, "adafactor": 0.5, "muon": 0.2}
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
+def process_group(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
@@ -47,8 +47,8 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_an_optimizer_fits_a_line(name: str) -> None:
-    needs(name)
+def test_an_optimizer_fits_a_linear_map(name: str) -> None:
+    skip_without_package(name)
     torch.manual_seed(0)
     lr = RATES[name]
     module, x = nn.Linear(20, 20), torch.randn(64, 20)
@@ -69,12 +69,12 @@ def test_an_optimizer_fits_a_line(name: str) -> None:
 @pytest.mark.parametrize("name", RATES)
 def test_the_state_of_an_optimizer_can_be_written_and_read(name: str) -> None:
     """Three steps equal two, a state of tensors by name, and a third."""
-    needs(name)
+    skip_without_package(name)
     whole, parts = build_network(name), build_network(name)
     for seed in range(3):
-        step(whole, seed)
+        run_step(whole, seed)
     for seed in range(2):
-        step(parts, seed)
+        run_step(parts, seed)
     shapes = {n: (x.shape, x.dtype) for n, x in parts.get_optimizer_state().items()}
     tensors = {name: value.clone() for name, value in parts.get_optimizer_state().items()}
     third = build_network(name)
@@ -83,21 +83,21 @@ def test_the_state_of_an_optimizer_can_be_written_and_read(name: str) -> None:
     } == shapes
     third.module.load_state_dict(parts.module.state_dict())
     third.load_optimizer_state(tensors)
-    step(third, 2)
+    run_step(third, 2)
     for actual, expected in zip(third.module.parameters(), whole.module.parameters(), strict=True):
         assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("n", [3, 40, 1001, 4096])
 def test_a_weight_becomes_the_same_however_its_tensor_is_split(n: int) -> None:
-    """And torch's own up to rounding: its loop rounds after every operation, the kernel once."""
-    whole, parts = adamw_steps([n], AdamW), adamw_steps([n // 3, n - n // 3], AdamW)
+    """And equals torch's up to rounding: its loop rounds after every operation, the kernel once."""
+    whole, parts = run_adamw_steps([n], AdamW), run_adamw_steps([n // 3, n - n // 3], AdamW)
     assert torch.equal(whole, parts)
-    plain = adamw_steps([n], torch.optim.AdamW)
+    plain = run_adamw_steps([n], torch.optim.AdamW)
     torch.testing.assert_close(whole, plain, rtol=1e-6, atol=1e-6)
 
 
-def adamw_steps(sizes: list[int], optimizer_class: type[torch.optim.Optimizer]) -> Tensor:
+def run_adamw_steps(sizes: list[int], optimizer_class: type[torch.optim.Optimizer]) -> Tensor:
     rng = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(x) for x in torch.randn(sum(sizes), generator=rng).split(sizes)]
     optimizer = optimizer_class(weights, lr=1e-2)
@@ -122,11 +122,11 @@ def test_adamw_keeps_weights_that_are_channels_last_in_their_order() -> None:
     torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
 
 
-def test_muon_does_the_same_with_sharded_weights(group: None) -> None:
+def test_muon_does_the_same_with_sharded_weights(process_group: None) -> None:
     alone, sharded = build_network("muon"), build_network("muon", is_sharded=True)
     for seed in range(2):
-        step(alone, seed)
-        step(sharded, seed)
+        run_step(alone, seed)
+        run_step(sharded, seed)
     for actual, expected in zip(
         sharded.module.parameters(), alone.module.parameters(), strict=True
     ):
@@ -134,7 +134,7 @@ def test_muon_does_the_same_with_sharded_weights(group: None) -> None:
         assert torch.equal(actual.full_tensor(), expected)
 
 
-def needs(name: str) -> None:
+def skip_without_package(name: str) -> None:
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
 
@@ -147,7 +147,7 @@ def build_network(name: str, is_sharded: bool = False) -> TrainedNetwork:
     return TrainedNetwork(layer, make_optimizer(layer, 1e-2, name=name), lambda *_: {})
 
 
-def step(network: TrainedNetwork, seed: int) -> None:
+def run_step(network: TrainedNetwork, seed: int) -> None:
     x = torch.randn(8, 80, generator=torch.Generator().manual_seed(seed))
     network.optimizer.zero_grad()
     network.module(x).square().mean().backward()
@@ -163,7 +163,7 @@ def test_vectors_embeddings_and_narrow_matrices_are_left_to_adam() -> None:
     assert len(groups[False]) == 4
 
 
-def test_the_rate_warms_up_and_decays_to_nothing() -> None:
+def test_the_rate_warms_up_and_decays_to_zero() -> None:
     assert LearningRateSchedule(1.0, warmup_steps=10)(0, 0.0) == pytest.approx(0.1)
     assert LearningRateSchedule(1.0, warmup_steps=10, scheduler="linear")(50, 0.5) == pytest.approx(
         0.5

@@ -1,4 +1,4 @@
-"""Many processes train what one would, go on as more or fewer of them, and end together."""
+"""Several processes train as one would, continue as more or fewer, and end together."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def find_free_port() -> int:
 
 
 def make_environments(processes: int) -> list[dict[str, str]]:
-    """By which processes find each other, as torchrun and Slurm set them."""
+    """Make the variables by which processes find each other, as torchrun and Slurm do."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(find_free_port()),
@@ -85,12 +85,12 @@ def test_a_process_ends_when_another_is_silent(monkeypatch: pytest.MonkeyPatch) 
     assert exits[0] == 1
 
 
-def test_processes_started_again_do_not_take_old_ones_for_new() -> None:
+def test_restarted_processes_agree_on_a_new_session() -> None:
     store = dist.HashStore()
     sessions = []
     for _ in range(2):
         with ThreadPoolExecutor() as pool:
-            # finds the others of last time
+            # It finds the entries of the last session.
             first = pool.submit(parallel.agree_on_session, store, 0, 3)
             time.sleep(0.2)
             others = [pool.submit(parallel.agree_on_session, store, rank, 3) for rank in (1, 2)]
@@ -151,12 +151,12 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
     assert len(list(pack(folder, f"{shards}/%03d.tar", count=5))) == 5
     variants = ("32-map", f"bf16-{shards}/*.tar")
     cases = [f"{strategy}-{variant}" for strategy in strategies for variant in variants]
-    for case, (straight, interrupted) in run_ranks(processes, tmp_path, *cases).items():
-        assert straight == interrupted, case
+    for case, (uninterrupted, interrupted) in run_ranks(processes, tmp_path, *cases).items():
+        assert uninterrupted == interrupted, case
 
 
 @pytest.mark.slow
-def test_a_sharded_sdxl_goes_on_as_one_process(tmp_path: Path) -> None:
+def test_a_sharded_sdxl_continues_as_one_process(tmp_path: Path) -> None:
     """Its optimizer has states for the UNet alone: both text encoders are frozen."""
     save, resume = "save:fsdp-32-xl", "resume:fsdp-32-xl"
     hashes = run_ranks(2, tmp_path, save, resume)
@@ -171,7 +171,7 @@ def test_a_sharded_sdxl_goes_on_as_one_process(tmp_path: Path) -> None:
 def test_a_state_of_four_processes_is_the_same_on_two_and_one(
     first: str, second: str, tmp_path: Path
 ) -> None:
-    """The second step is taken from the state of the first by another strategy."""
+    """The second step continues from the state of the first with another strategy."""
     save, resume = f"save:{first}-32-map", f"resume:{second}-32-map"
     hashes = run_ranks(4, tmp_path, save, resume)
     saved = hashes[save][1]
@@ -187,8 +187,8 @@ def test_a_state_of_four_processes_is_the_same_on_two_and_one(
 def check_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Compare weights whose gradients were summed in another order.
 
-    Adam divides by their size: where they are about nothing, a weight may go 0.002 (the learning
-    rate) this way or that.
+    Adam divides by their size: where they are about 0, a weight may move by 0.002, the
+    learning rate, in either direction.
     """
     for name, value in actual.items():
         difference = (value.float() - expected[name].float()).abs()

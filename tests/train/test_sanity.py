@@ -1,4 +1,4 @@
-"""The sanity check tells wrongly read models from rightly read ones."""
+"""The sanity check recognises models that were read wrongly."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""SDXL's base, refiner and inpainting model go through the one trainer, and read sizes."""
+"""SDXL's base, refiner and inpainting model are trained by the same trainer, and read sizes."""
 
 import json
 from pathlib import Path
@@ -195,7 +195,7 @@ def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_
     assert "prior" in (run.folder / "log.csv").read_text().splitlines()[0].split(",")
 
 
-def test_class_images_that_a_refiner_cannot_make_are_asked_for(
+def test_class_images_that_a_refiner_cannot_sample_are_requested(
     photos: Path, tmp_path: Path
 ) -> None:
     overrides = list_prior_overrides(tmp_path / "class")
@@ -203,10 +203,10 @@ def test_class_images_that_a_refiner_cannot_make_are_asked_for(
         make_run("xl-refiner", photos, tmp_path / "run", *overrides)
 
 
-def test_a_training_config_of_generative_models_is_run_as_it_stands(
+def test_a_training_config_of_generative_models_is_run_unchanged(
     photos: Path, tmp_path: Path
 ) -> None:
-    """Without `lightning.optimizer`, so as the original trains."""
+    """Without `lightning.optimizer`, so it is trained as by the original."""
     raw = make_config("xl-v", photos, tmp_path / "run", "data.params.texts=null")
     embedders = raw["model"]["params"]["conditioner_config"]["params"]["emb_models"]
     for embedder in embedders:

@@ -86,7 +86,7 @@ def test_our_recipes_are_read_without_messages(path: Path) -> None:
     assert result.build_lr_schedule()[0].lr == pytest.approx(factor * base)
 
 
-def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
+def test_the_training_config_of_sd2_inpainting_is_translated() -> None:
     result = read_settings(parse_yaml(f"model: {{params: {{use_ema: false}}}}\nlightning: {SD2}"))
     callbacks = result.callbacks
     assert callbacks.save_steps == 5000
@@ -110,7 +110,7 @@ def test_null_removes_a_callback_of_another_file() -> None:
 @pytest.mark.parametrize(
     ("params", "decay", "weights"), [("{}", 0.0, "raw"), ("{ema_decay: 0.99}", 0.99, "ema")]
 )
-def test_an_autoencoder_has_the_average_that_its_config_asks_for(
+def test_an_autoencoder_has_the_ema_that_its_config_asks_for(
     params: str, decay: float, weights: str
 ) -> None:
     result = read(model=f"{{target: ldm.models.autoencoder.AutoencoderKL, params: {params}}}")
@@ -124,7 +124,7 @@ def test_captions_for_validation_are_prompts_of_the_image_grids() -> None:
     assert result.config["data"]["params"] == {"batch_size": 1}
 
 
-def test_arguments_of_lightning_get_our_names() -> None:
+def test_arguments_of_lightning_are_translated() -> None:
     result = read(
         "{trainer: {precision: 16, gpus: '0,1,', max_steps: -1, max_epochs: 3, "
         "gradient_clip_val: 0, strategy: ddp_find_unused_parameters_false, max_time: {hours: 2}, "
@@ -162,7 +162,7 @@ def test_a_config_of_the_original_scales_its_rate_by_the_whole_batch() -> None:
 def test_a_rate_that_scaling_makes_too_high_is_a_warning(
     caplog: pytest.LogCaptureFixture, target: str, warns: bool
 ) -> None:
-    """As that of lsun_churches, whose comment says not to scale it."""
+    """Such as that of lsun_churches, whose comment says not to scale it."""
     model = f"model: {{target: {target}, base_learning_rate: 5e-5}}"
     result = read_settings(parse_yaml(f"{{{model}, data: {{params: {{batch_size: 96}}}}}}"))
     result.build_lr_schedule()
@@ -178,7 +178,7 @@ def test_captions_are_dropped_as_the_model_config_says() -> None:
     assert read("{optimizer: {}, trainer: {max_steps: 1}}", model=model).objective == {}
 
 
-def test_callbacks_are_known_by_their_class() -> None:
+def test_callbacks_are_recognised_by_their_class() -> None:
     result = read(
         "{callbacks: {grids: {target: main.ImageLogger, params: {batch_frequency: 7, "
         "max_images: null}}, "
@@ -188,7 +188,7 @@ def test_callbacks_are_known_by_their_class() -> None:
     assert any("lightning.callbacks.lr is ignored" in message for message in result.messages)
 
 
-def test_epochs_become_steps_once_their_length_is_known() -> None:
+def test_epochs_are_converted_to_steps_once_their_length_is_known() -> None:
     result = read("{trainer: {max_epochs: 3, check_val_every_n_epoch: 2}, "
                     "modelcheckpoint: {params: {every_n_epochs: 1, save_top_k: 3}}}")  # fmt: skip
     with pytest.raises(ValueError, match="is unknown, give `max_steps`"):
@@ -257,7 +257,7 @@ def test_a_fast_dev_run_has_as_many_steps_as_it_says() -> None:
     assert limits == [1, 5]
 
 
-def test_what_the_original_monitors_is_monitored() -> None:
+def test_the_originals_monitor_is_used() -> None:
     text = """
         {{model: {{params: {{unet_config: {{}}, monitor: val/loss_simple_ema}}}},
           data: {{params: {{train: {{}}, validation: {held_out}}}}}, lightning: {lightning}}}"""
@@ -289,7 +289,7 @@ def test_a_schedule_stays_where_its_last_cycle_ends() -> None:
     assert [multiplier(n) for n in (0, 2, 10, 99)] == pytest.approx([0, 0.5, 0.2, 0.2])
 
 
-def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
+def test_the_scheduler_of_the_model_is_used_unless_the_optimizer_has_one() -> None:
     model = {"base_learning_rate": 1.0, "params": {"scheduler_config": make_linear_config()}}
     raw = {"model": model, "data": {"params": {"batch_size": 2}}}
     result = read_settings({**raw, "lightning": {"trainer": {"max_steps": 9}}})
@@ -328,7 +328,7 @@ def test_former_names_of_keys_are_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "textual_inversion"])
-def test_an_autoencoder_has_no_adapters(name: str) -> None:
+def test_lora_and_textual_inversion_of_an_autoencoder_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"lightning.{name} is for diffusion models only"):
         read(f"{{{name}: {{rank: 2}}}}", model="{target: ldm.models.autoencoder.AutoencoderKL}")
 
@@ -339,7 +339,7 @@ def test_a_key_under_both_names_is_refused() -> None:
         read("{trainer: {max_steps: 1}, optimizer: {warm_up: 1, lr_warmup_steps: 1}}")
 
 
-def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
+def test_nonsense_is_refused_with_the_name_of_its_key() -> None:
     for section, schema_class in SECTIONS.items():
         for key in schema_class.model_fields:
             message = rf"lightning\.{section}(\.{key}: `| needs)"
@@ -347,7 +347,7 @@ def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
                 read_settings({"lightning": {section: {key: [{}]}}})
 
 
-def test_the_keywords_of_tasks_are_known() -> None:
+def test_the_schema_has_the_keywords_of_tasks() -> None:
     keywords = {*signature(ReconstructionTask).parameters, *signature(AdversarialTask).parameters}
     assert {*schema.list_keys(schema.AutoencoderObjective)} == keywords - {"model", "config"}
     keywords = {*signature(DiffusionTask).parameters, *signature(Criterion).parameters}
@@ -368,7 +368,7 @@ def test_the_keywords_of_tasks_are_known() -> None:
         (schema.NoiseLevels, LogNormal, set()),
     ],
 )
-def test_the_keywords_of_data_are_known(
+def test_the_schema_has_the_keywords_of_data(
     section: type, constructor: Callable[..., object], difference: set[str]
 ) -> None:
     assert {*schema.list_keys(section)} ^ {*signature(constructor).parameters} == difference
@@ -461,7 +461,7 @@ def test_a_wrong_value_is_named_with_its_key(override: str, message: str) -> Non
         read_settings(parse_yaml("{model: {}, data: {}, lightning: {}}", [override]))
 
 
-def test_one_word_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None:
+def test_one_text_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None:
     result = read("{trainer: {max_steps: 1e6, nan_limit: .inf, gradient_clip_val: .inf}, "
                     "lora: {targets: text}, callbacks: {export: ckpt, loggers: csv, prompts: a cat,"
                     " save_steps: off, image_minutes: .inf}}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Configs of generative-models as they stand: how they train."""
+"""Training by unchanged configs of generative-models."""
 
 import re
 from typing import Any
@@ -74,7 +74,7 @@ def read_training(*overrides: str) -> Settings:
     return read_settings(parse_yaml(TRAINING, overrides))
 
 
-def test_an_example_of_generative_models_is_understood() -> None:
+def test_an_example_of_generative_models_is_translated() -> None:
     result = read_training()
     assert result.objective == {
         "conditioning_dropout_prob": None, "loss_type": "l2", "weighting": "eps",
@@ -153,7 +153,7 @@ def test_an_example_of_generative_models_is_understood() -> None:
         (["lightning.optimizer.name=muon"], "objective", {"weighting": "eps"}),
     ],
 )  # fmt: skip
-def test_what_the_engine_says_of_training_holds(
+def test_training_settings_of_an_engine_are_translated(
     overrides: list[str], section: str, values: dict[str, Any]
 ) -> None:
     result = getattr(read_training(*overrides), section)
@@ -175,7 +175,7 @@ def test_what_the_engine_says_of_training_holds(
         ),
     ],
 )
-def test_what_is_not_supported_is_named(override: str, message: str) -> None:
+def test_unsupported_settings_are_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read_training(override)
 
@@ -197,17 +197,17 @@ def test_weights_of_the_denoised_latent_equal_the_originals(
 
 
 def test_noise_levels_equal_the_originals() -> None:
-    """What the original draws from a normal distribution is drawn by its quantiles here."""
+    """Ours are drawn by quantiles of the normal distribution that the original draws from."""
     golden = load_golden("sdxl_train")
     (index,) = golden.rng("sampling_discrete")
     sigma = SCHEDULE.t_to_sigma(index).float()
-    check(sigma, golden.outputs("sampling_discrete")["sigma"])
+    assert_close(sigma, golden.outputs("sampling_discrete")["sigma"])
     for levels, draw, name in zip(
         (LogNormal(), LogNormal(mean=0.4, std=1.7)), golden.rng("sampling_edm"), ("sigma", "other"),
         strict=True,
     ):  # fmt: skip
         sigma = levels.compute_sigmas(torch.special.ndtr(draw.double())).float()
-        check(sigma, golden.outputs("sampling_edm")[name])
+        assert_close(sigma, golden.outputs("sampling_edm")[name])
 
 
 def test_noise_levels_are_spread_over_their_distribution() -> None:
@@ -236,20 +236,20 @@ def test_learning_rates_equal_the_originals(name: str) -> None:
     assert [multiplier(step) for step in info["n"]] == pytest.approx(recorded, rel=1e-9)
 
 
-def engine(golden: GoldenFile, name: str) -> Any:
+def build_engine(golden: GoldenFile, name: str) -> Any:
     model = instantiate(golden.meta[f"config_{name}"])
     weights = fill(restore_names(model.state_dict()), golden.meta["salt"])
     model.load_state_dict(rename_weights(weights))
     return model
 
 
-def engine_loss(
+def compute_engine_loss(
     golden: GoldenFile, name: str, model: Any, draws: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Tensor]:
     """Compute the loss of a recorded case: dropout of conditions, noise levels, noise."""
     *dropped, level, noise = draws
-    chances = iter(dropped)
-    monkeypatch.setattr(torch, "bernoulli", lambda *_, **__: next(chances))
+    masks = iter(dropped)
+    monkeypatch.setattr(torch, "bernoulli", lambda *_, **__: next(masks))
     params = golden.meta[f"config_{name}"]["params"]
     options = collect_diffusion_options(params, translate_training(params)["objective"])
     levels, drop = options.pop("noise_levels"), options.pop("conditioning_dropout_prob", 0.0)
@@ -265,11 +265,11 @@ def engine_loss(
     return {**losses, "per_sample": criterion.compute_weights(t) * losses["loss_per_sample"]}
 
 
-def test_the_original_way_of_dropping_conditions_has_a_name(
+def test_conditions_are_dropped_independently_by_a_legacy_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     golden = load_golden("sdxl_train")
-    model = engine(golden, "eps_ucg")
+    model = build_engine(golden, "eps_ucg")
     batch = golden.select("shared/")
     draws: list[Tensor] = []
     monkeypatch.setattr(torch, "bernoulli", lambda p, **_: draws.append(p) or torch.ones_like(p))
@@ -286,8 +286,8 @@ def test_losses_and_gradients_of_an_engine_equal_the_originals(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     golden = load_golden("sdxl_train")
-    model = engine(golden, name)
-    losses = engine_loss(golden, name, model, golden.rng(name), monkeypatch)
+    model = build_engine(golden, name)
+    losses = compute_engine_loss(golden, name, model, golden.rng(name), monkeypatch)
     losses["loss"].backward()
     for key, recorded in golden.outputs(name).items():
         if key.startswith("grad/"):
@@ -302,15 +302,15 @@ def test_steps_of_adamw_with_an_average_equal_the_originals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     golden, name = load_golden("sdxl_train"), "adamw_ema"
-    model, recorded = engine(golden, name), golden.outputs(name)
+    model, recorded = build_engine(golden, name), golden.outputs(name)
     params = golden.meta[f"config_{name}"]["params"]
     multiplier = build_lr_multiplier(params["scheduler_config"])
     ema = EMA(model.unet, params["ema_decay_rate"])
     optimizer = make_optimizer(model.unet, 0.0, weight_decay=1e-2)
     draws = golden.rng(name)
     for step in range(3):
-        four = draws[4 * step : 4 * step + 4]
-        loss = engine_loss(golden, name, model, four, monkeypatch)["loss"]
+        step_draws = draws[4 * step : 4 * step + 4]
+        loss = compute_engine_loss(golden, name, model, step_draws, monkeypatch)["loss"]
         check_scaled(loss, recorded["loss"][step], "loss")
         loss.backward()
         lr = 1e-3 * multiplier(step)
@@ -330,11 +330,11 @@ def test_steps_of_adamw_with_an_average_equal_the_originals(
 
 
 def check_scaled(value: Tensor | None, recorded: Tensor, key: str) -> None:
-    """Compare with the largest recorded value; the worst of all is 1.1e-5."""
+    """Compare relative to the largest recorded value; observed: 1.1e-5."""
     assert value is not None
     error = (value.detach() - recorded).abs().max() / recorded.abs().max()
     assert error < 1e-4, key
 
 
-def check(value: Tensor, recorded: Tensor) -> None:
+def assert_close(value: Tensor, recorded: Tensor) -> None:
     torch.testing.assert_close(value, recorded, rtol=1e-5, atol=0)

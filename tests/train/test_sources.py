@@ -1,4 +1,4 @@
-"""The data section of a config becomes what a run reads."""
+"""The data section of a config becomes the batches of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
         ({"train": {**TRAIN, "transform": {"name": "emojis"}}}, "did you mean `emoji`"),
     ],
 )
-def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
+def test_wrong_data_sections_are_refused(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_batches(nn.Identity(), make_data(**params), 23)
 
@@ -70,16 +70,16 @@ def test_an_autoencoder_cannot_use_caches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "place", "message"),
+    ("split", "folder", "message"),
     [
         ("train", "nope", "there is no folder `.*nope`"),
         ("validation", "", "`.*` has no metadata.jsonl, metadata.csv or images"),
     ],
 )
 def test_a_folder_without_images_is_named_with_its_key(
-    split: str, place: str, message: str, tmp_path: Path
+    split: str, folder: str, message: str, tmp_path: Path
 ) -> None:
-    data = make_data(**{split: {**TRAIN, "root": tmp_path / place}})
+    data = make_data(**{split: {**TRAIN, "root": tmp_path / folder}})
     with pytest.raises(FileNotFoundError, match=rf"^data\.params\.{split}\.root: {message}$"):
         open_batches(nn.Identity(), data, 23)
 
@@ -97,7 +97,7 @@ def test_plain_images_do_not_suit_the_transform_of_drawings(tmp_path: Path) -> N
         next(source.iter_batches(1))
 
 
-def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_image(tmp_path: Path) -> None:
+def test_an_unreadable_caption_is_skipped_like_a_damaged_image(tmp_path: Path) -> None:
     for name in "abc":
         Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
@@ -124,10 +124,11 @@ def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
     assert next(train.iter_batches(4))["jpg"].shape == (4, 3, 16, 16)
     model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
     open_batches(model, make_data(train={**SHARDS, "shards": f"{tmp_path}/*.tar"}), 23)
-    shown, text = model.conditioner.text.token_ids.clone(), model.conditioner.text
-    text.token_ids.copy_(torch.arange(len(shown)))
+    text = model.conditioner.text
+    token_ids = text.token_ids.clone()
+    text.token_ids.copy_(torch.arange(len(token_ids)))
     open_batches(model, make_data(), 23)
-    assert torch.equal(text.token_ids, shown)  # the words of a folder are those of its shards
+    assert torch.equal(text.token_ids, token_ids)  # a folder has the vocabulary of its shards
 
 
 def test_images_without_caption_are_counted(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""What the network is trained on, of every family, against the original's `get_input`."""
+"""Inputs of every family's UNet in training, against the original's `get_input`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,8 +13,8 @@ from ldm.model import LatentDiffusion
 from ldm.train.tasks.diffusion import DiffusionTask
 from pipelines.goldmodels import build_recorded_model
 
-# case: what the recorded batch is called there, and the shares that are dropped
-DROPS: dict[str, dict[str, float]] = {"unclip_train": {"embedding": 0.25}}
+# Probabilities of dropping a condition, and configs, of cases that differ in them.
+DROPOUTS: dict[str, dict[str, float]] = {"unclip_train": {"embedding": 0.25}}
 CONFIGS = {"unclip_train": "unclip"}
 CASES = ["base_eps", "inpaint", "depth", "upscale", "unclip", "unclip_train", "upscale_ft"]
 # The recorder's own float32 differs from itself by 1.4e-6.
@@ -23,7 +23,7 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 @pytest.fixture
 def golden() -> GoldenFile:
-    """The recording, of which the repository has two parts without what repeats."""
+    """The recording, which the repository has in two files without repeated tensors."""
     concat, more = load_golden("get_input_concat"), load_golden("get_input_more")
     tensors = {f"{case}/in/jpg": more.tensors["shared/jpg"] for case in CASES}
     tensors |= more.tensors | concat.tensors
@@ -42,7 +42,7 @@ def test_inputs_equal_the_originals(
     info, expected = golden.case(case)["info"], golden.outputs(case)
     batch = {name: to_image(name, value) for name, value in golden.inputs(case).items()}
     replay(golden.rng(case), monkeypatch)
-    actual = prepare_inputs(model, {**batch, "txt": info["txt"]}, DROPS.get(case, {}))
+    actual = prepare_inputs(model, {**batch, "txt": info["txt"]}, DROPOUTS.get(case, {}))
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=f"{case} {name}", **CLOSE)
@@ -81,15 +81,15 @@ def prepare_inputs(
 
 
 def to_image(name: str, value: Tensor) -> Tensor:
-    """As our batches have it: channels first; `midas_in` already is."""
+    """Move the channels first, as in our batches; those of `midas_in` are."""
     return value if name == "midas_in" else value.permute(0, 3, 1, 2)
 
 
 def replay(recorded: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is drawn is what the original drew, in its order.
+    """Make torch draw the recorded numbers, in the original's order.
 
-    Its last draw of four says which rows are kept; ours, below which share a row is dropped.
+    Its last draw of four decides which rows are kept; ours, by comparison with the probability.
     """
-    left: Iterator[Tensor] = iter(recorded)
+    draws: Iterator[Tensor] = iter(recorded)
     for name in ("randn", "randint", "rand"):
-        monkeypatch.setattr(torch, name, lambda *_, **__: next(left).squeeze(-1))
+        monkeypatch.setattr(torch, name, lambda *_, **__: next(draws).squeeze(-1))

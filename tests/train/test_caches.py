@@ -1,4 +1,4 @@
-"""Caches that are never out of date: what changed is made anew, all else is found again."""
+"""Caches of latents and contexts: only what changed is computed again."""
 
 import shutil
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: P
     )
 
 
-def test_only_what_changed_is_made_anew(model: Any, photos: Path, tmp_path: Path) -> None:
+def test_only_changed_images_are_encoded_again(model: Any, photos: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert count_encoded(model, photos, cache) == 12
     assert count_encoded(model, photos, cache) == 0
@@ -122,17 +122,17 @@ def test_sizes_are_cached_for_a_model_that_reads_them(
     assert torch.equal(sized[0, 6]["z_std"], plain[0, 6]["z_std"])
 
 
-def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> None:
+def test_more_variants_keep_the_cached_ones(model: Any, tmp_path: Path) -> None:
     folder = Folder(
         root=ROOT / "tests/data/emoji", transform=EmojiTransform(size=16), split="train"
     )
     for variants, count in ((2, 46), (3, 69)):
         latents = cache_latents(model, folder, tmp_path, variants_per_image=variants)
         assert len(latents.cache.store) == count
-    looks = [latents.cache.get_variant_name(latents.digests[5], variant) for variant in range(11)]
-    assert len(set(looks)) == 11
+    names = [latents.cache.get_variant_name(latents.digests[5], variant) for variant in range(11)]
+    assert len(set(names)) == 11
     texts = [latents[epoch, 5]["txt"] for epoch in range(100)]
-    assert all(any(look in text for text in texts) for look in looks[:3])
+    assert all(any(name in text for text in texts) for name in names[:3])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> 
         ({"flip": 0.0}, ""),
     ],
 )
-def test_what_is_drawn_once_with_one_variant_is_named(
+def test_random_options_with_a_single_variant_are_warned_of(
     options: dict[str, Any],
     message: str,
     model: Any,
@@ -156,7 +156,7 @@ def test_what_is_drawn_once_with_one_variant_is_named(
     assert bool(message) == bool(caplog.text)
 
 
-def test_an_interrupted_filling_goes_on(
+def test_an_interrupted_cache_is_completed(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ldm.train.batches.store.ENTRIES_PER_FILE", 4)
@@ -175,7 +175,7 @@ def test_an_interrupted_filling_goes_on(
     assert calls == [4, 4, 4, 4]
 
 
-def test_a_damaged_file_is_made_anew(model: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_computed_again(model: Any, photos: Path, tmp_path: Path) -> None:
     count_encoded(model, photos, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("latents-*.pt")
     path.write_bytes(path.read_bytes()[:1000])
@@ -190,15 +190,17 @@ def test_latents_come_in_buckets_and_unreadable_images_are_named(
     folder = Folder(root=photos, transform=PhotoTransform(size=16, buckets={"step": 8}))
     latents = cache_latents(model, folder, tmp_path / "cache")
     batches = DatasetSource(latents).iter_batches(2)
-    seen = [next(batches) for _ in range(4)]
-    assert {batch["z"].shape[1:] for batch in seen} == {(4, 4, 4), (4, 2, 6)}
-    assert {name for batch in seen for name in batch.get("unreadable", [])} == {"2.png", "8.png"}
+    drawn = [next(batches) for _ in range(4)]
+    assert {batch["z"].shape[1:] for batch in drawn} == {(4, 4, 4), (4, 2, 6)}
+    assert {name for batch in drawn for name in batch.get("unreadable", [])} == {"2.png", "8.png"}
 
 
-def pack_photos(photos: Path, place: Path) -> list[str]:
-    """Shards of 4 and 2 images."""
+def pack_photos(photos: Path, folder: Path) -> list[str]:
+    """Write shards of 4 and 2 images."""
     return [
-        *map(str, pack(Folder(root=photos, transform=PhotoTransform()), f"{place}/%d.tar", count=4))
+        *map(
+            str, pack(Folder(root=photos, transform=PhotoTransform()), f"{folder}/%d.tar", count=4)
+        )
     ]
 
 
@@ -209,7 +211,7 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
     latents = cache_latents(
         model, Folder(root=photos, transform=photo), cache, variants_per_image=2
     )
-    model.autoencoder.encode = None  # nothing is made anew
+    model.autoencoder.encode = None  # nothing is encoded again
     shards = cache_latents(
         model, Shards(pack_photos(photos, tmp_path), photo), cache, variants_per_image=2
     )
@@ -230,7 +232,7 @@ def test_shards_are_read_only_when_something_has_changed(
     model.conditioner.text.requires_grad_(False)
 
     def fill(**options: Any) -> tuple[int, int, int]:
-        """How often shards were read, how many latents and contexts there are."""
+        """Fill the caches; return how often shards were read, and the sizes of both."""
         read.clear()
         shards = Shards(files, PhotoTransform(size=16, **options))
         cache_latents(model, shards, cache)
@@ -258,9 +260,9 @@ def test_damaged_images_in_shards_are_named(
     shutil.copy(photos / "1.png", photos / "0.png")
     (shard,) = pack(Folder(root=photos, transform=PhotoTransform()), f"{tmp_path}/%d.tar")
     content = shard.read_bytes()
-    place = content.index(b"IHDR", content.index(b"000000002.png"))
-    content = content[:place] + b"XXXX" + content[place + 4 :]
-    shard.write_bytes(content.replace(b"image 0", b"image \xff"))  # a caption that is no text
+    start = content.index(b"IHDR", content.index(b"000000002.png"))
+    content = content[:start] + b"XXXX" + content[start + 4 :]
+    shard.write_bytes(content.replace(b"image 0", b"image \xff"))  # a caption that is not UTF-8
     shards = cache_latents(model, Shards(str(shard), PhotoTransform(size=16)), tmp_path / "cache")
     batch = next(shards.iter_batches(6))
     assert sorted(batch["unreadable"]) == ["0.tar/000000000", "0.tar/000000002"]
@@ -269,7 +271,7 @@ def test_damaged_images_in_shards_are_named(
     assert "1 latents could not be computed; delete `" in caplog.text
 
 
-def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
+def test_an_interrupted_cache_of_many_sizes_loses_little(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ldm.train.batches.store.ENTRIES_PER_FILE", 8)
@@ -289,7 +291,7 @@ def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
 
 def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_path: Path) -> None:
     def cache() -> int:
-        """How many contexts are cached once those of the captions are."""
+        """Cache the contexts of the captions; return how many are cached."""
         folder = Folder(root=photos, transform=PhotoTransform())
         cache_contexts(model, [folder], tmp_path / "cache")
         return len(TensorStore(tmp_path / "cache", "contexts"))
@@ -340,10 +342,12 @@ def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("location", ["root", "shards"])
-def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, location: str) -> None:
+def test_a_config_enables_both_caches(
+    model: Any, photos: Path, tmp_path: Path, location: str
+) -> None:
     model.conditioner.text.requires_grad_(False)
-    place = str(photos) if location == "root" else pack_photos(photos, tmp_path)
-    train: Any = {location: place, "transform": {"name": "photo", "size": 16}}
+    source_path = str(photos) if location == "root" else pack_photos(photos, tmp_path)
+    train: Any = {location: source_path, "transform": {"name": "photo", "size": 16}}
     caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
     data = Data(batch_size=3, train=train, **caches)
     source, _ = open_batches(model, data, 0)
@@ -383,7 +387,7 @@ def test_caches_of_version_0_1_are_found_again() -> None:
 
 
 def count_up(module: ModuleT) -> ModuleT:
-    """Sets every weight to 0, 1/64, 2/64 …"""
+    """Set the weights of each tensor to 0, 1/64, 2/64 …"""
     for value in module.state_dict().values():
         value.copy_(torch.arange(value.numel()).view(value.shape) / 64)
     return module
