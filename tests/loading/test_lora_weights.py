@@ -126,9 +126,16 @@ def test_only_the_rank_of_plain_loras_can_be_cut(file, tmp_path):
         load_loras(model, [(tmp_path / "diff.safetensors", "1:dyn=1")])
 
 
-@pytest.mark.parametrize("blocks", ["1,0", "IN99=1", "IN01=x,M00=1"])
-def test_unknown_blocks_are_refused_in_one_line(file, blocks):
-    with pytest.raises(ValueError, match="block") as error:
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ("1,0", "2 block weights, this model takes"),
+        ("IN99=1", "no block IN99"),
+        ("IN01=x,M00=1", "`x` is not a number"),
+    ],
+)
+def test_wrong_block_weights_are_refused_in_one_line(file, blocks, message):
+    with pytest.raises(ValueError, match=message) as error:
         load_loras(build_tiny_model(), [(file, f"1:lbw={blocks}")])
     assert "\n" not in str(error.value)
 
