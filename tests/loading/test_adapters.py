@@ -1,9 +1,7 @@
 """LoRA files, compared with diffusers and peft; observed error: at most 3e-6."""
 
-import gzip
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +28,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
 from ldm.runtime.errors import FileFormatError
+from nets.nethelp import read_recorded_shapes
 from quick import slow_except
 
 SD1 = "configs/stable-diffusion/v1-inference.yaml"
@@ -270,10 +269,7 @@ BIG_G_LAYERS = {
 def list_sdxl_layers_of_kohya():
     """{name in kohya's files: shape of the weight}, from the names in a checkpoint."""
     layers = {}
-    text = gzip.decompress(Path("tests/data/keys/sd_xl_base.txt.gz").read_bytes()).decode()
-    for line in text.splitlines():
-        key, size, _ = line.split()
-        shape = [int(n) for n in size.split("x") if n != "-"]
+    for key, shape in read_recorded_shapes("sd_xl_base").items():
         flat = key.removesuffix(".weight").replace(".", "_")
         if "norm" in key or key.endswith("bias"):
             continue

@@ -1,6 +1,5 @@
 """The original's names: published configs, weights renamed in both directions, model classes."""
 
-import gzip
 import re
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.legacy import translate_config
 from ldm.loading.weight_names import rename_weights, restore_names, select_buffers
 from ldm.runtime.errors import ConfigError
+from nets.nethelp import describe_tensors, read_recorded_tensors
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs/stable-diffusion").glob("*.yaml"))
@@ -47,13 +47,6 @@ def build_shipped(name):
     return build_on_meta(read_yaml(path), where=path.name)
 
 
-def read_published_shapes(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Names, shapes and dtypes that the original builds for a config."""
-    text = gzip.decompress((ROOT / f"tests/data/keys/{name}.txt.gz").read_bytes()).decode()
-    rows = (line.split() for line in text.splitlines())
-    return {k: (tuple(map(int, s.split("x"))) if s != "-" else (), d) for k, s, d in rows}
-
-
 def test_all_shipped_configs_are_tested_here():
     assert {path.stem for path in SHIPPED} == set(MODELS) | set(SLOTS)
 
@@ -68,8 +61,7 @@ LARGE = ("v2-midas-inference", "v2-1-stable-unclip-l-inference")
 def test_whole_models_have_the_names_and_shapes_of_published_files(name, parameters):
     model = build_shipped(name)
     state = restore_names(model.state_dict(), model.schedule.buffers())
-    ours = {k: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in state.items()}
-    assert ours == read_published_shapes(name.removesuffix("-v"))
+    assert describe_tensors(state) == read_recorded_tensors(name.removesuffix("-v"))
     assert sum(p.numel() for p in model.parameters()) == parameters
     predicts_v = name == "v2-inference-v" or name.startswith(("x4", "v2-1-stable-unclip"))
     assert model.parameterization == ("v" if predicts_v else "eps")

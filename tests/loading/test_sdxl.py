@@ -1,6 +1,5 @@
 """SDXL: configs and files of `generative-models` and other programs are loaded."""
 
-import gzip
 from dataclasses import astuple
 from pathlib import Path
 
@@ -26,10 +25,10 @@ from ldm.loading.weights import has_transposed_projection, identify_weights
 from ldm.model import Defaults
 from ldm.runtime.errors import ConfigError, MissingArgument, UnknownName, WeightsMismatch
 from loading import tinyfamilies
+from nets.nethelp import describe_tensors, read_recorded_tensors
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/stable-diffusion-xl"
-KEYS = ROOT / "tests/data/keys"
 SLOW = pytest.mark.slow
 SIZES = ["original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"]
 
@@ -54,13 +53,8 @@ def full():
 @pytest.mark.parametrize("name", ["sd_xl_base", "sd_xl_refiner"])
 def test_full_size_models_have_the_names_and_shapes_of_the_original(full, name):
     model = full(name)
-    ours = {
-        name: ("x".join(map(str, value.shape)) or "-", str(value.dtype).removeprefix("torch."))
-        for name, value in restore_names(model.state_dict(), make_buffers(model)).items()
-    }
-    text = gzip.decompress((KEYS / f"{name}.txt.gz").read_bytes()).decode()
-    rows = (line.split() for line in text.splitlines())
-    assert ours == {name: (shape, dtype) for name, shape, dtype in rows}
+    state = restore_names(model.state_dict(), make_buffers(model))
+    assert describe_tensors(state) == read_recorded_tensors(name)
 
 
 @pytest.mark.parametrize(

@@ -65,15 +65,26 @@ def assert_close(ours, theirs, *, tolerance=1e-4):
     assert (ours - theirs).abs().max().item() <= tolerance * max(1.0, theirs.abs().max().item())
 
 
+def read_recorded_tensors(name):
+    """{name: [shape, dtype]} of the original's model at full size; some files have no dtypes."""
+    (path,) = KEYS.glob(f"{name}.txt*")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        rows = [line.split() for line in file]
+    return {
+        key: [[int(n) for n in shape.split("x") if n != "-"], *dtype] for key, shape, *dtype in rows
+    }
+
+
 def read_recorded_shapes(name):
-    """{parameter: shape} of the original's network at full size."""
-    path = KEYS / f"{name}.txt"
-    if path.is_file():
-        text = path.read_text()
-    else:
-        text = gzip.decompress(Path(f"{path}.gz").read_bytes()).decode()
-    rows = map(str.split, text.splitlines())
-    return {key: [int(n) for n in shape.split("x") if n != "-"] for key, shape, *_ in rows}
+    return {key: shape for key, (shape, *_) in read_recorded_tensors(name).items()}
+
+
+def describe_tensors(state):
+    """Describe tensors as `read_recorded_tensors` does."""
+    return {
+        name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
+        for name, value in state.items()
+    }
 
 
 def get_shapes(network):

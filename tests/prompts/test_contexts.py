@@ -1,4 +1,4 @@
-"""Contexts of parsed prompts, beside towers of transformers in float64, and beside compel's."""
+"""Contexts of parsed prompts, against towers of transformers in float64 and against compel."""
 
 from pathlib import Path
 
@@ -59,12 +59,12 @@ def count_tokens(chunks) -> list[int]:
         ("70w 4t 3w", [75, 2]), ("70w 8t 3w", [70, 11]), ("60w , 10w 8t", [71, 8]),
     ],
 )  # fmt: skip
-def test_chunks_of_a1111(text, expected):
+def test_chunks_are_split_as_by_a1111(text, expected):
     assert count_tokens(split_at_commas(parse_chunk(text))) == expected
 
 
 def compute_a1111_context(encoder: TextEncoder, text: str, syntax: str = "a1111") -> torch.Tensor:
-    """A1111's context, (77 k, D) float64: one run of the tower for each chunk."""
+    """Compute A1111's context, (77 k, D) float64: one run of the tower for each chunk."""
     tower = build_transformers_tower(encoder).double()
     is_penultimate = encoder.always_return_pooled or getattr(encoder, "layer", "") == "hidden"
     rows = []
@@ -96,7 +96,7 @@ def _units(encoder, section):
         for kind in KINDS
     ],
 )
-def test_contexts_of_a1111(kind, syntax):
+def test_contexts_equal_those_of_a1111(kind, syntax):
     for encoder in find_encoders(kind):
         for text in ("a (red:1.4) [apple]", LONG, f"short (one:1.2) BREAK {WORDS}"):
             prompt = parse_prompt(text, syntax).subprompts[0].entries[0][1]
@@ -133,7 +133,7 @@ def list_tensors(output: torch.Tensor | Cond) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test_comfy_moves_away_from_the_empty_prompt():
+def test_weights_of_comfy_move_away_from_the_empty_prompt():
     (encoder,) = find_encoders("sd1")
     empty, plain = encoder(["", "a red apple"])
     weighted = encoder([parse_prompt("a (red:1.5) apple", "comfy").subprompts[0].at(0)])[0]
@@ -142,7 +142,7 @@ def test_comfy_moves_away_from_the_empty_prompt():
     assert torch.allclose(weighted, expected, atol=1e-6)
 
 
-def test_comfy_does_not_cut_words():
+def test_comfy_does_not_split_words():
     (encoder,) = find_encoders("sd1")
     word = "supercalifragilistic"
     count = encoder.count_tokens(word)
@@ -152,7 +152,7 @@ def test_comfy_does_not_cut_words():
 
 
 @torch.no_grad()
-def test_rows_of_different_length_are_repeated():
+def test_a_shorter_row_is_repeated_to_the_length_of_the_longest():
     (encoder,) = find_encoders("sd1")
     prompts = [parse_prompt(text, "a1111").subprompts[0].at(0) for text in ("a", LONG)]
     both, alone = encoder(prompts), encoder(prompts[:1])
@@ -171,7 +171,7 @@ def test_the_pooled_output_is_that_of_the_first_chunk():
 
 
 @torch.no_grad()
-def test_a_textual_inversion_is_not_cut():
+def test_a_textual_inversion_is_not_split():
     (encoder,) = find_encoders("sd1")
     encoder.added_embeddings = {"<thing>": torch.randn(8, encoder.width)}
     for syntax, expected in (("a1111", [70, 9]), ("comfy", [70, 9]), ("compel", [70, 9])):
@@ -180,7 +180,7 @@ def test_a_textual_inversion_is_not_cut():
         assert encoder([prompt]).shape[1] == 154
 
 
-def test_comfy_names_textual_inversions():
+def test_textual_inversions_of_comfy_are_read():
     (encoder,) = find_encoders("sd1")
     encoder.added_embeddings = {"thing": torch.randn(2, encoder.width)}
     chunks = [
@@ -227,14 +227,14 @@ COMPEL = [
     ("kind", "number"),
     [("sd1", 0), *(pytest.param(*n, marks=SLOW) for n in (("sd2", 0), ("sdxl", 0), ("sdxl", 1)))],
 )
-def test_contexts_of_compel(tmp_path, kind, number):
+def test_contexts_equal_those_of_compel(tmp_path, kind, number):
     encoder = find_encoders(kind)[number]
     compel = build_compel(kind, encoder, tmp_path)
-    worst = 0.0
+    error = 0.0
     for text in COMPEL:
         prompt = parse_prompt(text, "compel").subprompts[0].at(0)
         output, expected = encoder([prompt]), compel(text)
         context = output if isinstance(output, torch.Tensor) else output.crossattn
         assert context.shape == expected.shape
-        worst = max(worst, float((context - expected).abs().max() / expected.abs().max()))
-    assert worst < 1e-5  # observed: 3e-7
+        error = max(error, float((context - expected).abs().max() / expected.abs().max()))
+    assert error < 1e-5  # observed: 3e-7

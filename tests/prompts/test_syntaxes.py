@@ -1,4 +1,4 @@
-"""Grammars: the vectors of A1111's, ComfyUI's rules, and compel's own parser."""
+"""Grammars of A1111 and ComfyUI by examples, that of compel against its own parser."""
 
 import pytest
 
@@ -30,7 +30,7 @@ from prompts.oracle import import_compel_module
         ("( a : +1.30 )b", [(" a ", 1.3), ("b", 1)]),
     ],
 )  # fmt: skip
-def test_emphasis_of_a1111(text, pieces):
+def test_emphasis_is_parsed_as_by_a1111(text, pieces):
     (section,) = parse_emphasis(text)
     assert [(piece.text, round(piece.weight, 4)) for piece in section] == pieces
 
@@ -69,24 +69,24 @@ def test_break_ends_a_section(text, sections):
         (r"\[a:b:2]", [(10, r"\[a:b:2]")]),
     ],
 )
-def test_schedules_of_a1111(text, entries):
+def test_schedules_are_expanded_as_by_a1111(text, entries):
     assert expand_schedule(text, 10)[0] == entries
 
 
 @pytest.mark.parametrize("text", ["a [b:c:half]", "[b:c:0.5", "a | b [c:d:3]", "[a:b]"])
-def test_what_is_no_schedule_is_literal_and_said(text):
+def test_text_that_is_not_a_schedule_is_kept_with_a_warning(text):
     entries, warnings = expand_schedule(text, 10)
     assert entries == [(10, text)]
     assert len(warnings) == 1
     assert "plain text" in warnings[0]
 
 
-def test_an_entry_of_step_5_serves_six_steps():
+def test_an_entry_of_step_5_is_used_for_six_steps():
     (steps,) = parse_prompt("[a:b:5]", "a1111", 10).subprompts
     assert "".join(steps.at(step).text for step in range(11)) == "aaaaaabbbbb"
 
 
-def test_composition():
+def test_and_splits_a_prompt_into_subprompts():
     assert split_subprompts("a AND b :0.5 AND c:-1") == [("a ", 1), (" b", 0.5), (" c", -1)]
     assert split_subprompts("a BAND b, ratio 16:9") == [("a BAND b, ratio 16:9", 1)]
     assert len(parse_prompt("a AND b", "a1111", is_negative=True).subprompts) == 1
@@ -103,7 +103,7 @@ def test_composition():
         ("", [("", 1)]),
     ],
 )  # fmt: skip
-def test_weights_of_comfy(text, pieces):
+def test_weights_are_parsed_as_by_comfy(text, pieces):
     (part,) = parse_prompt(text, "comfy").subprompts[0].entries[0][1].parts
     (section,) = part.texts[0]
     assert [(piece.text, round(piece.weight, 4)) for piece in section] == pieces
@@ -187,7 +187,7 @@ def test_swap_exchanges_texts_between_two_fractions_of_the_steps():
         ("a", "a111", "did you mean `a1111`"),
     ],
 )
-def test_what_a_syntax_does_not_take_is_refused(text, syntax, message):
+def test_text_that_a_syntax_does_not_take_is_refused(text, syntax, message):
     with pytest.raises(ArgumentError) as error:
         parse_prompt(text, syntax)
     assert message in str(error.value)
