@@ -103,10 +103,11 @@ def test_our_own_data_section_is_read_as_it_is(caplog: pytest.LogCaptureFixture)
     assert caplog.messages == ["data.params.wrap is ignored: samples depend on their index only"]
 
 
-def test_flip_may_be_true_as_in_configs_of_older_versions(caplog: pytest.LogCaptureFixture) -> None:
-    train = "{root: a, transform: {name: photo, flip: true}}"
+def test_a_transform_of_an_older_version_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    train = "{root: a, transform: {name: photo, flip: true, records: {mask: {}}}}"
     data = read_data(parse(f"{{params: {{batch_size: 1, train: {train}}}}}"))
-    assert data.train["transform"] == {"name": "photo", "flip": 1.0}
+    expected = {"name": "photo", "flip": 1.0, "conditions": {"mask": {}}}
+    assert data.train["transform"] == expected
     assert "data.params.train.transform.flip: `true` mirrors every image" in caplog.text
 
 
