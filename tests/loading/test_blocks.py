@@ -21,14 +21,14 @@ def blocks():
     return find_blocks_of(f"{CONFIG_DIR}/v1-inference")
 
 
-def test_blocks_of_stable_diffusion(blocks):
+def test_stable_diffusion_has_twelve_input_and_output_blocks(blocks):
     numbers = [f"{number:02}" for number in range(12)]
     names = ["BASE", *(f"IN{n}" for n in numbers), "M00", *(f"OUT{n}" for n in numbers)]
     assert list(blocks.names) == names
     assert list(blocks.attention_names) == [*ATTENTION.split(), "OUT11"]
 
 
-def test_blocks_of_sdxl():
+def test_sdxl_has_nine_input_and_output_blocks():
     blocks = find_blocks_of(f"{SDXL_CONFIG_DIR}/sd_xl_base")
     assert len(blocks.names) == 20
     assert list(blocks.attention_names) == XL_ATTENTION.split()
@@ -50,7 +50,7 @@ def test_blocks_of_sdxl():
         ("autoencoder.encoder.conv_in.weight", "BASE"),
     ],
 )
-def test_block_of_a_weight(blocks, name, block):
+def test_a_weight_belongs_to_a_block(blocks, name, block):
     assert blocks.find_block(name) == block
 
 

@@ -66,7 +66,7 @@ def test_a_lora_of_full_rank_turns_the_base_into_the_tuned_model(folder, family)
     left_out = {to_original_name(name, sgm=family == "xl") for name in result.other_weights}
     for name, value in restore_names(result.model.state_dict()).items():
         if _is_tuned(name, value) and name not in left_out:
-            torch.testing.assert_close(value, target[name], rtol=0, atol=2e-6)  # seen 4e-7
+            torch.testing.assert_close(value, target[name], rtol=0, atol=2e-6)  # observed: 4e-7
 
 
 def test_extraction_follows_kohyas_rule(folder):

@@ -65,7 +65,7 @@ ALPHAS = {locon: 2.0, loha: 4.0, lokr: 2.0, dora: 2.0, oft: 0.001, boft: 0.001}
 
 
 class Network:
-    """Layers by their names in files, as lycoris-lora looks for them."""
+    """Layers by their names in files, in the form that lycoris-lora reads."""
 
     def __init__(self, layers, prefix):
         names = [name for name in layers if name.startswith(f"{prefix}_")]
@@ -117,7 +117,7 @@ def write_random_file(path, layers, kinds):
 
 
 def merge_theirs(layers, towers, state, strength):
-    """Its merge of files does not take (IA)^3, as it passes `on_input` to what takes none."""
+    """Merge by lycoris-lora; by layer for (IA)^3, whose `on_input` its merge of files refuses."""
     scaled = [name.removesuffix(".on_input") for name in state if name.endswith(".on_input")]
     vectors = {name: state[f"{name}.weight"] for name in scaled}
     rest = {key: value for key, value in state.items() if key.partition(".")[0] not in vectors}

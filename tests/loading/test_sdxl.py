@@ -338,7 +338,7 @@ def rename_as_merged(model, state):
     }
 
 
-@SLOW  # beside the spellings of test_load
+@SLOW  # beside the files of other programs in test_load
 @pytest.mark.parametrize(
     "rename", [tinyfamilies.convert_to_pipeline_state, rename_as_playground, rename_as_merged]
 )

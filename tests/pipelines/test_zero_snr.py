@@ -37,7 +37,7 @@ def test_rescaled_betas_equal_diffusers_but_for_the_last(diffusers: ModuleType) 
 
 @pytest.mark.parametrize("steps", [4, 10])
 def test_ddim_from_pure_noise_equals_diffusers(diffusers: ModuleType, steps: int) -> None:
-    """Tolerance: the last timestep of ours keeps 2.4e-4 of the latent, theirs nothing."""
+    """Tolerance: our last timestep keeps 2.4e-4 of the latent, that of diffusers nothing."""
     model, cond = build_tiny(), Cond(crossattn=torch.randn(1, 7, 32))
     x_T = torch.randn(1, 4, 8, 8)
     ours = sample(model, cond, x_T=x_T, steps=steps, scale=1.0)

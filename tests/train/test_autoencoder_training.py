@@ -338,6 +338,6 @@ def test_normalised_latents_are_standard_and_decode_to_the_same() -> None:
     torch.testing.assert_close(after.std * std, posterior.std, atol=1e-5, rtol=1e-4)
 
 
-def test_psnr_of_a_known_error() -> None:
+def test_psnr_of_a_known_error_is_right() -> None:
     image = torch.zeros(2, 3, 4, 4)
     torch.testing.assert_close(compute_psnr(image + 0.2, image), torch.full((2,), 20.0))

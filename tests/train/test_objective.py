@@ -235,7 +235,7 @@ def test_timesteps_are_spread_over_the_range() -> None:
 
 
 class FirstLetters(nn.Module):
-    """A text encoder as far as `collect_vocabulary` looks at it."""
+    """What `collect_vocabulary` uses of a text encoder."""
 
     token_ids = torch.zeros(5, dtype=torch.int64)
 
