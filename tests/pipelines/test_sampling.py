@@ -334,10 +334,10 @@ def test_plms_is_right_for_v_prediction_unless_asked_to_be_legacy(model):
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
 def test_legacy_inversion_equals_the_recorded_one(kind):
-    from diffusion.test_samplers import denoiser_of
+    from diffusion.test_samplers import load_denoiser
 
     file = load_golden(f"ddim_{kind}")
-    denoiser, shared = denoiser_of(f"ddim_{kind}"), file.select("shared/")
+    denoiser, shared = load_denoiser(f"ddim_{kind}"), file.select("shared/")
     model = LatentDiffusion(
         unet=denoiser.network,
         autoencoder=torch.nn.Identity(),
