@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _convert(args: Namespace) -> None:
     import torch
 
-    from ldm.loading.convert import check_is_new, plan_conversion
+    from ldm.loading.convert import check_overwrite, plan_conversion
 
-    check_is_new(args.target, force=args.force)
+    check_overwrite(args.target, force=args.force)
     plan = plan_conversion(
         args.source,
         args.target,

@@ -97,11 +97,11 @@ def save_lora(
 
 def check_target(args: Namespace) -> None:
     """Raise ArgumentError or ExistingFile for a target with another suffix, or that exists."""
-    from ldm.loading.convert import check_is_new
+    from ldm.loading.convert import check_overwrite
 
     if not args.target.endswith(".safetensors"):
         raise ArgumentError(f"`{args.target}`: must end in .safetensors", "target")
-    check_is_new(args.target, force=args.force)
+    check_overwrite(args.target, force=args.force)
 
 
 def _extract(args: Namespace) -> None:

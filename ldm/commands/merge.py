@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _merge(args: Namespace) -> None:
     import torch
 
-    from ldm.loading.convert import check_is_new
+    from ldm.loading.convert import check_overwrite
     from ldm.loading.merge import plan_merge
 
-    check_is_new(args.target, force=args.force)
+    check_overwrite(args.target, force=args.force)
     plan = plan_merge(
         args.model,
         args.other,

@@ -18,10 +18,14 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_config
 from ldm.loading.diffusers.layout import read_json
 from ldm.loading.families import IMAGE_CONV
-from ldm.loading.find_variant import find_variant_early, select_file_variant, supports_variants
+from ldm.loading.find_variant import (
+    find_variant_without_weights,
+    select_file_variant,
+    supports_variants,
+)
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import DEMO_CHECKPOINT
-from ldm.loading.model_config import find_schedule_early
+from ldm.loading.model_config import find_schedule_without_weights
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
@@ -85,7 +89,9 @@ def _find_few_step_warning(request: Request) -> str | None:
         return None
     try:
         ckpt = _find_ckpt(request)
-        variant = None if ckpt is None else find_variant_early(ckpt, model.lora, model.variant)
+        variant = (
+            None if ckpt is None else find_variant_without_weights(ckpt, model.lora, model.variant)
+        )
     except (OSError, ValueError):  # loading reports it
         return None
     if variant is None:
@@ -106,7 +112,7 @@ def check_steps(request: Request) -> None:
         ckpt = _find_ckpt(request)
         if ckpt is None:
             return
-        schedule = find_schedule_early(ckpt, model.config, model.overrides)
+        schedule = find_schedule_without_weights(ckpt, model.config, model.overrides)
     except (OSError, ValueError):  # loading reports it
         return
     default = SAMPLERS[sampling.sampler].scheduler if sampling.sampler is not None else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["BASE", "Blocks", "find_blocks"]
+__all__ = ["BASE", "Blocks", "list_blocks"]
 
 BASE, MIDDLE = "BASE", "M00"
 NUMBERED_BLOCK = re.compile(r"(?:unet\.)?(input|output)_blocks\.(\d+)\.")
@@ -37,7 +37,7 @@ class Blocks:
     names: tuple[str, ...]
     attention_names: tuple[str, ...]
 
-    def find_block(self, name: str) -> str:
+    def get_block(self, name: str) -> str:
         """Return the block of a weight or layer, by our name; its prefix `unet.` is optional."""
         if match := NUMBERED_BLOCK.match(name):
             return f"{BLOCK_LABELS[match[1]]}{int(match[2]):02}"
@@ -84,7 +84,7 @@ class Blocks:
         raise ArgumentError(message, argument)
 
 
-def find_blocks(names: Iterable[str]) -> Blocks:
+def list_blocks(names: Iterable[str]) -> Blocks:
     """Find the blocks of a model by the names of its weights, or of its UNet's weights."""
     counts = {"input": 0, "output": 0}
     with_attention = {BASE}

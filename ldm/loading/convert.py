@@ -75,7 +75,7 @@ from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "LORA_PARTS", "SUFFIXES", "Conversion", "check_is_new", "convert", "fill_lora_parts",
+    "LORA_PARTS", "SUFFIXES", "Conversion", "check_overwrite", "convert", "fill_lora_parts",
     "find_config_text", "plan_conversion", "to_original_names",
 ]  # fmt: skip
 
@@ -246,7 +246,7 @@ def convert(
     return target
 
 
-def check_is_new(target: str | Path, *, force: bool) -> None:
+def check_overwrite(target: str | Path, *, force: bool) -> None:
     """Raise ExistingFile if a file or folder exists, unless `force` is set."""
     if not force and Path(target).exists():
         raise ExistingFile(f"`{target}` exists\nhint: `force` replaces it", "force")
@@ -271,7 +271,7 @@ def _check_target(conversion: Conversion, force: bool) -> None:
     target = conversion.target
     if not target.exists():
         return
-    check_is_new(target, force=force)
+    check_overwrite(target, force=force)
     is_folder = target.is_dir()
     if is_folder != bool(conversion.texts) or (is_folder and not is_diffusers_folder(target)):
         kind = "not a diffusers folder" if is_folder else "a file"

@@ -83,7 +83,7 @@ class Family:
         """Whether it is a family of Stable Diffusion XL."""
         return self.vector_dim in (2816, 2560)
 
-    def config_path(self, prediction_type: str | None) -> str:
+    def get_config_path(self, prediction_type: str | None) -> str:
         """Return the path of the YAML for models that predict "eps", "v" or "x0"."""
         name = self.config_v if prediction_type == "v" and self.config_v else self.config
         return f"{SDXL_CONFIG_DIR if self.is_sdxl else CONFIG_DIR}/{name}.yaml"

@@ -25,7 +25,7 @@ from ldm.pipelines.families import find_family
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "choose_variant", "detect_variant_of_loras", "find_variant", "find_variant_early",
+    "choose_variant", "detect_variant_of_loras", "find_variant", "find_variant_without_weights",
     "select_file_variant", "supports_variants", "warn_if_distilled",
 ]  # fmt: skip
 
@@ -37,7 +37,7 @@ def find_variant(weights: Weights) -> DetectedVariant | None:
     return detect_variant(weights.path, weights.metadata, weights.state)
 
 
-def find_variant_early(
+def find_variant_without_weights(
     path: Path, loras: Iterable[tuple[str | Path, LoRAWeightLike]] = (), variant: str | None = None
 ) -> DetectedVariant | None:
     """Return the variant that `load` will find, by names and metadata; weights are not read.

@@ -196,7 +196,7 @@ class _ModelTranslator:
         self._check_params()
         params = self.params
         encoders = self._translate_text_encoder() | MODEL_CLASSES[self.target].make_encoders(self)
-        parts = {
+        model_params = {
             "unet": self.translate_part("unet_config"),
             "autoencoder": self.translate_part(AUTOENCODER_CONFIG),
             "conditioner": {"target": "ldm.conditioning.Conditioner", "params": encoders},
@@ -205,16 +205,16 @@ class _ModelTranslator:
             "scale_factor": params.get("scale_factor", 1.0),
         }
         if "image_size" in params:
-            parts["image_size"] = params["image_size"]
-        ddconfig = parts["autoencoder"]["params"].get("ddconfig") or {}
+            model_params["image_size"] = params["image_size"]
+        ddconfig = model_params["autoencoder"]["params"].get("ddconfig") or {}
         defaults = dict(params.get("defaults") or {})
         if ddconfig.get("in_channels", 3) in (4, 6):  # colour and depth
             defaults = (LDM3D_SR_DEFAULTS if "rgbd" in encoders else LDM3D_DEFAULTS) | defaults
         if encoders.get("text", {}).get("target") == CLIP_IMAGE:
             defaults = VARIATION_DEFAULTS | defaults
         if defaults:
-            parts["defaults"] = {"target": "ldm.model.Defaults", "params": defaults}
-        return {"target": MODEL, "params": parts, "where": self.where}
+            model_params["defaults"] = {"target": "ldm.model.Defaults", "params": defaults}
+        return {"target": MODEL, "params": model_params, "where": self.where}
 
     def translate_part(self, key: str) -> JsonObject:
         """Return the translated config of a part."""
@@ -279,44 +279,46 @@ class _ModelClass:
     """
 
     conditioning_key: str
-    make_encoders: Callable[[_ModelTranslator], Encoders] = lambda model: {}
+    make_encoders: Callable[[_ModelTranslator], Encoders] = lambda translator: {}
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     training_only: tuple[str, ...] = ()
 
 
-def _make_masked_image(model: _ModelTranslator) -> Encoders:
+def _make_masked_image(translator: _ModelTranslator) -> Encoders:
     return {"masked": {"target": LOWRES + "MaskedImage", "params": {}}}
 
 
-def _make_depth(model: _ModelTranslator) -> Encoders:
-    return {"depth": model.translate_part("depth_stage_config")}
+def _make_depth(translator: _ModelTranslator) -> Encoders:
+    return {"depth": translator.translate_part("depth_stage_config")}
 
 
-def _make_low_res(model: _ModelTranslator) -> Encoders:
-    low_res = model.translate_part("low_scale_config")
+def _make_low_res(translator: _ModelTranslator) -> Encoders:
+    low_res = translator.translate_part("low_scale_config")
     if low_res["target"] == LOWRES + "RGBDLatent":  # ours: published as a diffusers folder only
-        has_level = model.translate_part("unet_config")["params"].get("num_classes") is not None
+        has_level = (
+            translator.translate_part("unet_config")["params"].get("num_classes") is not None
+        )
         return {"rgbd": low_res} | (NOISE_LEVEL if has_level else {})
-    low_res["params"]["low_scale_key"] = model.params.get("low_scale_key", "LR")
+    low_res["params"]["low_scale_key"] = translator.params.get("low_scale_key", "LR")
     return {"lowres": low_res, **NOISE_LEVEL}
 
 
-def _make_patches(model: _ModelTranslator) -> Encoders:
-    if model.params.get("low_scale_config") is not None:
-        raise ConfigError(f"{model.where}: low_scale_config with patches is not supported yet")
-    (key,) = model.params.get("concat_keys") or ["lr"]
-    patch = model.params.get("reshuffle_patch_size") or 1
+def _make_patches(translator: _ModelTranslator) -> Encoders:
+    if translator.params.get("low_scale_config") is not None:
+        raise ConfigError(f"{translator.where}: low_scale_config with patches is not supported yet")
+    (key,) = translator.params.get("concat_keys") or ["lr"]
+    patch = translator.params.get("reshuffle_patch_size") or 1
     params = {"key": key, "patch": patch}
     return {"folded": {"target": LOWRES + "PatchesToChannels", "params": params}}
 
 
-def _make_image_embedding(model: _ModelTranslator) -> Encoders:
+def _make_image_embedding(translator: _ModelTranslator) -> Encoders:
     params = {
-        "clip": model.translate_part("embedder_config"),
-        "noise": model.translate_part("noise_aug_config"),
-        "freeze": model.params.get("freeze_embedder", True),
-        "embedding_key": model.params.get("embedding_key", "jpg"),
+        "clip": translator.translate_part("embedder_config"),
+        "noise": translator.translate_part("noise_aug_config"),
+        "freeze": translator.params.get("freeze_embedder", True),
+        "embedding_key": translator.params.get("embedding_key", "jpg"),
     }
     return {"image": {"target": IMAGES + "ImageEmbedding", "params": params}}
 

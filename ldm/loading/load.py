@@ -437,7 +437,7 @@ def _check_prediction_type(
         detected = probe_prediction_type(model.unet, detected, family.context_dim or 0)
         if detected.kind and detected.kind != model.parameterization:
             model.parameterization = detected.kind
-            model.provenance["config"] = family.config_path(detected.kind)
+            model.provenance["config"] = family.get_config_path(detected.kind)
     model.provenance["prediction"] = str(detected)
     if detected.kind and detected.kind != model.parameterization:
         warnings.warn(

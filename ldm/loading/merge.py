@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.loading.blocks import BASE, find_blocks
+from ldm.loading.blocks import BASE, list_blocks
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import parse_yaml
 from ldm.loading.convert import (
@@ -127,7 +127,7 @@ def plan_merge(
         raise ArgumentError("no model has EMA weights", "ema")
     for m in others:
         check_compatible(a, m)
-    blocks = find_blocks(a.names)
+    blocks = list_blocks(a.names)
     weights = dict.fromkeys(blocks.names, weight)
     if block_weights is not None:
         weights = blocks.parse_weights(block_weights, weight, "block_weights")
@@ -136,7 +136,7 @@ def plan_merge(
     candidates = [n for n in a.names if n.startswith(prefixes) and a[n].is_floating_point()]
     merged = [name for name in candidates if all(name in m for m in others)]
     for name in merged:
-        if w := weights[blocks.find_block(name)]:  # of weight 0: A's tensor, not copied
+        if w := weights[blocks.get_block(name)]:  # of weight 0: A's tensor, not copied
             compute = partial(_merge, name, a, b, c, w)
             state[a.names[name]] = ComputedTensor(a[name].shape, a[name].dtype, compute)
     names = [m.file.path.name for m in (a, *others)]

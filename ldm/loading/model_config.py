@@ -32,7 +32,7 @@ from ldm.runtime.errors import (
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "asks_for_ema", "choose_config", "find_schedule_early", "has_defaults",
+    "asks_for_ema", "choose_config", "find_schedule_without_weights", "has_defaults",
     "is_prediction_type_uncertain", "probe_weights", "read_config",
 ]  # fmt: skip
 
@@ -57,7 +57,7 @@ def choose_config(weights: Weights) -> str:
         problem = f"looks like {family.title}, which is not supported" if family else "is unknown"
         message = f"`{weights.path}` {problem}\nhint: pass its config"
         raise MissingArgument(message, "config")
-    path = family.config_path(weights.prediction_type.kind)
+    path = family.get_config_path(weights.prediction_type.kind)
     if family is LATENT_UPSCALER:
         path = str(find_config_json(weights.path) or path)
     return path
@@ -95,7 +95,7 @@ def read_config(
     return path, raw
 
 
-def find_schedule_early(
+def find_schedule_without_weights(
     path: Path, config: str | Path | None = None, overrides: Collection[str] = ()
 ) -> NoiseSchedule | None:
     """Return the noise schedule of the model that `load` will build; weights are not read.
@@ -124,7 +124,7 @@ def probe_weights(weights: Weights) -> PredictionType:
     family = weights.family
     if family is None or not is_prediction_type_uncertain(weights):
         return weights.prediction_type
-    spec = translate_config(read_yaml(family.config_path(None)))
+    spec = translate_config(read_yaml(family.get_config_path(None)))
     unet = build_on_meta(spec["params"]["unet"])
     try:
         fill_weights(unet, match_weights(unet, weights.state, weights.path))
@@ -161,7 +161,7 @@ def _set_denoiser(params: JsonObject, weights: Weights) -> None:
         names = [name for marker, name in DENOISER_CONFIGS.items() if marker in weights.metadata]
         if kind == "v":
             names.append("sd_xl_v")
-        if names and Path(family.config_path(kind)).stem != names[0]:
+        if names and Path(family.get_config_path(kind)).stem != names[0]:
             template = read_yaml(f"{SDXL_CONFIG_DIR}/{names[0]}.yaml")["model"]["params"]
             keys = ("denoiser_config", "sampler_config", "scale_factor")
             params |= {key: template[key] for key in keys if key in template}

@@ -84,7 +84,7 @@ def translate_engine(
     has_sizes = any(
         isinstance(spec, Mapping) and spec["target"] == SIZE_EMBEDDING for spec in encoders
     )
-    parts = {
+    model_params = {
         "unet": unet,
         "autoencoder": translate(params["first_stage_config"], where=f"{where}.first_stage_config"),
         "conditioner": conditioner,
@@ -95,8 +95,8 @@ def translate_engine(
     }
     for key in ("latent_mean", "latent_std"):
         if key in params:
-            parts[key] = params[key]
-    return parts
+            model_params[key] = params[key]
+    return model_params
 
 
 def check_params(

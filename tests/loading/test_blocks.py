@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm.loading.blocks import find_blocks
+from ldm.loading.blocks import list_blocks
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.families import CONFIG_DIR, SDXL_CONFIG_DIR
@@ -13,7 +13,7 @@ XL_ATTENTION = "BASE IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05
 
 
 def find_blocks_of(config):
-    return find_blocks(build_on_meta(read_yaml(f"{config}.yaml")).state_dict())
+    return list_blocks(build_on_meta(read_yaml(f"{config}.yaml")).state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def test_sdxl_has_nine_input_and_output_blocks():
     blocks = find_blocks_of(f"{SDXL_CONFIG_DIR}/sd_xl_base")
     assert len(blocks.names) == 20
     assert list(blocks.attention_names) == XL_ATTENTION.split()
-    assert blocks.find_block("unet.out.2.weight") == "OUT08"
-    assert blocks.find_block("unet.label_emb.0.0.weight") == "IN00"
+    assert blocks.get_block("unet.out.2.weight") == "OUT08"
+    assert blocks.get_block("unet.label_emb.0.0.weight") == "IN00"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_sdxl_has_nine_input_and_output_blocks():
     ],
 )
 def test_a_weight_belongs_to_a_block(blocks, name, block):
-    assert blocks.find_block(name) == block
+    assert blocks.get_block(name) == block
 
 
 def test_numbers_are_in_the_order_of_the_blocks(blocks):

@@ -103,7 +103,7 @@ def test_extraction_follows_kohyas_rule(folder):
     ],
 )
 def test_limits_select_the_rank(limits, count):
-    assert RankLimits(**limits).count(torch.tensor([4.0, 3.0, 2.0, 1.0])) == count
+    assert RankLimits(**limits).count_kept(torch.tensor([4.0, 3.0, 2.0, 1.0])) == count
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8)])

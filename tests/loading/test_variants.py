@@ -17,7 +17,7 @@ from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
-from ldm.loading.find_variant import find_variant_early
+from ldm.loading.find_variant import find_variant_without_weights
 from ldm.loading.variants import GUIDANCE_WEIGHT, VARIANTS, detect_lora_variant, detect_variant
 from ldm.model import Defaults
 from ldm.nets.lora import LoRA, LoRALayer
@@ -212,8 +212,8 @@ def test_a_pickle_named_lcm_is_warned_of_before_it_is_loaded(tmp_path):
     assert "`my-lcm.ckpt` is made for 4 steps" in warning
     embedded = {"model.diffusion_model.time_embedding.cond_proj.weight": torch.zeros(1)}
     torch.save({"state_dict": embedded}, path)
-    detected = find_variant_early(path)
+    detected = find_variant_without_weights(path)
     assert detected is not None
     assert detected.name == "lcm-full"
     torch.save({"state_dict": embedded}, path, _use_new_zipfile_serialization=False)
-    assert find_variant_early(path) is None
+    assert find_variant_without_weights(path) is None

@@ -34,7 +34,7 @@ from ldm.loading.addons.lora_targets import (
 )
 from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
 from ldm.loading.base_models import find_base_model
-from ldm.loading.blocks import BASE, find_blocks
+from ldm.loading.blocks import BASE, list_blocks
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.layout import INPAINTING_CHANNELS
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint
@@ -172,7 +172,7 @@ def read_changes(
     weight = LoRAWeight.parse(weight)
     targets = {layer.kohya: layer for layer in list_lycoris_targets(model)}
     aliases = map_aliases(targets.values(), model)
-    blocks = find_blocks(name for name, _ in model.unet.named_parameters())
+    blocks = list_blocks(name for name, _ in model.unet.named_parameters())
     block_weights = weight.compute_block_weights(blocks)
     layers: dict[str, Tensors] = {}
     for file in map(read_checkpoint, list_lora_files(path)):
@@ -186,7 +186,7 @@ def read_changes(
             continue
         layer = targets[name]
         is_in_unet = name.startswith(UNET_PREFIX)
-        strength = block_weights[blocks.find_block(layer.original) if is_in_unet else BASE]
+        strength = block_weights[blocks.get_block(layer.original) if is_in_unet else BASE]
         if weight.rank is not None:
             tensors = _cut_rank(tensors, weight.rank, path)
         try:

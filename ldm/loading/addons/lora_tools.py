@@ -67,7 +67,7 @@ class RankLimits:
         """Whether any limit is set."""
         return self != NO_LIMITS
 
-    def count(self, values: Tensor) -> int:
+    def count_kept(self, values: Tensor) -> int:
         """Return the number of singular values (n,), descending, to keep: at least 1."""
         counts = [len(values) if self.rank is None else self.rank]
         for fraction, terms in (
@@ -168,7 +168,7 @@ def extract_lora(
         if not delta.any():
             continue
         up, values, down = compute_svd(delta.flatten(1))
-        count = layer_limits.count(values)
+        count = layer_limits.count_kept(values)
         up, down = up[:, :count] * values[:count], down[:count]
         if clamp_quantile < 1:
             limit = _compute_quantile(torch.cat([up.flatten(), down.flatten()]), clamp_quantile)
@@ -230,7 +230,7 @@ def join_loras(
             other_tensors[name] = sum_additions(target_additions)
             continue
         up, values, down = _decompose_sum(target_additions, is_limited=limits.is_limited)
-        count = min(limits.count(values), int(values.count_nonzero()))
+        count = min(limits.count_kept(values), int(values.count_nonzero()))
         if count:
             up, down = up[:, :count] * values[:count], down[:count]
             layers[names[target]] = build_lora_layer(target, down.float(), up.float())
@@ -256,7 +256,7 @@ def build_model_of_lora(path: str | Path, base: str | Path | None = None) -> Lat
     if family is None:
         message = f"`{path}`: the family of the LoRA is not recognised\nhint: pass a model"
         raise MissingArgument(message, "model")
-    model = build_on_meta(read_yaml(family.config_path(None)))
+    model = build_on_meta(read_yaml(family.get_config_path(None)))
     assert isinstance(model, LatentDiffusion)
     return model
 

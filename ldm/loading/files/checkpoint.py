@@ -257,23 +257,25 @@ def detect_format(path: Path) -> str:
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
     with path.open("rb") as file:
-        start = file.read(512)
+        first_bytes = file.read(512)
     size = path.stat().st_size
-    if start.startswith(b"PK\x03\x04"):
+    if first_bytes.startswith(b"PK\x03\x04"):
         return "zip"
-    if start.startswith(LEGACY_MAGIC):
+    if first_bytes.startswith(LEGACY_MAGIC):
         return "legacy"
-    header_size = int.from_bytes(start[:8], "little") if start[8:9] == b"{" else math.inf
+    header_size = (
+        int.from_bytes(first_bytes[:8], "little") if first_bytes[8:9] == b"{" else math.inf
+    )
     if header_size <= size - 8:
         return "safetensors"
-    start = start.lower()
+    first_bytes = first_bytes.lower()
     formats = OTHER_FORMATS.items()
-    actual = next((title for title, prefixes in formats if start.startswith(prefixes)), None)
+    actual = next((title for title, prefixes in formats if first_bytes.startswith(prefixes)), None)
     if header_size <= MAX_HEADER:
         actual = "damaged, perhaps an incomplete download"
-    if b"<html" in start or b"<!doctype" in start:
+    if b"<html" in first_bytes or b"<!doctype" in first_bytes:
         actual = "a web page, probably a failed download"
-    actual = actual or ("not a checkpoint" if start else "an empty file")
+    actual = actual or ("not a checkpoint" if first_bytes else "an empty file")
     raise FileFormatError(f"`{path}` is {actual}")
 
 
