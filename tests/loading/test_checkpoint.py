@@ -104,7 +104,7 @@ def test_the_format_is_recognised_by_content_not_by_suffix(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"epoch": 3}, "holds no weights"),
+        ({"epoch": 3}, "contains no weights"),
         ([torch.ones(2)], "contains a list, not weights by name"),
         ({"a": torch.eye(3).to_sparse()}, "`a` is not a plain tensor"),
     ],
