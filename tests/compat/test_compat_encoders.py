@@ -253,7 +253,7 @@ def test_blocks_of_open_clip_take_the_batch_second(openclip):
 
     prompts = [f"number {k}" for k in range(77)]
     tokens = open_clip.tokenize(prompts)
-    model, seen = openclip.model, []
+    model, shapes = openclip.model, []
     x = (model.token_embedding(tokens) + model.positional_embedding).permute(1, 0, 2)
     for block in model.transformer.resblocks[:-1]:
         x = block(x, attn_mask=model.attn_mask)
@@ -262,13 +262,13 @@ def test_blocks_of_open_clip_take_the_batch_second(openclip):
     assert_close(openclip.encode(prompts[:1]), expected[:1], 2e-6)
 
     def text_transformer_forward(self, x, attn_mask=None):
-        seen.append(x.shape)
+        shapes.append(x.shape)
         return x
 
     openclip.text_transformer_forward = types.MethodType(text_transformer_forward, openclip)
     openclip.encode(["a", "b"])
     del openclip.text_transformer_forward
-    assert seen == [(77, 2, 32)]
+    assert shapes == [(77, 2, 32)]
 
 
 def test_weights_are_read_from_local_files(tmp_path, clip, openclip):

@@ -199,10 +199,10 @@ def test_samplers_take_models_and_conditions_of_other_programs(build):
     """A class with the few attributes that are asked for; a dict with None in it, or None."""
     betas = torch.linspace(1e-4, 2e-2, 1000)
     alphas = (1 - betas).cumprod(0)
-    seen = []
+    conditions = []
 
     def apply_model(x, t, c):
-        seen.append(c and (len(x), c["c_concat"], len(c["y"][0])))
+        conditions.append(c and (len(x), c["c_concat"], len(c["y"][0])))
         return 0.1 * x
 
     model = SimpleNamespace(
@@ -216,9 +216,9 @@ def test_samplers_take_models_and_conditions_of_other_programs(build):
         unconditional_guidance_scale=2.0, features_adapter=None,
     )  # fmt: skip
     assert samples.shape == (2, 1, 4, 4)
-    assert set(seen) == {(4, None, 4)}
+    assert set(conditions) == {(4, None, 4)}
     build(model).sample(4, 2, (1, 4, 4), verbose=False)
-    assert seen[-1] is None
+    assert conditions[-1] is None
 
 
 def test_callbacks_and_overridden_steps_are_called():

@@ -154,9 +154,9 @@ def test_layers_are_those_of_torch_and_classes_have_the_names_of_the_original():
         "FeedForward", "GEGLU", "GroupNorm32", "Decoder", "ResnetBlock", "AttnBlock",
         "ResolutionLevel", "MiddleBlock",
     }  # fmt: skip
-    seen = set()
+    names = set()
     for layer in (m for network in (unet, spatial, vae) for m in network.modules()):
         kind = type(layer)
         assert kind.__module__.startswith("torch.nn.modules.") or kind.__name__ in own
-        seen.add(kind.__name__)
-    assert seen >= own
+        names.add(kind.__name__)
+    assert names >= own

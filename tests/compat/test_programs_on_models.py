@@ -32,7 +32,7 @@ from ldm.util import instantiate_from_config, mean_flat
 from pipelines.goldmodels import build_recorded_model
 from quick import slow_except
 
-# Lightning, where it is installed, warns of `self.log` without a Trainer, and goes on.
+# Lightning, where it is installed, warns of `self.log` without a Trainer.
 WITHOUT_TRAINER = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
 SHAPE = (4, 8, 12)
 

@@ -238,16 +238,16 @@ def test_loras_find_their_layers_by_name_and_type(own_model, monkeypatch):
         "transformer_text_model_encoder_layers_1_mlp_fc1": nn.Linear,
     }
     assert {key: type(layers[key]) for key in wanted} == wanted
-    before, seen, old = sample(model), set(), nn.Linear.forward
+    before, called, old = sample(model), set(), nn.Linear.forward
 
     def forward(self, x):
-        seen.add(self.network_layer_name)
+        called.add(self.network_layer_name)
         return 1.01 * old(self, x)
 
     monkeypatch.setattr(nn.Linear, "forward", forward)
     assert not torch.allclose(sample(model), before)
     linear = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-    assert seen == linear
+    assert called == linear
 
 
 def test_circular_padding_makes_images_tile(own_model):

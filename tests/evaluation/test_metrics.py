@@ -72,8 +72,8 @@ def test_precision_and_recall_are_fractions_inside_the_other_manifold(samples):
     x, y = samples[0][:60, :2], samples[1][:50, :2]
 
     def inside(points, manifold):
-        apart = torch.linalg.vector_norm(manifold[:, None] - manifold, dim=-1)
-        radii = apart.sort(dim=1).values[:, 3]
+        distances = torch.linalg.vector_norm(manifold[:, None] - manifold, dim=-1)
+        radii = distances.sort(dim=1).values[:, 3]
         near = torch.linalg.vector_norm(points[:, None] - manifold, dim=-1) <= radii
         return float(near.any(dim=1).double().mean())
 

@@ -154,21 +154,14 @@ def test_options_of_sampling_are_recorded_and_replayed(run, run_ldm, photo, task
     assert run_ldm("replay", out[0])[:2] == IDENTICAL
 
 
-def test_options_that_ddim_inversion_excludes_are_ignored_with_a_warning(run, photo):
-    flags = ["--init-img", photo, "--n_samples", "1", "--n_iter", "2", "--fixed_code"]
-    status, _, err = run("img2img", "base_v", *flags, "--ddim-inversion")
-    assert status == 0, err
-    assert "DDIM inversion computes the initial noise: fixed_code is ignored" in err
-    status, _, err = run("img2img", "base_v", *flags, "--source-prompt", "a")
-    assert status == 0, err
-    assert "source_prompt needs inversion: ignored" in err
-
-
 @pytest.mark.parametrize(
     ("task", "name", "flags", "message"),
     [
         ("depth2img", "depth", ["--depth-inverted"], "depth_inverted needs depth_map: ignored"),
         ("unclip", "unclip", ["--prior-scale", "2"], "prior_scale needs prior: ignored"),
+        ("img2img", "base_v", ["--source-prompt", "a"], "source_prompt needs inversion: ignored"),
+        ("img2img", "base_v", ["--n_iter", "2", "--fixed_code", "--ddim-inversion"],
+         "DDIM inversion computes the initial noise: fixed_code is ignored"),
         ("upscale", "upscale", ["--H", "16", "--W", "16", "--noise-kind", "fake"],
          "`upscale.safetensors` is an upscaling model: noise_kind is ignored"),
     ],
