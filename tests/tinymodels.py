@@ -67,13 +67,6 @@ def recorded() -> GoldenFile:
 
 
 @pytest.fixture(scope="session")
-def models(recorded, tmp_path_factory) -> dict[str, ModelFiles]:
-    """The two models of the recorded images: `base_eps` and `base_v`."""
-    folder = tmp_path_factory.mktemp("models")
-    return {name: write_model(recorded, name, folder) for name in ("base_eps", "base_v")}
-
-
-@pytest.fixture(scope="session")
 def ema_model(recorded, tmp_path_factory) -> ModelFiles:
     """A model with raw and EMA weights, whose config asks for the EMA weights."""
     files = write_model(recorded, "base_v", tmp_path_factory.mktemp("ema"))
@@ -87,8 +80,8 @@ def ema_model(recorded, tmp_path_factory) -> ModelFiles:
 
 
 @pytest.fixture
-def tiny(models) -> ModelFiles:
-    return models["base_v"]
+def tiny(families) -> ModelFiles:
+    return families["base_v"]
 
 
 def write_model(recorded: GoldenFile, name: str, folder: Path) -> ModelFiles:

@@ -19,7 +19,7 @@ from ldm.loading.addons.embeddings import write_embeddings
 @pytest.fixture
 def loras(tiny, tmp_path):
     """Two files for the tiny model."""
-    model = ldm.load(tiny.config, tiny.ckpt)
+    model = ldm.load(*tiny)
     paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     return [write_random_lora(path, model, seed) for seed, path in enumerate(paths)]
 
@@ -62,7 +62,7 @@ def test_a_weight_by_tower_and_block_is_recorded_and_replayed(run, loras, run_ld
 
 def test_an_embedding_changes_the_image_and_is_recorded(run, tiny, tmp_path, run_ldm):
     torch.manual_seed(0)
-    width = ldm.load(tiny.config, tiny.ckpt).conditioner.text.width
+    width = ldm.load(*tiny).conditioner.text.width
     folder = tmp_path / "words"
     write_embeddings(folder / "cat.safetensors", {"<Cat>": torch.randn(2, width)})
     flags = ["--prompt", "an apple by <cat>", "--embedding", str(folder)]

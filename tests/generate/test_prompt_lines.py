@@ -190,7 +190,7 @@ def test_lora_tags_are_removed_from_a_prompt():
 @pytest.mark.slow
 def test_loras_in_prompts_are_found_recorded_and_replayed(run, run_ldm, tiny, tmp_path):
     """Each image has its own, and the pixels are those of --lora."""
-    model = ldm.load(tiny.config, tiny.ckpt)
+    model = ldm.load(*tiny)
     (tmp_path / "loras").mkdir()
     for seed, name in enumerate(("one", "two")):
         write_random_lora(tmp_path / f"loras/{name}.safetensors", model, seed)

@@ -31,10 +31,10 @@ def test_an_image_replays_identically(txt2img, run_ldm, flags):
     assert run_ldm("replay", path)[:2] == IDENTICAL
 
 
-def test_a_different_model_is_named_as_the_reason(txt2img, run_ldm, models, tmp_path):
+def test_a_different_model_is_named_as_the_reason(txt2img, run_ldm, families, tmp_path):
     path, new = txt2img("--skip_grid")[1][0], tmp_path / "new.png"
     status, (first, *reasons), _ = run_ldm(
-        "replay", path, *models["base_eps"].flags, "--output", new
+        "replay", path, *families["base_eps"].flags, "--output", new
     )
     assert status == 1
     assert "of the pixels differ, by" in first

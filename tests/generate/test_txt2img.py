@@ -21,7 +21,7 @@ CASES = [*QUICK_CASES, "ddim_v_eta1", "ddim", "scale1", "niter2", "from_file"]
 
 
 @pytest.mark.parametrize("name", slow_except(CASES, *QUICK_CASES))
-def test_legacy_command_lines_give_the_recorded_images(recorded, models, tmp_path, run_ldm, name):
+def test_legacy_command_lines_give_the_recorded_images(recorded, families, tmp_path, run_ldm, name):
     info = recorded.case(name)["info"]
     options, command = dict(info["options"]), ["--legacy", "--no-watermark"]
     if lines := options.pop("from_file"):
@@ -31,7 +31,7 @@ def test_legacy_command_lines_give_the_recorded_images(recorded, models, tmp_pat
         if value is not False:
             command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     outdir = tmp_path / "out"
-    assert run_ldm("txt2img", *models[info["model"]].flags, *command, "--outdir", outdir)[0] == 0
+    assert run_ldm("txt2img", *families[info["model"]].flags, *command, "--outdir", outdir)[0] == 0
     names = sorted((outdir / "samples").iterdir())
     assert_close(np.stack([read_pixels(path) for path in names]), recorded.outputs(name)["images"])
     assert_close(read_pixels(outdir / "grid-0000.png"), recorded.outputs(name)["grid"])

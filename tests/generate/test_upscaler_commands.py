@@ -59,10 +59,10 @@ def test_an_image_and_a_folder_are_upscaled(upscaler, run, run_ldm):
     assert [path.rpartition("/")[2] for path in paths] == ["one.png", "two.png"]
 
 
-def test_images_of_a_text_to_image_model_are_upscaled(upscaler, run, run_ldm, models):
+def test_images_of_a_text_to_image_model_are_upscaled(upscaler, run, run_ldm, families):
     flags = ["--steps", 2, "--H", 64, "--W", 64, "--json"]
     upscaling = ["--upscaler", upscaler / "x2.safetensors", "--upscaler-steps", 2]
-    status, (line,), _ = run("txt2img", *models["base_eps"].flags, *flags, *upscaling)
+    status, (line,), _ = run("txt2img", *families["base_eps"].flags, *flags, *upscaling)
     assert status == 0
     info = json.loads(line)
     assert info["upscaler"]["path"] == str(upscaler / "x2.safetensors")
@@ -89,8 +89,8 @@ def test_wrong_checkpoints_are_refused(upscaler, run, monkeypatch, command, flag
 
 
 @pytest.mark.slow
-def test_unsuitable_upscalers_are_refused(upscaler, run, models):
-    flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1]
+def test_unsuitable_upscalers_are_refused(upscaler, run, families):
+    flags = [*families["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1]
     _, _, err = run("txt2img", *flags, "--upscaler", upscaler / "x2.pth")
     assert "has no" in err
     assert "text encoder (CLIP ViT-L/14), and `base_eps.safetensors` has none that fits" in err
@@ -99,13 +99,13 @@ def test_unsuitable_upscalers_are_refused(upscaler, run, models):
     assert "is not an x2 latent upscaler" in err
 
 
-def test_saved_latents_are_upscaled(upscaler, run, run_ldm, models, tmp_path):
-    flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1, "--save-latents"]
+def test_saved_latents_are_upscaled(upscaler, run, run_ldm, families, tmp_path):
+    flags = [*families["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1, "--save-latents"]
     status, (image, latent), _ = run("txt2img", *flags, "--precision", "full")
     assert status == 0
     samples = tmp_path / "out/samples"
     assert (image, latent) == (str(samples / "00000.png"), str(samples / "00000.latent"))
-    base = ldm.load(models["base_eps"].config, models["base_eps"].ckpt)
+    base = ldm.load(*families["base_eps"])
     decoded = to_pil(base.decode(load_latent(latent).normalize(base)))[0]
     with Image.open(image) as file:
         assert decoded.tobytes() == file.convert("RGB").tobytes()
