@@ -215,7 +215,7 @@ def find_model_name(path: Path) -> str:
     """
     name = path.stem if path.suffix.lower() in SUFFIXES else path.name
     names = [name, *(p.name for p in path.parents)]
-    names = [name for name in names if name not in GENERIC_NAMES]
+    names = [name for name in names if name.removesuffix(".fp16") not in GENERIC_NAMES]
     if len(names) > 2 and names[1] == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT
         return names[2]
     return names[0] if names else ""

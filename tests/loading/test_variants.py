@@ -54,6 +54,7 @@ def test_a_variant_is_recognised_by_the_name_of_a_model(name, variant, steps):
         ("lcm-lora-sdv1-5/pytorch_lora_weights.safetensors", "lcm", 4, "lcm"),
         ("models--latent-consistency--lcm-lora-sdxl/snapshots/a1/pytorch_lora_weights.safetensors",
          "lcm", 4, "lcm"),
+        ("lcm-lora-sdxl/pytorch_lora_weights.fp16.safetensors", "lcm", 4, "lcm"),
         ("TCD-SD15-LoRA.safetensors", "tcd", 4, "tcd"),
         ("Hyper-SD15-1step-lora.safetensors", "hyper-1step", 1, "tcd"),
         ("Hyper-SDXL-8steps-lora.safetensors", "hyper", 8, "ddim"),
