@@ -411,16 +411,12 @@ PATTERNS = {"r": 4, "alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"
     ("config", "message"),
     [
         ({"lora_alpha": [8]}, "alpha in its metadata or `adapter_config.json` is damaged"),
-        (
-            {"lora_alpha": 8, "alpha_pattern": {"(": 1}},
-            "or `adapter_config.json` is damaged: missi",
-        ),
-        (
-            {"lora_alpha": 8, "init_lora_weights": "pissa_niter_4"},
-            "from `pissa_niter_4`, which cha",
-        ),
+        ({"lora_alpha": 8, "alpha_pattern": {"(": 1}},
+         "or `adapter_config.json` is damaged: missi"),
+        ({"lora_alpha": 8, "init_lora_weights": "pissa_niter_4"},
+         "from `pissa_niter_4`, which cha"),
     ],
-)
+)  # fmt: skip
 def test_a_config_of_peft_that_cannot_be_applied_is_refused(config, message, tmp_path):
     state, _ = make_low_rank(f"base_model.model.{LAYER}", "lora_A", "lora_B")
     write_checkpoint(tmp_path / "adapter_model.safetensors", state)

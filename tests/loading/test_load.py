@@ -264,14 +264,12 @@ def test_ema_weights_may_be_another_entry_of_the_file(tmp_path, tiny_yaml, tiny_
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (
-            {"model.diffusion_model.out.2.bias": torch.ones(4).char()},
-            r"out\.2\.bias of torch\.int8",
-        ),
+        ({"model.diffusion_model.out.2.bias": torch.ones(4).char()},
+         r"out\.2\.bias of torch\.int8"),
         ({"model.diffusion_model.out.2.scale_weight": torch.ones(())}, "the weights are quantised"),
         ({"model.diffusion_model.out.2.bias": torch.ones(4) * 1j}, "is not a plain tensor"),
     ],
-)
+)  # fmt: skip
 def test_quantised_and_complex_weights_are_refused(
     tmp_path, tiny_yaml, tiny_state, weight, message
 ):

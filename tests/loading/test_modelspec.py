@@ -60,13 +60,10 @@ def test_changed_weights_keep_the_licence_only():
     ("kind", "base", "implementation"),
     [
         ("sd1", "stable-diffusion-v1", "diffusers"),
-        (
-            "sdxl",
-            "stable-diffusion-xl-v1-base",
-            "https://github.com/Stability-AI/generative-models",
-        ),
+        ("sdxl", "stable-diffusion-xl-v1-base",
+         "https://github.com/Stability-AI/generative-models"),
     ],
-)
+)  # fmt: skip
 def test_loras_and_embeddings_name_their_base_model(kind, base, implementation, tmp_path):
     model = build_tiny_model(kind)
     model.unet.context_dim = {"sd1": 768, "sdxl": 2048}[kind]

@@ -10,18 +10,11 @@ from ldm.nets.unet import UNet
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 TINY = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": [1, 2],
-    "attention_resolutions": [1, 2],
-    "num_head_channels": 16,
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": True,
-    "context_dim": 24,
+    "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1,
+    "channel_mult": [1, 2], "attention_resolutions": [1, 2], "num_head_channels": 16,
+    "use_spatial_transformer": True, "use_linear_in_transformer": True, "context_dim": 24,
     "legacy": False,
-}
+}  # fmt: skip
 
 
 def build_network(network, config):

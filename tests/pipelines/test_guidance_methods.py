@@ -90,10 +90,8 @@ def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
         ({"perp_neg": 1.0, "negative_prompt": [""]}, "perp_neg needs a negative prompt"),
         ({"perp_neg": 1.0, "apg": (0, 3, 0)}, "apg and perp_neg are both guidance"),
         ({"apg": (0, 3, 0), "scale": 1.0}, "apg needs a guidance scale other than 1"),
-        (
-            {"apg": (0, 3, 0), "sampler": "euler_cfg_pp", "scale": None},
-            "apg needs a guidance scale",
-        ),
+        ({"apg": (0, 3, 0), "sampler": "euler_cfg_pp", "scale": None},
+         "apg needs a guidance scale"),
         ({"apg": (0, 3)}, "apg takes 3 numbers"),
         ({"apg": (0, -3, 0)}, "norm not negative"),
         ({"freeu": True}, "freeu must be a text or a list .*, got True"),
@@ -101,7 +99,7 @@ def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
         ({"freeu": "sd1", "freeu_version": "3"}, "unknown version of freeu `3`"),
         ({"freeu_version": "2"}, "freeu_version needs freeu"),
     ],
-)
+)  # fmt: skip
 def test_wrong_values_are_named_before_a_network_runs(model, options, message, monkeypatch):
     monkeypatch.setattr(model.conditioner, "forward", None)
     with pytest.raises(ValueError, match=message):

@@ -98,14 +98,12 @@ def test_a_state_of_a_larger_lora_is_refused(base: Path, tmp_path: Path) -> None
         (["lightning.lora.ranks=4"], "lightning.lora: unknown key `ranks`, did you mean `rank`"),
         (["lightning.lora.targets=[texts]"], "targets: `texts` should be one of attention"),
         (["lightning.textual_inversion.tokens=x"], "unknown key `tokens`, did you mean `token`"),
-        (
-            [*TOKEN, "lightning.textual_inversion.init=a qwertyuiop"],
-            "not in the model's vocabulary: `qwertyuiop`",
-        ),
+        ([*TOKEN, "lightning.textual_inversion.init=a qwertyuiop"],
+         "not in the model's vocabulary: `qwertyuiop`"),
         ([*TOKEN, "lightning.textual_inversion.init='&#7;'"], "has no words"),
         (["lightning.textual_inversion.token=<x>"], "token `<x>` appears in no caption"),
     ],
-)
+)  # fmt: skip
 def test_wrong_settings_are_named(overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train(build_tiny_run(tmp_path, *SHORT, *overrides))

@@ -141,33 +141,22 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
     ("words", "message"),
     [
         ("--finetune_from a.ckpt", "`finetune_from`, use model.params.ckpt_path=a.ckpt"),
-        (
-            "lightning.trainer.max_epochs=1 data.params.train.root=null "
-            "data.params.train.split=null data.params.train.shards=http://x/0.tar",
-            "the length of the data is unknown, give `max_steps`, or for shards `data.params.train",
-        ),
-        (
-            "--base a.ckpt",
-            "`a.ckpt` is a checkpoint: give its config, and model.params.ckpt_path=a",
-        ),
+        ("lightning.trainer.max_epochs=1 data.params.train.root=null "
+         "data.params.train.split=null data.params.train.shards=http://x/0.tar",
+         "the length of the data is unknown, give `max_steps`, or for shards `data.params.train"),
+        ("--base a.ckpt",
+         "`a.ckpt` is a checkpoint: give its config, and model.params.ckpt_path=a"),
         ("--max_stepz 3", "unknown option `max_stepz`, did you mean `max_steps`"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
         ("data.params.trains=1", "data.params: unknown key `trains`, did you mean `train`"),
         ("data.params.train.root=nope", "data.params.train.root: there is no folder `nope`"),
         ("data.params.train.transform.tags=1", "data.params.train.transform: unknown key"),
-        (
-            "data.params.train.transform={name: photo, size: 100, buckets: {step: 64}}",
-            "data.params.train.transform: buckets: size 100 is not a multiple of step 64",
-        ),
-        (
-            "data.params.validation={shards: no-*.tar, transform: {name: photo}}",
-            "data.params.validation.shards: no shard `no-*.tar`",
-        ),
-        (
-            "data.params.prior={root: x, prompt: x, count: 1, transform: {name: photo, buckets: {}}"
-            "}",
-            "data.params.prior: class images must have one size, not `buckets`",
-        ),
+        ("data.params.train.transform={name: photo, size: 100, buckets: {step: 64}}",
+         "data.params.train.transform: buckets: size 100 is not a multiple of step 64"),
+        ("data.params.validation={shards: no-*.tar, transform: {name: photo}}",
+         "data.params.validation.shards: no shard `no-*.tar`"),
+        ("data.params.prior={root: x, prompt: x, count: 1, transform: {name: photo, buckets: {}}"
+         "}", "data.params.prior: class images must have one size, not `buckets`"),
         ("model.base_learning_rate=null", "missing in the config: `model.base_learning_rate`"),
         ("--validate", "--validate needs held-out data, `data.params.validation`"),
         ("-r", "no run `tiny` in"),
@@ -175,7 +164,7 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
         ("-r nowhere -n other", "`nowhere` keeps its name: leave out --name and --postfix"),
         ("--gpus 0,1, --num_nodes 2", "hint: torchrun --nnodes 2"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_one_line_and_create_nothing(
     words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,10 +114,8 @@ def test_a_transform_of_an_older_version_is_read(caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize(
     ("spec", "translation"),
     [
-        (
-            "{target: ldm.data.simple.FolderData, params: {root_dir: images, ext: jpg}}",
-            "{root: images, transform: {name: photo, flip: 0.0}}",
-        ),
+        ("{target: ldm.data.simple.FolderData, params: {root_dir: images, ext: jpg}}",
+         "{root: images, transform: {name: photo, flip: 0.0}}"),
         (
             """{target: ldm.data.simple.hf_dataset, params: {
                 name: lambdalabs/pokemon-blip-captions, text_column: text, image_transforms: [
@@ -127,7 +125,7 @@ def test_a_transform_of_an_older_version_is_read(caplog: pytest.LogCaptureFixtur
                 transform: {name: photo, flip: 0.5, size: 512}}""",
         ),
     ],
-)
+)  # fmt: skip
 def test_simple_datasets_are_translated(spec: str, translation: str) -> None:
     data = read_data(parse(f"{{params: {{batch_size: 1, train: {spec}}}}}"))
     assert data.train == parse(translation)
@@ -136,74 +134,45 @@ def test_simple_datasets_are_translated(spec: str, translation: str) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (
-            "train: {target: taming.data.faceshq.CelebAHQTrain, params: {size: 256}}",
-            r"data.params.train: `taming.*` cannot be read.*{root: DIR, .*size: 256",
-        ),
-        (
-            "train: {target: ldm.data.simple.FolderData, params: {root_dir: x, image_transforms: "
-            "[{target: torchvision.transforms.Resize}]}}",
-            "data.params.train: Resize needs `size`",
-        ),
+        ("train: {target: taming.data.faceshq.CelebAHQTrain, params: {size: 256}}",
+         r"data.params.train: `taming.*` cannot be read.*{root: DIR, .*size: 256"),
+        ("train: {target: ldm.data.simple.FolderData, params: {root_dir: x, image_transforms: "
+         "[{target: torchvision.transforms.Resize}]}}", "data.params.train: Resize needs `size`"),
         (f"train: {FOLDER}, batch_size: null", "needs `batch_size`"),
         (f"train: {FOLDER}, worker: 1", "unknown key `worker`, did you mean `num_workers`"),
         ("train: {root: null}", "needs one of `root`"),
         ("train: {root: a, hub: b}", "has `root` and `hub`: set"),
         ("train: {root: a, transform: photo}", "needs `transform`"),
-        (
-            "train: {root: a, transform: {name: photo, tags: {kept: 1}}}",
-            "data.params.train.transform.tags: unknown key `kept`, did you mean `keep`",
-        ),
-        (
-            "train: {root: a, transform: {name: photo, buckets: {steps: 8}}}",
-            "data.params.train.transform.buckets: unknown key `steps`, did you mean `step`",
-        ),
-        (
-            "train: {root: a, transform: {name: photo, size: abc}}",
-            "data.params.train.transform.size: `abc` should be a whole number",
-        ),
-        (
-            "train: {root: a, transform: {name: photo, flip: 2}}",
-            "data.params.train.transform.flip: `2` should be less than or equal to 1",
-        ),
-        (
-            "train: {root: a, transform: {name: photo, conditions: {mask: 3}}}",
-            "data.params.train.transform.conditions.mask: `3` should be a mapping",
-        ),
-        (
-            "train: {root: a, transform: {name: emoji, scale: [1]}}",
-            r"data.params.train.transform.scale: `\(1,\)` has too few values",
-        ),
-        (
-            "train: {root: a, transform: {name: photo, original_size_keys: [height]}}",
-            r"original_size_keys: `\['height'\]` has too few values",
-        ),
+        ("train: {root: a, transform: {name: photo, tags: {kept: 1}}}",
+         "data.params.train.transform.tags: unknown key `kept`, did you mean `keep`"),
+        ("train: {root: a, transform: {name: photo, buckets: {steps: 8}}}",
+         "data.params.train.transform.buckets: unknown key `steps`, did you mean `step`"),
+        ("train: {root: a, transform: {name: photo, size: abc}}",
+         "data.params.train.transform.size: `abc` should be a whole number"),
+        ("train: {root: a, transform: {name: photo, flip: 2}}",
+         "data.params.train.transform.flip: `2` should be less than or equal to 1"),
+        ("train: {root: a, transform: {name: photo, conditions: {mask: 3}}}",
+         "data.params.train.transform.conditions.mask: `3` should be a mapping"),
+        ("train: {root: a, transform: {name: emoji, scale: [1]}}",
+         r"data.params.train.transform.scale: `\(1,\)` has too few values"),
+        ("train: {root: a, transform: {name: photo, original_size_keys: [height]}}",
+         r"original_size_keys: `\['height'\]` has too few values"),
         ("train: {root: 3, transform: {name: photo}}", "data.params.train.root: `3` should be"),
-        (
-            "train: {root: a, where: 3, transform: {name: photo}}",
-            "train.where: `3` should be a map",
-        ),
-        (
-            "train: {shards: x, transform: {}}, "
-            "prior: {root: x, prompt: a dog, count: 1, transform: {}}",
-            "`prior` needs a folder or a hub",
-        ),
-        (
-            f"train: {FOLDER}, prior: {{counts: 1}}",
-            "data.params.prior: unknown key `counts`, did you mean `count`",
-        ),
+        ("train: {root: a, where: 3, transform: {name: photo}}",
+         "train.where: `3` should be a map"),
+        ("train: {shards: x, transform: {}}, "
+         "prior: {root: x, prompt: a dog, count: 1, transform: {}}",
+         "`prior` needs a folder or a hub"),
+        (f"train: {FOLDER}, prior: {{counts: 1}}",
+         "data.params.prior: unknown key `counts`, did you mean `count`"),
         (f"train: {FOLDER}, texts: {{batch_size: 1}}", "data.params.texts needs `cache`"),
-        (
-            "train: {target: ldm.data.simple.FolderData, params: "
-            "{root_dir: x, postprocess: {target: ldm.data.simple.AddLR}}}",
-            "data.params.train.postprocess: AddLR needs `factor`",
-        ),
-        (
-            f"train: {FOLDER}, latents: {{cache: x, variant: 2}}",
-            "data.params.latents: unknown key `variant`, did you mean `variants_per_image`",
-        ),
+        ("train: {target: ldm.data.simple.FolderData, params: "
+         "{root_dir: x, postprocess: {target: ldm.data.simple.AddLR}}}",
+         "data.params.train.postprocess: AddLR needs `factor`"),
+        (f"train: {FOLDER}, latents: {{cache: x, variant: 2}}",
+         "data.params.latents: unknown key `variant`, did you mean `variants_per_image`"),
     ],
-)
+)  # fmt: skip
 def test_wrong_data_sections_are_named(params: str, message: str) -> None:
     data = parse(f"{{params: {{{params}}}}}")
     data["params"].setdefault("batch_size", 1)

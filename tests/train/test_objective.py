@@ -155,13 +155,11 @@ def record_input_noise(task: DiffusionTask) -> tuple[Tensor, float]:
     [
         ({"timesteps": (200, 0)}, r"`\[200, 0\]` should be a range \[first, end\) within 0 … 1000"),
         ({"timesteps": (0, 1001)}, r"`\[0, 1001\]` should be a range"),
-        (
-            {"timesteps": (0, 200), "noise_levels": {}},
-            "`timesteps` and `noise_bias` cannot be combined",
-        ),
+        ({"timesteps": (0, 200), "noise_levels": {}},
+         "`timesteps` and `noise_bias` cannot be combined"),
         ({"noise_bias": 2.0, "noise_levels": {}}, "`noise_bias` cannot be combined with"),
     ],
-)
+)  # fmt: skip
 def test_timesteps_that_cannot_be_drawn_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_task(**options)

@@ -231,21 +231,14 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
         ("textual_inversion: {token: x}", "data.params.texts is ignored"),
         ("callbacks: {monitor: val/loss}", "callbacks.monitor is ignored, as `save_top_k` is 0"),
         ("callbacks: {export: ckpt}, lora: {rank: 2}", "callbacks.export: ckpt is ignored"),
-        (
-            "callbacks: {save_top_k: 1}, optimizer: {}, trainer: {max_steps: 1}",
-            "no validation: validate_steps and validate_epochs are missing",
-        ),
-        (
-            "logger: {target: pytorch_lightning.loggers.WandbLogger, "
-            "params: {project: p, log_model: true}}",
-            "lightning.logger.params.log_model is ignored",
-        ),
-        (
-            "strategy: {target: pytorch_lightning.strategies.DDPStrategy, params: {timeout: 9}}",
-            "lightning.strategy.params.timeout is ignored",
-        ),
+        ("callbacks: {save_top_k: 1}, optimizer: {}, trainer: {max_steps: 1}",
+         "no validation: validate_steps and validate_epochs are missing"),
+        ("logger: {target: pytorch_lightning.loggers.WandbLogger, "
+         "params: {project: p, log_model: true}}", "lightning.logger.params.log_model is ignored"),
+        ("strategy: {target: pytorch_lightning.strategies.DDPStrategy, params: {timeout: 9}}",
+         "lightning.strategy.params.timeout is ignored"),
     ],
-)
+)  # fmt: skip
 def test_settings_without_effect_are_named(lightning: str, message: str) -> None:
     data = "validation: {root: x}, texts: {cache: x}"
     raw = f"{{lightning: {{{lightning}}}, data: {{params: {{{data}}}}}}}"
@@ -392,22 +385,16 @@ def test_the_schema_has_the_keywords_of_data(
         ("model=7", "model: `7` should be a mapping"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
         ("data.params.validation=photos", "data.params.validation: `photos` should be a mapping"),
-        (
-            "data.params.validation.target=ldm.data.simple.TextOnly",
-            "data.params.validation: TextOnly needs `captions`",
-        ),
+        ("data.params.validation.target=ldm.data.simple.TextOnly",
+         "data.params.validation: TextOnly needs `captions`"),
         ("lightning.trainr=1", "lightning: unknown section `trainr`, did you mean `trainer`"),
         ("lightning.lora.targets=[]", "lightning.lora.targets: `[]` has too few values"),
-        (
-            "lightning.trainer.strategy=hsdp",
-            "lightning.trainer: `strategy: hsdp` needs `shard_size`",
-        ),
+        ("lightning.trainer.strategy=hsdp",
+         "lightning.trainer: `strategy: hsdp` needs `shard_size`"),
         ("lightning.trainer.accelerator=tpu", "accelerator: `tpu` should be one of auto, cpu"),
-        (
-            "lightning.callbacks.image_logger={target: main.ImageLogger, "
-            "params: {max_images: 4, log_images_kwargs: {N: a}}}",
-            "lightning.callbacks.image_logger.params.log_images_kwargs.N: `a` should be a whole",
-        ),
+        ("lightning.callbacks.image_logger={target: main.ImageLogger, "
+         "params: {max_images: 4, log_images_kwargs: {N: a}}}",
+         "lightning.callbacks.image_logger.params.log_images_kwargs.N: `a` should be a whole"),
         ("lightning.trainer.num_nodes=two", "num_nodes: `two` should be a whole number"),
         ("lightning.trainer.max_steps=2.5", "max_steps: `2.5` should be a whole number or null"),
         ("lightning.trainer.max_time=abc", "trainer.max_time: `abc` should be a time (DD:HH:"),
@@ -416,19 +403,13 @@ def test_the_schema_has_the_keywords_of_data(
         ("lightning.optimizer.betas=[0.9,2]", "betas: `2` should be less than 1"),
         ("lightning.optimizer.beta=[0.9,2]", "unknown key of adamw `beta`, did you mean `betas`"),
         ("lightning.objective.min_snr_gamma=-1", "`-1` should be greater than 0 or null"),
-        (
-            "lightning.objective.conditioning_dropout_prob={txt: 2}",
-            "conditioning_dropout_prob.txt: `2` should be less than or equal to 1",
-        ),
-        (
-            "lightning.objective.conditioning_dropout_prob={txt: a}",
-            "conditioning_dropout_prob.txt: `a` should be a valid number",
-        ),
+        ("lightning.objective.conditioning_dropout_prob={txt: 2}",
+         "conditioning_dropout_prob.txt: `2` should be less than or equal to 1"),
+        ("lightning.objective.conditioning_dropout_prob={txt: a}",
+         "conditioning_dropout_prob.txt: `a` should be a valid number"),
         ("lightning.trainer.fast_dev_run=abc", "fast_dev_run: `abc` should be a whole number"),
-        (
-            "lightning.objective.noise_ofset=0",
-            "lightning.objective: unknown key `noise_ofset`, did",
-        ),
+        ("lightning.objective.noise_ofset=0",
+         "lightning.objective: unknown key `noise_ofset`, did"),
         ("lightning.callbacks.prompts=5", "prompts: `5` should be a valid string or null"),
         ("lightning.callbacks.sampling.step=3", "sampling: unknown key `step`, did you mean `st"),
         ("lightning.callbacks.sampling.steps=0", "callbacks.sampling.steps: `0` should be greater"),
@@ -442,20 +423,16 @@ def test_the_schema_has_the_keywords_of_data(
         ("lightning.trainer.strategy=deepspeed_stage_2", "strategy: `deepspeed` should be"),
         ("lightning.trainer.gradient_clip_algorithm=value", "`value` should be 'norm'"),
         ("lightning.callbacks.image_logger.params.batch_freqency=1", "mean `batch_frequency`"),
-        (
-            "lightning.callbacks.image_logger.params.log_images_kwargs=5",
-            "log_images_kwargs: `5` should be a mapping",
-        ),
+        ("lightning.callbacks.image_logger.params.log_images_kwargs=5",
+         "log_images_kwargs: `5` should be a mapping"),
         ("lightning.callbacks.image_logger.param=1", "image_logger: unknown key `param`, did you"),
         ("lightning.modelcheckpoint.param=1", "modelcheckpoint: unknown key `param`, did you"),
         ("lightning.callbacks.mine.target=my.Own", "callbacks.mine: unknown callback `my.Own`"),
-        (
-            "lightning.callbacks.mine={target: main.ImageLogger, params: {batch: 1}}",
-            "callbacks.mine.params: unknown parameter of ImageLogger `batch`",
-        ),
+        ("lightning.callbacks.mine={target: main.ImageLogger, params: {batch: 1}}",
+         "callbacks.mine.params: unknown parameter of ImageLogger `batch`"),
         ("lightning.logger.target=x.MLFlowLogger", "unknown logger `x.MLFlowLogger`"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_value_is_named_with_its_key(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read_settings(parse_yaml("{model: {}, data: {}, lightning: {}}", [override]))

@@ -134,19 +134,13 @@ def test_an_example_of_generative_models_is_translated() -> None:
              f"{SGM}denoiser_weighting.VWeighting"],
             "objective", {"weighting": "v", "loss_type": "l1"},
         ),
-        (
-            [LOSS + "offset_noise_level=0.05"],
-            "objective", {"noise_offset": 0.05, "noise_offset_by": "sample"},
-        ),
+        ([LOSS + "offset_noise_level=0.05"],
+         "objective", {"noise_offset": 0.05, "noise_offset_by": "sample"}),
         (["model.params.use_ema=true"], "optimizer", {"ema_decay": 0.9999}),
-        (
-            ["model.params.use_ema=true", "model.params.ema_decay_rate=0.99"],
-            "optimizer", {"ema_decay": 0.99},
-        ),
-        (
-            ["model.params.optimizer_config={target: torch.optim.Adam, params: {eps: 1.e-6}}"],
-            "optimizer", {"name": "adamw", "options": {"weight_decay": 0.0, "eps": 1e-6}},
-        ),
+        (["model.params.use_ema=true", "model.params.ema_decay_rate=0.99"],
+         "optimizer", {"ema_decay": 0.99}),
+        (["model.params.optimizer_config={target: torch.optim.Adam, params: {eps: 1.e-6}}"],
+         "optimizer", {"name": "adamw", "options": {"weight_decay": 0.0, "eps": 1e-6}}),
         (["model.params.compile_model=true"], "trainer", {"compile": True}),
         (["lightning.callbacks.sampling.steps=4"], "callbacks", {"sampling": {
             "sampler": "euler", "steps": 4, "scheduler": "sgm_uniform", "scale": 7.5}}),
@@ -169,12 +163,10 @@ def test_training_settings_of_an_engine_are_translated(
         ("model.params.loss_fn_config.target=sgm.x.OtherLoss", "loss_fn_config: unknown target"),
         ("model.params.input_key=png", "input_key: must be `jpg`"),
         ("model.params.sampler_config.params.s_chrun=1", "EulerEDMSampler `s_chrun`, did you"),
-        (
-            "model.params.optimizer_config.target=torch.optim.SGD",
-            "unknown target `torch.optim.SGD`",
-        ),
+        ("model.params.optimizer_config.target=torch.optim.SGD",
+         "unknown target `torch.optim.SGD`"),
     ],
-)
+)  # fmt: skip
 def test_unsupported_settings_are_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read_training(override)

@@ -43,14 +43,12 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
     [
         ({"train": {**TRAIN, "splits": "train"}}, "data.params.train: unknown key `splits`"),
         ({"train": {**SHARDS, "allow_commands": True}}, "unknown key `allow_commands`"),
-        (
-            {"train": {**TRAIN, "transform": {"name": "photo", "scale": [1, 1]}}},
-            "data.params.train.transform: unknown key `scale`.* choose one of name, size, crop",
-        ),
+        ({"train": {**TRAIN, "transform": {"name": "photo", "scale": [1, 1]}}},
+         "data.params.train.transform: unknown key `scale`.* choose one of name, size, crop"),
         ({"train": {**SHARDS, "shards": "pipe:true"}}, "a config may not run"),
         ({"train": {**TRAIN, "transform": {"name": "emojis"}}}, "did you mean `emoji`"),
     ],
-)
+)  # fmt: skip
 def test_wrong_data_sections_are_refused(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_batches(nn.Identity(), make_data(**params), 23)
