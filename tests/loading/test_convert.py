@@ -119,15 +119,15 @@ def test_weights_that_no_computation_uses_may_be_missing(tiny, state, text, tmp_
     tower, short = "cond_stage_model.model.", tmp_path / "short.ckpt"
     unused = ("transformer.resblocks.2.", "text_projection", "logit_scale")
     unused = tuple(tower + name for name in unused)
-    lean = {name: value for name, value in state.items() if not name.startswith(unused)}
-    assert len(lean) == len(state) - 14
-    torch.save({"state_dict": lean, "ldm.config": text}, short)
+    partial = {name: value for name, value in state.items() if not name.startswith(unused)}
+    assert len(partial) == len(state) - 14
+    torch.save({"state_dict": partial, "ldm.config": text}, short)
     models = ldm.load(short), ldm.load(tiny)
     assert torch.equal(*(m.condition({"txt": ["a red apple"]}).crossattn for m in models))
     run(short, tmp_path / "folder")
     assert ldm.load(tmp_path / "folder").provenance["prediction"]
-    del lean[tower + "transformer.resblocks.1.ln_1.weight"]
-    torch.save({"state_dict": lean, "ldm.config": text}, short)
+    del partial[tower + "transformer.resblocks.1.ln_1.weight"]
+    torch.save({"state_dict": partial, "ldm.config": text}, short)
     with pytest.raises(ValueError, match="1 missing, 0 unexpected"):
         ldm.load(short)
 
@@ -185,8 +185,8 @@ def test_ema_weights_are_copied_used_or_left_out(
     assert bool(file.ema_state) == keeps_ema
     if "--ema" in flags:  # also where the file has no raw weights
         file = read_checkpoint(with_ema)
-        lean = {k: v for k, v in file.state.items() if k not in unet}
-        ema = {"state_dict": lean | file.ema_state, **file.metadata}
+        partial = {k: v for k, v in file.state.items() if k not in unet}
+        ema = {"state_dict": partial | file.ema_state, **file.metadata}
         torch.save(ema, tmp_path / "ema.ckpt")
         run(tmp_path / "ema.ckpt", tmp_path / target, *flags, "--force")
         again = open_checkpoint(tmp_path / target).state
@@ -285,9 +285,9 @@ def test_another_autoencoder_replaces_that_of_the_model(tiny, state, text, tmp_p
     assert ldm.load(x).autoencoder is not None
     run(tiny, y, "--vae", x)
     assert are_equal(read_checkpoint(y).state, expected)
-    lean = {name: value for name, value in expected.items() if not name.startswith(VAE)}
-    torch.save({"state_dict": lean, "ldm.config": text}, tmp_path / "lean.ckpt")
-    run(tmp_path / "lean.ckpt", tmp_path / "z.ckpt", "--vae", x)
+    partial = {name: value for name, value in expected.items() if not name.startswith(VAE)}
+    torch.save({"state_dict": partial, "ldm.config": text}, tmp_path / "partial.ckpt")
+    run(tmp_path / "partial.ckpt", tmp_path / "z.ckpt", "--vae", x)
     assert are_equal(read_checkpoint(tmp_path / "z.ckpt").state, expected)
     run(x, tmp_path / "folder")
     alone = tmp_path / "folder/vae/diffusion_pytorch_model.safetensors"

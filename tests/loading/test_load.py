@@ -245,7 +245,7 @@ def test_the_config_says_whether_ema_weights_are_used(
 
 
 def test_shipped_configs_use_raw_weights():
-    """No config that is chosen by the tensors asks for EMA weights."""
+    """No config that is selected for a file asks for EMA weights."""
     for path in Path("configs").glob("s*/*.yaml"):
         assert not asks_for_ema(read_yaml(path)), path
 
@@ -480,9 +480,9 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     save_model(model, tmp_path / "whole.safetensors")
     again = ldm.load(tiny_yaml, tiny_file, vae=tmp_path / "whole.safetensors")
     assert has_weights(again, tiny_state | other)
-    lean = {name: value for name, value in tiny_state.items() if name not in other}
-    write_checkpoint(tmp_path / "lean.ckpt", lean)
-    assert has_weights(ldm.load(tiny_yaml, tmp_path / "lean.ckpt", vae=path), tiny_state | other)
+    partial = {name: value for name, value in tiny_state.items() if name not in other}
+    write_checkpoint(tmp_path / "partial.ckpt", partial)
+    assert has_weights(ldm.load(tiny_yaml, tmp_path / "partial.ckpt", vae=path), tiny_state | other)
     write_checkpoint(path, {"encoder.down.0.block.0.conv1.weight": torch.ones(3)})
     message = r"vae.ckpt` does not fit .*tiny.safetensors`: .* 1 mism"
     with pytest.raises(ValueError, match=message) as caught:

@@ -17,8 +17,8 @@ PREFIX = "depth_model.model."
 def files(tmp_path):
     """A depth model, whole and without its depth network."""
     state, config = make_content("depth")
-    lean = {name: value for name, value in state.items() if not name.startswith(PREFIX)}
-    for name, content in (("whole", state), ("lean", lean)):
+    partial = {name: value for name, value in state.items() if not name.startswith(PREFIX)}
+    for name, content in (("whole", state), ("partial", partial)):
         write_checkpoint(tmp_path / f"{name}.safetensors", content, {"ldm.config": config})
     return tmp_path
 
@@ -36,12 +36,12 @@ def check_network(path, factor=1.0, **options):
 
 def test_the_network_is_found_beside_the_checkpoint(files):
     torch.save(make_midas_state(), files / FILE)
-    check_network(files / "lean.safetensors")
+    check_network(files / "partial.safetensors")
 
 
 @pytest.mark.parametrize(
     ("old", "wrapped", "name"),
-    [(False, True, "lean"), pytest.param(True, False, "whole", marks=pytest.mark.slow)],
+    [(False, True, "partial"), pytest.param(True, False, "whole", marks=pytest.mark.slow)],
     ids=["zip", "legacy"],
 )
 def test_a_given_file_comes_before_the_checkpoint(files, old, wrapped, name):
@@ -53,17 +53,17 @@ def test_a_given_file_comes_before_the_checkpoint(files, old, wrapped, name):
 
 @pytest.mark.slow
 def test_the_network_is_read_from_another_depth_model(files):
-    check_network(files / "lean.safetensors", midas=files / "whole.safetensors")
+    check_network(files / "partial.safetensors", midas=files / "whole.safetensors")
 
 
 def test_without_a_network_two_lines_say_where_to_put_it(files):
     with pytest.raises(
         FileNotFoundError,
-        match=r"lean.safetensors` contains no depth network .*\nhint: put `dpt_hybrid.* beside it",
+        match=r"partial.safetensors` contains no depth network .*\nhint: put `dpt_hybrid.* beside",
     ):
-        ldm.load(files / "lean.safetensors")
+        ldm.load(files / "partial.safetensors")
     with pytest.raises(FileNotFoundError, match="absent"):
-        ldm.load(files / "lean.safetensors", midas="absent.pt")
+        ldm.load(files / "partial.safetensors", midas="absent.pt")
 
 
 LAYER = "scratch.layer1_rn.weight"
@@ -81,4 +81,4 @@ def test_files_of_other_networks_are_refused(files, names, change, message):
     content = {k: v for k, v in make_midas_state().items() if not re.fullmatch(names, k)} | change
     torch.save(content, files / "x.pt")
     with pytest.raises(ValueError, match=message):
-        ldm.load(files / "lean.safetensors", midas=files / "x.pt")
+        ldm.load(files / "partial.safetensors", midas=files / "x.pt")

@@ -180,7 +180,7 @@ COSXL = {"edm_vpred.sigma_max": torch.tensor(90.0)}
 
 
 @pytest.mark.parametrize(
-    ("config", "markers", "chosen"),
+    ("config", "markers", "detected"),
     [
         ("sd_xl_base", {}, "sd_xl_base"),
         ("sd_xl_base", V, "sd_xl_v"),
@@ -193,16 +193,16 @@ COSXL = {"edm_vpred.sigma_max": torch.tensor(90.0)}
         pytest.param("segmind-vega", {}, "segmind-vega", marks=SLOW),
     ],
 )
-def test_families_are_recognised(full, config, markers, chosen):
+def test_families_are_recognised(full, config, markers, detected):
     weights = identify_weights(make_checkpoint(full, config, **markers))
     source, raw = read_config(weights)
-    assert Path(source).stem == chosen
+    assert Path(source).stem == detected
     model = translate_config(raw)["params"]
     assert not weights.prediction_type.is_disputed
-    if chosen == "sd_xl_cosxl":
+    if detected == "sd_xl_cosxl":
         expected = {"sigma_min": 0.002, "sigma_max": 90.0, "log_time": True}
         assert model["schedule"]["params"] == expected
-    if chosen == "playground-v2.5":
+    if detected == "playground-v2.5":
         assert model["latent_mean"] == [1.0] * 4
 
 

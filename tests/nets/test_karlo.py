@@ -21,6 +21,7 @@ TINY_CLIP = {"embed_dim": 16, "text_cfg": TEXT, "vision_cfg": VISION}
 
 
 def load_recorded_prior():
+    """Return the golden file, its prior, and conditions: those of the prompts, then of none."""
     golden = load_golden("karlo_prior")
     options = golden.meta["config"]["model"]["hparams"]
     prior = Prior(**{k: v for k, v in options.items() if k not in Prior.IGNORED_PARAMS})

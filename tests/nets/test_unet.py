@@ -150,14 +150,11 @@ def test_pruned_sdxl_unets_are_built_from_their_depths():
 
 
 DIFFUSERS = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "cross_attention_dim": 24,
-    "norm_num_groups": 32,
+    "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
+    "cross_attention_dim": 24, "norm_num_groups": 32,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
+}  # fmt: skip
 SD1 = {"num_heads": 4, "num_head_channels": -1, "use_linear_in_transformer": False}
 
 

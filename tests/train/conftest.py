@@ -1,4 +1,4 @@
-"""Training without what is slow and tested elsewhere."""
+"""Training without plots and states, which are slow and tested elsewhere."""
 
 import sys
 

@@ -227,8 +227,10 @@ def test_shards_are_read_only_when_something_has_changed(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, cache, read = pack_photos(photos, tmp_path), tmp_path / "cache", []
-    raws = Shards.read_raw_samples
-    monkeypatch.setattr(Shards, "read_raw_samples", lambda shards: read.append(1) or raws(shards))
+    samples = Shards.read_raw_samples
+    monkeypatch.setattr(
+        Shards, "read_raw_samples", lambda shards: read.append(1) or samples(shards)
+    )
     model.conditioner.text.requires_grad_(False)
 
     def fill(**options: Any) -> tuple[int, int, int]:

@@ -53,7 +53,7 @@ def test_the_first_stage_equals_the_originals(
 ) -> None:
     golden = replace(
         golden, tensors=load_golden("get_input").tensors
-    )  # only there is what is decoded
+    )  # which alone has the decoded image
     model, expected = build_recorded_model(golden, "base_eps"), golden.outputs("base_first_stage")
     image = to_image("jpg", golden.inputs("base_first_stage")["jpg"])
     replay(golden.rng("base_first_stage"), monkeypatch)
