@@ -76,7 +76,7 @@ def get_error(capsys, *words):
     return error
 
 
-def same_model(ours, theirs):
+def have_equal_weights(ours, theirs):
     return are_equal(ours.state_dict(), theirs.state_dict())
 
 
@@ -97,8 +97,8 @@ def test_a_folder_loads_like_its_file_and_converts_back_to_it(tiny, state, folde
         run(folder, tmp_path / name)
         assert are_equal(read_checkpoint(tmp_path / name).state, state)
     ours, theirs = ldm.load(folder), ldm.load(tiny)
-    assert same_model(ours, theirs)
-    assert same_model(ldm.load(ckpt=folder), theirs)
+    assert have_equal_weights(ours, theirs)
+    assert have_equal_weights(ldm.load(ckpt=folder), theirs)
     assert ours.provenance["checkpoint"] == str(folder)
     with pytest.raises(ValueError, match="no EMA weights"):
         ldm.load(folder, ema=True)
@@ -208,7 +208,7 @@ def test_loras_are_merged_as_when_a_model_is_loaded(tiny, with_ema, tmp_path, ta
     messages = capsys.readouterr().err
     assert f"merged: {styles[0][0]} of weight 0.8, " in messages
     assert "model_ema.*" in messages
-    assert same_model(ldm.load(tmp_path / target), ldm.load(tiny, loras=styles))
+    assert have_equal_weights(ldm.load(tmp_path / target), ldm.load(tiny, loras=styles))
     if target == "merged.safetensors":
         run(tmp_path / target, tmp_path / "again.safetensors", *flags[:2])
         metadata = read_checkpoint(tmp_path / "again.safetensors").metadata
@@ -224,7 +224,7 @@ def test_a_lora_is_merged_into_both_text_encoders_of_sdxl(tmp_path):
     write_family("xl", xl)
     write_lora(make_random_lora(model := ldm.load(xl)), style, model)
     run(xl, merged, "--lora", style)
-    assert same_model(ldm.load(merged), ldm.load(xl, loras=[(style, 1.0)]))
+    assert have_equal_weights(ldm.load(merged), ldm.load(xl, loras=[(style, 1.0)]))
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_loras_are_merged_in_the_precision_that_is_written(tiny, tmp_path):
     write_lora(make_random_lora(model := ldm.load(tiny)), style, model)
     run(tiny, half, "--dtype", "float16")
     run(half, tmp_path / "x.ckpt", "--dtype", "float32", "--lora", style)
-    assert same_model(ldm.load(tmp_path / "x.ckpt"), ldm.load(half, loras=[(style, 1.0)]))
+    assert have_equal_weights(ldm.load(tmp_path / "x.ckpt"), ldm.load(half, loras=[(style, 1.0)]))
 
 
 def test_what_cannot_be_merged_as_a_lora_is_refused(tiny, state, tmp_path, capsys):

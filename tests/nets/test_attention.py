@@ -43,12 +43,12 @@ def make_qkv(n=12, m=7, heads=3, d=16, dtype=torch.float32, size=1.0, device="cp
 @pytest.mark.parametrize("backend", ["sdpa", "xformers"])
 @pytest.mark.parametrize("shape", [(12, 7, 3, 16), (1, 1, 1, 8), (64, 64, 1, 40)])
 def test_backends_and_their_gradients_equal_the_formula(shape, backend, fake_xformers):
-    def results(backend):
+    def compute(backend):
         inputs = [x.requires_grad_() for x in make_qkv(*shape, dtype=torch.float64)]
         out = attention(*inputs, backend=backend)
         return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
-    for ours, theirs in zip(results(backend), results("math"), strict=True):
+    for ours, theirs in zip(compute(backend), compute("math"), strict=True):
         assert (ours - theirs).abs().max() < 1e-13  # observed: 4e-15
 
 

@@ -36,7 +36,7 @@ def make_change(layer, tensors, alpha=ALPHA, strength=STRENGTH, **options):
     return build_change(Target(layer), Adapter(tensors, alpha, **options), strength)
 
 
-def tensors_by_role(names, *tensors):
+def name_tensors(names, *tensors):
     return {n: value for n, value in zip(names, tensors, strict=True) if value is not None}
 
 
@@ -69,7 +69,7 @@ def test_lora_and_loha_add_products(lycoris, layer):
         STRENGTH / 2 * (up.flatten(1) @ down.flatten(1)),
     )
     a1, b1, a2, b2 = *make_flat_factors(layer), *make_flat_factors(layer)
-    ours = make_change(layer, tensors_by_role(LOHA[:4], a1, b1, a2, b2)).compute_delta()
+    ours = make_change(layer, name_tensors(LOHA[:4], a1, b1, a2, b2)).compute_delta()
     assert_close(ours, lycoris.loha.diff_weight(b1, a1, b2, a2, None, None, gamma=STRENGTH / 2))
 
 
@@ -77,10 +77,10 @@ def test_lora_and_loha_add_tucker_forms_to_convolutions(lycoris):
     layer = nn.Conv2d(COLUMNS, ROWS, 3)
     mid, up, down = make_tucker()
     up, down = up.t()[:, :, None, None], down[:, :, None, None]
-    ours = make_change(layer, tensors_by_role(LOCON, up, down, mid)).compute_delta()
+    ours = make_change(layer, name_tensors(LOCON, up, down, mid)).compute_delta()
     assert_close(ours, lycoris.locon.diff_weight(down, up, mid, gamma=STRENGTH / 2))
     (t1, a1, b1), (t2, a2, b2) = make_tucker(), make_tucker()
-    ours = make_change(layer, tensors_by_role(LOHA, a1, b1, a2, b2, t1, t2)).compute_delta()
+    ours = make_change(layer, name_tensors(LOHA, a1, b1, a2, b2, t1, t2)).compute_delta()
     assert_close(ours, lycoris.loha.diff_weight(b1, a1, b2, a2, t1, t2, gamma=STRENGTH / 2))
 
 
@@ -95,7 +95,7 @@ def test_kronecker_products_are_scaled_only_if_a_factor_is_a_product(lycoris, la
         (w1, None, None, None, a2, shaped, None),
         (None, a1, b1, None, a2, shaped, None),
     ]:
-        ours = make_change(layer, tensors_by_role(LOKR, *tensors)).compute_delta()
+        ours = make_change(layer, name_tensors(LOKR, *tensors)).compute_delta()
         assert_close(ours, STRENGTH * lycoris.lokr.diff_weight(*tensors, gamma=ALPHA))
 
 
@@ -103,7 +103,7 @@ def test_kronecker_product_with_a_tucker_factor(lycoris):
     # The oracle takes the rank from the wrong axis of `lokr_w2_a`, which is as long here.
     t2, a2, b2 = make_tucker(rows=RANK, columns=COLUMNS // 4)
     tensors = (draw_normal(ROWS // RANK, 4), None, None, None, a2, b2, t2)
-    ours = make_change(nn.Conv2d(COLUMNS, ROWS, 3), tensors_by_role(LOKR, *tensors)).compute_delta()
+    ours = make_change(nn.Conv2d(COLUMNS, ROWS, 3), name_tensors(LOKR, *tensors)).compute_delta()
     assert_close(ours, lycoris.lokr.diff_weight(*tensors, gamma=ALPHA * STRENGTH))
 
 

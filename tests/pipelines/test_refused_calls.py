@@ -25,7 +25,7 @@ TASKS = {
 }
 
 
-def model(keys):
+def make_model(keys):
     model = LatentDiffusion.__new__(LatentDiffusion)
     model.conditioner = SimpleNamespace(keys=frozenset(keys))
     model.provenance = {}
@@ -37,7 +37,7 @@ def test_a_model_of_another_family_names_its_own_function(task):
     families, count = TASKS[task]
     for name in FAMILIES.keys() - families:
         with pytest.raises(WrongFamily) as caught:
-            getattr(pipelines, task)(model(FAMILIES[name].keys), *[None] * count)
+            getattr(pipelines, task)(make_model(FAMILIES[name].keys), *[None] * count)
         assert f"use `{FAMILIES[name].function}`" in str(caught.value)
 
 
@@ -49,9 +49,9 @@ def test_a_model_of_no_known_family_is_refused_with_its_conditions():
     with pytest.raises(
         WrongFamily, match="this model reads `smell`, `txt`, and no task provides that"
     ):
-        pipelines.txt2img(model({"txt", "smell"}), ["a"])
+        pipelines.txt2img(make_model({"txt", "smell"}), ["a"])
     with pytest.raises(WrongFamily, match="this model has no conditions: use `ldm.sample`"):
-        pipelines.txt2img(prompts=["a"], model=model(()))
+        pipelines.txt2img(prompts=["a"], model=make_model(()))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_model_of_no_known_family_is_refused_with_its_conditions():
 )
 def test_misspelt_and_inapplicable_keywords_are_refused_with_the_nearest(task, options, message):
     with pytest.raises(UnknownName, match=message):
-        getattr(pipelines, task)(model({"txt"}), *[None] * TASKS[task][1], **options)
+        getattr(pipelines, task)(make_model({"txt"}), *[None] * TASKS[task][1], **options)
 
 
 @pytest.mark.parametrize("loaded", [None, "sd_xl_base_1.0.safetensors"])

@@ -311,15 +311,15 @@ def test_given_sigmas_are_used(model):
 
 
 def test_the_last_level_is_skipped_where_a1111_does(model):
-    def levels(sampler, **options):
+    def get_levels(sampler, **options):
         return get_sigmas(model, Quirks(), {"sampler": sampler, "steps": 5, **options})
 
     longer = model.schedule.step_sigmas(6, "karras")
     skipped = torch.cat([longer[:-2], longer[-1:]])
-    assert torch.equal(levels("dpm2", scheduler="karras"), skipped)
+    assert torch.equal(get_levels("dpm2", scheduler="karras"), skipped)
     five = model.schedule.step_sigmas(5, "karras")
-    assert torch.equal(levels("dpmpp_2m", scheduler="karras"), five)
-    assert len(levels("dpm2_a", scheduler="uniform")) == 6
+    assert torch.equal(get_levels("dpmpp_2m", scheduler="karras"), five)
+    assert len(get_levels("dpm2_a", scheduler="uniform")) == 6
 
 
 def test_plms_is_right_for_v_prediction_unless_asked_to_be_legacy(model):

@@ -34,10 +34,10 @@ recorded = functools.cache(load_golden)
 
 
 @functools.cache
-def model(name: str) -> LatentDiffusion:
+def load_model(name: str) -> LatentDiffusion:
     """The base, the refiner, or `base_v`, which has the weights of the base."""
     if name == "base_v":
-        base_v = copy.copy(model("base"))
+        base_v = copy.copy(load_model("base"))
         base_v.parameterization = "v"
         return base_v
     with torch.random.fork_rng():  # the recorded runs have their model before the seed is set
@@ -103,7 +103,7 @@ def test_txt2img_equals_the_original(name: str) -> None:
         options["scheduler"] = "edm"
     torch.manual_seed(info["seed_before"])
     images = txt2img(
-        model(info["model"]),
+        load_model(info["model"]),
         [info["prompt"]] * info["num_samples"],
         size=(64, 128),
         legacy=DEMO | ({"ignore-negative"} if info["force_uc_zero_embeddings"] else set()),
@@ -118,7 +118,7 @@ def test_the_refiner_alone_equals_the_original() -> None:
     info = file.case("refiner_alone")["info"]
     torch.manual_seed(info["seed_before"])
     images = img2img(
-        model("refiner"), [info["prompt"]], BLACK, z=torch.zeros(1, 4, 8, 16), strength=1,
+        load_model("refiner"), [info["prompt"]], BLACK, z=torch.zeros(1, 4, 8, 16), strength=1,
         legacy={"noise", "nearest-sigma"}, callback=latents, **make_options(info),
     )  # fmt: skip
     assert_close(file, "refiner_alone", images, latents)
@@ -133,7 +133,7 @@ def test_turbo_equals_the_original() -> None:
         return torch.from_numpy(np.random.RandomState(next(seeds)).randn(*like.shape)).float()
 
     images = txt2img(
-        model("base"), [info["prompt"]], size=(64, 128), steps=2, sampler="euler_a", scale=1,
+        load_model("base"), [info["prompt"]], size=(64, 128), steps=2, sampler="euler_a", scale=1,
         scheduler="turbo", seeds=noise,
     )  # fmt: skip
     assert_images_close(images, file.outputs("turbo")["images_nhwc"])
@@ -152,7 +152,7 @@ def test_img2img_equals_the_original(name: str) -> None:
         options["x_T"] = noise + 0.1 * offset.reshape(-1, 1, 1, 1)
     torch.manual_seed(info["seed_before"])
     images = img2img(
-        model(info["model"]),
+        load_model(info["model"]),
         [info["prompt"]] * info["num_samples"],
         file.select("shared/")["image"],
         strength=info["strength"],
@@ -171,16 +171,17 @@ def test_a_refiner_continues_at_the_same_noise_level(name: str) -> None:
     file, latents = recorded("sdxl_e2e_refine"), LatentRecorder()
     info = file.case(name)["info"]
     options = {
-        **make_options(info), "refiner": model("refiner"), "refiner_strength": info["strength"],
-        "legacy": DEMO | {"ignore-negative", "refiner-empty-negative"}, "callback": latents,
+        **make_options(info), "refiner": load_model("refiner"),
+        "refiner_strength": info["strength"], "callback": latents,
+        "legacy": DEMO | {"ignore-negative", "refiner-empty-negative"},
     }  # fmt: skip
     prompts = [info["prompt"]] * info["num_samples"]
     torch.manual_seed(info["seed_before"])
     if info["img2img_strength"] is None:
-        images = txt2img(model("base"), prompts, size=(64, 128), **options)
+        images = txt2img(load_model("base"), prompts, size=(64, 128), **options)
     else:
         image, strength = file.select("shared/")["image"], info["img2img_strength"]
-        images = img2img(model("base"), prompts, image, strength=strength, **options)
+        images = img2img(load_model("base"), prompts, image, strength=strength, **options)
     assert_close(file, name, images, latents)
     base_steps = len(file.outputs(name)["sigmas_base"]) - 1
     assert_latents_close(latents.xs[base_steps - 1], file.outputs(name)["z_base"])
@@ -201,7 +202,7 @@ def make_conditions(model: LatentDiffusion, prompt: str) -> tuple[Cond, Cond]:
 def test_base_and_refiner_may_sample_differently(name: str) -> None:
     """The original takes x of the base for x at the refiner's first level, whatever that is."""
     file = recorded("sdxl_e2e_refine")
-    info, base, refiner = file.case(name)["info"], model("base"), model("refiner")
+    info, base, refiner = file.case(name)["info"], load_model("base"), load_model("refiner")
     draws = iter(file.rng(name))
     sigmas = base.schedule.step_sigmas(info["steps"], "sgm_uniform")
     end = len(file.outputs(name)["sigmas_base"]) - 1
@@ -226,7 +227,7 @@ def test_a_refiner_after_a_finished_base_is_img2img() -> None:
     file, base, latents = recorded("sdxl_e2e_refine"), LatentRecorder(), LatentRecorder()
     info = file.case("renoise_euler")["info"]
     options = {**make_options(info), "legacy": DEMO}
-    models = model("base"), model("refiner")
+    models = load_model("base"), load_model("refiner")
     torch.manual_seed(info["seed_before"])
     txt2img(models[0], [info["prompt"]], size=(64, 128), callback=base, **options)
     images = img2img(
@@ -238,7 +239,7 @@ def test_a_refiner_after_a_finished_base_is_img2img() -> None:
 
 def test_the_refiner_of_the_api_starts_from_full_noise() -> None:
     file, latents = recorded("sdxl_e2e_refine"), LatentRecorder()
-    info, refiner = file.case("api_refiner")["info"], model("refiner")
+    info, refiner = file.case("api_refiner")["info"], load_model("refiner")
     torch.manual_seed(info["seed_before"])
     images = img2img(
         refiner, [file.case("finish_euler")["info"]["prompt"]], BLACK,
@@ -252,8 +253,8 @@ def test_the_refiner_of_the_api_starts_from_full_noise() -> None:
 def test_safe_latent_diffusion_continues_its_warmup_in_the_refiner() -> None:
     def run(sld: list[float] | None) -> Tensor:
         return txt2img(
-            model("base"), ["a cat"], refiner=model("refiner"), refiner_strength=0.5, steps=4,
-            scale=5.0, seeds=1, sampler="euler", size=(64, 64), sld=sld,
+            load_model("base"), ["a cat"], refiner=load_model("refiner"), refiner_strength=0.5,
+            steps=4, scale=5.0, seeds=1, sampler="euler", size=(64, 64), sld=sld,
         )  # fmt: skip
 
     plain = run(None)

@@ -21,17 +21,17 @@ from pipelines.test_sdxl_goldens import (
     LatentRecorder,
     assert_images_close,
     assert_latents_close,
-    model,
+    load_model,
     recorded,
 )
 
 
 @functools.cache
-def inpainting_model() -> LatentDiffusion:
+def build_inpainting_model() -> LatentDiffusion:
     return build_recorded_model(recorded("sdxl_inpaint"), "inpaint9")
 
 
-def image_and_mask() -> tuple[Tensor, Tensor]:
+def load_image_and_mask() -> tuple[Tensor, Tensor]:
     shared = recorded("sdxl_inpaint").select("shared/")
     return to_tensor(Image.fromarray(shared["image"].numpy())), shared["mask"][None, None] / 255
 
@@ -68,10 +68,10 @@ def assert_close(name: str, images: Tensor, latents: LatentRecorder) -> None:
     ],
 )
 def test_nine_channels_equal_diffusers(name: str, strength: float, order: tuple[int, ...]) -> None:
-    image, mask = image_and_mask()
+    image, mask = load_image_and_mask()
     latents = LatentRecorder()
     images = inpaint(
-        inpainting_model(), image=image, mask=mask, strength=strength, composite=False,
+        build_inpainting_model(), image=image, mask=mask, strength=strength, composite=False,
         callback=latents, **make_options(name, order),
     )  # fmt: skip
     assert_close(name, images, latents)
@@ -79,12 +79,12 @@ def test_nine_channels_equal_diffusers(name: str, strength: float, order: tuple[
 
 def test_four_channels_keep_what_is_outside_the_mask() -> None:
     """diffusers takes the mask at one pixel in 8 x 8, we wherever it touches them."""
-    image, mask = image_and_mask()
+    image, mask = load_image_and_mask()
     latents = LatentRecorder()
     small = F.interpolate((mask >= 0.5).float(), size=(8, 12))
     mask = small.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     images = inpaint(
-        model("base"), image=image, mask=mask, strength=4 / 6, callback=latents,
+        load_model("base"), image=image, mask=mask, strength=4 / 6, callback=latents,
         **make_options("blend4_s08", (0, 1)),
     )  # fmt: skip
     expected = recorded("sdxl_inpaint").outputs("blend4_s08")["z"]
@@ -96,7 +96,7 @@ def test_four_channels_keep_what_is_outside_the_mask() -> None:
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_refiner_of_nine_channels_keeps_what_is_outside_the_mask(strength: float) -> None:
-    base, refiner, draws, inputs = inpainting_model(), model("refiner"), [], []
+    base, refiner, draws, inputs = build_inpainting_model(), load_model("refiner"), [], []
 
     def noise(like: Tensor) -> Tensor:
         draws.append(torch.randn(like.shape, generator=torch.Generator().manual_seed(len(draws))))
@@ -130,14 +130,14 @@ SIZES = {
     ("name", "options"), [("txt2img_leading", {}), ("txt2img_sizes_negative", SIZES)]
 )
 def test_txt2img_equals_diffusers(name: str, options: dict) -> None:
-    base, latents = model("base"), LatentRecorder()
+    base, latents = load_model("base"), LatentRecorder()
     images = txt2img(base, size=(64, 96), callback=latents, **make_options(name, (0,)), **options)
     assert_close(name, images, latents)
 
 
 def test_txt2img_with_rescaled_guidance_and_clip_skip_equals_diffusers(monkeypatch) -> None:
     latents, name = LatentRecorder(), "txt2img_clip_skip_rescale"
-    base = model("base")
+    base = load_model("base")
     monkeypatch.setattr(base.conditioner.text, "blocks_run", 10)
     monkeypatch.setattr(OpenCLIPText, "num_blocks", 2)
     images = txt2img(base, size=(64, 96), rescale=0.7, callback=latents, **make_options(name, (0,)))
@@ -149,16 +149,16 @@ def test_a_refiner_begins_where_diffusers_ends_the_base(monkeypatch) -> None:
     monkeypatch.setattr("ldm.pipelines.sdxl.REFINER_MULTIPLE", 32)
     latents, name = LatentRecorder(), "txt2img_denoising_end"
     txt2img(
-        model("base"), original_size=(64, 96), target_size=(64, 96),
-        refiner=model("refiner"), refiner_start=0.7, callback=latents, **make_options(name, (0,)),
+        load_model("base"), original_size=(64, 96), target_size=(64, 96), callback=latents,
+        refiner=load_model("refiner"), refiner_start=0.7, **make_options(name, (0,)),
     )  # fmt: skip
     assert len(latents.xs) == 10
     assert_latents_close(latents.xs[6], recorded("sdxl_inpaint").outputs(name)["z"])
 
 
 def test_img2img_equals_diffusers() -> None:
-    image, _ = image_and_mask()
+    image, _ = load_image_and_mask()
     latents = LatentRecorder()
     options = make_options("img2img_s03", (0, 1))
-    images = img2img(model("base"), image=image, strength=0.3, callback=latents, **options)
+    images = img2img(load_model("base"), image=image, strength=0.3, callback=latents, **options)
     assert_close("img2img_s03", images, latents)

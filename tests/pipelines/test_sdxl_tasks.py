@@ -18,7 +18,7 @@ IMAGE = torch.zeros(1, 3, 64, 64)
 
 
 @functools.cache
-def model(family: str) -> LatentDiffusion:
+def build_model(family: str) -> LatentDiffusion:
     """A model without weights, which cannot run."""
     built: LatentDiffusion = build_on_meta(tinyfamilies.make_small_config(family))
     built.provenance["checkpoint"] = f"{family}.safetensors"
@@ -44,38 +44,38 @@ def model(family: str) -> LatentDiffusion:
 )  # fmt: skip
 def test_options_that_do_not_fit_are_refused_in_one_line(family, options, message):
     if "refiner" in options:
-        options = options | {"refiner": model(options["refiner"])}
+        options = options | {"refiner": build_model(options["refiner"])}
     with pytest.raises(ArgumentError) as caught:
-        txt2img(model(family), ["a"], **options)
+        txt2img(build_model(family), ["a"], **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_refiner_alone_is_for_img2img():
     with pytest.raises(WrongFamily, match="`xl-refiner.safetensors` is the refiner .* `img2img`"):
-        txt2img(model("xl-refiner"), ["a"])
+        txt2img(build_model("xl-refiner"), ["a"])
     with pytest.raises(WrongFamily, match="pass it as `refiner` with a base model"):
-        inpaint(model("xl-refiner"), ["a"], IMAGE, IMAGE[:, :1])
+        inpaint(build_model("xl-refiner"), ["a"], IMAGE, IMAGE[:, :1])
     with pytest.raises(ArgumentError, match="prompt_2 needs a second text encoder"):
-        img2img(model("xl-refiner"), ["a"], IMAGE, prompt_2=["b"])
+        img2img(build_model("xl-refiner"), ["a"], IMAGE, prompt_2=["b"])
     warns = pytest.warns(UserWarning, match="`xl-refiner.safetensors` does not read target_size")
     with warns, pytest.raises(ArgumentError, match="syntax"):  # which is checked later
-        img2img(model("xl-refiner"), ["a"], IMAGE, target_size=(64, 64), syntax="none")
+        img2img(build_model("xl-refiner"), ["a"], IMAGE, target_size=(64, 64), syntax="none")
 
 
 def test_sizes_follow_the_image_and_negative_ones_the_positive():
     options = {"crop": (8, 16), "negative_target_size": (512, 640)}
-    positive, negative = get_micro_conditions(model("xl"), options, (64, 128), Quirks())
+    positive, negative = get_micro_conditions(build_model("xl"), options, (64, 128), Quirks())
     assert positive == {
         "original_size_as_tuple": (64, 128),
         "crop_coords_top_left": (8, 16),
         "target_size_as_tuple": (64, 128),
     }
     assert negative == positive | {"target_size_as_tuple": (512, 640)}
-    positive, negative = get_micro_conditions(model("xl-refiner"), {}, (64, 128), Quirks())
+    positive, negative = get_micro_conditions(build_model("xl-refiner"), {}, (64, 128), Quirks())
     assert (positive["aesthetic_score"], negative["aesthetic_score"]) == ((6.0,), (2.5,))
     legacy = Quirks(frozenset({"api-scores"}))
-    positive, negative = get_micro_conditions(model("xl-refiner"), {}, (64, 128), legacy)
+    positive, negative = get_micro_conditions(build_model("xl-refiner"), {}, (64, 128), legacy)
     assert (positive["aesthetic_score"], negative["aesthetic_score"]) == ((5.0,), (5.0,))
 
 
@@ -90,7 +90,7 @@ def test_sizes_follow_the_image_and_negative_ones_the_positive():
     ],
 )
 def test_the_handover_is_at_a_step(handover, legacy, index):
-    schedule = model("xl").schedule
+    schedule = build_model("xl").schedule
     sigmas = schedule.step_sigmas(50, "sgm_uniform")
     assert handover.find_index(schedule, sigmas, Quirks(frozenset(legacy))) == index
 
@@ -98,7 +98,7 @@ def test_the_handover_is_at_a_step(handover, legacy, index):
 def test_an_unusual_size_is_logged(caplog):
     caplog.set_level(logging.INFO, logger="ldm")
     for size in ((512, 512), (768, 1280)):
-        check_size(model("xl"), size, {})
+        check_size(build_model("xl"), size, {})
     assert "512x512 (height x width) is far from the sizes" in caplog.text
     assert "nearest is 1024x1024" in caplog.text
     assert "768x1280" not in caplog.text

@@ -145,13 +145,13 @@ x (a:1.3) y a,b++ c++
 def test_compel_parses_to_the_same_pieces(text):
     parser = import_compel_module("prompt_parser")
 
-    def pieces(flat):
+    def list_pieces(flat):
         return [(fragment.text, round(fragment.weight, 9)) for fragment in flat.children]
 
     theirs, parsed = [], parser.PromptParser().parse_conjunction(text)
     for part, weight in zip(parsed.prompts, parsed.weights, strict=True):
-        mix = [(1.0, pieces(part))] if not isinstance(part, parser.Blend) else [
-            (weight / (sum(part.weights) if part.normalize_weights else 1), pieces(flat))
+        mix = [(1.0, list_pieces(part))] if not isinstance(part, parser.Blend) else [
+            (weight / (sum(part.weights) if part.normalize_weights else 1), list_pieces(flat))
             for weight, flat in zip(part.weights, part.prompts, strict=True)
         ]  # fmt: skip
         theirs.append((weight, mix))

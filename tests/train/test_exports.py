@@ -66,7 +66,7 @@ def test_grids_show_both_weights_at_fixed_prompts(run: Run) -> None:
 def test_the_best_exports_are_kept(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def remaining(**options: Any) -> list[str]:
+    def list_remaining(**options: Any) -> list[str]:
         """The files after five validations, by the losses in their names."""
         here = replace(change_callbacks(run, export=["safetensors"], **options), folder=tmp_path)
         for step, loss in enumerate((0.5, 0.3, 0.4, math.nan, 0.1)):
@@ -76,12 +76,12 @@ def test_the_best_exports_are_kept(
         shutil.rmtree(here.checkpoints, ignore_errors=True)
         return [name.removesuffix(".safetensors") for name in names]
 
-    assert remaining(save_top_k=0) == []
-    assert remaining(save_top_k=2) == ["0.300000", "0.100000"]
-    assert len(remaining(save_top_k=-1)) == 4
-    assert remaining(save_top_k=1, monitor="val/loss") == ["0.500000"]
+    assert list_remaining(save_top_k=0) == []
+    assert list_remaining(save_top_k=2) == ["0.300000", "0.100000"]
+    assert len(list_remaining(save_top_k=-1)) == 4
+    assert list_remaining(save_top_k=1, monitor="val/loss") == ["0.500000"]
     with pytest.raises(ValueError, match="`val/psnr` should be one of val/loss, val/loss_ema"):
-        remaining(save_top_k=1, monitor="val/psnr")
+        list_remaining(save_top_k=1, monitor="val/psnr")
 
 
 def test_an_export_of_a_step_is_named_by_it(run: Run) -> None:
