@@ -222,7 +222,10 @@ def check_name(
 ) -> None:
     """Raise UnknownName for a name that is not in a list; for arguments see `unknown_name`."""
     if name not in allowed:
-        raise unknown_name(kind, name, map(str, allowed), where, argument)
+        names = [str(allowed_name) for allowed_name in allowed]
+        if isinstance(allowed, set | frozenset):
+            names.sort()  # sets have another order in each process
+        raise unknown_name(kind, name, names, where, argument)
 
 
 def check_names(
