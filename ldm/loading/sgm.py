@@ -74,6 +74,10 @@ def translate_engine(
     if params.get("network_wrapper") not in (None, UNET_WRAPPER):
         message = f"`network_wrapper: {params['network_wrapper']}` is not supported"
         raise ConfigError(f"{where}: {message}")
+    upcast_autoencoder = params.get("disable_first_stage_autocast", False)
+    if not isinstance(upcast_autoencoder, bool):
+        message = f"disable_first_stage_autocast must be true or false, got {upcast_autoencoder!r}"
+        raise ConfigError(f"{where}: {message}")
     unet = translate(params["network_config"], where=f"{where}.network_config")
     unet["params"] = {"legacy": False} | unet["params"]
     conditioner = _translate_conditioner(params, f"{where}.conditioner_config", translate)
@@ -90,7 +94,7 @@ def translate_engine(
         "conditioner": conditioner,
         **_translate_denoiser(params, f"{where}.denoiser_config"),
         "scale_factor": params.get("scale_factor", 1.0),
-        "upcast_autoencoder": params.get("disable_first_stage_autocast", False),
+        "upcast_autoencoder": upcast_autoencoder,
         "image_size": params.get("image_size", SDXL_IMAGE_SIZE if has_sizes else IMAGE_SIZE),
     }
     for key in ("latent_mean", "latent_std"):

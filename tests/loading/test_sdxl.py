@@ -121,6 +121,7 @@ def test_training_parameters_are_skipped():
     [
         ("scale", 1.0, UnknownName, "did you mean `scale_factor`"),
         ("network_wrapper", "sgm.x.IdentityWrapper", ConfigError, "network_wrapper"),
+        ("disable_first_stage_autocast", "x", ConfigError, "autocast must be true or false, got"),
         ("denoiser_config", {"target": "x.Denoiser", "params": {"flip": 1}}, UnknownName, "flip"),
         ("denoiser_config", {"target": "x.DiscreteDenoiser", "params": {"n": 1}}, UnknownName,
          "`n`, choose one of discretization_config, do_append_zero, flip, num_idx, quantize_c_n"),
