@@ -14,19 +14,19 @@ from ldm.compat.diffusion_util import (
     noise_like as noise_like,
 )
 from ldm.compat.sampling import (
+    BaseDDIMSampler,
     Condition,
     ScoreCorrector,
     StepOutput,
-    TableSampler,
     apply_with_guidance,
     correct_score,
 )
 
 
-class DDIMSampler(TableSampler):
+class DDIMSampler(BaseDDIMSampler):
     """DDIM, with the arguments and the order of random draws of the original."""
 
-    ddim_sampling = TableSampler.run_steps
+    ddim_sampling = BaseDDIMSampler.run_steps
 
     def sample_loop(self, cond: Condition, shape: Sequence[int], **options: Any) -> Any:
         return self.ddim_sampling(cond, shape, **options)
@@ -67,7 +67,9 @@ class DDIMSampler(TableSampler):
         e_t = self.model.predict_eps_from_z_and_v(x, t, output) if predicts_v else output
         if score_corrector is not None:
             e_t = correct_score(self.model, score_corrector, e_t, x, t, c, corrector_kwargs)
-        a_t, a_prev, sigma_t, sqrt_one_minus_at = self.read_tables(index, x, use_original_steps)
+        a_t, a_prev, sigma_t, sqrt_one_minus_at = self.get_step_coefficients(
+            index, x, use_original_steps
+        )
         if predicts_v:
             pred_x0 = self.model.predict_start_from_z_and_v(x, t, output)
         else:

@@ -12,16 +12,16 @@ from ldm.compat.diffusion_util import (
     noise_like as noise_like,
 )
 from ldm.compat.sampling import (
+    BaseDDIMSampler,
     Condition,
     ScoreCorrector,
     StepOutput,
-    TableSampler,
     apply_with_guidance,
     correct_score,
 )
 from ldm.compat.sampling_util import norm_thresholding
 
-# Number of steps -> Adams–Bashforth coefficients of their predicted noise, newest first
+# Order -> Adams–Bashforth coefficients of predicted noise, newest first
 ADAMS_BASHFORTH = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -29,11 +29,11 @@ ADAMS_BASHFORTH = {
 }
 
 
-class PLMSSampler(TableSampler):
+class PLMSSampler(BaseDDIMSampler):
     """PLMS; as in the original, the output of the model is used as eps, even if it predicts v."""
 
     supports_eta = False
-    plms_sampling = TableSampler.run_steps
+    plms_sampling = BaseDDIMSampler.run_steps
 
     def sample_loop(
         self, cond: Condition, shape: Sequence[int], *, ucg_schedule: object = None, **options: Any
@@ -87,8 +87,10 @@ class PLMSSampler(TableSampler):
                 e_t = correct_score(self.model, score_corrector, e_t, x, t, c, corrector_kwargs)
             return e_t
 
-        def step(e_t: Tensor) -> StepOutput:
-            a_t, a_prev, sigma_t, sqrt_one_minus_at = self.read_tables(index, x, use_original_steps)
+        def get_x_prev_and_pred_x0(e_t: Tensor) -> StepOutput:
+            a_t, a_prev, sigma_t, sqrt_one_minus_at = self.get_step_coefficients(
+                index, x, use_original_steps
+            )
             pred_x0 = (x - sqrt_one_minus_at * e_t) / a_t.sqrt()
             if quantize_denoised:
                 pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
@@ -103,13 +105,13 @@ class PLMSSampler(TableSampler):
             if t_next is None:
                 raise TypeError("the first step needs t_next")
             # Heun's method, as there is no history yet: two evaluations, and two draws of noise.
-            x_next, _ = step(e_t)
-            e_t_prime = (e_t + predict_noise(x_next, t_next)) / 2
+            x_prev, _ = get_x_prev_and_pred_x0(e_t)
+            e_t_prime = (e_t + predict_noise(x_prev, t_next)) / 2
         else:
             eps_history = [e_t, *reversed(old_eps)][:4]
             weights = ADAMS_BASHFORTH[len(eps_history)]
             e_t_prime = sum(
                 (w * e for w, e in zip(weights, eps_history, strict=True)), torch.zeros_like(e_t)
             )
-        x_prev, pred_x0 = step(e_t_prime)
+        x_prev, pred_x0 = get_x_prev_and_pred_x0(e_t_prime)
         return x_prev, pred_x0, e_t

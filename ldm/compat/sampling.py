@@ -164,8 +164,8 @@ class Sampler:
         )
 
 
-class TableSampler(Sampler):
-    """Base class of DDIM and PLMS, which read tables at some timesteps of the model.
+class BaseDDIMSampler(Sampler):
+    """Base class of DDIM and PLMS, which step through `ddim_timesteps` of the model.
 
     Attributes:
         ddim_timesteps: Timesteps of a run, int64, ascending.
@@ -345,10 +345,10 @@ class TableSampler(Sampler):
         count = len(self.ddim_timesteps)
         return self.ddim_timesteps[: int(min(timesteps / count, 1) * count) - 1]
 
-    def read_tables(
+    def get_step_coefficients(
         self, index: int, x: Tensor, use_original_steps: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ᾱ, ᾱ before, sigma of the added noise, and √(1 - ᾱ), (B, 1, 1, 1) each for x."""
+        """Return ᾱ, the next ᾱ, sigma of the added noise, and √(1 - ᾱ), each (B, 1, 1, 1) for x."""
         if use_original_steps:
             tables: tuple[Tensor | np.ndarray, ...] = (
                 self.model.alphas_cumprod,

@@ -1,4 +1,4 @@
-"""`ldm.modules.diffusionmodules.upscaling` of the original: noise-augmented conditions."""
+"""`ldm.modules.diffusionmodules.upscaling` of the original: noise augmentation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -48,11 +48,11 @@ class AbstractLowScaleModel(nn.Module):
     def q_sample(
         self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, seed: int | None = None
     ) -> Tensor:
-        """Add noise of levels t (B,) to x_start (B, …).
+        """Add noise of timesteps t (B,) to x_start (B, …).
 
         Args:
             noise: None draws it from torch's global generator.
-            seed: Seed that the generator is set to before; None = not set.
+            seed: Seeds that generator before noise is drawn; None = it is not seeded.
         """
         if noise is None:
             if seed is not None:

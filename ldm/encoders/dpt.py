@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.nets.blocks import Conv2d, Linear
 from ldm.runtime.errors import ArgumentError
 
-SIZE_MULTIPLE = 32  # pixels of the image per pixel of the coarsest feature map
+SIZE_MULTIPLE = 32  # stride of the coarsest feature map, in pixels of the image
 HEAD_CHANNELS = 32  # before the last convolution
 
 
@@ -77,8 +77,8 @@ class DPT(nn.Module):
         for i, features in reversed(list(enumerate(self._compute_feature_maps(x), start=1))):
             level = self.scratch[f"layer{i}_rn"](features)  # (B, F, h_i, w_i)
             fused = self.scratch[f"refinenet{i}"](level, fused)  # (B, F, 2 h_i, 2 w_i)
-        depth: Tensor = self.scratch["output_conv"](fused)  # (B, 1, H, W)
-        return depth
+        inverse_depth: Tensor = self.scratch["output_conv"](fused)  # (B, 1, H, W)
+        return inverse_depth
 
     def _compute_feature_maps(self, x: Tensor) -> list[Tensor]:
         """Compute feature maps at 1/4, 1/8, 1/16 and 1/32 of the image's size."""

@@ -9,7 +9,7 @@ from ldm.evaluation.extractors import RESIZE_MODES, CLIPJudge, InceptionExtracto
 from ldm.loading.addons.clip import check_clip, get_clip_name, load_clip
 from ldm.loading.addons.inception import load_inception
 from ldm.loading.files.checkpoint import compute_short_hash
-from ldm.loading.published import find_checkpoint, find_on_disk, read_published_files
+from ldm.loading.published import find_on_disk, read_published_files, resolve_checkpoint
 from ldm.runtime.errors import check_name
 from ldm.runtime.hashes import get_sha256
 
@@ -59,4 +59,4 @@ def load_judge(path: Path, device: torch.device) -> CLIPJudge:
 
 
 def _find_weights(file: str | Path | None, name: str) -> Path | None:
-    return find_on_disk(read_published_files()[name]) if file is None else find_checkpoint(file)
+    return find_on_disk(read_published_files()[name]) if file is None else resolve_checkpoint(file)

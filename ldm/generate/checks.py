@@ -26,7 +26,7 @@ from ldm.loading.find_variant import (
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.model_config import find_schedule_without_weights
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, SIZE_KEYS, find_family, quote_name, wrong_family
@@ -127,7 +127,7 @@ def _find_ckpt(request: Request) -> Path | None:
     """Find the checkpoint of a request, which may be the demo model; None = only a config."""
     model = request.model
     if model.ckpt is not None:
-        return find_checkpoint(model.ckpt, file_variant=select_file_variant(model.variant))
+        return resolve_checkpoint(model.ckpt, file_variant=select_file_variant(model.variant))
     if model.config is not None:
         return None
     return find_file(request.task.demo_model or DEMO_CHECKPOINT)

@@ -14,7 +14,7 @@ from ldm.generate.request import Request
 from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
 from ldm.loading.find_variant import select_file_variant
 from ldm.loading.load import load as load_from_files
-from ldm.loading.published import find_checkpoint, identify_hash
+from ldm.loading.published import find_by_sha256, resolve_checkpoint
 from ldm.loading.weights import list_weight_files
 from ldm.model import LatentDiffusion
 from ldm.nets.attention import set_backend
@@ -73,7 +73,7 @@ def load_models(
     refiner = find_existing_checkpoint(request.sdxl.refiner, "refiner")
     upscaler = find_existing_checkpoint(request.upscaling.upscaler, "upscaler")
     for path in filter(None, (ckpt, refiner, upscaler)):
-        if published := identify_hash(find_cached_sha256(path)):
+        if published := find_by_sha256(find_cached_sha256(path)):
             log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
     check_files(request, ckpt, refiner, upscaler)
     if request.uses_demo_model:
@@ -155,7 +155,7 @@ def find_existing_checkpoint(
     if name is None:
         return None
     with errors_about(argument):
-        path = find_checkpoint(name, file_variant=select_file_variant(variant))
+        path = resolve_checkpoint(name, file_variant=select_file_variant(variant))
     if not path.exists():
         raise MissingFile(f"no checkpoint `{path}`", argument)
     return path

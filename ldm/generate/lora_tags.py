@@ -8,7 +8,7 @@ from ldm.generate.groups import ModelOptions
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.loading.hub import HUB_PREFIX
 from ldm.loading.load import DEMO_CHECKPOINT
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.files import find_file, list_files
 
@@ -95,7 +95,7 @@ def _find_checkpoint_folders(options: ModelOptions) -> list[Path]:
     if options.ckpt is not None and options.ckpt.startswith(HUB_PREFIX):
         return []  # it is in the hub's cache, which has no LoRA folders, or not downloaded yet
     if options.ckpt is not None:
-        path = find_checkpoint(options.ckpt, download=False)
+        path = resolve_checkpoint(options.ckpt, download=False)
     elif options.config is None:
         path = find_file(DEMO_CHECKPOINT)
     else:

@@ -22,7 +22,7 @@ from ldm.imaging.metadata import hash_pixels
 from ldm.imaging.rgbd import split_depth
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.load import DEMO_CHECKPOINT
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.pipelines.sampling_options import Callback
 from ldm.runtime.device import pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
@@ -306,7 +306,7 @@ def _find_recorded_checkpoint(info: JsonMapping, request: Request) -> str | None
         return None
     ckpt = request.model.ckpt
     # Never download a file only because an image names it.
-    if ckpt is not None and (path := find_checkpoint(ckpt, download=False)).exists():
+    if ckpt is not None and (path := resolve_checkpoint(ckpt, download=False)).exists():
         return str(path)
     try:
         return str(find_file(Path("checkpoints") / name))

@@ -8,7 +8,7 @@ import re
 
 from ldm.loading.families import Family
 from ldm.loading.files.checkpoint import Checkpoint
-from ldm.loading.published import identify_hash
+from ldm.loading.published import find_by_sha256
 from ldm.runtime.hashes import find_cached_sha256
 
 __all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale_factor", "works_in_float16"]
@@ -50,6 +50,6 @@ def works_in_float16(file: Checkpoint) -> bool:
     """Return whether SDXL's autoencoder in a file works in float16, by config, hash or name."""
     if UPCAST_KEY in file.metadata:
         return file.metadata[UPCAST_KEY] == "false"
-    published = identify_hash(find_cached_sha256(file.path))
+    published = find_by_sha256(find_cached_sha256(file.path))
     is_fixed = published is not None and published.name == FIXED_VAE
     return is_fixed or FIXED_VAE_PATTERN.search(file.path.stem.lower()) is not None

@@ -44,7 +44,7 @@ from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_sta
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.model_config import probe_weights, read_config
-from ldm.loading.modelspec import MERGED_FROM_KEY, describe_model, filter_metadata
+from ldm.loading.modelspec import MERGED_FROM_KEY, filter_metadata, make_modelspec
 from ldm.loading.replace_parts import check_upscaler, extract_autoencoder, extract_text_encoder
 from ldm.loading.sgm import DIFFUSION_ENGINE
 from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
@@ -194,8 +194,8 @@ def plan_conversion(
         if is_file:
             load_clip_statistics(model.conditioner, file.path, clip_stats)
             file.state.update(get_clip_statistics(model.conditioner))
-    source_metadata = filter_metadata(file.metadata, same_weights=not loras)
-    metadata = describe_model(model, target.stem, metadata={**source_metadata, **metadata})
+    source_metadata = filter_metadata(file.metadata, keep_author_fields=not loras)
+    metadata = make_modelspec(model, target.stem, metadata={**source_metadata, **metadata})
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
     texts: JsonObject = {}
     if suffix == K_DIFFUSION_SUFFIX:

@@ -16,7 +16,7 @@ from ldm.loading.find_variant import find_variant
 from ldm.loading.matching import translate_names
 from ldm.loading.model_config import asks_for_ema, probe_weights, read_config
 from ldm.loading.modelspec import MODELSPEC_PREFIX
-from ldm.loading.published import find_checkpoint, identify_hash, read_published_files
+from ldm.loading.published import find_by_sha256, read_published_files, resolve_checkpoint
 from ldm.loading.replace_parts import UPSCALER_PARTS
 from ldm.loading.weight_names import has_prefix, has_sgm_names, select_prefix, to_original_name
 from ldm.loading.weights import (
@@ -174,7 +174,7 @@ def inspect_checkpoint(
         probe: Whether to run the UNet once (which reads its weights) if the prediction type is
             uncertain.
     """
-    path = find_checkpoint(path)
+    path = resolve_checkpoint(path)
     if path.is_dir():
         message = f"`{path}` is a folder: give a file of weights in it, or convert it to one file"
         raise ArgumentError(f"{message} first")
@@ -186,7 +186,7 @@ def inspect_checkpoint(
     )
     digest = get_sha256(path) if needs_hash else find_cached_sha256(path)
     report = Report(str(path), size, digest or "")
-    if file := identify_hash(digest):
+    if file := find_by_sha256(digest):
         report.published = f"{file.name}, {file.title}"
     try:
         report.kind = detect_format(path)

@@ -76,8 +76,9 @@ CLASSES = {
     LOWRES + "NoiseSigma": (),
     LOWRES + "MaskedImage": (),
     LOWRES + "PatchesToChannels": (LOWRES + "Folded",),  # our name before 0.2
-    "ldm.train.tasks.autoencoder.LossConfig": (
+    "ldm.train.tasks.autoencoder.AdversarialLossConfig": (
         LOSSES + "LPIPSWithDiscriminator", LOSSES + "contperceptual.LPIPSWithDiscriminator",
+        "ldm.train.tasks.autoencoder.LossConfig",  # our name before 0.2
     ),
     IDENTITY: (LOSSES + "contperceptual.DummyLoss", IDENTITY),
 }  # fmt: skip

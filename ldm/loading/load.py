@@ -45,8 +45,8 @@ from ldm.loading.model_config import (
     is_prediction_type_uncertain,
     read_config,
 )
-from ldm.loading.modelspec import describe_model
-from ldm.loading.published import find_checkpoint
+from ldm.loading.modelspec import make_modelspec
+from ldm.loading.published import resolve_checkpoint
 from ldm.loading.replace_parts import (
     complete_upscaler,
     remove_autoencoder,
@@ -255,7 +255,7 @@ def save_model(
             `load` needs no config. None = no others.
     """
     state = restore_names(model.state_dict(), make_buffers(model))
-    metadata = describe_model(model, Path(path).stem, metadata=metadata)
+    metadata = make_modelspec(model, Path(path).stem, metadata=metadata)
     write_checkpoint(path, state | get_clip_statistics(model.conditioner), metadata)
 
 
@@ -305,7 +305,9 @@ def _choose_files(
 def _open_weights(ckpt: str | Path, variant: str | None) -> Checkpoint:
     """Open weights; a variant that is not in VARIANTS selects the files of a diffusers folder."""
     file_variant = select_file_variant(variant)
-    if file_variant and not is_diffusers_folder(find_checkpoint(ckpt, file_variant=file_variant)):
+    if file_variant and not is_diffusers_folder(
+        resolve_checkpoint(ckpt, file_variant=file_variant)
+    ):
         raise unknown_name("variant", file_variant, (NO_VARIANT, *VARIANTS), argument="variant")
     return open_checkpoint(ckpt, file_variant)
 

@@ -34,7 +34,7 @@ from ldm.loading.files.checkpoint import (
     ComputedTensor,
     release_pages,
 )
-from ldm.loading.modelspec import LICENSE_KEY, MERGED_FROM_KEY, describe_model, filter_metadata
+from ldm.loading.modelspec import LICENSE_KEY, MERGED_FROM_KEY, filter_metadata, make_modelspec
 from ldm.loading.weight_names import TEXT_2_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, pair_names
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
@@ -144,7 +144,7 @@ def plan_merge(
     summary += _describe_missing(candidates, prefixes, others)
     size = f"{len(state)} tensors, {len(merged)} of them merged"
     metadata = _make_metadata(a, others, weights if block_weights else {BASE: weight})
-    metadata = describe_model(a.model, target.stem, metadata=metadata)
+    metadata = make_modelspec(a.model, target.stem, metadata=metadata)
     summary.append(f"{target.name:60} {size}")
     return Conversion(a.file, target, {"": state}, {}, metadata, dtype, tuple(summary))
 
@@ -260,7 +260,7 @@ def _make_metadata(
     names = [file.path.name for file in files]
     metadata: dict[str, str | int] = {
         name: value
-        for name, value in filter_metadata(a.file.metadata, same_weights=False).items()
+        for name, value in filter_metadata(a.file.metadata, keep_author_fields=False).items()
         if name not in HISTORY_KEYS
     }
     licenses = dict.fromkeys(f.metadata[LICENSE_KEY] for f in files if f.metadata.get(LICENSE_KEY))

@@ -16,22 +16,23 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.families import find_family, is_sdxl
 
 __all__ = [
-    "LICENSE_KEY", "MERGED_FROM_KEY", "MODELSPEC_PREFIX", "describe_model", "filter_metadata",
+    "LICENSE_KEY", "MERGED_FROM_KEY", "MODELSPEC_PREFIX", "filter_metadata", "make_modelspec",
 ]  # fmt: skip
 
 MODELSPEC_PREFIX = "modelspec."
 MERGED_FROM_KEY = f"{MODELSPEC_PREFIX}merged_from"
 MODELSPEC_VERSION = "1.0.1"
 # Values of `implementation`: the program whose names the tensors have.
-ORIGINAL, DIFFUSERS = "https://github.com/Stability-AI/generative-models", "diffusers"
+SGM, DIFFUSERS = "https://github.com/Stability-AI/generative-models", "diffusers"
 LICENSE_KEY = f"{MODELSPEC_PREFIX}license"
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample"}
-# Suffix of the base model's architecture, by family; the standard has none for other families.
-NAME_SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
-STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH_KEY)  # of other tensors
+# Suffix of the base model's architecture, by name in `pipelines.families.FAMILIES`; the standard
+# has none for other families.
+ARCHITECTURE_SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
+HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH_KEY)  # not valid for other tensors
 
 
-def describe_model(
+def make_modelspec(
     model: nn.Module | None,
     title: str,
     adapter: Literal["", "lora", "textual-inversion"] = "",
@@ -40,7 +41,7 @@ def describe_model(
     """Return metadata with ModelSpec's fields for a model, or for an adapter for it.
 
     Args:
-        model: Model, which may be on the meta device; parts of models get no fields.
+        model: Model, which may be on the meta device; other modules get no fields.
         title: Title, unless `metadata` has one.
         adapter: Type of adapter; "" for the model itself.
         metadata: Other entries, which replace computed ones, except for the prediction type; None =
@@ -49,17 +50,16 @@ def describe_model(
     metadata = dict(metadata or {})
     if not isinstance(model, LatentDiffusion):
         return metadata
-    prediction_type = model.parameterization
     height, width = (side * model.downscale for side in model.latent_size)
     # Our LoRAs for SD 1 and 2 have diffusers' names.
-    is_original = adapter != "lora" or is_sdxl(model)
+    has_original_names = adapter != "lora" or is_sdxl(model)
     fields = {
         "sai_model_spec": MODELSPEC_VERSION,
         "architecture": _get_architecture(model, adapter),
-        "implementation": ORIGINAL if is_original else DIFFUSERS,
+        "implementation": SGM if has_original_names else DIFFUSERS,
         "title": title,
         "resolution": f"{width}x{height}",
-        "prediction_type": PREDICTION_TYPES.get(prediction_type, prediction_type),
+        "prediction_type": PREDICTION_TYPES.get(model.parameterization, model.parameterization),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     spec = {f"{MODELSPEC_PREFIX}{name}": value for name, value in fields.items() if value}
@@ -69,23 +69,24 @@ def describe_model(
     return {TENSOR_HASH_KEY: "", **spec, **metadata}
 
 
-def filter_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[str, str]:
+def filter_metadata(metadata: Mapping[str, str], *, keep_author_fields: bool) -> dict[str, str]:
     """Return the metadata of a file that also apply to a file made from it.
 
     Args:
-        same_weights: Whether weights were only renamed or cast, or a component replaced. If they
-            were changed, only ModelSpec's licence applies, and none of kohya's fields about
-            training (`ss_…`).
+        keep_author_fields: Whether to keep ModelSpec's fields and kohya's about training (`ss_…`):
+            weights were only renamed or cast, or a component replaced. Else only the licence is
+            kept of them.
     """
+    dropped_prefixes = () if keep_author_fields else (MODELSPEC_PREFIX, "ss_")
     return {
         name: value
         for name, value in metadata.items()
-        if name not in STALE_HASHES
-        and (same_weights or name == LICENSE_KEY or not name.startswith((MODELSPEC_PREFIX, "ss_")))
+        if name not in HASH_KEYS and (name == LICENSE_KEY or not name.startswith(dropped_prefixes))
     }
 
 
 def _get_architecture(model: LatentDiffusion, adapter: str) -> str:
     base = find_base_model(model)
-    suffix = f"/{adapter}" if adapter else NAME_SUFFIXES.get(find_family(model.conditioner) or "")
+    family = find_family(model.conditioner) or ""
+    suffix = f"/{adapter}" if adapter else ARCHITECTURE_SUFFIXES.get(family)
     return "" if base is None or suffix is None else f"{base.architecture}{suffix}"

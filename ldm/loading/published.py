@@ -1,13 +1,13 @@
 """Find and download published weights by name.
 
-They are listed in `published.csv`: `memory` of the weights in half precision, in GB; size in
+They are listed in `published.csv`: `memory`, GB of the weights in half precision; file size in
 `bytes`, with a `~` if it is rounded; `sources`, files on the Hugging Face hub or URLs, in the order
 to try; an empty `sha256` if none was published. Does not import torch.
 """
 
 import csv
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +24,8 @@ from ldm.runtime.errors import DownloadError, MissingFile, check_name, nearest_n
 from ldm.runtime.hashes import JsonCache, find_cached_sha256, find_paths_by_sha256, get_sha256
 
 __all__ = [
-    "PublishedFile", "download_checkpoint", "find_checkpoint", "find_on_disk", "identify_hash",
-    "read_published_files",
+    "PublishedFile", "download_checkpoint", "find_by_sha256", "find_on_disk",
+    "read_published_files", "resolve_checkpoint",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -43,32 +43,33 @@ class PublishedFile:
 
     Args:
         name: Name that `ckpt` accepts instead of a path.
-        title: What it is, for lists.
-        memory: Of the weights in half precision, GB.
-        bytes: Size of the file, with a `~` if it is rounded; "" = unknown.
+        title: Description for lists, such as "SD 1.1, raw and EMA weights".
+        weights_gb: Size of the weights in half precision, GB.
+        published_size: Size of the file in bytes, with a `~` if it is rounded; "" = unknown.
         sha256: None = none was published.
-        sources: Where to download it, in the order to try; rows with a URL have exact `bytes` and
-            `sha256`.
+        sources: Where to download it, in the order to try; rows with a URL have an exact
+            size and `sha256`.
     """
 
     name: str
     title: str
     licence: str
-    memory: float
-    bytes: str
+    weights_gb: float
+    published_size: str
     sha256: str | None
     sources: tuple[Source, ...]
 
     @property
     def size_text(self) -> str:
         """Size of the file for messages, such as "5.21 GB"; "?" if unknown."""
-        return f"{float(self.bytes.lstrip('~')) / 1e9:.2f} GB" if self.bytes else "?"
+        size = self.published_size.lstrip("~")
+        return f"{float(size) / 1e9:.2f} GB" if size else "?"
 
     def may_have_size(self, size: int) -> bool:
         """Return whether the file may have a size in bytes, as published ones may be rounded."""
-        if not self.bytes.startswith("~"):
-            return self.bytes in ("", str(size))
-        rounded = float(self.bytes[1:])
+        if not self.published_size.startswith("~"):
+            return self.published_size in ("", str(size))
+        rounded = float(self.published_size[1:])
         return abs(size - rounded) < SIZE_TOLERANCE * rounded
 
     @property
@@ -81,11 +82,11 @@ class PublishedFile:
 def read_published_files() -> dict[str, PublishedFile]:
     """Return the rows of the table by name."""
     with TABLE.open(encoding="utf-8", newline="") as file:
-        rows = [_parse_row(**row) for row in csv.DictReader(file)]
+        rows = [_parse_row(row) for row in csv.DictReader(file)]
     return {row.name: row for row in rows}
 
 
-def find_checkpoint(
+def resolve_checkpoint(
     ckpt: str | Path, *, download: bool = True, file_variant: str | None = None
 ) -> Path:
     """Return the local path for a path, published name or `hf:` address of a checkpoint.
@@ -129,7 +130,7 @@ def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
     return None
 
 
-def identify_hash(sha256: str | None) -> PublishedFile | None:
+def find_by_sha256(sha256: str | None) -> PublishedFile | None:
     """Return the published file with this SHA-256; None if there is none."""
     rows = read_published_files().values()
     return next((row for row in rows if sha256 and row.sha256 == sha256), None)
@@ -167,7 +168,7 @@ def download_checkpoint(name: str) -> Path:
 def _download_source(file: PublishedFile, source: Source) -> Path:
     if isinstance(source, str):
         assert file.sha256 is not None
-        return download_url(source, int(file.bytes), file.sha256)
+        return download_url(source, int(file.published_size), file.sha256)
     return download_file(*source, file.expected_sha256)
 
 
@@ -188,11 +189,16 @@ def _list_candidates(file: PublishedFile) -> Iterator[Path]:
             yield path
 
 
-def _parse_row(
-    name: str, title: str, licence: str, memory: str, bytes: str, sha256: str, sources: str
-) -> PublishedFile:
-    parsed = tuple(map(_parse_source, sources.split()))
-    return PublishedFile(name, title, licence, float(memory), bytes, sha256 or None, parsed)
+def _parse_row(row: Mapping[str, str]) -> PublishedFile:
+    return PublishedFile(
+        name=row["name"],
+        title=row["title"],
+        licence=row["licence"],
+        weights_gb=float(row["memory"]),
+        published_size=row["bytes"],
+        sha256=row["sha256"] or None,
+        sources=tuple(map(_parse_source, row["sources"].split())),
+    )
 
 
 def _parse_source(text: str) -> Source:

@@ -21,7 +21,7 @@ from ldm.loading.diffusers.files import read_component
 from ldm.loading.diffusers.layout import read_json
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.matching import check_weights
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.tiny_autoencoder import TinyAutoencoder
@@ -65,7 +65,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
     Raises:
         WeightsMismatch: It contains only the encoder.
     """
-    path = find_checkpoint(path)
+    path = resolve_checkpoint(path)
     config = path / "config.json"
     if path.is_dir():
         if not config.is_file() or read_json(config).get("_class_name") != CLASS_NAME:

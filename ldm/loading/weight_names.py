@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = [
     "MARKERS", "NON_WEIGHTS", "SECOND_TEXT_PREFIX", "TEXT_2_PREFIX", "TEXT_PREFIX", "UNET_PREFIX",
     "VAE_PREFIX", "has_prefix", "has_sgm_names", "normalize_layer_name", "pair_names",
-    "remove_wrappers", "rename_weights", "restore_names", "select_buffers", "select_loss_weights",
+    "remove_wrappers", "rename_weights", "restore_names", "select_buffers", "select_loss_state",
     "select_prefix", "to_original_name",
 ]  # fmt: skip
 
@@ -151,8 +151,8 @@ def normalize_layer_name(name: str) -> str:
     )
 
 
-def select_loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of training losses: `discriminator.…`, `perceptual_loss.…`."""
+def select_loss_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of the training loss: `discriminator.…`, `perceptual_loss.…`, `logvar`."""
     matches = ((LOSS_WEIGHT.fullmatch(name), value) for name, value in state.items())
     return {match[2]: value for match, value in matches if match}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
 from ldm.loading.families import Family, PredictionType, detect_family, detect_prediction_type
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint, use_ema_weights
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.loading.variants import find_model_name
 from ldm.loading.weight_names import (
     MARKERS,
@@ -113,11 +113,11 @@ def open_checkpoint(path: str | Path, file_variant: str | None = None) -> Checkp
 
     Args:
         path: A .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a
-            published name or `hf:` address for `find_checkpoint`.
+            published name or `hf:` address for `resolve_checkpoint`.
         file_variant: Variant in the file names of a diffusers folder, such as `fp16`; None = see
             `read_folder`.
     """
-    local_path = find_checkpoint(path, file_variant=file_variant)
+    local_path = resolve_checkpoint(path, file_variant=file_variant)
     if not local_path.is_dir():
         return read_checkpoint(local_path)
     if is_diffusers_folder(local_path):

@@ -22,7 +22,7 @@ from ldm.commands.main import main
 from ldm.loading import published
 from ldm.loading.hub import download_url
 from ldm.loading.load import load
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.runtime.errors import DownloadError
 from ldm.runtime.hashes import find_cached_sha256
 from ldm.train.runs.initial_weights import load_initial_weights
@@ -173,12 +173,12 @@ def test_a_file_is_downloaded_once_and_then_found_by_its_name(hub, download, tmp
     assert not path.is_symlink()
     assert find_cached_sha256(path) == SHA256
     assert download("small")[:2] == (0, out)
-    assert find_checkpoint("small") == path
+    assert resolve_checkpoint("small") == path
     assert len(hub.gets) == 1
     assert out in download()[1]
     monkeypatch.chdir(tmp_path)
     Path("small").touch()
-    assert find_checkpoint("small") == Path("small")
+    assert resolve_checkpoint("small") == Path("small")
 
 
 @pytest.mark.usefixtures("table")
@@ -315,9 +315,9 @@ def test_a_changed_file_in_the_cache_is_not_used(hub, download, cache):
     assert download("small")[0] == 0
     list_final_files(cache)[0].write_bytes(WRONG)
     with pytest.raises(FileNotFoundError, match="is not on this machine"):
-        find_checkpoint("small")
+        resolve_checkpoint("small")
     assert download("small")[0] == 0
-    assert find_checkpoint("small").read_bytes() == CONTENT
+    assert resolve_checkpoint("small").read_bytes() == CONTENT
 
 
 @pytest.mark.usefixtures("table")
@@ -360,28 +360,28 @@ def test_a_hub_address_may_name_a_file_or_a_diffusers_folder(hub, cache):
     hub.files["only/one/v1.ckpt"] = CONTENT
     files |= {"model_index.json": json.dumps(index).encode(), "v1.ckpt": CONTENT}
     hub.files |= {f"some/pipe/{name}": content for name, content in files.items()}
-    folder = find_checkpoint("hf:some/pipe")
+    folder = resolve_checkpoint("hf:some/pipe")
     downloaded = sorted(path.relative_to(folder).as_posix() for path in list_final_files(cache))
     assert downloaded == ["model_index.json", "unet/config.json", f"{weights}.safetensors"]
-    assert find_checkpoint("hf:some/pipe/v1.ckpt").read_bytes() == CONTENT
-    assert find_checkpoint("hf:only/one").name == "v1.ckpt"
+    assert resolve_checkpoint("hf:some/pipe/v1.ckpt").read_bytes() == CONTENT
+    assert resolve_checkpoint("hf:only/one").name == "v1.ckpt"
     count = len(hub.requests)
-    assert find_checkpoint("hf:some/pipe") == folder
-    assert find_checkpoint("hf:only/one", download=False).name == "v1.ckpt"
-    assert find_checkpoint("hf:some/pipe/v1.ckpt", download=False).name == "v1.ckpt"
+    assert resolve_checkpoint("hf:some/pipe") == folder
+    assert resolve_checkpoint("hf:only/one", download=False).name == "v1.ckpt"
+    assert resolve_checkpoint("hf:some/pipe/v1.ckpt", download=False).name == "v1.ckpt"
     assert len(hub.requests) == count
     with pytest.raises(OSError, match="has no file `v2.ckpt`; it has unet/"):
-        find_checkpoint("hf:some/pipe/v2.ckpt")
+        resolve_checkpoint("hf:some/pipe/v2.ckpt")
     with pytest.raises(FileNotFoundError, match="machine: ldm download hf:some/other"):
-        find_checkpoint("hf:some/other", download=False)
+        resolve_checkpoint("hf:some/other", download=False)
 
 
 def test_a_server_cannot_choose_where_files_are_written(hub, cache):
     hub.files["some/pipe/model_index.json"] = b'{"..": ["a", "B"]}'
     hub.files["some/pipe/../x.json"] = CONTENT
     with pytest.raises(OSError, match=r"`\.\./x.json` is refused as the name of a file"):
-        find_checkpoint("hf:some/pipe")
+        resolve_checkpoint("hf:some/pipe")
     hub.files["some/pipe/v1.ckpt"], hub.etags["some/pipe/v1.ckpt"] = CONTENT, "../../x"
     with pytest.raises(OSError, match="does not answer as a hub does"):
-        find_checkpoint("hf:some/pipe/v1.ckpt")
+        resolve_checkpoint("hf:some/pipe/v1.ckpt")
     assert [path.name for path in list_final_files(cache)] == ["model_index.json"]

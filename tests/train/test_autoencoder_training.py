@@ -19,8 +19,8 @@ from ldm.nets.lpips import LPIPS
 from ldm.train.loop import train
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.tasks.autoencoder import (
+    AdversarialLossConfig,
     AdversarialTask,
-    LossConfig,
     ReconstructionTask,
     build_autoencoder_task,
     compute_psnr,
@@ -85,7 +85,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_equal_the_originals(name, recorded, model, lpips, monkeypatch) -> None:
     info = recorded.case(name)["info"]
-    task = AdversarialTask(model, LossConfig(**info["loss_params"]), perceptual=lpips)
+    task = AdversarialTask(model, AdversarialLossConfig(**info["loss_params"]), perceptual=lpips)
     task.discriminator.load_state_dict(
         recorded.weights(task.discriminator.state_dict(), "discriminator.")
     )
@@ -112,7 +112,9 @@ def test_losses_equal_the_originals(name, recorded, model, lpips, monkeypatch) -
 def test_discriminator_and_reconstruction_pull_equally_at_the_last_layer(tanh_out: bool) -> None:
     """The gradients of the sum equal the sum of the gradients of its parts."""
     model = build_tiny(tanh_out=tanh_out)
-    adversarial = AdversarialTask(model, LossConfig(**PIXELS, disc_weight=0.5), learn_logvar=True)
+    adversarial = AdversarialTask(
+        model, AdversarialLossConfig(**PIXELS, disc_weight=0.5), learn_logvar=True
+    )
     adversarial.step = 2
     losses = adversarial.loss(make_batch(), make_generator())
     losses["loss"].backward()
@@ -134,7 +136,7 @@ def test_discriminator_and_reconstruction_pull_equally_at_the_last_layer(tanh_ou
 
 
 def test_without_gradients_the_discriminator_has_no_weight() -> None:
-    adversarial = AdversarialTask(build_tiny(), LossConfig(**PIXELS))
+    adversarial = AdversarialTask(build_tiny(), AdversarialLossConfig(**PIXELS))
     with torch.inference_mode():
         losses = adversarial.loss(make_batch(), make_generator())
     assert losses["loss"].isfinite()
@@ -142,7 +144,7 @@ def test_without_gradients_the_discriminator_has_no_weight() -> None:
 
 
 def test_the_discriminator_learns_to_tell_images_from_reconstructions() -> None:
-    adversarial = AdversarialTask(build_tiny(), LossConfig(**PIXELS, disc_num_layers=1))
+    adversarial = AdversarialTask(build_tiny(), AdversarialLossConfig(**PIXELS, disc_num_layers=1))
     optimizer = torch.optim.Adam(
         adversarial.discriminator.parameters(), 1e-3, betas=adversarial.betas
     )
@@ -210,7 +212,7 @@ def test_a_training_checkpoint_of_the_original_initialises_losses(
     """`loss.*` in it gives LPIPS, discriminator and variance; a model is loaded without it."""
     spec = {"target": LPIPS_LOSS, "params": {"disc_start": 1, "logvar_init": 0.4}}
     first = AdversarialTask(
-        build_tiny(), LossConfig(**spec["params"]), perceptual=lpips, export_losses=True
+        build_tiny(), AdversarialLossConfig(**spec["params"]), perceptual=lpips, export_losses=True
     )
     path = tmp_path / "kl.ckpt"
     state = restore_names(first.get_weights_to_export(iter(())))
@@ -237,7 +239,7 @@ def test_configs_of_the_original_give_its_models_and_losses(name: str, parameter
     model = build_on_meta(raw, where=name)
     assert sum(p.numel() for p in model.parameters()) == parameters
     losses = instantiate(raw["model"]["params"]["lossconfig"])
-    assert losses == LossConfig(disc_start=50001, kl_weight=1e-6, disc_weight=0.5)
+    assert losses == AdversarialLossConfig(disc_start=50001, kl_weight=1e-6, disc_weight=0.5)
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "autoencoder-decoder"])

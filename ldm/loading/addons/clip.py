@@ -24,7 +24,7 @@ from ldm.loading.diffusers.locations import (
     locate_vision_tower,
 )
 from ldm.loading.matching import check_weights
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.loading.weight_names import TEXT_PREFIX, rename_weights, select_prefix
 from ldm.runtime.errors import FileFormatError
 
@@ -83,7 +83,7 @@ def get_clip_name(clip: CLIP) -> str:
 
 def _build_clip(path: str | Path) -> tuple[CLIP, dict[str, Tensor], bool]:
     """Return a CLIP on the meta device, its weights, and whether these are memory-mapped."""
-    path = find_checkpoint(path)
+    path = resolve_checkpoint(path)
     file, config_path = read_network(path), path / "config.json"
     state, is_unclip = file.state, False
     if TRANSFORMERS_PROJECTION in state:

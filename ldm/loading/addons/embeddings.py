@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm.encoders.text import TextEncoder
 from ldm.imaging.reading import open_image
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
-from ldm.loading.modelspec import describe_model
+from ldm.loading.modelspec import make_modelspec
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, FileFormatError, WeightsMismatch, WrongFamily
 from ldm.runtime.files import list_files
@@ -239,7 +239,7 @@ def write_embeddings(
     """
     state: dict[str, Tensor] = {}
     metadata = {"modelspec.trigger_phrase": ", ".join(tokens), **(metadata or {})}
-    entries = describe_model(model, Path(path).stem, "textual-inversion", metadata)
+    entries = make_modelspec(model, Path(path).stem, "textual-inversion", metadata)
     for token, value in tokens.items():
         vectors_by_encoder = [value] if isinstance(value, Tensor) else value
         keys = [token] if len(vectors_by_encoder) == 1 else SDXL_KEYS

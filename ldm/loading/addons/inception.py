@@ -7,7 +7,7 @@ import torch
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.matching import check_weights
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.nets.inception import Inception
 from ldm.runtime.errors import FileFormatError
 
@@ -23,7 +23,7 @@ def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> I
     Raises:
         FileFormatError: It is another network, such as torchvision's Inception.
     """
-    file = read_checkpoint(find_checkpoint(path))
+    file = read_checkpoint(resolve_checkpoint(path))
     head = file.state.get("fc.weight")
     if "Mixed_7c.branch_pool.conv.weight" not in file.state or head is None:
         raise FileFormatError(f"`{path}` is not an Inception network: {REMEDY}")

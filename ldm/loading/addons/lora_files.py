@@ -31,7 +31,7 @@ from ldm.loading.addons.lora_targets import TargetLayer, list_lora_targets
 from ldm.loading.base_models import BASE_MODELS, SDXL, find_base_model
 from ldm.loading.diffusers.layout import read_json
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from ldm.loading.modelspec import describe_model
+from ldm.loading.modelspec import make_modelspec
 from ldm.loading.weight_names import normalize_layer_name
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA
@@ -272,7 +272,7 @@ def write_lora(
             state[f"{names[name]}.lora_B.weight"] = up * ratio if ratio != 1 else up
     state |= other_tensors or {}
     entries |= metadata or {}
-    write_checkpoint(path, state, describe_model(model, Path(path).stem, "lora", entries))
+    write_checkpoint(path, state, make_modelspec(model, Path(path).stem, "lora", entries))
 
 
 def _describe_network(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.loading.weight_names import select_loss_weights, select_prefix
+from ldm.loading.weight_names import select_loss_state, select_prefix
 from ldm.nets.lpips import LPIPS
 from ldm.runtime.errors import FileFormatError
 from ldm.runtime.files import find_file
@@ -38,7 +38,7 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
     state: dict[str, Tensor] = {}
     for path in paths:
         content = read_checkpoint(find_file(path)).state
-        state |= select_loss_weights(content) or {PREFIX + name: v for name, v in content.items()}
+        state |= select_loss_state(content) or {PREFIX + name: v for name, v in content.items()}
     if (net := build_lpips(state)) is None:
         names = ", ".join(f"`{path}`" for path in paths)
         raise FileFormatError(f"{names}: weights of LPIPS are missing, it needs {LPIPS_FILES}")
@@ -46,7 +46,7 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
 
 
 def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
-    """Return LPIPS from weights of losses (see `select_loss_weights`); None if any are missing."""
+    """Return LPIPS from the state of a loss (see `select_loss_state`); None if any are missing."""
     state = {_to_our_name(name): v for name, v in select_prefix(losses, PREFIX).items()}
     if not state:
         return None

@@ -14,7 +14,7 @@ from ldm.loading.diffusers.layout import read_json
 from ldm.loading.diffusers.locations import convert_from_diffusers, locate_vision_tower
 from ldm.loading.files.checkpoint import Checkpoint
 from ldm.loading.matching import check_weights, guess_file_type
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.loading.weights import identify_weights
 from ldm.runtime.errors import FileFormatError, MissingFile
 
@@ -33,7 +33,7 @@ def find_safety_checker(path: str | Path) -> Path:
     Raises:
         MissingFile: There is none.
     """
-    local_path = find_checkpoint(path)
+    local_path = resolve_checkpoint(path)
     if (local_path / COMPONENT).is_dir():
         local_path /= COMPONENT
     has_config = (local_path / "config.json").is_file()

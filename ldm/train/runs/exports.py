@@ -24,7 +24,7 @@ from ldm.loading.buffers import make_buffers
 from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import CONFIG_KEY, cast_weight, to_ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import get_clip_statistics
-from ldm.loading.modelspec import describe_model
+from ldm.loading.modelspec import make_modelspec
 from ldm.loading.weight_names import has_sgm_names, restore_names, to_original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError
@@ -221,4 +221,4 @@ def _make_metadata(run: Run) -> dict[str, str | int]:
     if isinstance(run.task, AdaptationTask):  # its `write` adds the rest
         return {**metadata, ADAPTATION_CONFIG: config, "modelspec.title": run.folder.name}
     metadata[CONFIG_KEY] = config
-    return describe_model(run.model, run.folder.name, metadata=metadata)
+    return make_modelspec(run.model, run.folder.name, metadata=metadata)

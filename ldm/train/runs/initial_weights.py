@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm.loading import legacy
 from ldm.loading.matching import match_weights
-from ldm.loading.published import find_checkpoint
+from ldm.loading.published import resolve_checkpoint
 from ldm.loading.weight_names import rename_weights, select_prefix
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
@@ -87,7 +87,7 @@ def _load(
         prefix: Prefix of the module's weights in a file of a whole model.
         widened_keys: Weights that may have fewer input channels in the file.
     """
-    path = find_checkpoint(params["ckpt_path"])
+    path = resolve_checkpoint(params["ckpt_path"])
     weights = identify_weights(open_checkpoint(path if path.is_dir() else find_file(path)))
     state = select_prefix(weights.state, prefix) or weights.state
     current = module.state_dict()

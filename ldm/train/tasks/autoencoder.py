@@ -1,7 +1,8 @@
 """Training of an autoencoder.
 
     ReconstructionTask   pixel losses + KL, without other networks; sufficient for small models
-    AdversarialTask      the original's: L1 + LPIPS + KL, and a GAN loss from step `disc_start` on
+    AdversarialTask      as in the original, CompVis' ldm: L1 + LPIPS + KL, and a GAN loss from
+                         step `disc_start` on
 
 Esser et al. 2020 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:2112.10752), G.
 """
@@ -20,8 +21,8 @@ from torch.nn.grad import conv2d_weight
 from ldm.loading.addons.lpips import LPIPS_FILES, build_lpips, read_lpips
 from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import select_loss_weights, select_prefix
+from ldm.loading.published import resolve_checkpoint
+from ldm.loading.weight_names import select_loss_state, select_prefix
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.blocks import GroupNorm
 from ldm.nets.discriminator import PatchDiscriminator
@@ -32,8 +33,8 @@ from ldm.runtime.types import JsonMapping
 from ldm.train.tasks.task import Batch, Losses, Task
 
 __all__ = [
+    "AdversarialLossConfig",
     "AdversarialTask",
-    "LossConfig",
     "ReconstructionTask",
     "build_autoencoder_task",
     "compute_psnr",
@@ -44,7 +45,7 @@ __all__ = [
 # its denominator.
 MAX_D_WEIGHT = 1e4
 D_WEIGHT_EPS = 1e-4
-PEAK_DIVISOR = 500  # the peak error of an image is the mean of the largest 1 / 500 of its errors
+TOP_ERRORS_DIVISOR = 500  # `peak` is the weight of the mean of the largest 1 / 500 of the errors
 MAX_ACTIVATION = 6.0  # largest normalized activation without penalty
 # Penalties of logits that should be negative, by `disc_loss`.
 DISC_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -64,13 +65,14 @@ def build_autoencoder_task(
     """Build the task of the `lossconfig` of a model; without one, ReconstructionTask.
 
     Args:
-        params: `model.params`; the file `ckpt_path` may have weights of the losses.
-        objective: Keywords of the task; `perceptual` is {ckpt_path: files of LPIPS}.
+        params: `model.params`; the file `ckpt_path` may have the state of the loss: `loss.…`.
+        objective: `lightning.objective`, keyword arguments of the task; `perceptual` is
+            {ckpt_path: files of LPIPS}.
         load_weights: Whether to load LPIPS; False if only sizes matter.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     config = instantiate(spec, where="model.params.lossconfig")
-    is_adversarial = isinstance(config, LossConfig)
+    is_adversarial = isinstance(config, AdversarialLossConfig)
     task_fields = fields(AdversarialTask if is_adversarial else ReconstructionTask)
     keywords = [field.name for field in task_fields if field.kw_only]
     where = f"lightning.objective (with{'' if is_adversarial else 'out'} a discriminator)"
@@ -83,11 +85,11 @@ def build_autoencoder_task(
         raise ValueError("lightning.objective.perceptual must be {ckpt_path: a file or several}")
     if not load_weights:
         return AdversarialTask(model, config, perceptual=LPIPS(), **options)
-    initial = _read_loss_weights(params)
+    initial = _read_loss_state(params)
     path = perceptual["ckpt_path"]
     network = read_lpips(path) if path else build_lpips(initial)
     task = AdversarialTask(model, config, perceptual=network, **options)
-    task.load_loss_weights(initial)
+    task.load_loss_state(initial)
     return task
 
 
@@ -98,11 +100,11 @@ class ReconstructionTask(Task):
     Args:
         l1: Weight of the mean absolute error.
         l2: Weight of the mean squared error.
-        gradient: Weight of the absolute error of the image gradient (edges).
+        gradient: Weight of the absolute error of the image gradient, i.e. of edges.
         kl: Weight of the KL divergence from a standard normal distribution, in nats per image.
         peak: Weight of the mean of the largest 1 / 500 of absolute errors.
         outlier: Weight of a penalty on huge activations in the decoder.
-        trained: "all", or "decoder", which does not change the latents.
+        trained: Part to train: "all", or "decoder", which does not change the latents.
     """
 
     model: AutoencoderKL
@@ -131,7 +133,7 @@ class ReconstructionTask(Task):
         loss = loss + self.gradient * edges + self.kl * kl
         if self.peak:
             errors = error.abs().flatten(1)
-            largest = errors.topk(max(1, errors.shape[1] // PEAK_DIVISOR)).values
+            largest = errors.topk(max(1, errors.shape[1] // TOP_ERRORS_DIVISOR)).values
             loss = loss + self.peak * largest.mean()
         if self.outlier:
             loss = loss + self.outlier * _compute_outlier_loss(maxima)
@@ -151,8 +153,8 @@ class ReconstructionTask(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Parameters of the original's `lossconfig`.
+class AdversarialLossConfig:
+    """Parameters of the original's LPIPSWithDiscriminator, a `lossconfig`.
 
     Args:
         disc_start: First step with the discriminator.
@@ -195,14 +197,14 @@ class AdversarialTask(Task):
 
     Args:
         perceptual: LPIPS; None if its weight is 0.
-        trained: "all", or "decoder", which does not change the latents.
+        trained: Part to train: "all", or "decoder", which does not change the latents.
         learn_logvar: Whether to train the log variance of the error.
-        export_losses: Whether to export weights of the losses as `loss.*`.
+        export_losses: Whether to export discriminator, LPIPS and logvar, as `loss.*`.
     """
 
     betas: ClassVar[tuple[float, float] | None] = (0.5, 0.9)
     model: AutoencoderKL
-    config: LossConfig
+    config: AdversarialLossConfig
     _: KW_ONLY
     perceptual: LPIPS | None = None
     trained: str = "all"
@@ -301,9 +303,9 @@ class AdversarialTask(Task):
         terms = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
-    def load_loss_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Load discriminator and logvar, if `weights` (from `select_loss_weights`) has them."""
-        state = select_prefix(weights, "discriminator.")
+    def load_loss_state(self, loss_state: Mapping[str, Tensor]) -> None:
+        """Load discriminator and logvar, if `loss_state` (from `select_loss_state`) has them."""
+        state = select_prefix(loss_state, "discriminator.")
         shapes = {name: value.shape for name, value in self.discriminator.state_dict().items()}
         if state and {name: value.shape for name, value in state.items()} != shapes:
             raise ValueError(
@@ -312,8 +314,8 @@ class AdversarialTask(Task):
             )
         if state:
             self.discriminator.load_state_dict(state)
-        if "logvar" in weights:
-            self.logvar.data.copy_(weights["logvar"])
+        if "logvar" in loss_state:
+            self.logvar.data.copy_(loss_state["logvar"])
 
     def get_weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return the weights unchanged, with `loss.*` if `export_losses`."""
@@ -413,13 +415,13 @@ def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
         model.quant_conv.requires_grad_(False)
 
 
-def _read_loss_weights(params: JsonMapping) -> dict[str, Tensor]:
+def _read_loss_state(params: JsonMapping) -> dict[str, Tensor]:
     """Read `loss.*` of the initial checkpoint, without `ignore_keys`."""
     if not params.get("ckpt_path"):
         return {}
     ignored = tuple(params.get("ignore_keys") or ())
-    state = read_checkpoint(find_file(find_checkpoint(params["ckpt_path"]))).state
-    return select_loss_weights({n: v for n, v in state.items() if not n.startswith(ignored)})
+    state = read_checkpoint(find_file(resolve_checkpoint(params["ckpt_path"]))).state
+    return select_loss_state({n: v for n, v in state.items() if not n.startswith(ignored)})
 
 
 def _attach_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor | float]]) -> Tensor:
