@@ -266,12 +266,12 @@ def list_backward_functions(y):
 
 
 BACKWARD = {
-    "linear": "LinearBackward",
-    "linear without bias": "LinearBackward",
-    "one product": "ConvolutionBackward",
-    "one product with stride": "ConvolutionBackward",
-    "upsampled": "UpsampleConvolutionBackward",
-    "upsampled and narrow": "UpsampleConvolutionBackward",
+    "linear": "LinearFunctionBackward",
+    "linear without bias": "LinearFunctionBackward",
+    "one product": "Conv3x3FunctionBackward",
+    "one product with stride": "Conv3x3FunctionBackward",
+    "upsampled": "UpsampleConv3x3FunctionBackward",
+    "upsampled and narrow": "UpsampleConv3x3FunctionBackward",
     "without padding": "ConvolutionBackward0",  # torch's own
 }
 
@@ -280,7 +280,7 @@ BACKWARD = {
 def test_layers_with_gradients_equal_torchs(case, monkeypatch):
     monkeypatch.setattr(layers, "MAX_IM2COL_PIXELS_WITH_GRADIENTS", 1 << 20)
     monkeypatch.setattr(products, "onednn_is_faster", lambda rows: True)
-    monkeypatch.setattr("ldm.nets.cpu.gradients.multiply", F.linear)
+    monkeypatch.setattr("ldm.nets.cpu.gradients.apply_linear", F.linear)
     layer, x = CASES[case]()
     fast, slow = compute_gradients(layer, x, on=True), compute_gradients(layer, x, on=False)
     assert BACKWARD[case] in [function.name() for function in list_backward_functions(fast[0])]
@@ -296,7 +296,7 @@ def test_frozen_layers_pass_gradients_on_and_keep_no_input(case, monkeypatch):
     layer.requires_grad_(False)
     y = layer(2 * x.requires_grad_())
     for function in list_backward_functions(y):
-        if function.name() in ("ConvolutionBackward", "UpsampleConvolutionBackward"):
+        if function.name() in ("Conv3x3FunctionBackward", "UpsampleConv3x3FunctionBackward"):
             assert function.saved_tensors[0] is None
     y.mul_(2).sum().backward()
     assert x.grad.abs().sum() > 0

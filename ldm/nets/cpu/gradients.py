@@ -1,4 +1,4 @@
-"""Layers with gradients, for training on x86 CPUs: equal to torch's up to rounding, and faster.
+"""Autograd functions for training on x86 CPUs: equal to torch's up to rounding, and faster.
 
 linear                               oneDNN where MKL is slow
 3x3 convolution of few pixels        one matrix product of all patches; the weight is not copied
@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ldm.nets.cpu.products import multiply, multiply_in_any_layout
+from ldm.nets.cpu.products import apply_linear, apply_linear_any_strides
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def _multiply_grad(x: Tensor, weight: Tensor) -> Tensor:
+def _apply_linear_to_grad(x: Tensor, weight: Tensor) -> Tensor:
     """Compute x W^T for a gradient, differentiably for double backward (create_graph=True)."""
-    return F.linear(x, weight) if torch.is_grad_enabled() else multiply(x, weight)
+    return F.linear(x, weight) if torch.is_grad_enabled() else apply_linear(x, weight)
 
 
-class _Layer(Function):
-    """A layer of (x, weight, bias, …); it saves only what its gradients need."""
+class _WeightFunction(Function):
+    """A function of (x, weight, bias, …); it saves only what its gradients need."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -34,31 +34,31 @@ class _Layer(Function):
         ctx.shapes, ctx.options = (x.shape, weight.shape), inputs[3:]
 
 
-class Linear(_Layer):
+class LinearFunction(_WeightFunction):
     """x W^T + b. x: (M, K). weight: (N, K). Returns (M, N)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return multiply(x, weight, bias)
+        return apply_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         return _compute_needed(
             ctx,
-            lambda: _multiply_grad(grad_output, weight.t()),
-            lambda: _multiply_grad(grad_output.t(), x.t()),
+            lambda: _apply_linear_to_grad(grad_output, weight.t()),
+            lambda: _apply_linear_to_grad(grad_output.t(), x.t()),
             lambda: grad_output.sum(0),
         )
 
 
-class Convolution(_Layer):
+class Conv3x3Function(_WeightFunction):
     """3x3 convolution of x (B, C_in, h, w), padding 1: P output pixels per image, (B P, C_out)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
         patches = F.unfold(x, 3, padding=1, stride=stride).transpose(1, 2)  # (B, P, 9 C_in)
-        return multiply_in_any_layout(patches.flatten(0, 1), weight.flatten(1), bias)
+        return apply_linear_any_strides(patches.flatten(0, 1), weight.flatten(1), bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
@@ -68,20 +68,22 @@ class Convolution(_Layer):
         # With so few pixels, torch's product is as fast as oneDNN's.
         grad_by_channel = grad_output.t()  # (C_out, B P)
 
-        def grad_x() -> Tensor:
-            patches = weight.flatten(1).t() @ grad_by_channel  # (9 C_in, B P)
-            patches = patches.unflatten(1, (batch, -1)).transpose(0, 1)
-            return F.fold(patches, size, 3, padding=1, stride=stride)
+        def compute_grad_x() -> Tensor:
+            grad_patches = weight.flatten(1).t() @ grad_by_channel  # (9 C_in, B P)
+            grad_patches = grad_patches.unflatten(1, (batch, -1)).transpose(0, 1)
+            return F.fold(grad_patches, size, 3, padding=1, stride=stride)
 
-        def grad_weight() -> Tensor:
+        def compute_grad_weight() -> Tensor:
             patches = F.unfold(x, 3, padding=1, stride=stride)
             grad = grad_by_channel @ patches.transpose(0, 1).flatten(1).t()  # (C_out, 9 C_in)
             return grad.view(weight_shape)
 
-        return *_compute_needed(ctx, grad_x, grad_weight, lambda: grad_output.sum(0)), None
+        return *_compute_needed(
+            ctx, compute_grad_x, compute_grad_weight, lambda: grad_output.sum(0)
+        ), None
 
 
-class UpsampleConvolution(_Layer):
+class UpsampleConv3x3Function(_WeightFunction):
     """3x3 convolution, padding 1, after nearest 2x upsampling of x (B, C_in, h, w).
 
     Returns (B, h, 2, w, 2, C_out): the 2s are the rows and columns that a pixel becomes, for the
@@ -92,12 +94,14 @@ class UpsampleConvolution(_Layer):
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         batch, _, height, width = x.shape
         # The product of each input pixel with each of the 3x3 taps, (B, h, w, 3, 3, C_out)
-        taps = multiply(_to_pixels(x), _group_by_tap(weight)).view(batch, height, width, 3, 3, -1)
+        taps = apply_linear(_flatten_spatial(x), _group_by_tap(weight)).view(
+            batch, height, width, 3, 3, -1
+        )
         out = x.new_empty(batch, height, 2, width, 2, len(weight))
         # Sum the taps along the width, for even and odd columns, then along the height.
-        rows = [_sum_taps(taps[:, :, :, row].unbind(3), 2) for row in range(3)]
-        for j, column in enumerate(zip(*rows, strict=True)):
-            for i, value in enumerate(_sum_taps(column, 1)):
+        by_kernel_row = [_sum_taps(taps[:, :, :, row].unbind(3), 2) for row in range(3)]
+        for j, column_taps in enumerate(zip(*by_kernel_row, strict=True)):
+            for i, value in enumerate(_sum_taps(column_taps, 1)):
                 out[:, :, i, :, j] = value
         return out if bias is None else out.add_(bias)
 
@@ -109,16 +113,18 @@ class UpsampleConvolution(_Layer):
         grad_taps = torch.stack([tap for row in rows for tap in row], 3)
         grad_taps = grad_taps.flatten(3).flatten(0, 2)  # (B h w, 9 C_out)
 
-        def grad_x() -> Tensor:
-            grad = _multiply_grad(grad_taps, _group_by_tap(weight).t())  # (B h w, C_in)
-            maps = grad.view(batch, height, width, in_channels)
-            return maps.permute(0, 3, 1, 2).contiguous()
+        def compute_grad_x() -> Tensor:
+            grad = _apply_linear_to_grad(grad_taps, _group_by_tap(weight).t())  # (B h w, C_in)
+            grad_nhwc = grad.view(batch, height, width, in_channels)
+            return grad_nhwc.permute(0, 3, 1, 2).contiguous()
 
-        def grad_weight() -> Tensor:
-            grad = _multiply_grad(grad_taps.t(), _to_pixels(x).t())  # (9 C_out, C_in)
+        def compute_grad_weight() -> Tensor:
+            grad = _apply_linear_to_grad(grad_taps.t(), _flatten_spatial(x).t())  # (9 C_out, C_in)
             return grad.view(3, 3, *weight_shape[:2]).permute(2, 3, 0, 1).contiguous()
 
-        return _compute_needed(ctx, grad_x, grad_weight, lambda: grad_output.sum((0, 1, 2, 3, 4)))
+        return _compute_needed(
+            ctx, compute_grad_x, compute_grad_weight, lambda: grad_output.sum((0, 1, 2, 3, 4))
+        )
 
 
 def _compute_needed(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
@@ -127,7 +133,7 @@ def _compute_needed(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
     return tuple(grad() if is_needed[k] else None for k, grad in enumerate(gradients))
 
 
-def _to_pixels(x: Tensor) -> Tensor:
+def _flatten_spatial(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C_in)
 
 

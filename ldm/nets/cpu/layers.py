@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nets.cpu import gradients, products, winograd
-from ldm.nets.cpu.products import multiply
+from ldm.nets.cpu.products import apply_linear
 from ldm.nets.cpu.support import applies, applies_to_layer
 from ldm.nets.cpu.weight_cache import is_caching, reuse_output, transform_weight
 from ldm.runtime.device import has_amx
@@ -50,9 +50,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # In float32, it is faster by 3 to 7 % only, for twice the memory.
         if x.dtype == torch.bfloat16 and is_caching(weight):
             weight = transform_weight(weight, "packed", products.pack)
-        y = multiply(x.reshape(rows, -1), weight, bias)
+        y = apply_linear(x.reshape(rows, -1), weight, bias)
     elif products.onednn_is_faster(rows):
-        y = gradients.Linear.apply(x.reshape(rows, -1), weight, bias)
+        y = gradients.LinearFunction.apply(x.reshape(rows, -1), weight, bias)
     else:
         return F.linear(x, weight, bias)
     return y.view(*x.shape[:-1], -1)
@@ -93,7 +93,7 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
             return winograd.convolve(x, matrices, bias)
     if _should_use_im2col(layer, _count_pixels(x) // math.prod(layer.stride)):
         stride = layer.stride[0]
-        pixels: Tensor = gradients.Convolution.apply(x, weight, bias, stride)
+        pixels: Tensor = gradients.Conv3x3Function.apply(x, weight, bias, stride)
         maps = pixels.view(len(x), (x.shape[2] - 1) // stride + 1, -1, layer.out_channels)
         return maps.permute(0, 3, 1, 2).contiguous()
     # Torch's kernels are slow if x is channels last and the weight is not.
@@ -104,7 +104,7 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
         return nn.Conv2d.forward(layer, x)
     x = x.contiguous(memory_format=torch.channels_last)
     if _is_1x1(layer):
-        return multiply(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return apply_linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     weight = transform_weight(weight, "channels last", _to_channels_last)
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
@@ -115,7 +115,7 @@ def upsample_conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     if _is_3x3(layer) and applies_to_layer(x, weight):
         if torch.is_grad_enabled():
             if _should_sum_taps(layer, pixels):
-                y: Tensor = gradients.UpsampleConvolution.apply(x, weight, bias)
+                y: Tensor = gradients.UpsampleConv3x3Function.apply(x, weight, bias)
                 maps = y.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
                 return maps.permute(0, 3, 1, 2).contiguous()
         elif pixels * weight.numel() >= MIN_CONV_WORK:
@@ -157,7 +157,7 @@ def _should_use_im2col(layer: nn.Conv2d, pixels: int) -> bool:
 
 
 def _should_sum_taps(layer: nn.Conv2d, pixels: int) -> bool:
-    """Return whether `UpsampleConvolution` is fastest, for `pixels` of input."""
+    """Return whether `UpsampleConv3x3Function` is fastest, for `pixels` of input."""
     work, taps = pixels * layer.weight.numel(), 9 * pixels * layer.out_channels
     return work >= MIN_TAPS_WORK and taps <= MAX_TAPS and layer.out_channels >= MIN_TAPS_CHANNELS
 

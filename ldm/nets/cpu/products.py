@@ -17,18 +17,18 @@ ROW_MULTIPLE = 16
 MAX_ONEDNN_ROWS = 512  # on Intel's processors; with more rows, MKL is faster
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x W^T + b without gradients; weight: (N, K) of any strides, or packed."""
     if weight.is_mkldnn or (x.dtype == torch.float32 and onednn_is_faster(x.shape[:-1].numel())):
-        return _multiply_by_onednn(x, weight, bias)
+        return _apply_linear_by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def multiply_in_any_layout(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `multiply` for a matrix x (M, K); the output (M, N) may have any strides."""
+def apply_linear_any_strides(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply `apply_linear` to a matrix x (M, K); the output (M, N) may have any strides."""
     if weight.is_mkldnn or not has_few_rows(len(x), x.dtype):
-        return multiply(x, weight, bias)
-    y = multiply(weight, x).t()
+        return apply_linear(x, weight, bias)
+    y = apply_linear(weight, x).t()
     return y if bias is None else y + bias
 
 
@@ -62,7 +62,7 @@ def _find_max_onednn_rows() -> float:
     return MAX_ONEDNN_ROWS if is_intel() else math.inf
 
 
-def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _apply_linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Private in torch. The public way to oneDNN in float32, a 1x1 convolution, rearranges its
     # weight in every call and has 70 to 80 % of this rate for the shapes of a text encoder; there
     # is no public way to pack a matrix.
@@ -74,7 +74,7 @@ def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 def _onednn_works() -> bool:
     weight = torch.ones(16, 16)
     try:
-        _multiply_by_onednn(
+        _apply_linear_by_onednn(
             weight, torch.ops.mkldnn._reorder_linear_weight(weight, MAX_ONEDNN_ROWS), None
         )
     except (AttributeError, RuntimeError, TypeError):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.nets.cpu.products import multiply_in_any_layout
+from ldm.nets.cpu.products import apply_linear_any_strides
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 UPSAMPLED_G = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # without the unused row
@@ -99,7 +99,7 @@ def _multiply_entries(
     # Entry (1, 1) of M contributes to all four outputs of a tile with weight 1.
     bias_index = 5 if len(matrices) == 16 else 4
     return [
-        multiply_in_any_layout(x, matrix, bias if k == bias_index else None)
+        apply_linear_any_strides(x, matrix, bias if k == bias_index else None)
         for k, (x, matrix) in enumerate(zip(v, matrices, strict=True))
     ]
 
