@@ -144,13 +144,13 @@ class NoiseSigma(Encoder):
 
 
 class PatchesToChannels(Encoder):
-    """An image split into patch x patch tiles, stacked as channels: (B, patch² C, h, w).
+    """An image split into n x n patches, stacked as channels: (B, n² C, h, w).
 
     Unlike in `pixel_unshuffle`, a channel is a contiguous region of the image.
 
     Args:
-        key: Batch key of the image, (B, C, patch h, patch w).
-        patch: Number of tiles along each side.
+        key: Batch key of the image, (B, C, n h, n w).
+        patch: n, the number of patches along each side (not their size).
     """
 
     slot: Slot = "concat"

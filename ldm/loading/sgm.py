@@ -24,7 +24,7 @@ __all__ = ["DIFFUSION_ENGINE", "check_params", "name_encoders", "translate_engin
 
 DIFFUSION_ENGINE = "sgm.models.diffusion.DiffusionEngine"
 REQUIRED_KEYS = ("network_config", "denoiser_config", "first_stage_config")
-UNUSED_KEYS = {
+IGNORED_KEYS = {
     "ckpt_path", "compile_model", "ema_decay_rate",
     "en_and_decode_n_samples_a_time", "input_key", "log_keys", "loss_fn_config", "no_cond_log",
     "optimizer_config", "scheduler_config", "use_ema",
@@ -35,7 +35,8 @@ USED_KEYS = {
     "network_wrapper", "sampler_config", "scale_factor",
 }  # fmt: skip
 UNET_WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
-# By class: (prediction type, whether the network's timestep is 0.25 ln sigma).
+# By class: (prediction type, `log_time`: whether the network's timestep is 0.25 ln sigma, EDM's
+# c_noise).
 SCALINGS = {
     "EpsScaling": ("eps", False), "VScaling": ("v", False), "EDMScaling": ("edm", True),
     "VScalingWithEDMcNoise": ("v", True),
@@ -54,7 +55,7 @@ SIZE_EMBEDDING = "ldm.encoders.sizes.SizeEmbedding"
 MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
 TEXT_ENCODERS = ("ldm.encoders.text.CLIPText", "ldm.encoders.text.OpenCLIPText")
 EMBEDDER_OPTIONS = ("is_trainable", "ucg_rate", "legacy_ucg_value")
-# Latent pixels; models that read sizes are SDXL.
+# Latent pixels; models with size conditioning are SDXL.
 IMAGE_SIZE, SDXL_IMAGE_SIZE = 64, 128
 
 
@@ -70,7 +71,9 @@ def translate_engine(
         skipped: List to which keys that sampling does not need are appended.
         translate: Translates the config of a part, as `translate_config`.
     """
-    skipped += check_params("DiffusionEngine", params, REQUIRED_KEYS, USED_KEYS, UNUSED_KEYS, where)
+    skipped += check_params(
+        "DiffusionEngine", params, REQUIRED_KEYS, USED_KEYS, IGNORED_KEYS, where
+    )
     if params.get("network_wrapper") not in (None, UNET_WRAPPER):
         message = f"`network_wrapper: {params['network_wrapper']}` is not supported"
         raise ConfigError(f"{where}: {message}")
@@ -83,9 +86,9 @@ def translate_engine(
     conditioner = _translate_conditioner(params, f"{where}.conditioner_config", translate)
     encoders = conditioner["params"].values()
     in_channels, out_channels = (unet["params"].get(f"{k}_channels", 4) for k in ("in", "out"))
-    if in_channels == 2 * out_channels + 1:  # inpainting, which these YAMLs show only here
+    if in_channels == 2 * out_channels + 1:  # inpainting, only seen by its channels
         conditioner["params"]["masked"] = {"target": MASKED_IMAGE, "params": {}}
-    has_sizes = any(
+    is_sdxl = any(
         isinstance(spec, Mapping) and spec["target"] == SIZE_EMBEDDING for spec in encoders
     )
     model_params = {
@@ -95,7 +98,7 @@ def translate_engine(
         **_translate_denoiser(params, f"{where}.denoiser_config"),
         "scale_factor": params.get("scale_factor", 1.0),
         "upcast_autoencoder": upcast_autoencoder,
-        "image_size": params.get("image_size", SDXL_IMAGE_SIZE if has_sizes else IMAGE_SIZE),
+        "image_size": params.get("image_size", SDXL_IMAGE_SIZE if is_sdxl else IMAGE_SIZE),
     }
     for key in ("latent_mean", "latent_std"):
         if key in params:
@@ -108,20 +111,20 @@ def check_params(
     params: JsonMapping,
     required: Iterable[str],
     used: Collection[str],
-    training_only: Collection[str],
+    ignored: Collection[str],
     where: str,
 ) -> list[str]:
-    """Raise an error for unknown and missing parameters; return those of `training_only`.
+    """Raise an error for unknown and missing parameters; return those of `ignored`.
 
     Args:
         name: Class of the original, for messages.
         where: For messages, and the prefix of the returned keys.
     """
-    check_names(f"parameter of {name}", params, {*used, *training_only}, where)
+    check_names(f"parameter of {name}", params, {*used, *ignored}, where)
     for key in required:
         if key not in params:
             raise ConfigError(f"{where}: {name} needs `{key}`")
-    return [f"{where}.{key}" for key in params if key in training_only]
+    return [f"{where}.{key}" for key in params if key in ignored]
 
 
 def name_encoders(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, str]:
@@ -230,7 +233,7 @@ def _make_discrete_schedule(
     config = params.get("discretization_config") or {}
     name = _get_class_name(config, ("LegacyDDPMDiscretization", "EDMDiscretization"), where)
     discretization = dict(config.get("params") or {})
-    num_steps = params.get("num_idx", 1000)
+    num_levels = params.get("num_idx", 1000)
     options = {
         "zero_snr": zero_snr,
         "log_time": log_time,
@@ -240,15 +243,15 @@ def _make_discrete_schedule(
     }
     if name == "EDMDiscretization":
         betas: Any = betas_from_sigmas(
-            _compute_edm_sigmas(num_steps, **_fill_defaults(discretization, EDM_DEFAULTS, where))
+            _compute_edm_sigmas(num_levels, **_fill_defaults(discretization, EDM_DEFAULTS, where))
         )
     elif "given_betas" in discretization:  # ours: of a diffusers folder, as in `LatentDiffusion`
         betas = torch.tensor(discretization["given_betas"], dtype=torch.float64, device="cpu")
     else:
         beta_params = _get_beta_params(discretization, where)
         betas = {"target": "ldm.diffusion.schedule.make_betas", "params": beta_params}
-        if num_steps != beta_params["timesteps"]:  # sgm selects that many of the levels
-            sigmas = Schedule(make_betas(**beta_params)).step_sigmas(num_steps, "sgm_uniform")
+        if num_levels != beta_params["timesteps"]:  # sgm selects that many of the levels
+            sigmas = Schedule(make_betas(**beta_params)).step_sigmas(num_levels, "sgm_uniform")
             betas = betas_from_sigmas(sigmas[:-1].flip(0))
     return {"target": "ldm.diffusion.schedule.Schedule", "params": {"betas": betas, **options}}
 
@@ -280,11 +283,11 @@ def _fill_defaults(params: JsonMapping, defaults: JsonMapping, where: str) -> Js
 
 
 def _compute_edm_sigmas(
-    num_steps: int, sigma_min: float, sigma_max: float, rho: float
+    num_levels: int, sigma_min: float, sigma_max: float, rho: float
 ) -> torch.Tensor:
-    """Compute the noise levels (num_steps,), ascending, of arXiv:2206.00364, eq. 5."""
+    """Compute the noise levels (num_levels,), ascending, of arXiv:2206.00364, eq. 5."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.linspace(low, high, num_steps, dtype=torch.float64, device="cpu") ** rho
+    return torch.linspace(low, high, num_levels, dtype=torch.float64, device="cpu") ** rho
 
 
 def _get_class_name(spec: JsonMapping, allowed: Collection[str], where: str) -> str:

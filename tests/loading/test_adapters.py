@@ -569,7 +569,7 @@ def test_alpha_may_have_any_numeric_type_but_not_be_nan(tmp_path, file):
         (["unet.conv_in.lora_magnitude_vector.weight"], "has only `magnitude`"),
         (["lora_unet_conv_in.oft_diag"], "unsupported kind: OFT in another format"),
         (["unet.conv_in.lora_B.bias"], "unsupported kind: LoRA with biases"),
-        (["x.modules_to_save.default.weight"], "unsupported kind: LoRA with whole layers"),
+        (["x.modules_to_save.default.weight"], "unsupported kind: LoRA with fully trained layers"),
         (["out.2.bias"], "is not a LoRA file: 1 of its 1 keys is not recognised"),
         (["betas", "lora_unet_conv_in.alpha"], "kind of LoRA: 1 of its 2 keys .*: `betas`"),
     ],

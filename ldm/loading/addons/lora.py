@@ -19,7 +19,7 @@ from ldm.loading.addons.embeddings import add_embeddings, read_bundle
 from ldm.loading.addons.lora_files import (
     BIAS_ROLES,
     LORA_ROLES,
-    Tensors,
+    LayerTensors,
     add_alphas,
     compute_a1111_hash,
     guess_family,
@@ -174,7 +174,7 @@ def read_changes(
     aliases = map_aliases(targets.values(), model)
     blocks = list_blocks(name for name, _ in model.unet.named_parameters())
     block_weights = weight.compute_block_weights(blocks)
-    layers: dict[str, Tensors] = {}
+    layers: dict[str, LayerTensors] = {}
     for file in map(read_checkpoint, list_lora_files(path)):
         file_layers = read_layers(file, aliases)
         add_alphas(file_layers, file, targets)
@@ -241,7 +241,9 @@ def _warn_about_order(files: Sequence[LoRAFile]) -> None:
         log.warning("%s scale or rotate the same weights: they are applied in this order", names)
 
 
-def _build_changes(layer: TargetLayer, tensors: Tensors, strength: float) -> list[WeightChange]:
+def _build_changes(
+    layer: TargetLayer, tensors: LayerTensors, strength: float
+) -> list[WeightChange]:
     """Build the changes of a layer's weight and bias; raise ValueError if shapes do not fit."""
     for_bias = {role: value for role, value in tensors.items() if role in BIAS_ROLES}
     for_weight = {role: value for role, value in tensors.items() if role not in BIAS_ROLES}
@@ -255,7 +257,7 @@ def _build_changes(layer: TargetLayer, tensors: Tensors, strength: float) -> lis
     return changes
 
 
-def _build_change(target: Target, tensors: Tensors, strength: float) -> WeightChange:
+def _build_change(target: Target, tensors: LayerTensors, strength: float) -> WeightChange:
     """Build the change of one weight; alpha and `on_input` are removed from `tensors`."""
     alpha = float(tensors.pop("alpha")) if "alpha" in tensors else None
     on_input = bool(tensors.pop("on_input", False))
@@ -266,7 +268,7 @@ def _build_change(target: Target, tensors: Tensors, strength: float) -> WeightCh
     return layer
 
 
-def _cut_rank(tensors: Tensors, rank: int, path: str | Path) -> Tensors:
+def _cut_rank(tensors: LayerTensors, rank: int, path: str | Path) -> LayerTensors:
     """Return a layer of a plain LoRA reduced to its first ranks, with the same alpha / rank."""
     if not LORA_ROLES <= tensors.keys() <= {*LORA_ROLES, "alpha"}:
         raise ArgumentError(f"`{path}` is not a plain LoRA: its rank cannot be cut (dyn)", "lora")
@@ -316,7 +318,7 @@ def _pad_channels(down: Tensor, target: Target) -> Tensor:
 
 
 def _make_mismatch_error(
-    layers: Mapping[str, Tensors],
+    layers: Mapping[str, LayerTensors],
     unknown: Sequence[str],
     mismatched: Sequence[str],
     path: str | Path,

@@ -41,9 +41,9 @@ from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "BIAS_ROLES", "LORA_ROLES", "Tensors", "add_alphas", "compute_a1111_hash", "find_lora_family",
-    "find_ranks", "guess_family", "list_lora_files", "read_bundled_embeddings", "read_layers",
-    "write_lora",
+    "BIAS_ROLES", "LORA_ROLES", "LayerTensors", "add_alphas", "compute_a1111_hash",
+    "find_lora_family", "find_ranks", "guess_family", "list_lora_files", "read_bundled_embeddings",
+    "read_layers", "write_lora",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -58,12 +58,13 @@ LORA_KEY = re.compile(
     re.VERBOSE,
 )
 IA3_KEY = re.compile(r"(.+)\.(weight)")  # of (IA)^3, beside `on_input`
-ROLES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}  # name in some files -> role
+# name in some files -> role
+ROLE_ALIASES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
 BIAS_ROLES = ("diff_b", "b_norm")  # changes of the bias
 LORA_ROLES = {"down", "up"}  # of a plain LoRA, beside alpha
 DOWN_ROLES = ("down", "A")  # names of the first matrix, (rank, C_in, …)
 INPUT_ROLES = ("down", "hada_w1_b", "diff")  # of shape (…, C_in)
-Tensors = dict[str, Tensor]  # of one layer, by their role
+LayerTensors = dict[str, Tensor]  # of one layer, by their role
 ORIGINAL_BLOCKS = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks)[._]")
 FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
 UNSUPPORTED_TYPES = {  # by a pattern in names of tensors that LORA_KEY does not match
@@ -72,7 +73,7 @@ UNSUPPORTED_TYPES = {  # by a pattern in names of tensors that LORA_KEY does not
     "ia3_": "(IA)^3 of peft",
     r"\.bm\.": "GLoRA with biases",
     r"lora_\w+\.bias$": "LoRA with biases",
-    r"\.modules_to_save\.": "LoRA with whole layers",
+    r"\.modules_to_save\.": "LoRA with fully trained layers",
 }
 # Family by a pattern in names of layers; only transformers of SDXL have several blocks.
 FAMILY_BY_NAME = {
@@ -98,7 +99,7 @@ def list_lora_files(path: str | Path) -> list[Path]:
     raise MissingFile(f"`{path}` contains no `{'` or `'.join(FOLDER_FILES)}`.safetensors", "loras")
 
 
-def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tensors]:
+def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, LayerTensors]:
     """Return the tensors of a file by kohya's name of the layer, then by role: "down", "up" ….
 
     Layers of rank 0 are left out.
@@ -108,10 +109,10 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
     Raises:
         FileFormatError: It is not a LoRA, of an unsupported type, incomplete or not finite.
     """
-    layers: dict[str, Tensors] = {}
-    originals: dict[str, Tensors] = {}  # under the original's names
+    layers: dict[str, LayerTensors] = {}
+    under_original_names: dict[str, LayerTensors] = {}
     unknown = []
-    # Files in peft's folders name layers without the network, which is the name of the folder.
+    # Files in peft's folders name layers without the component, which is the name of the folder.
     prefix = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
     for key, value in file.state.items():
         match = LORA_KEY.fullmatch(key)
@@ -120,14 +121,14 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
         if match is not None:
             name = aliases.get(normalize_layer_name(prefix + match[1]), match[1])
             role = match[match.lastindex or 0]  # group 2 or 3
-            group = originals if ORIGINAL_BLOCKS.search(match[1]) else layers
-            group.setdefault(name, {})[ROLES.get(role, role)] = value
+            group = under_original_names if ORIGINAL_BLOCKS.search(match[1]) else layers
+            group.setdefault(name, {})[ROLE_ALIASES.get(role, role)] = value
         elif not key.startswith(BUNDLE_PREFIX):
             unknown.append(key)
-    if duplicates := originals.keys() & layers.keys():
+    if duplicates := under_original_names.keys() & layers.keys():
         message = "`%s` has %d layers twice: those under the original's names are ignored"
         log.warning(message, file.path, len(duplicates))
-    layers = originals | layers
+    layers = under_original_names | layers
     _check_keys(file, layers, unknown)
     _check_layers(file.path, layers)
     rank_0 = [name for name, tensors in layers.items() if find_rank(tensors) == 0]
@@ -137,7 +138,7 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
 
 
 def add_alphas(
-    layers: Mapping[str, Tensors], file: Checkpoint, targets: Mapping[str, TargetLayer]
+    layers: Mapping[str, LayerTensors], file: Checkpoint, targets: Mapping[str, TargetLayer]
 ) -> None:
     """Add the missing alpha of layers, from the metadata of diffusers or the config of peft.
 
@@ -148,15 +149,16 @@ def add_alphas(
     has_metadata = ADAPTER_METADATA_KEY in file.metadata
     content = read_json(path) if not has_metadata and path.is_file() else {}
     try:
-        configs: dict[str, JsonObject] = {"": content}  # by network: "unet.", "text_encoder."
+        configs: dict[str, JsonObject] = {"": content}  # by component: "unet.", "text_encoder."
         for key, value in json.loads(file.metadata.get(ADAPTER_METADATA_KEY, "{}")).items():
-            network, dot, name = key.partition(".")
-            configs.setdefault(network + dot, {})[name] = value
-        for network, config in configs.items():
+            component, dot, name = key.partition(".")
+            configs.setdefault(component + dot, {})[name] = value
+        for component, config in configs.items():
             _check_initialization(file.path, config)
-            for kohya, tensors in layers.items():
-                name = targets[kohya].diffusers if kohya in targets else kohya
-                if name.startswith(network) and "alpha" not in tensors:
+            for kohya_name, tensors in layers.items():
+                target = targets.get(kohya_name)
+                name = target.diffusers if target else kohya_name
+                if name.startswith(component) and "alpha" not in tensors:
                     _add_alpha(tensors, config, name.partition(".")[2])
     except (AttributeError, TypeError, ValueError, re.error) as error:
         if isinstance(error, FileFormatError):
@@ -175,9 +177,9 @@ def _check_initialization(path: Path, config: JsonMapping) -> None:
         )
 
 
-def _add_alpha(tensors: Tensors, config: JsonMapping, name: str) -> None:
+def _add_alpha(tensors: LayerTensors, config: JsonMapping, name: str) -> None:
     """Add the alpha of one layer; `name` is that in peft's patterns."""
-    alpha = _find_value(
+    alpha = _match_pattern(
         config, "alpha_pattern", name, config.get("lora_alpha", config.get("alpha"))
     )
     rank = find_rank(tensors)
@@ -188,11 +190,11 @@ def _add_alpha(tensors: Tensors, config: JsonMapping, name: str) -> None:
         factor = rank**0.5 if config.get("use_rslora") else 1
         tensors["alpha"] = torch.tensor(float(alpha) * factor)
     elif "lokr_w1" in tensors:  # two full matrices: peft scales their product, LyCORIS does not
-        scale = float(alpha) / float(_find_value(config, "rank_pattern", name, config.get("r")))
+        scale = float(alpha) / float(_match_pattern(config, "rank_pattern", name, config.get("r")))
         tensors["lokr_w1"] = tensors["lokr_w1"].float() * scale
 
 
-def _find_value(config: JsonMapping, patterns: str, name: str, default: Any) -> Any:
+def _match_pattern(config: JsonMapping, patterns: str, name: str, default: Any) -> Any:
     """Return the value of the first pattern that matches the end of a name, as peft does."""
     values = config.get(patterns) or {}
     matching = (value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", name))
@@ -207,13 +209,13 @@ def find_ranks(file: Checkpoint) -> set[int]:
 
 def find_lora_family(path: str | Path) -> str | None:
     """Return the title of the family that a LoRA was trained for; None if it is not recognised."""
-    layers: dict[str, Tensors] = {}
+    layers: dict[str, LayerTensors] = {}
     for file in list_lora_files(path):
         layers |= read_layers(read_checkpoint(file), {})
     return guess_family(layers)
 
 
-def guess_family(layers: Mapping[str, Tensors]) -> str | None:
+def guess_family(layers: Mapping[str, LayerTensors]) -> str | None:
     """Return the family by the cross-attention dimension, else by the names of the layers."""
     for name, tensors in layers.items():
         matrices = (value for role, value in tensors.items() if role in INPUT_ROLES)
@@ -226,7 +228,7 @@ def guess_family(layers: Mapping[str, Tensors]) -> str | None:
     )
 
 
-def read_bundled_embeddings(path: str | Path) -> Tensors:
+def read_bundled_embeddings(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of textual inversions in a LoRA file or folder, by their names there."""
     files = map(read_checkpoint, list_lora_files(path))
     return {k: v for file in files for k, v in file.state.items() if k.startswith(BUNDLE_PREFIX)}
@@ -250,12 +252,12 @@ def write_lora(
     metadata: Mapping[str, str | int] | None = None,
     other_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a LoRA file, with its base model in the metadata; the weight of the LoRA is not saved.
+    """Write a LoRA file, with its base model in the metadata, but without its strength.
 
     Args:
         style: "kohya" opens in A1111, ComfyUI and diffusers. "diffusers" folds alpha / rank into
             `up`, as not every version of diffusers reads alpha.
-        metadata: Further entries of the file; None = none.
+        metadata: Further entries of the file; None = no others.
         other_tensors: Tensors besides the layers, by their names in the file; None = none.
     """
     entries: dict[str, str | int] = {}
@@ -266,10 +268,10 @@ def write_lora(
         names = {layer.kohya: layer.diffusers for layer in list_lora_targets(model)}
         state = {}
         for name, layer in lora.layers.items():
-            ratio = float(layer.alpha) / layer.rank
+            scaling = float(layer.alpha) / layer.rank
             up = layer.lora_up.weight.detach().cpu()
             state[f"{names[name]}.lora_A.weight"] = layer.lora_down.weight.detach().cpu()
-            state[f"{names[name]}.lora_B.weight"] = up * ratio if ratio != 1 else up
+            state[f"{names[name]}.lora_B.weight"] = up * scaling if scaling != 1 else up
     state |= other_tensors or {}
     entries |= metadata or {}
     write_checkpoint(path, state, make_modelspec(model, Path(path).stem, "lora", entries))
@@ -278,10 +280,10 @@ def write_lora(
 def _describe_network(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:
     """Return the metadata that kohya's scripts read."""
     entries: dict[str, str | int] = {"ss_network_module": "networks.lora"}
-    sizes = {(layer.rank, float(layer.alpha)) for layer in lora.layers.values()}
-    if sizes:
-        rank, alpha = sizes.pop()
-        varies = bool(sizes)
+    rank_alphas = {(layer.rank, float(layer.alpha)) for layer in lora.layers.values()}
+    if rank_alphas:
+        rank, alpha = rank_alphas.pop()
+        varies = bool(rank_alphas)
         entries["ss_network_dim"] = "Dynamic" if varies else rank
         entries["ss_network_alpha"] = "Dynamic" if varies else str(alpha)
     if base := find_base_model(model):
@@ -289,7 +291,7 @@ def _describe_network(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int
     return entries
 
 
-def _check_keys(file: Checkpoint, layers: Mapping[str, Tensors], unknown: list[str]) -> None:
+def _check_keys(file: Checkpoint, layers: Mapping[str, LayerTensors], unknown: list[str]) -> None:
     """Raise FileFormatError for a file without layers, or with keys that are not recognised."""
     for pattern, title in UNSUPPORTED_TYPES.items():
         if any(re.search(pattern, key) for key in unknown):
@@ -304,9 +306,9 @@ def _check_keys(file: Checkpoint, layers: Mapping[str, Tensors], unknown: list[s
         raise FileFormatError(f"`{file.path}` {problem}: {count} not recognised: {examples}")
 
 
-def _check_layers(path: Path, layers: Mapping[str, Tensors]) -> None:
+def _check_layers(path: Path, layers: Mapping[str, LayerTensors]) -> None:
     """Raise FileFormatError for layers that are incomplete, not finite, or integers."""
-    incomplete = [name for name, tensors in layers.items() if not _is_complete(tensors)]
+    incomplete = [name for name, tensors in layers.items() if not _is_complete_layer(tensors)]
     if incomplete:
         roles = ", ".join(f"`{role}`" for role in layers[incomplete[0]])
         count = "1 layer is" if len(incomplete) == 1 else f"{len(incomplete)} layers are"
@@ -327,6 +329,6 @@ def _check_layers(path: Path, layers: Mapping[str, Tensors]) -> None:
                 raise FileFormatError(f"`{path}`: {message}")
 
 
-def _is_complete(tensors: Tensors) -> bool:
+def _is_complete_layer(tensors: LayerTensors) -> bool:
     weight_roles = tensors.keys() - {"alpha", "on_input", *BIAS_ROLES}
     return is_complete(weight_roles) if weight_roles else not tensors.keys().isdisjoint(BIAS_ROLES)

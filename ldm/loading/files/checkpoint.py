@@ -45,7 +45,7 @@ MAX_NODES = 1_000_000  # values in an entry of a pickle, which may contain itsel
 MAX_HEADER = 100_000_000  # bytes, of a .safetensors
 # Magic number of torch.save's format before zip, pickled.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-OTHER_FORMATS = {  # description -> first bytes of the file, in lower case
+UNSUPPORTED_FORMATS = {  # description -> first bytes of the file, in lower case
     "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
     "a pickle that `torch.save` did not write, refused": (b"\x80",),
     "a GGUF file, quantised weights are not supported": (b"gguf",),
@@ -269,7 +269,7 @@ def detect_format(path: Path) -> str:
     if header_size <= size - 8:
         return "safetensors"
     first_bytes = first_bytes.lower()
-    formats = OTHER_FORMATS.items()
+    formats = UNSUPPORTED_FORMATS.items()
     actual = next((title for title, prefixes in formats if first_bytes.startswith(prefixes)), None)
     if header_size <= MAX_HEADER:
         actual = "damaged, perhaps an incomplete download"

@@ -21,9 +21,9 @@ from ldm.train.config.schema import LightningTrainer, list_keys
 from ldm.train.config.sgm import is_sgm_model, translate_training
 from ldm.train.config.specs import SPEC_KEYS, drop_nulls, get_section, read_spec
 
-__all__ = ["KNOWN_KEYS", "SECTIONS", "read_gpus", "translate"]
+__all__ = ["KNOWN_KEYS", "LIGHTNING_ONLY_SECTIONS", "read_gpus", "translate"]
 
-SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
+LIGHTNING_ONLY_SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
 # Ignored arguments of Lightning's Trainer, and why.
 IGNORED_TRAINER_ARGUMENTS = {
     **dict.fromkeys(
@@ -41,7 +41,7 @@ IGNORED_TRAINER_ARGUMENTS = {
         ("reload_dataloaders_every_n_epochs", "multiple_trainloader_mode", "replace_sampler_ddp",
          "use_distributed_sampler", "prepare_data_per_node", "overfit_batches",
          "limit_train_batches", "truncated_bptt_steps"),
-        "the data is one endless sequence for all ranks",
+        "training data is an endless stream, split among the ranks",
     ),
     **dict.fromkeys(
         ("auto_lr_find", "auto_scale_batch_size", "amp_backend", "amp_level", "plugins",
@@ -81,7 +81,7 @@ SAMPLING_NAMES = {"ddim_steps": "steps", "unconditional_guidance_scale": "scale"
 SAVE_NAMES = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
               "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
 WANDB_NAMES = {n: n for n in ("project", "name", "entity", "tags", "group", "mode", "id")}
-BEST_KEYS = ("save_top_k", "monitor")
+BEST_CHECKPOINT_KEYS = ("save_top_k", "monitor")
 DEFAULT_SAVE_TOP_K = 3  # the original's, if the model has a `monitor`
 CHECKPOINT_INTERVAL = 10_000  # steps, the original's default
 KNOWN_KEYS = {
@@ -117,7 +117,7 @@ def translate(config: JsonMapping) -> tuple[Sections, list[str]]:
         The sections, and messages on changed and ignored keys.
     """
     lightning = get_section(config, "lightning")
-    names = [name for name in lightning if name not in SECTIONS]
+    names = [name for name in lightning if name not in LIGHTNING_ONLY_SECTIONS]
     result = _Translation({name: dict(get_section(config, f"lightning.{name}")) for name in names})
     _translate_trainer(result)
     _translate_callbacks(config, result)
@@ -183,21 +183,21 @@ def _translate_trainer(result: _Translation) -> None:
         result.set_defaults("callbacks", log_every=arguments["log_every_n_steps"])
 
     # An integer counts batches, a float is a fraction of an epoch.
-    interval, batches = arguments["val_check_interval"], arguments["limit_val_batches"]
-    if batches == 0:
+    val_interval, val_batches = arguments["val_check_interval"], arguments["limit_val_batches"]
+    if val_batches == 0:
         result.set_defaults("callbacks", validate_steps=None, validate_epochs=None)
-    elif isinstance(interval, float) and interval <= 1:
-        result.set_defaults("callbacks", validate_epochs=interval)
-    elif interval is not None:
+    elif isinstance(val_interval, float) and val_interval <= 1:
+        result.set_defaults("callbacks", validate_epochs=val_interval)
+    elif val_interval is not None:
         accumulation = trainer.get("accumulate_grad_batches", 1)
         if not isinstance(accumulation, int) or accumulation < 1:  # `schema` raises for it later
             accumulation = 1
-        result.set_defaults("callbacks", validate_steps=max(1, int(interval) // accumulation))
+        result.set_defaults("callbacks", validate_steps=max(1, int(val_interval) // accumulation))
     elif arguments["check_val_every_n_epoch"] is not None:
         result.set_defaults("callbacks", validate_epochs=arguments["check_val_every_n_epoch"])
-    if isinstance(batches, int) and batches > 0:
-        result.set_defaults("callbacks", validate_batches=batches)
-    elif batches:  # in Lightning a float is a fraction of the validation data
+    if isinstance(val_batches, int) and val_batches > 0:
+        result.set_defaults("callbacks", validate_batches=val_batches)
+    elif val_batches:  # in Lightning a float is a fraction of the validation data
         reason = "give a number of batches, or lightning.callbacks.validate_batches"
         result.add_ignored("lightning.trainer", ["limit_val_batches"], reason)
 
@@ -264,7 +264,7 @@ def _translate_modelcheckpoint(config: JsonMapping, result: _Translation) -> Non
     values = _pop_renamed(params, SAVE_NAMES)
     if params.get("mode", "min") == "min":
         params.pop("mode", None)
-        values |= {key: params.pop(key) for key in BEST_KEYS if key in params}
+        values |= {key: params.pop(key) for key in BEST_CHECKPOINT_KEYS if key in params}
     result.set_defaults("callbacks", **values)
     reason = (
         "the last `keep_states` states are kept to resume from, the `save_top_k` best weights by "

@@ -190,7 +190,7 @@ def read_settings(config: JsonMapping) -> Settings:
     _read_section(schema.ModelParams, config, "model.params")
     loader = _read_section(schema.LoaderOptions, config, "data.params")
     lightning_trainer = _read_section(schema.LightningTrainer, config, "lightning.trainer")
-    known = [*SECTIONS, *lightning.SECTIONS]
+    known = [*SECTIONS, *lightning.LIGHTNING_ONLY_SECTIONS]
     check_names("section", get_section(config, "lightning"), known, "lightning")
     sections, messages = lightning.translate(config)
     is_autoencoder = model.is_autoencoder
