@@ -53,7 +53,7 @@ def render_token_count(count: int, limit: int, truncated: str) -> str:
     if not truncated:
         return f"<span>{count}/{limit}</span>"
     words = html.escape(" ".join(truncated.split()[:MAX_QUOTED_WORDS]))
-    return f'<span class="failed">{count}/{limit}, without effect: {words} …</span>'
+    return f'<span class="failed">{count}/{limit}, truncated: {words} …</span>'
 
 
 def explain_to_user(error: BaseException) -> str:
@@ -62,8 +62,8 @@ def explain_to_user(error: BaseException) -> str:
     if is_out_of_memory(error):
         return text + MEMORY_ADVICE
     name = error.argument if isinstance(error, LdmError) else None
-    rows = (task.options.get(name or "") for task in TASKS.values())
-    label = next((row[0].label for row in rows if row), "")
+    options = (task.options.get(name or "") for task in TASKS.values())
+    label = next((option.label for option, *_ in filter(None, options)), "")
     return text if label.lower() in text.lower() else f"{text} ({label})"
 
 
@@ -78,14 +78,14 @@ def render_preview(progress: Progress) -> str:
 
 
 def render_queue(jobs: Sequence[Job]) -> str:
-    """Render the waiting jobs of a visitor."""
+    """Render the waiting jobs of a user."""
     waiting = [job for job in jobs if job.state == "queued"]
     items = "".join(f"<li>{html.escape(job.title)}</li>" for job in waiting)
     return f"<div>In the queue:</div><ol>{items}</ol>" if waiting else ""
 
 
 def describe_info(info: Mapping[str, Any]) -> str:
-    """Return the info of an image in A1111's format, and whether it is unfinished or not marked."""
+    """Return an image's info in A1111's format; says if it is unfinished or has no watermark."""
     text = format_parameters(info) or NO_PARAMETERS
     if info.get("unfinished"):
         text += f", Unfinished: stopped at step {info['unfinished']}"

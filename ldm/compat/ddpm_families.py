@@ -1,4 +1,4 @@
-"""Families of the original's LatentDiffusion: inpainting, depth, upscaling, image embeddings.
+"""Subclasses of the original's LatentDiffusion: inpainting, depth, upscaling, image embeddings.
 
 Each adds conditions in `get_input`: channels concatenated with the latent (`c_concat`) or vectors
 (`c_adm`).
@@ -37,7 +37,7 @@ class ConcatDiffusion(LatentDiffusion):
         ddim_eta: float = 1.0,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return images to log, by default without inpainting and DDPM sampling."""
+        """Return images to log, by default without inpainting and progressive rows."""
         options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
         return super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
 
@@ -136,15 +136,15 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         super().__init__(concat_keys, finetune_keys, *args, **kwargs)
 
     def make_concat_channels(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
-        conditions = []
+        channels = []
         for key in self.concat_keys:
             image = DDPM.get_input(self, batch, key)[:bs].to(self.device)
             if key == self.masked_image_key:
                 image = self.get_first_stage_encoding(self.encode_first_stage(image))
             else:
                 image = F.interpolate(image, size=z.shape[-2:])
-            conditions.append(image)
-        return conditions
+            channels.append(image)
+        return channels
 
     def log_images(self, batch: Batch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return images to log, including the masked images."""

@@ -1,4 +1,4 @@
-"""`ldm.modules.encoders.modules` of the original: encoders of conditions.
+"""`ldm.modules.encoders.modules` of the original: conditioning encoders.
 
 Nothing is downloaded: weights come from the checkpoint of the model, or from a local file.
 """
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
 
 class AbstractEncoder(nn.Module):
-    """Base class of encoders, for programs."""
+    """Base class of encoders; third-party code subclasses it or checks for it."""
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -89,7 +89,7 @@ class ClassEmbedder(nn.Module):
 
 
 class SpatialRescaler(nn.Module):
-    """Resizes a map (B, C, h, w), such as a segmentation, `n_stages` times.
+    """Resizes a spatial condition (B, C, h, w), such as a segmentation, `n_stages` times.
 
     Args:
         method: Interpolation mode, as in `torch.nn.functional.interpolate`.
@@ -150,14 +150,14 @@ class FrozenCLIPEmbedder(EncoderWithDevice):
     """Prompts -> context (B, 77, D) by the text model of OpenAI's CLIP: SD 1.
 
     Args:
-        version: Name of a model, for its sizes, or a folder with `config.json` and weights.
+        version: Name of a model, for its config, or a folder with `config.json` and weights.
         device: Ignored, see `device`.
         max_length: Tokens of a prompt, 77 at most.
         freeze: Whether to freeze the weights.
-        layer: "last"; "pooled" for the vector at the first end token, (B, 1, D); or "hidden" for
-            the output of block `layer_idx` (0 is the embedding), without the final norm.
-        layer_idx: Hidden state, -layers … layers; None unless `layer` is "hidden".
-        arch: Sizes, by transformers' names; None = those of `version`. Not in the original.
+        layer: "last"; "pooled" for the vector at the first EOS token, (B, 1, D); or "hidden" for
+            hidden state `layer_idx` (0 is the embedding), without the final norm.
+        layer_idx: Index of a hidden state, -layers … layers; None unless `layer` is "hidden".
+        arch: Config with transformers' keys; None = that of `version`. Not in the original.
     """
 
     LAYERS: ClassVar = ["last", "pooled", "hidden"]
@@ -219,7 +219,7 @@ class FrozenOpenCLIPEmbedder(EncoderWithDevice):
 
     Args:
         arch: Name of a model in open_clip, or its config.
-        version: A file of weights, or "openai" for quick GELU; any other value is ignored.
+        version: Path of a weights file, or "openai" for quick GELU; any other value is ignored.
         device: Ignored, see `device`.
         freeze: Whether to freeze the weights.
         layer: Block whose output is returned, after the final norm: "last" or "penultimate".

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.data.transforms import Transform
-from ldm.imaging.reading import decode_image, read_size
+from ldm.imaging.reading import decode_srgb, read_size
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["DreamBoothDataset", "ImageDataset", "Sample", "SampleDataset", "UnreadableSample"]
@@ -69,7 +69,7 @@ class ImageDataset(SampleDataset):
         """
         row = self.read_row(index)
         try:
-            return {**row, "image": decode_image(self.read_bytes(index), self.get_name(index))}
+            return {**row, "image": decode_srgb(self.read_bytes(index), self.get_name(index))}
         except (OSError, ValueError) as error:
             raise UnreadableSample(self.get_name(index), str(error)) from error
 

@@ -39,7 +39,7 @@ from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.download import Download
 from ldm.data.source import Batch, BatchSource, collate
 from ldm.data.transforms import Transform, get_captions
-from ldm.imaging.reading import IMAGE_SUFFIXES, decode_image, read_size
+from ldm.imaging.reading import IMAGE_SUFFIXES, decode_srgb, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import decode_text, is_hidden
 
@@ -265,7 +265,7 @@ def decode_sample(raw: RawSample) -> Sample:
     name = get_name(raw)
     try:
         suffix, data = find_image(raw)
-        return {**parse_metadata(raw), "image": decode_image(data, f"{name}.{suffix}")}
+        return {**parse_metadata(raw), "image": decode_srgb(data, f"{name}.{suffix}")}
     except ValueError as error:
         raise UnreadableSample(name, str(error)) from error
 

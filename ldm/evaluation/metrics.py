@@ -1,4 +1,4 @@
-"""Scores of images as pure functions of features (N, d), in float64.
+"""Image metrics (FID, KID, …) as functions of features (N, d), in float64.
 
 FID: Heusel et al. 2017 (arXiv:1706.08500); KID: Bińkowski et al. 2018 (arXiv:1801.01401);
 precision and recall: Kynkäänniemi et al. 2019 (arXiv:1904.06991); CLIP score: Hessel et al. 2021
@@ -25,8 +25,8 @@ __all__ = [
     "precision_recall",
 ]
 
-SPLITS = 10  # random splits into halves, for standard errors
-BLOCK = 1024  # rows of a distance matrix at a time, to bound memory
+NUM_SPLITS = 10  # random splits into halves, for standard errors
+BLOCK_ROWS = 1024  # rows of a distance matrix at a time, to bound memory
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
     Negative eigenvalues are rounding errors, and are set to 0.
     """
-    return _compute_distance(a, b, _compute_square_root(b.covariance))
+    return _compute_distance(a, b, _compute_matrix_sqrt(b.covariance))
 
 
 def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
@@ -68,10 +68,10 @@ def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
 
     The standard error is that of `estimate_error`, which leaves out the error of the reference.
     """
-    root = _compute_square_root(reference.covariance)
+    sqrt_covariance = _compute_matrix_sqrt(reference.covariance)
 
     def compute_distance(x: Tensor) -> float:
-        return _compute_distance(Statistics.of(x), reference, root)
+        return _compute_distance(Statistics.of(x), reference, sqrt_covariance)
 
     x = features.double()
     return Estimate(compute_distance(x), estimate_error(compute_distance, x, seed))
@@ -148,41 +148,45 @@ def estimate_error(score: Callable[[Tensor], float], features: Tensor, seed: int
     """Estimate the standard error of a score of features (N, d) from random halves.
 
     The scores of two halves have independent errors, each with twice the variance of the whole: if
-    Δ is their difference, the standard error is √(mean Δ²) / 2 over SPLITS random splits. A bias,
-    such as that of FID, cancels out.
+    Δ is their difference, the standard error is √(mean Δ²) / 2 over NUM_SPLITS random splits. A
+    bias, such as that of FID, cancels out.
     """
     half = len(features) // 2
     if half < 2:
         return math.nan
     generator = torch.Generator().manual_seed(seed)
     sum_of_squares = 0.0
-    for _ in range(SPLITS):
+    for _ in range(NUM_SPLITS):
         order = torch.randperm(len(features), generator=generator).to(features.device)
         first, second = features[order[:half]], features[order[half : 2 * half]]
         sum_of_squares += (score(first) - score(second)) ** 2
-    return math.sqrt(sum_of_squares / SPLITS) / 2
+    return math.sqrt(sum_of_squares / NUM_SPLITS) / 2
 
 
-def _compute_square_root(covariance: Tensor) -> Tensor:
+def _compute_matrix_sqrt(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     return root
 
 
-def _compute_distance(statistics: Statistics, reference: Statistics, root: Tensor) -> float:
-    """Compute the Fréchet distance; `root` is the square root of the reference's covariance."""
+def _compute_distance(
+    statistics: Statistics, reference: Statistics, sqrt_covariance: Tensor
+) -> float:
+    """Compute the Fréchet distance; `sqrt_covariance` is the reference's, a matrix square root."""
     covariance = statistics.covariance
-    product = root @ covariance @ root
+    product = sqrt_covariance @ covariance @ sqrt_covariance
     # √C₁ C₂ √C₁ has the eigenvalues of C₁ C₂, and is symmetric except for rounding.
     eigenvalues = torch.linalg.eigvalsh((product + product.mT) / 2)
     traces = covariance.trace() + reference.covariance.trace()
-    mean_distance = (statistics.mean - reference.mean).square().sum()
-    return float(mean_distance + traces - 2 * eigenvalues.clamp(min=0).sqrt().sum())
+    squared_mean_difference = (statistics.mean - reference.mean).square().sum()
+    return float(squared_mean_difference + traces - 2 * eigenvalues.clamp(min=0).sqrt().sum())
 
 
 def _average_kernel(x: Tensor, y: Tensor) -> float:
     """Return the mean of the kernel over all pairs of x (N, d) and y (M, d)."""
-    total = sum(float(_apply_kernel(block @ y.mT, x.shape[1]).sum()) for block in x.split(BLOCK))
+    total = sum(
+        float(_apply_kernel(block @ y.mT, x.shape[1]).sum()) for block in x.split(BLOCK_ROWS)
+    )
     return total / (len(x) * len(y))
 
 
@@ -208,7 +212,9 @@ def _is_in_manifold(x: Tensor, points: Tensor, neighbors: int) -> Tensor:
         [
             # + 1, as the nearest neighbor is the point itself
             torch.cdist(block, points).kthvalue(neighbors + 1, dim=1).values
-            for block in points.split(BLOCK)
+            for block in points.split(BLOCK_ROWS)
         ]
     )
-    return torch.cat([(torch.cdist(block, points) <= radii).any(dim=1) for block in x.split(BLOCK)])
+    return torch.cat(
+        [(torch.cdist(block, points) <= radii).any(dim=1) for block in x.split(BLOCK_ROWS)]
+    )

@@ -1,8 +1,8 @@
 """Read image files of all formats that Pillow decodes; the only module that opens images.
 
-`load_image` and `decode_image` convert to 8 bits in sRGB, upright. `load_stored` and
-`decode_stored` keep the values of the file, for masks and depth maps. Errors for files that are
-damaged, too large or not images have one line.
+`load_image` and `decode_srgb` convert to 8 bits in sRGB, upright; the latter keeps transparency and
+logs no warnings. `load_stored` and `decode_stored` keep the values of the file, for masks and depth
+maps. Errors for files that are damaged, too large or not images have one line.
 """
 
 import logging
@@ -30,7 +30,7 @@ from ldm.runtime.errors import FileFormatError, MissingFile
 __all__ = [
     "IMAGE_SUFFIXES",
     "StoredImage",
-    "decode_image",
+    "decode_srgb",
     "decode_stored",
     "flatten_on_white",
     "is_colored",
@@ -59,19 +59,19 @@ FORMATS = tuple(name for name in KNOWN_FORMATS if name in Image.OPEN)  # older v
 IMAGE_SUFFIXES = tuple(
     suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")
 )
-OTHER_FORMATS = {  # description -> signatures in the first bytes of the file, in lower case
+UNSUPPORTED_FORMATS = {  # description -> signatures in the first bytes of the file, in lower case
     "a web page, not an image": (b"<!doctype", b"<html"),
     "an SVG drawing: convert it to PNG": (b"<svg",),
     "a document, not an image": (b"%pdf", b"%!ps"),
     "a HEIC image: convert it to PNG": (b"ftypheic", b"ftypheix", b"ftypmif1"),
     "a JPEG XL image: convert it to PNG": (b"\xff\x0a", b"jxl \r\n"),
     "a raw photo: convert it to PNG": (b"\x10\0\0\0cr\2\0", b"fujifilmccd-raw", b"ftypcrx"),
-    "a TIFF of an unusual kind: convert it to PNG": (b"ii*\0", b"mm\0*"),
+    "an unsupported variant of TIFF: convert it to PNG": (b"ii*\0", b"mm\0*"),
     "an OpenEXR image: convert it to PNG": (b"v/1\1",),
     "a Radiance HDR image: convert it to PNG": (b"#?radiance", b"#?rgbe"),
-    "a project of GIMP: export it as PNG": (b"gimp xcf",),
+    "a GIMP project: export it as PNG": (b"gimp xcf",),
     "a NumPy array: save it as PNG or TIFF": (b"\x93numpy",),
-    "an archive, or a project of Krita: export it as PNG": (b"pk\3\4",),
+    "an archive, or a Krita document: export it as PNG": (b"pk\3\4",),
     "a video, not an image": (b"ftypisom", b"ftypmp4", b"ftypqt", b"\x1aE\xdf\xa3".lower()),
     "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
 }
@@ -91,7 +91,7 @@ TRANSPARENT_COLOR_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The first page of an image file, upright, with the values stored in the file.
+    """The first frame of an image file, upright, with the values stored in the file.
 
     Attributes:
         name: File name, for messages.
@@ -155,7 +155,7 @@ class StoredImage:
             try:
                 rgb = _apply_profile(image, rgb, profile)
             except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError):
-                self._add_warning("has a colour profile that is damaged or does not fit, ignored")
+                self._add_warning("has an ICC profile that is damaged or does not fit, ignored")
         elif "srgb" not in self.image.info:
             rgb = _apply_gamma(rgb, self.image.info.get("gamma", SRGB_GAMMA))
         alpha = self.get_alpha()
@@ -191,7 +191,7 @@ def load_stored(path: str | Path) -> StoredImage:
     return decode_stored(_find_file(path).read_bytes(), path)
 
 
-def decode_image(data: bytes, name: str | Path) -> Image.Image:
+def decode_srgb(data: bytes, name: str | Path) -> Image.Image:
     """Decode the bytes of an image file to "RGB" or "RGBA" in sRGB, upright.
 
     Args:
@@ -201,28 +201,31 @@ def decode_image(data: bytes, name: str | Path) -> Image.Image:
 
 
 def decode_stored(data: bytes, name: str | Path) -> StoredImage:
-    """Decode the bytes of an image file; arguments and errors as `decode_image`."""
+    """Decode the bytes of an image file; arguments and errors as `decode_srgb`."""
     with open_image(BytesIO(data), name) as file:
-        texts = []  # of warnings
+        warning_texts = []
         # Other images in these formats are layers, previews and maps of the first one.
         if file.format not in ("PSD", "MPO") and getattr(file, "is_animated", False):
-            texts.append("is animated or has several pages, the first is used")
+            warning_texts.append("is animated or has several pages, the first is used")
         if file.format == "PNG" and (space := _find_color_space(data)):
-            texts.append(f"has {space} colours (cICP), which are read as sRGB: convert it first")
+            warning_texts.append(
+                f"has {space} colours (cICP), which are read as sRGB: convert it first"
+            )
         _scale_transparent_color(file)
-        if file.format == "TIFF" and _has_wide_planes(file):
+        if file.format == "TIFF" and _is_planar_16_bit(file):
             raise UnidentifiedImageError
         file.load()  # which turns a TIFF upright
         transpose = _find_transpose(file)
         image = file.copy() if transpose is None else file.transpose(transpose)
-        if file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA" and _is_transparent(image):
+        has_alpha = file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA"
+        if has_alpha and _is_fully_transparent(image):
             image = image.convert("RGB")  # some programs leave the unused alpha channel at 0
         if image.mode[0] not in "IF":  # "I", "I;16" and "F" have more than 8 bits
-            return StoredImage(name, image, warnings=texts)
+            return StoredImage(name, image, warnings=warning_texts)
         values, white = _read_values(file, image)
         float_image = Image.fromarray(values)
         float_image.info = image.info
-        return StoredImage(name, float_image, white, texts)
+        return StoredImage(name, float_image, white, warning_texts)
 
 
 @contextmanager
@@ -307,8 +310,10 @@ def _describe_content(source: Path | BytesIO) -> str:
     start = data[:512].lower()
     if not start:
         return "an empty file, not an image"
-    formats = (name for name, marks in OTHER_FORMATS.items() if any(m in start for m in marks))
-    return next(formats, "something else, not an image")
+    for description, signatures in UNSUPPORTED_FORMATS.items():
+        if any(signature in start for signature in signatures):
+            return description
+    return "something else, not an image"
 
 
 def _find_transpose(image: ImageFile.ImageFile) -> Image.Transpose | None:
@@ -330,14 +335,14 @@ def _find_color_space(data: bytes) -> str | None:
     return hdr or ("wide-gamut" if is_wide else None)
 
 
-def _has_wide_planes(file: ImageFile.ImageFile) -> bool:
+def _is_planar_16_bit(file: ImageFile.ImageFile) -> bool:
     """Return whether each colour has a plane of more than 8 bits, which Pillow reads as 8 bits."""
     tags = getattr(file, "tag_v2", {})
     is_planar = tags.get(Tag.PlanarConfiguration) == 2
     return is_planar and max(tags.get(Tag.BitsPerSample, (8,))) > 8
 
 
-def _is_transparent(image: Image.Image) -> bool:
+def _is_fully_transparent(image: Image.Image) -> bool:
     return image.getchannel("A").getextrema() == (0, 0)
 
 
@@ -367,13 +372,13 @@ def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndar
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0, 1)
     if file.mode.startswith("I;16"):
-        whites = [2 ** tags.get(Tag.BitsPerSample, (16,))[0] - 1]
+        white_candidates = [2 ** tags.get(Tag.BitsPerSample, (16,))[0] - 1]
     elif file.mode == "F":
         is_integral = (finite == finite.round()).all()  # then 8 or 16 bits in a wider container
-        whites = [1, 255, 65535] if is_integral else [1]
+        white_candidates = [1, 255, 65535] if is_integral else [1]
     else:  # 32 bits of a TIFF, or the 16 bits of another format
-        whites = [255, 65535] if tags else [65535]
-    white = next((value for value in whites if low >= 0 and high <= value), None)
+        white_candidates = [255, 65535] if tags else [65535]
+    white = next((value for value in white_candidates if low >= 0 and high <= value), None)
     if tags.get(Tag.PhotometricInterpretation) == 0:  # white is 0, which Pillow leaves as it is
         values = (white or 0) - values
     return values, white
@@ -388,7 +393,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image:
-    """Convert an image with a color profile to sRGB; raises Pillow's errors.
+    """Convert an image with an ICC profile to sRGB; raises Pillow's errors.
 
     Args:
         image: The image in its stored mode.
@@ -408,9 +413,9 @@ def _apply_gamma(rgb: Image.Image, gamma: float) -> Image.Image:
     """Convert to sRGB from values that are linear light to the power of `gamma`, PNG's gAMA."""
     if not 0 < gamma < 10 or abs(gamma / SRGB_GAMMA - 1) < 0.05:
         return rgb
-    light = (np.arange(256) / 255) ** (1 / gamma)
+    linear = (np.arange(256) / 255) ** (1 / gamma)
     # The transfer function of sRGB (IEC 61966-2-1).
-    levels = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    levels = np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return rgb.point((levels * 255).round().astype(int).tolist() * 3)
 
 

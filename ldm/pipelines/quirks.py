@@ -108,7 +108,7 @@ class Quirks:
         """Return whether a run on an image with this strength starts from noise alone."""
         return strength == 1 and "legacy-steps" not in self and "refiner-from-noise" not in self
 
-    def draw_unused(self, sampler: str, sigmas: Tensor, x: Tensor) -> None:
+    def draw_unused_noise(self, sampler: str, sigmas: Tensor, x: Tensor) -> None:
         """Draw noise that the original's PLMS drew but did not use: later batches depend on it."""
         if "noise" in self and sampler == "plms":
             for _ in range(len(sigmas)):

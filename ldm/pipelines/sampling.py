@@ -41,8 +41,8 @@ from ldm.pipelines.quirks import Quirks, get_row_seeds, make_noise_sampler
 from ldm.pipelines.sampling_options import (
     Callback,
     SamplingOptions,
-    check_beside_sigmas,
     check_embedded_guidance,
+    check_no_conflict_with_sigmas,
     check_sampling,
     check_tiles,
     explain_exceeded_limits,
@@ -58,8 +58,8 @@ from ldm.runtime.warn import warn_caller
 __all__ = ["invert", "sample"]
 
 # Arguments of `sample` that another one, which is missing or given, leaves without effect.
-NEEDED = {"strength": "z", "freeu_version": "freeu", "further": "guidance"}
-EXCLUDED = {"z": "z_t", "x_T": "z_t", "seeds": "noise", "grid": "scheduler"}
+REQUIRES = {"strength": "z", "freeu_version": "freeu", "further": "guidance"}
+EXCLUDED_BY = {"z": "z_t", "x_T": "z_t", "seeds": "noise", "grid": "scheduler"}
 
 
 @torch.no_grad()
@@ -115,8 +115,8 @@ def sample(
             noise.
         strength: Fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
         x_T: (B, C, h, w), the initial noise, standard normal; None = drawn.
-        z_t: (B, C, h, w), a noisy latent at the first of `sigmas` to continue from, without new
-            noise; None = start from z or from pure noise.
+        z_t: (B, C, h, w), a noisy latent √ᾱ z + √(1-ᾱ) noise, at the first of `sigmas`, to continue
+            from without new noise; None = start from z or from pure noise.
         size: (height, width) in pixels; None = the size of z or x_T, else the model's own.
         steps: Number of steps, 1 … T; None = the model's default.
         sampler: A name in SAMPLERS; None = the model's default.
@@ -137,25 +137,28 @@ def sample(
             else it is independent for each step.
         scale: Guidance scale; 1 = no guidance, None = `get_default_scale`. A model that embeds it
             evaluates the network once a step, without `uncond`.
-        rescale: 0 … 1, see `add_guidance`.
+        rescale: Strength, 0 … 1, of rescaling guided predictions to the standard deviation of the
+            conditional ones (phi of arXiv:2305.08891, §3.4), against over-exposure.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
         freeu: Factors of FreeU, the name of a preset, or "auto" for the preset of the model's
             family; None = off.
         freeu_version: A name in FREEU_VERSIONS; None = "1".
         guidance: The guidance method, a new object for each run; None = classifier-free guidance.
-        further: Conditions of `guidance.texts`, with a row for each row of `cond`.
-        seeds: One per row, or the first of consecutive ones, less than 2^64; None = drawn from
-            torch's generator. The noise of a row depends on its own seed only.
-        noise: (like) -> standard normal noise in its shape; None = that of `seeds`, which are then
-            only for `brownian`.
+        further: Conditions of the texts that the guidance method needs besides the prompts,
+            `guidance.texts`; each has as many rows as `cond`.
+        seeds: One per row, or the first of consecutive ones, less than 2^64; or a function, as
+            `noise`; None = drawn from torch's generator. A row's noise depends on its seed only.
+        noise: Function (like) -> standard normal noise of its shape; None = that of `seeds`. Given
+            both, `seeds` are only for `brownian`.
         callback: Called with (step, steps, x, denoised) after each step; may raise Stop with a
             latent, which tasks then decode. None = nothing is called.
         constrain: (x, sigma) -> x, applied before every step; None = no constraint.
-        first_step: Index of the first step, for conditions that depend on the step.
+        first_step: Number of the run's first step, for conditions that depend on the step; no step
+            is skipped.
         unet_tile: Side in latent pixels of overlapping tiles to run the network on; None = whole.
         tiling: Axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
             "xy" for textures, or "none". Tasks apply it to the autoencoder, too.
-        legacy: Names in LEGACY.
+        legacy: Quirks of the original to reproduce, names in LEGACY.
         grid: Former name of `scheduler`.
     Returns:
         (B, C, h, w) float32.
@@ -190,7 +193,7 @@ def sample(
     else:
         # The quirk `strength` counts the steps that were asked for, not those of the run.
         given_steps = None if "strength" in quirks else steps
-        check_beside_sigmas(len(sigmas) - 1, given_steps, scheduler, rho)
+        check_no_conflict_with_sigmas(len(sigmas) - 1, given_steps, scheduler, rho)
     check_embedded_guidance(model, guidance, rescale, guidance_interval)
     name = _quote_variant_name(model)
     if warning := explain_exceeded_limits(model.defaults, name, steps, scale):
@@ -220,14 +223,14 @@ def sample(
         network = partial(denoiser.network, freeu=make_freeu(model, freeu, freeu_version))
         denoiser = replace(denoiser, network=network)
     denoiser = _tile_network(denoiser, unet_tile)
-    unconds: deque[Tensor] = deque(maxlen=1)  # the latest unconditional estimate of z
+    uncond_denoised: deque[Tensor] = deque(maxlen=1)  # the latest unconditional estimate of z
     sampler_options = _get_sampler_options(
         model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
     )
     if brownian and sampler_options["noise"] is not None:
         sampler_options["interval_noise"] = _make_interval_noise(seeds, n, sigmas, s_noise)
     if SAMPLERS[sampler].takes_uncond:
-        sampler_options["last_uncond"] = lambda: unconds[0] if unconds else None
+        sampler_options["last_uncond"] = lambda: uncond_denoised[0] if uncond_denoised else None
     build_denoise: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
         add_guidance,
         denoiser,
@@ -236,7 +239,7 @@ def sample(
         interval=guidance_interval,
         guidance=guidance,
         further=further,
-        on_uncond=unconds.append if "last_uncond" in sampler_options else None,
+        on_uncond=uncond_denoised.append if "last_uncond" in sampler_options else None,
     )
     if model.guidance_embed_dim is not None:
         dim = model.guidance_embed_dim
@@ -251,7 +254,7 @@ def sample(
             constrain=constrain,
             **sampler_options,
         )
-    quirks.draw_unused(sampler, sigmas, x)
+    quirks.draw_unused_noise(sampler, sigmas, x)
     return x / _compute_std(sigmas[-1])
 
 
@@ -291,10 +294,10 @@ def _check_combinations(arguments: Mapping[str, object]) -> None:
     unset = {"strength": arguments["strength"] == 1, "further": not arguments["further"],
              "seeds": arguments["brownian"]}  # fmt: skip
     given -= {name for name, is_unset in unset.items() if is_unset}
-    for name, other in NEEDED.items():
+    for name, other in REQUIRES.items():
         if name in given and other not in given:
             raise ArgumentError(f"{name} needs {other}", name)
-    for name, other in EXCLUDED.items():
+    for name, other in EXCLUDED_BY.items():
         if name in given and other in given:
             raise ArgumentError(f"{other} is given, leave out {name}", name)
 
@@ -380,21 +383,21 @@ def _get_sampler_options(
         always_draws: Draw noise even where eta is 0, as the original did.
         is_continued: Whether another model samples on from the result.
     """
-    row, s_noise, s_tmax = SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
+    spec, s_noise, s_tmax = SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
     scaled_noise = noise if s_noise == 1 else lambda like: s_noise * noise(like)
     options: dict[str, object] = {}
-    if row.takes_noise or row.takes_churn:
+    if spec.takes_noise or spec.takes_churn:
         options["noise"] = scaled_noise
-    if row.takes_churn:
+    if spec.takes_churn:
         options["s_churn"], options["s_tmin"] = step_noise.s_churn, step_noise.s_tmin
         options["s_tmax"] = math.inf if s_tmax is None else s_tmax
-    if row.eta is not None:
-        options["eta"] = eta = row.eta if step_noise.eta is None else step_noise.eta
+    if spec.eta is not None:
+        options["eta"] = eta = spec.eta if step_noise.eta is None else step_noise.eta
         if eta == 0 and not always_draws:
             options["noise"] = None  # nothing is drawn; the original drew noise, times 0
-    if row.scales_time:
+    if spec.scales_time:
         options["scale_time"] = schedule.scale_time
-    if row.function == "dpmpp_2m" and is_continued:
+    if spec.function == "dpmpp_2m" and is_continued:
         options["lower_order_final"] = False  # its last step is not that of the run
     return options
 

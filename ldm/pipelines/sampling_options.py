@@ -20,8 +20,8 @@ from ldm.runtime.errors import ArgumentError, check_name
 __all__ = [
     "Callback",
     "SamplingOptions",
-    "check_beside_sigmas",
     "check_embedded_guidance",
+    "check_no_conflict_with_sigmas",
     "check_sampling",
     "check_tiles",
     "explain_exceeded_limits",
@@ -74,7 +74,7 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
     if (given_sigmas := options.get("sigmas")) is not None:
         sigmas = torch.as_tensor(given_sigmas, dtype=torch.float64)
         check_sigmas(sigmas.tolist())
-        check_beside_sigmas(len(sigmas) - 1, steps, options.get("scheduler"), rho)
+        check_no_conflict_with_sigmas(len(sigmas) - 1, steps, options.get("scheduler"), rho)
         highest = float(model.schedule.sigmas[-1])
         if sigmas[0] > 1.001 * highest:  # tolerance for rounded sigmas
             message = f"the model has noise levels up to {highest:g}, not {float(sigmas[0]):g}"
@@ -92,7 +92,7 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
     return sigmas
 
 
-def check_beside_sigmas(
+def check_no_conflict_with_sigmas(
     total: int, steps: int | None, scheduler: str | None, rho: float | None
 ) -> None:
     """Raise ArgumentError for options that given sigmas, of `total` steps, replace."""

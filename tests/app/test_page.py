@@ -288,7 +288,7 @@ def test_tokens_are_counted_and_truncated_text_is_named(page):
     assert "A1111's syntax for weights is read as plain text: `(blue:1.4) …`" in generate(page)
     wait_for_value(page, "#parameters textarea", "<lora:style:0.8>")
     fill(page, "red " * 30 + "green apple")
-    count.get_by_text("32/30, without effect: green apple …").wait_for()
+    count.get_by_text("32/30, truncated: green apple …").wait_for()
 
 
 def test_a_pasted_number_beyond_its_slider_is_used(app, page):

@@ -39,7 +39,10 @@ REFUSED = {  # name: (function that writes the file, message)
     "page": (lambda path: path.write_text("<!DOCTYPE html><html>no</html>"), "a web page"),
     "heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic"), "is a HEIC image: convert it"),
     "pointer": (lambda path: path.write_text("version https://git-lfs"), "is a Git LFS pointer"),
-    "planes": (lambda path: path.write_bytes(PLANES), "is a TIFF of an unusual kind: convert it"),
+    "planes": (
+        lambda path: path.write_bytes(PLANES),
+        "is an unsupported variant of TIFF: convert it",
+    ),
     "text": (lambda path: path.write_text("hello"), "not an image"),
     "cut": (write_truncated, "is damaged: "),
     "head": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "x.png` is "),

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from imaging.badimages import REFUSED, make_png
 from ldm.imaging.reading import (
     IMAGE_SUFFIXES,
-    decode_image,
+    decode_srgb,
     decode_stored,
     flatten_on_white,
     list_images,
@@ -30,7 +30,7 @@ def encode(image, suffix, **options):
 
 
 def decode(data):
-    return np.asarray(flatten_on_white(decode_image(data, "x")), int)
+    return np.asarray(flatten_on_white(decode_srgb(data, "x")), int)
 
 
 def make_exif(orientation):
@@ -145,7 +145,7 @@ def test_a_colour_key_of_any_bit_depth_is_transparent(bits, colour, key, pixels)
     chunks = [(b"PLTE", b"\x40\x80\0"), (b"tRNS", b"\0")]
     if key is not None:
         chunks = [(b"tRNS", struct.pack(f">{len(key)}H", *key))]
-    image = decode_image(make_png(1, 1, bits, colour, b"\0" + pixels, *chunks), "x")
+    image = decode_srgb(make_png(1, 1, bits, colour, b"\0" + pixels, *chunks), "x")
     assert image.getpixel((0, 0))[3] == 0
     assert (np.asarray(flatten_on_white(image)) == 255).all()
 
@@ -226,7 +226,7 @@ def test_a_profile_that_is_damaged_or_does_not_fit_is_ignored_and_named(
 ):
     GREY.convert("RGB").convert(mode).save(tmp_path / "x.tif", icc_profile=profile)
     assert abs(np.asarray(load_image(tmp_path / "x.tif"), int) - RAMP[..., None]).max() <= 1
-    assert "x.tif` has a colour profile that is damaged or does not fit" in caplog.text
+    assert "x.tif` has an ICC profile that is damaged or does not fit" in caplog.text
 
 
 def test_masks_and_depth_maps_get_values_without_the_profile():

@@ -28,7 +28,7 @@ from ldm.data.dataset import ImageDataset, Sample, SampleDataset, UnreadableSamp
 from ldm.data.shards import RawSample, Shards, find_image, get_name, parse_metadata
 from ldm.data.source import collate, to_device
 from ldm.data.transforms import SIZE_KEYS, Transform
-from ldm.imaging.reading import decode_image
+from ldm.imaging.reading import decode_srgb
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.types import JsonMapping
@@ -257,7 +257,7 @@ def _iter_shard_inputs(shards: Shards, cache: LatentCache) -> Iterator[tuple[str
 def _decode_image(raw: RawSample) -> Image.Image:
     suffix, data = find_image(raw)
     try:
-        return decode_image(data, f"{get_name(raw)}.{suffix}")
+        return decode_srgb(data, f"{get_name(raw)}.{suffix}")
     except ValueError as error:
         raise UnreadableSample(get_name(raw), str(error)) from error
 
