@@ -78,7 +78,7 @@ def render_preview(progress: Progress) -> str:
 
 
 def render_queue(jobs: Sequence[Job]) -> str:
-    """Render the waiting jobs of a user."""
+    """Render the waiting jobs of a visitor."""
     waiting = [job for job in jobs if job.state == "queued"]
     items = "".join(f"<li>{html.escape(job.title)}</li>" for job in waiting)
     return f"<div>In the queue:</div><ol>{items}</ol>" if waiting else ""
