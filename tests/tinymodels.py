@@ -38,7 +38,7 @@ class ModelFiles(NamedTuple):
 
 @pytest.fixture(scope="session")
 def model_cache() -> ModelCache:
-    return ModelCache(limit=1e9)
+    return ModelCache(max_bytes=1e9)
 
 
 @pytest.fixture(autouse=True)

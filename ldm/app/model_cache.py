@@ -26,13 +26,13 @@ class ModelCache:
     Encoders and autoencoders of the same structure with equal weights are shared.
 
     Args:
-        limit: Maximum bytes of all models together. The least recently used models are dropped
-            before another one is loaded; a model larger than the limit is loaded alone.
+        max_bytes: Maximum of all models together. The least recently used models are evicted
+            before another one is loaded; a larger model is loaded alone.
         load: Loads a model.
     """
 
-    def __init__(self, limit: float, load: Callable[..., LatentDiffusion] = load) -> None:
-        self.limit = limit
+    def __init__(self, max_bytes: float, load: Callable[..., LatentDiffusion] = load) -> None:
+        self.max_bytes = max_bytes
         self._load = load
         self._models: dict[object, LatentDiffusion] = {}  # the most recently used one last
 
@@ -41,7 +41,7 @@ class ModelCache:
     ) -> LatentDiffusion:
         """Return a model; arguments as `load`. Changed files are loaded again.
 
-        Only LoRAs of a cached model are replaced, see `set_loras`.
+        A cached model is reused with other LoRAs, see `set_loras`.
         """
         loras = tuple(options.pop("loras", ()))
         files = (ckpt, config, options.get("vae"), *options.get("embeddings", ()))
@@ -71,9 +71,9 @@ class ModelCache:
         options: dict[str, Any],
     ) -> LatentDiffusion:
         nbytes = sum(size for _, size, _ in stats)
-        while self._models and self.nbytes + nbytes > self.limit:
+        while self._models and self.nbytes + nbytes > self.max_bytes:
             self._models.pop(next(iter(self._models)))
-        # Return the memory of dropped models to the device; torch would keep it reserved.
+        # Return the memory of evicted models to the device; torch would keep it reserved.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         model = self._load(config, ckpt, **options)
@@ -131,7 +131,7 @@ def _is_equal(module: nn.Module, other: nn.Module) -> bool:
 def _describe_module(module: nn.Module) -> tuple[type, JsonObject, list[str]]:
     """Return the class, the settings and the names of the tensors of a module."""
     settings: JsonObject = {
-        name: _convert_tensors(value)
+        name: _convert_tensors_to_lists(value)
         for name, value in vars(module).items()
         if isinstance(value, SETTING_TYPES) or inspect.isroutine(value)
     }
@@ -141,10 +141,10 @@ def _describe_module(module: nn.Module) -> tuple[type, JsonObject, list[str]]:
     return type(module), settings, names
 
 
-def _convert_tensors(value: object) -> object:
+def _convert_tensors_to_lists(value: object) -> object:
     """Convert tensors in a tuple, such as CLIP's statistics, to lists, which can be compared."""
     if isinstance(value, tuple):
-        return tuple(map(_convert_tensors, value))
+        return tuple(map(_convert_tensors_to_lists, value))
     return value.tolist() if isinstance(value, Tensor) else value
 
 

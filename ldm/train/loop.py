@@ -3,10 +3,10 @@
     batches -> losses -> gradients -> clip -> optimizer -> EMA
     at intervals: save, draw samples, validate, export, evaluate
 
-A step has `batches_per_step` batches: number of processes x gradient accumulation. Batches are
-numbered through the whole run, and all random numbers of a batch depend on its index only, so that
-an interrupted run resumes exactly, on any number of processes. Dropout draws from torch's global
-generator, which is seeded for each batch.
+An optimizer step has `batches_per_step` (micro-)batches: number of processes x gradient
+accumulation. They are numbered through the whole run, and all random numbers of a batch depend on
+its index only, so that an interrupted run resumes exactly, on any number of processes. Dropout
+draws from torch's global generator, which is seeded for each batch.
 """
 
 import contextlib
@@ -20,30 +20,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.data.dataset import Sample
+from ldm.data.source import Batch
 from ldm.data.unreadable import UnreadableFiles
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import NonFinite
 from ldm.train.distributed import parallel
 from ldm.train.distributed.signals import SignalHandler
-from ldm.train.monitoring import sanity
 from ldm.train.monitoring.evaluation import Evaluator
+from ldm.train.monitoring.initial_loss import NUM_SAMPLES, check_initial_loss
 from ldm.train.monitoring.logs import LoggerCollection, ProgressBar
 from ldm.train.monitoring.samples import draw_samples
-from ldm.train.monitoring.timers import Interval, StepTimer
+from ldm.train.monitoring.timers import StepTimer, Trigger
 from ldm.train.monitoring.timestep_losses import TimestepLosses
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run, seed_batch
-from ldm.train.runs.exports import export, export_best, export_step, find_monitor
+from ldm.train.runs.exports import export, export_best, export_step, resolve_monitor
 from ldm.train.state import TrainedNetwork
 from ldm.train.tasks.task import Losses
 
-__all__ = ["save", "train", "train_step"]
+__all__ = ["save_state", "train", "train_step"]
 
 log = logging.getLogger(__name__)
 
-IndexedBatches = Sequence[tuple[int, Sample]]  # (index in the run, batch)
-Actions = dict[str, tuple[Interval, Callable[[], object]]]  # name -> (interval, action)
+IndexedBatches = Sequence[tuple[int, Batch]]  # (index in the run, batch)
+Actions = dict[str, tuple[Trigger, Callable[[], object]]]  # name -> (trigger, action)
 
 
 def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
@@ -70,12 +70,11 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     for line in (*settings.messages, explanation):
         log.info("%s", line)
 
-    # Check the initial weights of a fine-tune.
     if run.is_fine_tune and not state.step and settings.trainer.sanity:
         with run.autocast():
-            sanity.check_initial_weights(
+            check_initial_loss(
                 run.model,
-                run.source.load_fixed_samples(sanity.NUM_SAMPLES),
+                run.source.load_fixed_samples(NUM_SAMPLES),
                 batch_size=run.batch_size,
                 seed=run.seed,
                 timesteps=run.timesteps,
@@ -86,7 +85,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     if callbacks.validate_steps and run.validation_source is not None:
         validation_losses = validate(run, num_batches=1)
         if callbacks.save_top_k:
-            find_monitor(callbacks.monitor, validation_losses)
+            resolve_monitor(callbacks.monitor, validation_losses)
 
     # Open the logs.
     loggers = LoggerCollection(
@@ -114,7 +113,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     )
 
     # Train.
-    actions = _list_actions(run, loggers, timestep_losses)
+    actions = _build_actions(run, loggers, timestep_losses)
     run.task.trainable.train()
     timer = StepTimer()
     progress = ProgressBar(
@@ -139,15 +138,15 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
             is_stopped, due = _agree_on_actions(run, timer.stop(), signals.take(), actions)
             if "t" in losses:
                 timestep_losses.add(losses["t"], losses["loss_per_sample"])
-            with _log_failures("log"):
+            with _suppress_and_log("log"):
                 progress.update(state.step, losses, lr, run.batch_size * state.batches_per_step)
             for name in due:
-                with _log_failures(name):
+                with _suppress_and_log(name):
                     actions[name][1]()
             timer.start()
-        save(run)
+        save_state(run)
         export(run)
-        _log_images(run, loggers, timestep_losses)
+        _sample_and_log(run, loggers, timestep_losses)
 
 
 def train_step(run: Run, batches: IndexedBatches, lr: float) -> Losses:
@@ -179,19 +178,20 @@ def train_step(run: Run, batches: IndexedBatches, lr: float) -> Losses:
     state.loss_scale.update(is_finite)
     state.is_consistent = True
     if not is_finite and not state.loss_scale.is_adapting:
-        _count_skipped_step(run, batches, losses)
+        _handle_skipped_step(run, batches, losses)
     return losses
 
 
-def save(run: Run) -> None:
+def save_state(run: Run) -> None:
     """Save a resume state, if anything has changed since the last one."""
-    if not run.state.is_saved and run.is_finite("state"):
+    if not run.state.is_saved and run.has_finite_weights("state"):
         run.states.save(run.state)
 
 
-def _log_images(run: Run, loggers: LoggerCollection, timestep_losses: TimestepLosses) -> None:
-    """Write and log the sample grids, and the plot of the loss by timestep."""
-    with _log_failures("draw samples"):  # not around `timestep_losses.write`, which is collective
+def _sample_and_log(run: Run, loggers: LoggerCollection, timestep_losses: TimestepLosses) -> None:
+    """Draw and log sample grids, and log the plot of the loss by timestep."""
+    # Not around `timestep_losses.write`, which is collective.
+    with _suppress_and_log("draw samples"):
         for path in draw_samples(run):
             loggers.log_image(run.state.step, f"{path.parent.name}/samples", path)
     plot = timestep_losses.write(run.state.step)
@@ -201,42 +201,42 @@ def _log_images(run: Run, loggers: LoggerCollection, timestep_losses: TimestepLo
 
 def _validate(run: Run, loggers: LoggerCollection) -> None:
     losses = validate(run)
-    _log_scores(run, loggers, losses)
+    _log_metrics(run, loggers, losses)
     export_best(run, losses)
 
 
-def _log_scores(run: Run, loggers: LoggerCollection, scores: Mapping[str, float]) -> None:
-    """Log validation losses or scores of samples, also to the console."""
-    if scores and run.ranks.is_first:
-        text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+def _log_metrics(run: Run, loggers: LoggerCollection, metrics: Mapping[str, float]) -> None:
+    """Log validation losses or metrics of samples, also to the console."""
+    if metrics and run.ranks.is_first:
+        text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         log.info("step %d: %s", run.state.step, text)
-    loggers.log_scalars(run.state.step, scores)
+    loggers.log_scalars(run.state.step, metrics)
 
 
-def _list_actions(run: Run, loggers: LoggerCollection, timestep_losses: TimestepLosses) -> Actions:
+def _build_actions(run: Run, loggers: LoggerCollection, timestep_losses: TimestepLosses) -> Actions:
     """Return all actions by name, in the order in which due ones are run."""
     options = run.settings.callbacks
-    draw_interval = Interval(
+    draw_trigger = Trigger(
         minutes=options.image_minutes, steps=options.image_steps, early=options.image_early
     )
-    save_interval = Interval(minutes=options.save_minutes, steps=options.save_steps)
+    save_trigger = Trigger(minutes=options.save_minutes, steps=options.save_steps)
     actions: Actions = {
-        "save": (save_interval, lambda: save(run)),
-        "draw samples": (draw_interval, lambda: _log_images(run, loggers, timestep_losses)),
-        "validate": (Interval(steps=options.validate_steps), lambda: _validate(run, loggers)),
-        "export step": (Interval(steps=options.export_steps), lambda: export_step(run)),
+        "save": (save_trigger, lambda: save_state(run)),
+        "draw samples": (draw_trigger, lambda: _sample_and_log(run, loggers, timestep_losses)),
+        "validate": (Trigger(steps=options.validate_steps), lambda: _validate(run, loggers)),
+        "export step": (Trigger(steps=options.export_steps), lambda: export_step(run)),
     }
     if options.evaluation is not None:
         evaluator = Evaluator(run, options.evaluation)
         actions["evaluate"] = (
-            Interval(steps=options.evaluation.steps),
-            lambda: _log_scores(run, loggers, evaluator()),
+            Trigger(steps=options.evaluation.steps),
+            lambda: _log_metrics(run, loggers, evaluator()),
         )
     return actions
 
 
 def _read_step_batches(
-    run: Run, batches: Iterator[Sample], unreadable: UnreadableFiles
+    run: Run, batches: Iterator[Batch], unreadable: UnreadableFiles
 ) -> IndexedBatches:
     """Read this process's batches of the step."""
     state, ranks = run.state, run.ranks
@@ -296,23 +296,24 @@ def _agree_on_actions(
     """Agree with all processes on training time; return whether to stop, and the due actions."""
     is_first = run.ranks.is_first
     due = [
-        (interval.is_due(run.state.step) and is_first) or name in requests
-        for name, (interval, _) in actions.items()
+        (trigger.is_due(run.state.step) and is_first) or name in requests
+        for name, (trigger, _) in actions.items()
     ]
     # All take the time of the first process: the others contribute 0 to the maximum.
     total = run.state.seconds + seconds if is_first else 0.0
-    run.state.seconds, stop, *flags = run.ranks.max([total, "stop" in requests, *due])
+    run.state.seconds, stop, *flags = run.ranks.all_reduce_max([total, "stop" in requests, *due])
     return bool(stop), [name for name, flag in zip(actions, flags, strict=True) if flag]
 
 
-def _count_skipped_step(run: Run, batches: IndexedBatches, losses: Mapping[str, Tensor]) -> None:
-    """Count a step with non-finite gradients; raise if there are too many in a row."""
+def _handle_skipped_step(run: Run, batches: IndexedBatches, losses: Mapping[str, Tensor]) -> None:
+    """Count a step with non-finite gradients; if too many in a row, save its batches and raise."""
     state = run.state
     state.skipped_steps += 1
     state.consecutive_skips += 1
     loss = float(losses["loss"].detach())
     log.warning("step %d is skipped: NaN or inf gradients, loss %g", state.step, loss)
-    if state.consecutive_skips >= run.settings.trainer.nan_limit or not run.is_finite("state"):
+    is_limit_reached = state.consecutive_skips >= run.settings.trainer.nan_limit
+    if is_limit_reached or not run.has_finite_weights("state"):
         path = run.folder / f"not-finite-rank{run.ranks.rank}.pt"
         torch.save([batch for _, batch in batches], path)
         raise FloatingPointError(
@@ -331,12 +332,12 @@ def _save_on_error(run: Run) -> Iterator[None]:
         # Saving is collective, and other processes may not have failed.
         if run.ranks.world_size == 1 and state.is_consistent and state.step:
             with contextlib.suppress(OSError):
-                save(run)
+                save_state(run)
         raise
 
 
 @contextmanager
-def _log_failures(action: str) -> Iterator[None]:
+def _suppress_and_log(action: str) -> Iterator[None]:
     """Within the context, log a full disk, too little GPU memory or NaN samples, do not raise."""
     try:
         yield

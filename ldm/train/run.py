@@ -97,9 +97,9 @@ class Run:
         dtype = AUTOCAST_DTYPES.get(self.settings.trainer.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
-    def is_finite(self, output: str) -> bool:
-        """Return whether all ranks' weights are finite; else log that `output` is not written."""
-        (any_not_finite,) = self.ranks.max([not self.state.is_finite()])
+    def has_finite_weights(self, output: str) -> bool:
+        """Return whether all ranks' weights are finite, else log that `output` is not written."""
+        (any_not_finite,) = self.ranks.all_reduce_max([not self.state.is_finite()])
         if any_not_finite:
             step = self.state.step
             log.error("step %d: weights are NaN or inf, no %s is written", step, output)

@@ -94,7 +94,7 @@ def test_the_second_tower_of_sdxl_is_shared_with_the_refiner(cache):
         model.conditioner.text.null = ""
         return model
 
-    cache.limit = 1e8
+    cache.max_bytes = 1e8
     one = cache(None, cache.file("a", base))
     two, three = (
         cache(None, cache.file(f"b{seed}", lambda seed=seed: refiner(seed))) for seed in (1, 2)
@@ -167,9 +167,9 @@ def test_a_tower_with_embeddings_is_not_shared(cache):
 
 def test_the_least_recently_used_model_is_removed_first(cache):
     paths = [cache.file(name, lambda: Model(0, Text(0), 0), size=4000) for name in "abc"]
-    cache.limit = 2 * sum(p.nbytes for p in Model(0, Text(0), 0).parameters()) + 4000
+    cache.max_bytes = 2 * sum(p.nbytes for p in Model(0, Text(0), 0).parameters()) + 4000
     a, b = cache(None, paths[0]), cache(None, paths[1])
-    cache.limit = cache.nbytes + 3000  # no room for a third
+    cache.max_bytes = cache.nbytes + 3000  # no room for a third
     assert cache(None, paths[0]) is a
     cache(None, paths[2])
     assert cache(None, paths[0]) is a
@@ -177,7 +177,7 @@ def test_the_least_recently_used_model_is_removed_first(cache):
 
 
 def test_a_model_larger_than_the_limit_is_kept_alone(cache):
-    cache.limit = 1
+    cache.max_bytes = 1
     paths = [cache.file(name, lambda: Model(0, Text(0), 0)) for name in "ab"]
     assert cache(None, paths[0]) is cache(None, paths[0])
     cache(None, paths[1])

@@ -14,4 +14,4 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train without saving states to resume from."""
-    monkeypatch.setattr("ldm.train.loop.save", lambda run: None)
+    monkeypatch.setattr("ldm.train.loop.save_state", lambda run: None)

@@ -24,7 +24,7 @@ from ldm.train.run import Run
 from loading.lorahelp import read_lora
 from train.tinyrun import build_tiny_run, resume_newest
 
-# The base model is untrained, which the sanity check would refuse.
+# The base model is untrained, which the check of the initial loss would refuse.
 SHORT = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")
 LORA = ["lightning.lora.rank=4", "lightning.lora.targets=[attention, text]"]
 TOKEN = ["lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.vectors=3"]

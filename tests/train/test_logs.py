@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.monitoring import timers
 from ldm.train.monitoring.logs import CsvLogger, LoggerCollection, ProgressBar
-from ldm.train.monitoring.timers import Interval
+from ldm.train.monitoring.timers import Trigger
 from ldm.train.monitoring.timestep_losses import TimestepLosses
 
 
@@ -101,8 +101,8 @@ def test_a_missing_package_is_an_error_for_wandb_only(
 
 
 def test_an_action_is_due_early_and_then_every_few_steps() -> None:
-    interval, never = Interval(steps=10, early=True), Interval()
-    assert [n for n in range(1, 31) if interval.is_due(n)] == [1, 2, 4, 8, 10, 16, 20, 30]
+    trigger, never = Trigger(steps=10, early=True), Trigger()
+    assert [n for n in range(1, 31) if trigger.is_due(n)] == [1, 2, 4, 8, 10, 16, 20, 30]
     assert not any(never.is_due(step) for step in range(1, 100))
 
 

@@ -10,7 +10,7 @@ import torch
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train import loop
-from ldm.train.loop import save, train
+from ldm.train.loop import save_state, train
 from ldm.train.run import Run
 from ldm.train.runs.exports import export
 from train.tinyrun import (
@@ -99,7 +99,7 @@ def test_a_wrong_monitor_ends_the_run_before_its_first_step(tmp_path: Path) -> N
 def test_a_resumed_run_keeps_the_scale_that_it_measured(tmp_path: Path) -> None:
     measure = ["model.params.scale_factor=1.0", "model.params.scale_by_std=true"]
     run = build_tiny_run(tmp_path, *measure)
-    save(run)
+    save_state(run)
     again = build_tiny_run(tmp_path, *measure, "data.params.batch_size=3")
     assert again.model.scale_factor != run.model.scale_factor
     resume_newest(again)
@@ -137,7 +137,7 @@ def test_a_diverging_run_stops_with_its_state_and_batch_on_disk(
 @pytest.mark.slow
 def test_states_of_a_diverging_run_never_replace_good_ones(four_steps: Run, tmp_path: Path) -> None:
     run = resume_copy(four_steps, tmp_path)
-    save(run)
+    save_state(run)
     good = tmp_path / "checkpoints/state-00000004"
     content = read_files(good)
     overrides = ("lightning.trainer.nan_limit=3", "model.base_learning_rate=1.0e+38")
@@ -151,11 +151,11 @@ def test_states_of_a_diverging_run_never_replace_good_ones(four_steps: Run, tmp_
 
 def test_weights_that_are_not_finite_are_not_written(four_steps: Run, tmp_path: Path) -> None:
     run = resume_copy(four_steps, tmp_path)
-    save(run)
+    save_state(run)
     before = read_files(tmp_path)
     run.state.step = 5
     run.state.ema.shadow["unet.out.2.weight"][0] = torch.nan
-    save(run)
+    save_state(run)
     export(run)
     assert read_files(tmp_path) == before
 
@@ -166,7 +166,7 @@ def test_a_full_disk_neither_ends_a_run_nor_loses_a_state(
 ) -> None:
     resource = pytest.importorskip("resource", reason="Windows limits no file's size")
     run = resume_copy(four_steps, tmp_path, STEPS + "6", SAVE_STEPS + "1")
-    save(run)
+    save_state(run)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:

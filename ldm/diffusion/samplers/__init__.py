@@ -1,8 +1,8 @@
 """Samplers: solvers of the diffusion ODE and SDE, as pure functions.
 
-All start from x = z + sigma·noise and integrate over `sigmas`. `denoise(x, sigma)` estimates the
-clean latent z: network, conditions and guidance are inside. Most samplers are written as generators
-of steps, see `common.sampler`; `lcm` is the simplest. With D = denoise(x, sigma), the ODE
+All start from x = z + sigma·noise and integrate over `sigmas`. D = `denoise(x, sigma)` estimates
+the clean latent z (`denoised`): network, conditions and guidance are inside. Most samplers are
+written as generators of steps, see `common.sampler`; `lcm` is the simplest. The ODE
 (arXiv:2206.00364, eq. 1 and 3) is
 
     dx / dsigma = (x - D) / sigma.
@@ -14,7 +14,8 @@ Args:
     callback: Called after step i with (i, x at sigmas[i + 1], denoised).
     constrain: (x, sigma) -> x, applied before every step, as for inpainting.
     noise: (like) -> standard normal noise of its shape, the only source of randomness.
-    interval_noise: (like, sigma, next sigma) -> noise of an interval, in place of `noise`.
+    interval_noise: (like, sigma, next sigma) -> noise of an interval, in place of `noise`; similar
+        to k-diffusion's `noise_sampler`, which is (sigma, next sigma) -> noise.
     s_churn, s_tmin, s_tmax: Amount of noise before steps, and the sigmas between which it is
         added (arXiv:2206.00364, algorithm 2).
     eta: Amount of noise after steps: 0 is deterministic, 1 adds as much as DDPM.
@@ -23,9 +24,9 @@ Returns:
     x at sigmas[-1].
 
 Before each of n steps with sigma from s_tmin to s_tmax, churn raises sigma by a factor of
-1 + min(s_churn / n, √2 - 1). s_noise of other programs is the standard deviation of `noise`.
+1 + min(s_churn / n, √2 - 1). There is no argument `s_noise`: scale `noise` instead.
 
-Formulation: Karras et al. 2022 (arXiv:2206.00364); names as in k-diffusion.
+Formulation: Karras et al. 2022 (arXiv:2206.00364); other names as in k-diffusion.
 """
 
 from collections.abc import Callable

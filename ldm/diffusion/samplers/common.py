@@ -25,8 +25,9 @@ __all__ = [
 ]
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> denoised x
-NoiseSampler = Callable[[Tensor], Tensor]  # like -> standard normal noise of its shape
-# (like, sigma, next sigma) -> noise between the two levels, as k-diffusion's noise samplers
+# like -> standard normal noise of its shape, regardless of the noise levels
+NoiseSampler = Callable[[Tensor], Tensor]
+# (like, sigma, next sigma) -> noise between the two levels, k-diffusion's `noise_sampler`
 IntervalNoise = Callable[[Tensor, float, float], Tensor]
 # (step, x after it, denoised), after each step
 StepCallback = Callable[[int, Tensor, Tensor], None]

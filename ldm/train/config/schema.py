@@ -198,7 +198,8 @@ class Trainer(Section):
     nan_limit: CountOrInf = 10  # number of consecutive non-finite steps that ends the run
     max_unreadable_fraction: Probability = 0.01  # of the samples; above, the run ends
     timeout: Positive = 45  # seconds without a heartbeat after which a rank counts as lost
-    sanity: Bool = True  # check the initial loss of a fine-tune
+    # check the initial loss of a fine-tune; not Lightning's `num_sanity_val_steps`
+    sanity: Bool = True
 
 
 class Optimizer(Section):
@@ -357,7 +358,7 @@ class DiffusionObjective(CriterionOptions, total=False):
 
 @with_config(STRICT)
 class AutoencoderObjective(TypedDict, total=False):
-    """`lightning.objective` of an autoencoder: keywords of the tasks in `tasks.autoencoder`."""
+    """`lightning.objective` of an autoencoder: arguments of the tasks in `tasks.autoencoder`."""
 
     # weights of the losses, see `tasks.autoencoder.ReconstructionTask`
     l1: Nonnegative

@@ -69,17 +69,17 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def max(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Return the maximum of each value over all processes."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all processes."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+    def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the mean of each value over all processes; all pass the same keys."""
-        sums = self.sum(list(values.values()))
+        sums = self.all_reduce_sum(list(values.values()))
         return {key: total / self.world_size for key, total in zip(values, sums, strict=True)}
 
     def run_on_first(self, function: Callable[[], T]) -> T:
@@ -110,10 +110,10 @@ class Ranks:
     def first_before_others(self) -> Iterator[None]:
         """Let the first process run the block alone, then the others, which find its files."""
         if not self.is_first:
-            self.max([0.0])
+            self.all_reduce_max([0.0])
         yield
         if self.is_first:
-            self.max([0.0])
+            self.all_reduce_max([0.0])
 
     def disconnect(self) -> None:
         """Disconnect this process from the others, once all have come here."""

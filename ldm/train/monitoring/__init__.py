@@ -1,1 +1,1 @@
-"""Monitoring of a run: logs, samples, validation, evaluation, sanity checks."""
+"""Monitoring of a run: logs, samples, validation, evaluation, check of the initial loss."""

@@ -213,7 +213,8 @@ class ProgressBar:
         self.steps += 1
         if step % self.log_every and step != self.bar.total:
             return
-        means = self.ranks.mean({name: float(v) / self.steps for name, v in self.sums.items()})
+        means = {name: float(v) / self.steps for name, v in self.sums.items()}
+        means = self.ranks.all_reduce_mean(means)
         means |= {
             "lr": lr,
             "images_per_second": self.images / (time.monotonic() - self.start_time),

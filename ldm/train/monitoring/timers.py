@@ -5,14 +5,14 @@ import time
 from collections import deque
 from statistics import median
 
-__all__ = ["Interval", "StepTimer"]
+__all__ = ["StepTimer", "Trigger"]
 
 
-class Interval:
+class Trigger:
     """Tells, at each step, whether an action is due.
 
     Args:
-        minutes, steps: Intervals; None or 0 = never.
+        minutes, steps: Intervals between actions; None or 0 = never.
         early: Whether the action is also due at steps 1, 2, 4, 8 ….
     """
 

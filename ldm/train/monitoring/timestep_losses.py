@@ -64,7 +64,7 @@ class TimestepLosses:
             The path of the plot; None on processes other than the first, without matplotlib, or
             without any losses.
         """
-        totals = self.ranks.sum(torch.cat([self.sums, self.weights]).tolist())
+        totals = self.ranks.all_reduce_sum(torch.cat([self.sums, self.weights]).tolist())
         sums, weights = torch.tensor(totals).chunk(2)
         self.sums /= 2
         self.weights /= 2

@@ -53,4 +53,4 @@ def _compute_mean_losses(run: Run, source: BatchSource, num_batches: int) -> dic
             for name, value in losses.items():
                 if not value.ndim:
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) / batches_per_rank
-    return run.ranks.mean(sums)
+    return run.ranks.all_reduce_mean(sums)

@@ -4,7 +4,7 @@
              raw   the raw weights
              both  the raw weights, and the EMA as `model_ema.*`, as in the original
     dtype    half or full
-    export   formats: safetensors, ckpt
+    export   list of formats: safetensors, ckpt
 
 Their metadata are the config, the step and the training options. LoRA and embeddings are written by
 `AdaptationTask.write`.
@@ -33,33 +33,33 @@ from ldm.train.distributed.parallel import gather_shards
 from ldm.train.run import Run
 from ldm.train.tasks.adaptation import AdaptationTask
 
-__all__ = ["export", "export_best", "export_step", "find_monitor"]
+__all__ = ["export", "export_best", "export_step", "resolve_monitor"]
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MONITOR = "val/loss_ema"
 # Metadata key of the config of a LoRA or embedding: CONFIG_KEY would mark a whole model.
-ADAPTATION_CONFIG = "ldm.training.config"
-STATISTICS_IMAGES = 256  # from which an autoencoder's latents are normalized
+ADAPTATION_CONFIG_KEY = "ldm.training.config"
+NUM_STATISTICS_IMAGES = 256  # from which an autoencoder's latents are normalized
 
 
-def export(run: Run, stem: Path | None = None) -> list[Path]:
-    """Write STEM.safetensors and/or STEM.ckpt, by the options of `lightning.callbacks`.
+def export(run: Run, base_path: Path | None = None) -> list[Path]:
+    """Write BASE_PATH.safetensors and/or BASE_PATH.ckpt, by the options of `lightning.callbacks`.
 
     All processes call this, as weights may be sharded; the first writes.
 
     Args:
-        stem: Path without suffix; None = checkpoints/last.
+        base_path: Path without suffix; None = checkpoints/last.
     Returns:
         The files; [] on other processes, or if the weights are not finite.
     """
-    if not run.is_finite("export"):
+    if not run.has_finite_weights("export"):
         return []
     options = run.settings.callbacks
-    stem = stem or run.checkpoints / "last"
+    base_path = base_path or run.checkpoints / "last"
     has_ema = options.weights != "raw" and bool(run.state.ema.decay)
     if isinstance(run.task, AdaptationTask):
-        path = stem.with_name(f"{stem.name}.safetensors")
+        path = base_path.with_name(f"{base_path.name}.safetensors")
         if run.ranks.is_first:
             with run.state.ema.apply_to(run.task.trainable, enabled=has_ema):
                 run.task.write(path, _make_metadata(run))
@@ -74,7 +74,7 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
         names = ", ".join(f"`{name}`" for name in float32[:3])
         message = "%d tensors stay in float32, their values are too large for half precision: %s"
         log.warning(message, len(float32), names)
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in options.export]
+    paths = [base_path.with_name(f"{base_path.name}.{suffix}") for suffix in options.export]
     for path in paths:
         write_checkpoint(path, state | _make_buffers(run, state), _make_metadata(run))
     return paths
@@ -99,7 +99,7 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
     count = options.save_top_k  # -1: all
     if not (count and losses):
         return []
-    monitor = find_monitor(options.monitor, losses)
+    monitor = resolve_monitor(options.monitor, losses)
     value = losses[monitor]
     loss_name = monitor.removeprefix("val/").replace("/", "_")  # for file names
 
@@ -118,7 +118,7 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
     return paths
 
 
-def find_monitor(monitor: str | None, losses: Collection[str]) -> str:
+def resolve_monitor(monitor: str | None, losses: Collection[str]) -> str:
     """Return the name of the monitored validation loss.
 
     Args:
@@ -174,7 +174,7 @@ def _cast_if_possible(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _load_statistics_images(run: Run) -> Iterator[Tensor]:
     """Yield images (3, H, W) of the data; none is read before the task asks for it."""
-    yield from (sample["jpg"] for sample in run.source.load_fixed_samples(STATISTICS_IMAGES))
+    yield from (sample["jpg"] for sample in run.source.load_fixed_samples(NUM_STATISTICS_IMAGES))
 
 
 def _gather_ema_weights(run: Run) -> dict[str, Tensor]:
@@ -219,6 +219,6 @@ def _make_metadata(run: Run) -> dict[str, str | int]:
     }
     config = format_yaml(run.settings.config)
     if isinstance(run.task, AdaptationTask):  # its `write` adds the rest
-        return {**metadata, ADAPTATION_CONFIG: config, "modelspec.title": run.folder.name}
+        return {**metadata, ADAPTATION_CONFIG_KEY: config, "modelspec.title": run.folder.name}
     metadata[CONFIG_KEY] = config
     return make_modelspec(run.model, run.folder.name, metadata=metadata)

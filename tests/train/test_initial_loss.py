@@ -1,4 +1,4 @@
-"""The sanity check recognises models that were read wrongly."""
+"""The check of the initial loss recognises models that were read wrongly."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,11 @@ from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.data.source import DatasetSource
 from ldm.loading.load import load
-from ldm.train.monitoring import sanity
-from ldm.train.monitoring.sanity import BaselineComparison
+from ldm.train.monitoring.initial_loss import (
+    BaselineComparison,
+    check_initial_loss,
+    compare_with_baseline,
+)
 
 EMOJI = Path(__file__).parents[1] / "data/emoji"
 
@@ -28,9 +31,7 @@ def source() -> DatasetSource:
 
 def compare(model: Any, source: DatasetSource) -> BaselineComparison:
     generator = torch.Generator().manual_seed(0)
-    return sanity.compare_with_baseline(
-        model, source.load_fixed_samples(6), generator, batch_size=4
-    )
+    return compare_with_baseline(model, source.load_fixed_samples(6), generator, batch_size=4)
 
 
 def test_a_trained_model_is_far_better_than_the_baseline(demo: Any, source: DatasetSource) -> None:
@@ -68,17 +69,13 @@ def test_random_weights_stop_a_fine_tune(
     with pytest.raises(
         ValueError, match="hardly better than a trivial baseline: are its weights loaded"
     ):
-        sanity.check_initial_weights(demo, source.load_fixed_samples(4), batch_size=8, seed=1)
+        check_initial_loss(demo, source.load_fixed_samples(4), batch_size=8, seed=1)
 
 
 def test_an_autoencoder_must_do_better_than_mean_colors(
     demo: Any, source: DatasetSource, monkeypatch: Any
 ) -> None:
-    sanity.check_initial_weights(
-        demo.autoencoder, source.load_fixed_samples(2), batch_size=8, seed=1
-    )
+    check_initial_loss(demo.autoencoder, source.load_fixed_samples(2), batch_size=8, seed=1)
     monkeypatch.setattr(demo.autoencoder, "decode", lambda z: torch.zeros(2, 3, 64, 64))
     with pytest.raises(ValueError, match="hardly better than mean colors"):
-        sanity.check_initial_weights(
-            demo.autoencoder, source.load_fixed_samples(2), batch_size=8, seed=1
-        )
+        check_initial_loss(demo.autoencoder, source.load_fixed_samples(2), batch_size=8, seed=1)

@@ -1,4 +1,4 @@
-"""Check the initial weights of a fine-tune before its first step.
+"""Check the initial loss of a fine-tune before its first step.
 
 The loss of the model is compared with a baseline without a network, the least-squares multiple of
 each noisy latent. A trained model is far better; one with the wrong prediction type
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ldm.data.dataset import Sample
-from ldm.data.source import collate, to_device
+from ldm.data.source import Batch, collate, to_device
 from ldm.diffusion.denoiser import PARAMETERIZATIONS
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.distributed.parallel import eval_mode
 from ldm.train.tasks.noise_levels import draw_timesteps
 
-__all__ = ["NUM_SAMPLES", "BaselineComparison", "check_initial_weights", "compare_with_baseline"]
+__all__ = ["NUM_SAMPLES", "BaselineComparison", "check_initial_loss", "compare_with_baseline"]
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class BaselineComparison:
         return f"{problem} {measurements}"
 
 
-def check_initial_weights(
+def check_initial_loss(
     model: LatentDiffusion | AutoencoderKL,
     samples: Sequence[Sample],
     *,
@@ -122,7 +122,7 @@ def compare_with_baseline(
     batch_size: int = NUM_SAMPLES,
     timesteps: Sequence[int] | None = None,
 ) -> BaselineComparison:
-    """Compare losses of a model and of the baseline; arguments as `check_initial_weights`."""
+    """Compare losses of a model and of the baseline; arguments as `check_initial_loss`."""
     t = draw_timesteps(model.schedule, len(samples), generator, timestep_range=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
@@ -148,7 +148,7 @@ def compare_with_baseline(
 
 
 def _predict(
-    model: LatentDiffusion, batch: Sample, t: Tensor, generator: torch.Generator
+    model: LatentDiffusion, batch: Batch, t: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (z, noise, prediction) of a batch of images, (B, C, h, w) each."""
     batch = to_device(batch, model.device)
