@@ -17,7 +17,7 @@ def write_random_lora(path, model, seed):
     torch.manual_seed(seed)
     layers = {}
     for layer in list_lora_targets(model):
-        layers[layer.kohya] = lora = LoRALayer(layer.target, 2)
+        layers[layer.kohya_name] = lora = LoRALayer(layer.target, 2)
         torch.nn.init.normal_(lora.lora_up.weight, std=0.1)
     write_lora(LoRA(layers), path, model)
     return path

@@ -304,7 +304,7 @@ def add_guidance(
         interval: Lowest and highest noise level (sigma) with guidance; elsewhere only `cond` is
             computed. None = all levels.
         guidance: How predictions are combined; None = classifier-free guidance.
-        further: Conditions of `guidance.texts`.
+        further: Conditions of the texts that the method needs beside prompts, `guidance.texts`.
         on_uncond: Called with each unconditional estimate of z (B, C, h, w), which is then computed
             at a scale of 1, too, as CFG++ needs it; None = other samplers.
     """

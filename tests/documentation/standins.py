@@ -95,8 +95,8 @@ def make_stand_ins(folder: Path) -> None:
     torch.save(fill(decoder, "taesd"), folder / "taesd_decoder.pth")
     for seed, name in enumerate(("style", "detail", "lcm-lora-sdv1-5")):
         write_random_lora(folder / f"{name}.safetensors", sd1, seed)
-    name, weight = next((layer.kohya, layer.target.weight) for layer in list_lora_targets(sd1)
-                        if layer.kohya.endswith("attn1_to_q"))  # fmt: skip
+    name, weight = next((layer.kohya_name, layer.target.weight) for layer in list_lora_targets(sd1)
+                        if layer.kohya_name.endswith("attn1_to_q"))  # fmt: skip
     factors = {"w1": torch.ones(4, 4), "w2": torch.ones(weight.shape[0] // 4, weight.shape[1] // 4)}
     kronecker = {f"{name}.lokr_{role}": value for role, value in factors.items()}
     write_checkpoint(folder / "lokr.safetensors", kronecker)

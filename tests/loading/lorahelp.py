@@ -87,8 +87,8 @@ def make_random_lora(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=
     torch.manual_seed(seed)
     changes = {}
     for layer in list_lora_targets(model):
-        changes[layer.kohya] = LoRALayer(layer.target, rank, alpha)
-        torch.nn.init.normal_(changes[layer.kohya].lora_up.weight, std=0.05)
+        changes[layer.kohya_name] = LoRALayer(layer.target, rank, alpha)
+        torch.nn.init.normal_(changes[layer.kohya_name].lora_up.weight, std=0.05)
     return LoRA(changes).requires_grad_(False)
 
 

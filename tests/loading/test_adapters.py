@@ -78,9 +78,9 @@ def add_magnitudes(file, model):
     state = {n: v for n, v in read_checkpoint(file).state.items() if "attn" in n}
     torch.manual_seed(2)
     for layer in list_lora_targets(model):
-        if "attn" in layer.diffusers:
+        if "attn" in layer.diffusers_name:
             length = torch.rand(len(layer.target.weight)) + 0.5
-            state[f"{layer.diffusers}.lora_magnitude_vector.weight"] = length
+            state[f"{layer.diffusers_name}.lora_magnitude_vector.weight"] = length
     write_checkpoint(file, state)
 
 
@@ -119,7 +119,7 @@ def test_every_format_changes_its_target_layers_only(kind, file):
 @pytest.mark.parametrize(("config", "num_text_layers"), [(SD1, 12 * 6), (SD2, 23 * 6)])
 def test_published_models_have_the_layers_that_kohya_trains(config, num_text_layers):
     model = build_on_meta(read_yaml(config))
-    names = [layer.kohya for layer in list_lora_targets(model)]
+    names = [layer.kohya_name for layer in list_lora_targets(model)]
     assert len(set(names)) == len(names)
     text_prefix = "lora_te_text_model_encoder_layers_"
     assert sum(name.startswith(text_prefix) for name in names) == num_text_layers
@@ -583,4 +583,4 @@ def test_a_file_that_is_not_a_lora_is_refused(names, message, file):
 def test_a_model_without_prompts_has_no_text_layers():
     model = build_tiny_model()
     del model.conditioner.text
-    assert all(layer.diffusers.startswith("unet.") for layer in list_lora_targets(model))
+    assert all(layer.diffusers_name.startswith("unet.") for layer in list_lora_targets(model))

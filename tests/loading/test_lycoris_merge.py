@@ -150,7 +150,7 @@ def test_convert_merges_all_kinds_into_unet_and_towers_as_lycoris_does(
     assert convert([str(base), str(tmp_path / "theirs")]) == 0
     networks = load_diffusers_networks(tmp_path / "theirs", towers.values())
     targets = list_lycoris_targets(build_model_of_lora(file, base))
-    names = {layer.kohya: layer.diffusers for layer in targets}
+    names = {layer.kohya_name: layer.diffusers_name for layer in targets}
     layers = {kohya: get_layer(networks, name) for kohya, name in names.items()}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     state, layer_kinds = write_random_file(file, layers, kinds)

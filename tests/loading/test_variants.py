@@ -96,7 +96,9 @@ def test_a_model_that_embeds_the_guidance_scale_is_recognised_by_a_tensor(tmp_pa
 def lora(tmp_path_factory):
     """A LoRA of the demo model, named as that of LCM is."""
     model = ldm.load()
-    layers = {layer.kohya: LoRALayer(layer.target, 1) for layer in list_lora_targets(model)[:3]}
+    layers = {
+        layer.kohya_name: LoRALayer(layer.target, 1) for layer in list_lora_targets(model)[:3]
+    }
     path = tmp_path_factory.mktemp("loras") / "lcm-lora-sdv1-5.safetensors"
     write_lora(LoRA(layers), path, model)
     return path

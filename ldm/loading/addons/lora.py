@@ -170,7 +170,7 @@ def read_changes(
         WeightsMismatch: It does not fit the model.
     """
     weight = LoRAWeight.parse(weight)
-    targets = {layer.kohya: layer for layer in list_lycoris_targets(model)}
+    targets = {layer.kohya_name: layer for layer in list_lycoris_targets(model)}
     aliases = map_aliases(targets.values(), model)
     blocks = list_blocks(name for name, _ in model.unet.named_parameters())
     block_weights = weight.compute_block_weights(blocks)
@@ -186,7 +186,7 @@ def read_changes(
             continue
         layer = targets[name]
         is_in_unet = name.startswith(UNET_PREFIX)
-        strength = block_weights[blocks.get_block(layer.original) if is_in_unet else BASE]
+        strength = block_weights[blocks.get_block(layer.original_name) if is_in_unet else BASE]
         if weight.rank is not None:
             tensors = _cut_rank(tensors, weight.rank, path)
         try:
@@ -247,7 +247,7 @@ def _build_changes(
     """Build the changes of a layer's weight and bias; raise ValueError if shapes do not fit."""
     for_bias = {role: value for role, value in tensors.items() if role in BIAS_ROLES}
     for_weight = {role: value for role, value in tensors.items() if role not in BIAS_ROLES}
-    if layer.original == INPUT_CONV and "down" in for_weight:
+    if layer.original_name == INPUT_CONV and "down" in for_weight:
         for_weight["down"] = _pad_channels(for_weight["down"], layer.target)
     changes = []
     if for_weight.keys() - {"alpha"}:

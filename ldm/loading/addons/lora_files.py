@@ -157,7 +157,7 @@ def add_alphas(
             _check_initialization(file.path, config)
             for kohya_name, tensors in layers.items():
                 target = targets.get(kohya_name)
-                name = target.diffusers if target else kohya_name
+                name = target.diffusers_name if target else kohya_name
                 if name.startswith(component) and "alpha" not in tensors:
                     _add_alpha(tensors, config, name.partition(".")[2])
     except (AttributeError, TypeError, ValueError, re.error) as error:
@@ -265,7 +265,7 @@ def write_lora(
         state = {name: value.detach().cpu() for name, value in lora.state_dict().items()}
         entries = _describe_network(lora, model)
     else:
-        names = {layer.kohya: layer.diffusers for layer in list_lora_targets(model)}
+        names = {layer.kohya_name: layer.diffusers_name for layer in list_lora_targets(model)}
         state = {}
         for name, layer in lora.layers.items():
             scaling = float(layer.alpha) / layer.rank

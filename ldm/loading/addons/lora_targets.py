@@ -29,15 +29,15 @@ class TargetLayer(NamedTuple):
 
     Args:
         target: The weight in the model.
-        original: Our name in the UNet; for text encoders, with diffusers' component as a prefix.
-        diffusers: `unet.down_blocks.0.…` or `text_encoder.text_model.…`.
-        kohya: `lora_unet_…` or `lora_te_…`, by which `LoRA.layers` names it.
+        original_name: Our name in the UNet; in text encoders, prefixed with diffusers' component.
+        diffusers_name: `unet.down_blocks.0.…` or `text_encoder.text_model.…`.
+        kohya_name: `lora_unet_…` or `lora_te_…`, by which `LoRA.layers` names it.
     """
 
     target: Target
-    original: str
-    diffusers: str
-    kohya: str
+    original_name: str
+    diffusers_name: str
+    kohya_name: str
 
 
 def list_lora_targets(model: LatentDiffusion) -> list[TargetLayer]:
@@ -55,9 +55,9 @@ def list_lycoris_targets(model: LatentDiffusion) -> list[TargetLayer]:
 def map_aliases(targets: Iterable[TargetLayer], model: LatentDiffusion) -> dict[str, str]:
     """Return kohya's name of each layer by its other names after `normalize_layer_name`."""
     names = {
-        normalize_layer_name(name): layer.kohya
+        normalize_layer_name(name): layer.kohya_name
         for layer in targets
-        for name in (layer.original, layer.diffusers)
+        for name in (layer.original_name, layer.diffusers_name)
     }
     if len(model.conditioner.find_all(TextEncoder)) == 1:
         # Files name the refiner's only text encoder as the first or as the second one.

@@ -175,7 +175,7 @@ def extract_lora(
             up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
         squared_error += float((delta.flatten(1) - (up @ down).to(delta)).square().sum())
         squared_delta += float(delta.square().sum())
-        layers[old.kohya] = build_lora_layer(old.target, down.float(), up.float())
+        layers[old.kohya_name] = build_lora_layer(old.target, down.float(), up.float())
     if not layers:
         raise WeightsMismatch(f"no layer of `{tuned}` and `{base}` differs that a LoRA can change")
     targets = [layer.target for layer in layers.values()]

@@ -119,9 +119,9 @@ def _build_lora(
 ) -> LoRA:
     patterns = [re.compile(TARGETS[target]) for target in targets]
     layers = {
-        layer.kohya: LoRALayer(layer.target, rank, alpha)
+        layer.kohya_name: LoRALayer(layer.target, rank, alpha)
         for layer in list_lora_targets(model)
-        if any(pattern.fullmatch(layer.diffusers) for pattern in patterns)
+        if any(pattern.fullmatch(layer.diffusers_name) for pattern in patterns)
     }
     if not layers:
         raise ValueError(f"lightning.lora.targets: the model has no {', '.join(targets)} layers")
