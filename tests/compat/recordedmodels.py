@@ -27,7 +27,7 @@ def build(config, salt="sd-gold-public", arch=None, **changes):
         if isinstance(spec, dict) and "arch" in spec.get("params", {}):
             spec["params"]["arch"] = arch
     if "depth_stage_config" in config["params"]:
-        config["params"]["depth_stage_config"] = {"target": "pipelines.goldmodels.DepthDummy"}
+        config["params"]["depth_stage_config"] = {"target": "pipelines.goldmodels.FakeDepthNetwork"}
     model = instantiate_from_config(config)
     model.load_state_dict(fill(model.state_dict(), salt))
     return model.eval()
