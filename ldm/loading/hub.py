@@ -58,7 +58,7 @@ def find_or_download(
     if path and path.exists():
         return path
     if not download:
-        raise MissingFile(f"`{address}` is not on this machine: ldm download {address}")
+        raise MissingFile(f"`{address}` is not on this machine; run `ldm download {address}`")
     licence, commit, sizes = _list_files(repo)
     if file and file not in sizes:
         raise DownloadError(f"`{repo}` has no file `{file}`{_format_examples(sizes)}")

@@ -110,7 +110,7 @@ def resolve_checkpoint(
         if local_path := find_on_disk(file, verify=True):
             return local_path
         message = f"`{name}` ({file.title}, {file.size_text}) is not on this machine"
-        raise MissingFile(f"{message}: ldm download {name}")
+        raise MissingFile(f"{message}; run `ldm download {name}`")
     nearest = nearest_name(name, files)
     if nearest and not path.suffix and len(path.parts) == 1:
         raise MissingFile(f"no checkpoint `{name}`, did you mean `{nearest}`?")

@@ -184,7 +184,7 @@ def test_a_file_is_downloaded_once_and_then_found_by_its_name(hub, download, tmp
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("name", ["smal", "small"])
 def test_loading_a_missing_file_does_not_download_it(hub, name):
-    with pytest.raises(FileNotFoundError, match=r"did you mean `small`|: ldm download small"):
+    with pytest.raises(FileNotFoundError, match=r"did you mean `small`|; run `ldm download small`"):
         load(ckpt=name)
     assert hub.requests == []
 
@@ -372,7 +372,7 @@ def test_a_hub_address_may_name_a_file_or_a_diffusers_folder(hub, cache):
     assert len(hub.requests) == count
     with pytest.raises(OSError, match="has no file `v2.ckpt`; it has unet/"):
         resolve_checkpoint("hf:some/pipe/v2.ckpt")
-    with pytest.raises(FileNotFoundError, match="machine: ldm download hf:some/other"):
+    with pytest.raises(FileNotFoundError, match="machine; run `ldm download hf:some/other`"):
         resolve_checkpoint("hf:some/other", download=False)
 
 
