@@ -52,6 +52,17 @@ def test_backends_and_their_gradients_equal_the_formula(shape, backend, fake_xfo
         assert (ours - theirs).abs().max() < 1e-13  # observed: 4e-15
 
 
+@pytest.mark.parametrize("tile_bytes", [4 * 7 * 5, module.TILE_BYTES])
+@torch.no_grad()
+def test_tiles_of_a_short_context_equal_the_formula(tile_bytes, monkeypatch):
+    q, k, v = make_qkv(24, 7, 3, 40)
+    exact = attention(q.double(), k.double(), v.double(), backend="math")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # is not called
+    monkeypatch.setattr(module.cpu, "applies", lambda x: True)  # on every processor
+    monkeypatch.setattr(module, "TILE_BYTES", tile_bytes)
+    assert (attention(q, k, v) - exact).abs().max() < 3e-6  # observed: 5.6e-7
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 1, 7), (2, 3, 12, 7), (12, 7)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_keys_are_as_if_absent(shape, backend, fake_xformers):
