@@ -280,13 +280,13 @@ class Backend:
     def _find_recorded_values(self, info: dict[str, Any], recorded: Request) -> dict[str, Value]:
         """Return the recorded options that a visitor may set, with the server's own files."""
         input_options = get_options(recorded.task.inputs)
-        allowed = {name for name, (option, _) in input_options.items() if not option.is_path}
+        allowed = {name for name, option in input_options.items() if not option.is_path}
         allowed |= get_options(Sampling).keys() | get_options(SDXL).keys() | {"no_watermark"}
         allowed |= get_options(UpscalerOptions).keys()
         values = {key: value for key, value in recorded.get_values().items() if key in allowed}
         for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
-            option, _ = input_options.get(key, (None, None))
+            option = input_options.get(key)
             if paths and not (option and option.is_input_file and option.label):
                 raise ArgumentError(f"it was made with a file as `{key}`: use `ldm replay`")
             if paths and option:

@@ -27,7 +27,7 @@ from ldm.diffusion.scheduler_options import SCHEDULERS_WITH_RHO
 from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.generate.groups import SDXL, Prompts, UpscalerOptions
 from ldm.generate.option_parsers import parse_count, parse_fraction
-from ldm.generate.options import Option, Value, get_options
+from ldm.generate.options import Option, get_options
 from ldm.generate.replay import get_eta
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
@@ -196,26 +196,26 @@ class TaskForm:
     def __init__(self, task: Task, limits: Limits) -> None:
         self.task = task
         self.limits = limits
-        options = {name: row for name, row in task.options.items() if row[0].label}
+        options = {name: option for name, option in task.options.items() if option.label}
         inputs = [name for name in get_options(task.inputs) if name in options]
-        self.images = {name: _make_image_field(options[name][0]) for name in inputs
-                       if options[name][0].is_input_file}  # fmt: skip
+        self.images = {name: _make_image_field(options[name]) for name in inputs
+                       if options[name].is_input_file}  # fmt: skip
         if "mask" in self.images:  # drawn on the image
             self.images = {"sketch": SKETCH}
         prompts = [
             name for name in get_options(Prompts) if name in options and name not in SETTINGS
         ]
-        self.prompts = {name: self._make_field(name, *options[name]) for name in prompts}
-        self.options = {name: self._make_field(name, *options[name]) for name in inputs
-                        if not options[name][0].is_path and name != "mask_box"
+        self.prompts = {name: self._make_field(name, options[name]) for name in prompts}
+        self.options = {name: self._make_field(name, options[name]) for name in inputs
+                        if not options[name].is_path and name != "mask_box"
                         and not (name == "resize_mode" and task.upscales)}  # fmt: skip
-        self.settings = {name: self._make_field(name, *options[name]) for name in SETTINGS}
+        self.settings = {name: self._make_field(name, options[name]) for name in SETTINGS}
         sdxl = get_options(SDXL) if "sdxl" in task.groups else {}
         self.sdxl = {
-            name: self._make_field(name, *options[name]) for name in sdxl if name in options
+            name: self._make_field(name, options[name]) for name in sdxl if name in options
         }
         upscaling = get_options(UpscalerOptions) if "upscaling" in task.groups else {}
-        self.upscaling = {name: self._make_field(name, *options[name]) for name in upscaling}
+        self.upscaling = {name: self._make_field(name, options[name]) for name in upscaling}
 
     @property
     def common_fields(self) -> dict[str, Field]:
@@ -245,9 +245,10 @@ class TaskForm:
             values["seed"] = secrets.randbelow(MAX_SEED)
         if values["scheduler"] == AUTOMATIC:
             values["scheduler"] = None
-        defaults = {name: default for name, (_, default) in self.task.options.items()}
-        used = list_step_noise_fields(values["sampler"])
-        values |= {name: defaults[name] for name in STEP_NOISE_OPTIONS if name not in used}
+        options = self.task.options
+        supported = list_step_noise_fields(values["sampler"])
+        ignored = [name for name in STEP_NOISE_OPTIONS if name not in supported]
+        values |= {name: options[name].default for name in ignored}
         if values["scheduler"] not in SCHEDULERS_WITH_RHO:
             values["rho"] = None
         if values["sigmas"]:
@@ -259,8 +260,8 @@ class TaskForm:
                 values = {key: value for key, value in values.items() if key not in dependents}
         if self.task.upscales:  # by a fixed factor
             values["width"] = values["height"] = None
-        for name, (option, default) in self.task.options.items():
-            if name in values and default is None:
+        for name, option in options.items():
+            if name in values and option.default is None:
                 values[name] = values[name] or None  # 0 and "" stand for None
             elif name in self.options and option.is_list:
                 values[name] = _split_values(values[name])
@@ -275,7 +276,8 @@ class TaskForm:
             raise MissingArgument(NO_IMAGE, "init_img")
         return values
 
-    def _make_field(self, name: str, option: Option, default: Value) -> Field:
+    def _make_field(self, name: str, option: Option) -> Field:
+        default = option.default
         kwargs: dict[str, Any] = {"label": option.label, "value": default}
         if name in STEP_NOISE_OPTIONS:
             kwargs["visible"] = name in list_step_noise_fields(DEFAULT_SAMPLER)

@@ -63,7 +63,7 @@ def explain_to_user(error: BaseException) -> str:
         return text + MEMORY_ADVICE
     name = error.argument if isinstance(error, LdmError) else None
     options = (task.options.get(name or "") for task in TASKS.values())
-    label = next((option.label for option, *_ in filter(None, options)), "")
+    label = next((option.label for option in options if option is not None), "")
     return text if label.lower() in text.lower() else f"{text} ({label})"
 
 

@@ -39,8 +39,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )  # fmt: skip
     # No defaults, as options that are not given keep their recorded values.
     options = {
-        name: (replace(option, help=option.help.replace("%(default)s", "the recorded one")), None)
-        for name, (option, _) in MODEL_OPTIONS.items()
+        name: replace(
+            option, default=None, help=option.help.replace("%(default)s", "the recorded one")
+        )
+        for name, option in MODEL_OPTIONS.items()
     }
     add_options(parser.add_group(GROUPS["model"]), options)
     parser.add_argument("image", type=expanduser, metavar="IMAGE", help="a PNG written by ldm")

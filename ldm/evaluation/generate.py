@@ -205,7 +205,8 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
             changed = sorted(name for name in names if options.get(name) != recorded.get(name))
             if changed:
                 name = changed[0]
-                _, default = setting.request.task.options.get(name, (None, None))
+                option = setting.request.task.options.get(name)
+                default = option and option.default
                 old, new = recorded.get(name, default), options.get(name, default)
                 message = f"{path.parent} has images with {name} {old}, not {new}"
                 raise ArgumentError(f"{message}: choose another folder", name)
@@ -231,7 +232,7 @@ def _write_json(path: Path, options: JsonObject) -> None:
 def _get_shared_options(setting: Setting) -> JsonObject:
     request = setting.request
     values = request.to_json()
-    defaults = {name: default for name, (_, default) in request.task.options.items()}
+    defaults = {name: option.default for name, option in request.task.options.items()}
     return {
         name: value
         for name, value in values.items()

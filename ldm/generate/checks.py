@@ -304,7 +304,7 @@ def _find_ignored_options(request: Request, model: LatentDiffusion) -> list[str]
         warnings.append("freeu changes the base, not its refiner")
     values = request.get_values()
     options = request.task.options
-    is_set = {name: values[name] != default for name, (_, default) in options.items()}
+    is_set = {name: values[name] != option.default for name, option in options.items()}
     if request.prompts.from_file is not None and is_set["prompt"]:
         warnings.append("the prompts are those of from_file: prompt is ignored")
     if values.get("inversion") and sampling.fixed_code:

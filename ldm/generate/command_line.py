@@ -2,9 +2,9 @@
 
 build_parser     task -> parser, with a flag for every option
 parse_request    argv -> Request
-to_argv          Request -> the command line that repeats it
+to_argv          Request -> argv that reproduces it
 
-It does not import torch, so that `--help` and mistakes in flags are fast.
+This module does not import torch, so that `--help` and mistakes in flags are reported fast.
 """
 
 from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
@@ -20,8 +20,8 @@ from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = ["add_options", "build_parser", "parse_request", "to_argv"]
 
-# Flags of the original scripts: their abbreviations, such as `--n_i`, keep their meaning although
-# there are more flags now.
+# Flags of the original scripts. Their abbreviations, such as `--n_i`, keep their meaning, although
+# newer flags begin with the same letters.
 ORIGINAL_FLAGS = (
     "--prompt", "--outdir", "--steps", "--plms", "--dpm", "--fixed_code", "--ddim_eta", "--n_iter",
     "--H", "--W", "--C", "--f", "--n_samples", "--n_rows", "--scale", "--from-file", "--config",
@@ -49,34 +49,35 @@ def build_parser(task: Task, prog: str | None = None) -> CommandParser:
     return parser
 
 
-def add_options(add: Callable[..., Action], options: Mapping[str, tuple[Option, Value]]) -> None:
+def add_options(add_argument: Callable[..., Action], options: Mapping[str, Option]) -> None:
     """Add the flags of options.
 
     Args:
-        add: `add_argument` of a parser or of a group of flags.
-        options: Options and their defaults by name.
+        add_argument: Method of a parser or of a group of flags.
+        options: Options by name.
     """
-    for name, (option, default) in options.items():
+    for name, option in options.items():
         if not option.flags:
             continue
-        kwargs: dict[str, Any] = {"dest": name, "help": option.help}
+        kwargs: dict[str, Any] = {"dest": name, "help": option.help, "default": option.default}
         if option.is_switch:
-            action = "store_false" if default else "store_true"
+            action = "store_false" if option.default else "store_true"
             kwargs |= {"action": BooleanOptionalAction if option.is_negatable else action}
-            kwargs |= {"default": default}
         else:
             kwargs |= {"type": _make_argparse_type(option), "metavar": option.metavar}
-            kwargs |= {"default": default, "action": _Store}
+            kwargs |= {"action": _StoreAction}
             if option.is_list:
-                kwargs |= {"default": [*(default or ())], "action": "append"}
+                kwargs |= {"default": [*(option.default or ())], "action": "append"}
             if option.choices:
                 kwargs["choices"] = option.choices
             if option.const is not None:
                 kwargs |= {"nargs": "?", "const": option.const}
-        add(*option.flags, **kwargs)
+        add_argument(*option.flags, **kwargs)
         for flag, value in option.shortcuts.items():
-            add(flag, dest=name, action=_Store, nargs=0, const=value, default=default,
-                help=f"{option.flags[0]} {value}")  # fmt: skip
+            add_argument(
+                flag, dest=name, action=_StoreAction, nargs=0, const=value, default=option.default,
+                help=f"{option.flags[0]} {value}",
+            )  # fmt: skip
 
 
 def parse_request(
@@ -101,15 +102,15 @@ def to_argv(request: Request) -> list[str]:
     """Return the arguments that `parse_request` parses to this request."""
     arguments: list[str] = []
     values = request.get_values()
-    for name, (option, default) in request.task.options.items():
+    for name, option in request.task.options.items():
         value = values[name]
-        if value == default:
+        if value == option.default:
             continue
         if not option.flags:
             arguments += value  # overrides, key=value
         elif option.is_switch:
-            is_off = option.is_negatable and not value
-            arguments.append(option.flags[0].replace("--", "--no-" if is_off else "--", 1))
+            is_negated = option.is_negatable and not value
+            arguments.append(option.flags[0].replace("--", "--no-" if is_negated else "--", 1))
         else:
             arguments += [
                 f"{option.flags[0]}={argument}" for argument in encode_option(option, value)
@@ -118,7 +119,7 @@ def to_argv(request: Request) -> list[str]:
 
 
 def _make_argparse_type(option: Option) -> Callable[[str], Value]:
-    """Return the argparse type of an option: the parser of its arguments."""
+    """Return the argparse type of an option: a function that parses an argument."""
 
     def parse(argument: str) -> Value:
         if option.choices:
@@ -128,25 +129,25 @@ def _make_argparse_type(option: Option) -> Callable[[str], Value]:
     return parse
 
 
-class _Store(Action):
+class _StoreAction(Action):
     """Store a value, or the constant of a shortcut such as `--plms`.
 
     The last value of a flag wins. Different flags must not set different values, except that
-    `--bf16` overrides the precisions of the original, before or after it.
+    `--bf16` overrides the precisions of the original in either order.
     """
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
     ) -> None:
-        value, usage = (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
+        value, typed = (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
         key = f"{self.dest}_flag"
-        previous_usage = vars(namespace).get(key, usage)
-        previous = getattr(namespace, self.dest)
-        is_other_flag = previous_usage.split()[0] != usage.split()[0]
-        if is_other_flag and self.dest in ("sampler", "precision") and previous != value:
-            if not {previous, value} & {*ORIGINAL_PRECISIONS}:
-                parser.error(f"{usage} contradicts {previous_usage}")
+        previously_typed = vars(namespace).get(key, typed)
+        previous_value = getattr(namespace, self.dest)
+        is_other_flag = previously_typed.split()[0] != typed.split()[0]
+        if is_other_flag and self.dest in ("sampler", "precision") and previous_value != value:
+            if not {previous_value, value} & {*ORIGINAL_PRECISIONS}:
+                parser.error(f"{typed} contradicts {previously_typed}")
             if self.nargs != 0:
                 return
         setattr(namespace, self.dest, value)
-        setattr(namespace, key, usage)
+        setattr(namespace, key, typed)

@@ -76,7 +76,7 @@ def describe_run(
     input_options, values = get_options(request.task.inputs), request.get_values()
     files = {
         name: encode_option(option, values[name])
-        for name, (option, _) in input_options.items()
+        for name, option in input_options.items()
         if option.is_input_file
     }
     info = {

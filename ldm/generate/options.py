@@ -3,7 +3,7 @@
     steps: int = option(50, "--steps", "--ddim_steps", parse=parse_count, help="sampling steps")
 
 `decode_option` converts values from the page or PNG metadata to command-line arguments first, and
-parses those, so that all values are checked alike.
+parses those, so that the same checks apply to all of them.
 """
 
 import os
@@ -24,6 +24,7 @@ class Option:
 
     Args:
         flags: Spellings on the command line, the preferred one first; () = not a flag.
+        default: Value if the option is not set.
         help: Text for `--help`; `%(default)s` stands for the default.
         parse: Converts an argument to the value; raises ArgumentError.
         separator: Joins the items of a tuple in one argument.
@@ -42,6 +43,7 @@ class Option:
     """
 
     flags: tuple[str, ...]
+    default: Value
     help: str
     parse: Callable[[str], Value]
     separator: str = ","
@@ -74,12 +76,13 @@ def option(
     kwargs["is_switch"] = isinstance(default, bool) or kwargs.get("is_negatable", False)
     if parse is str and kwargs.get("metavar") in ("FILE", "DIR"):
         parse = os.path.expanduser
-    return field(default=default, metadata={"option": Option(flags, help, parse, **kwargs)})
+    declared = Option(flags, default, help, parse, **kwargs)
+    return field(default=default, metadata={"option": declared})
 
 
-def get_options(group: type) -> dict[str, tuple[Option, Value]]:
-    """Return the options of a group with their defaults, by name."""
-    return {field.name: (field.metadata["option"], field.default) for field in fields(group)}
+def get_options(group: type) -> dict[str, Option]:
+    """Return the options of a group by name."""
+    return {field.name: field.metadata["option"] for field in fields(group)}
 
 
 def encode_option(option: Option, value: Value) -> list[str]:
@@ -89,7 +92,7 @@ def encode_option(option: Option, value: Value) -> list[str]:
     return [_to_argument(option, item) for item in (value if option.is_list else [value])]
 
 
-def decode_option(name: str, option: Option, default: Value, value: object) -> Value:
+def decode_option(name: str, option: Option, value: object) -> Value:
     """Convert a value from a form or JSON, checked as on the command line.
 
     Raises:
@@ -97,7 +100,7 @@ def decode_option(name: str, option: Option, default: Value, value: object) -> V
     """
     if value is None and option.is_list:
         return ()
-    if value is None and default is not None:
+    if value is None and option.default is not None:
         raise ArgumentError(f"{name}: a value is missing", name)
     if value is None:
         return None

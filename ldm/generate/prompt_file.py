@@ -103,16 +103,14 @@ def _list_allowed_options(task: "Task") -> dict[str, str]:
     groups, options = task.groups, task.options
     for group in ("inputs", "sampling", "sdxl"):
         for name in get_options(groups[group]) if group in groups else ():
-            option, _ = options[name]
+            option = options[name]
             is_single_value = not (option.is_path or option.is_switch or option.is_list)
             if is_single_value and name not in RUN_OPTIONS:
                 names |= {_normalize(flag): name for flag in option.flags}
     return names
 
 
-def _parse_line(
-    text: str, names: Mapping[str, str], options: Mapping[str, tuple[Option, Value]]
-) -> PromptLine:
+def _parse_line(text: str, names: Mapping[str, str], options: Mapping[str, Option]) -> PromptLine:
     first = _find_first_option(text, names)
     if first is None:
         return PromptLine(text)
@@ -130,7 +128,7 @@ def _parse_line(
     seeds: tuple[int, ...] = ()
     if "seed" in values:
         seed_texts = re.split(r"[\s,]+", values.pop("seed"))
-        seeds = tuple(decode_option("seed", *options["seed"], text) for text in seed_texts)
+        seeds = tuple(decode_option("seed", options["seed"], text) for text in seed_texts)
     count = max(len(seeds), 1)
     for name in COUNT_OPTIONS:
         count *= parse_count(values.pop(name, "1"))
@@ -138,7 +136,7 @@ def _parse_line(
         name = KOHYA_SAMPLERS.get(values["sampler"], values["sampler"])
         # "ldm": without the schedulers that are A1111's defaults for some samplers.
         values |= parse_sampler({"Sampler": name}, version="ldm")
-    decoded = {name: decode_option(name, *options[name], value) for name, value in values.items()}
+    decoded = {name: decode_option(name, options[name], value) for name, value in values.items()}
     return PromptLine(texts.pop("prompt", prompt), texts, seeds, count, decoded)
 
 

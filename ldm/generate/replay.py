@@ -272,7 +272,7 @@ def _get_input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
 
 def _unwrap_single(task: Task, name: str, values: list[Value]) -> Value:
     """Return the values of a list option, else the only value; None if there is none."""
-    return values if task.options[name][0].is_list else next(iter(values), None)
+    return values if task.options[name].is_list else next(iter(values), None)
 
 
 def _list_hashes_and_weights(info: JsonMapping, key: str) -> list[str]:

@@ -55,9 +55,8 @@ class Request:
         sampling = self.sampling
         if sampling.sigmas is not None:
             steps = len(sampling.sigmas) - 1
-            # Steps equal to the task's default may not have been given.
-            _, default = self.task.options["steps"]
-            if sampling.steps not in (default, steps):
+            # The default of the task counts as not set.
+            if sampling.steps not in (self.task.options["steps"].default, steps):
                 raise ArgumentError(f"sigmas have {steps} steps, not {sampling.steps}", "steps")
         multiple = 64 if self.sdxl.refiner is not None else 8
         for name, side in zip(("height", "width"), sampling.size, strict=True):
@@ -96,7 +95,7 @@ class Request:
         options, decoded = self.task.options, {}
         for name, value in values.items():
             check_name(f"option of {self.task.name}", name, options, argument=name)
-            decoded[name] = decode_option(name, *options[name], value)
+            decoded[name] = decode_option(name, options[name], value)
         groups = {
             key: replace(group, **{name: decoded[name] for name in vars(group).keys() & decoded})
             for key, group in self._get_groups().items()
@@ -111,9 +110,8 @@ class Request:
         """
         values = self.get_values()
         if without_folders:
-            options = self.task.options
-            paths = {name for name in values if options[name][0].is_path} - {"config"}
-            values |= {name: _remove_folders(values[name]) for name in paths}
+            paths = {name for name, option in self.task.options.items() if option.is_path}
+            values |= {name: _remove_folders(values[name]) for name in paths - {"config"}}
         json_values: dict[str, Value] = json.loads(json.dumps(values))
         return json_values
 

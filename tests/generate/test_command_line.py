@@ -234,18 +234,18 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     }
     for task in TASKS.values():
         argvs = []
-        for name, (row, _) in task.options.items():
+        for name, option in task.options.items():
             value = values.get(name, "8")
-            if not row.flags:
+            if not option.flags:
                 argvs.append([f"{name}.x=1"])
-            elif row.is_switch:
-                argvs.append([row.flags[0]])
-                if row.is_negatable:
-                    argvs.append([row.flags[0].replace("--", "--no-")])
+            elif option.is_switch:
+                argvs.append([option.flags[0]])
+                if option.is_negatable:
+                    argvs.append([option.flags[0].replace("--", "--no-")])
             elif name in needed:
-                argvs.append([*needed[name], row.flags[0], value])
+                argvs.append([*needed[name], option.flags[0], value])
             else:
-                argvs.append([row.flags[0], value])
+                argvs.append([option.flags[0], value])
         others = {  # cannot be combined with the rest
             "--refiner-start", "--s-churn", "--s-noise", "--brownian", "--syntax", "--sigmas",
             "--save-latents",
@@ -264,7 +264,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
 
 
 def test_the_choices_of_attention_are_the_backends():
-    assert set(get_options(ModelOptions)["attention"][0].choices) == set(BACKENDS)
+    assert set(get_options(ModelOptions)["attention"].choices) == set(BACKENDS)
 
 
 @pytest.mark.parametrize("task", TASKS)

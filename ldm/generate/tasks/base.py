@@ -1,7 +1,7 @@
 """Task, the description of a task, and PreparedTask, a task that has read its inputs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ class PreparedTask:
         return height or native_height, width or native_width
 
     def set_up(self, model: "LatentDiffusion") -> None:
-        """Check inputs against the model and load further files, before the first batch."""
+        """Check inputs against the model and load other files, before the first batch."""
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
@@ -111,8 +111,8 @@ class Task:
         }
 
     @property
-    def options(self) -> dict[str, tuple[Option, Value]]:
-        """(option, default) by name."""
+    def options(self) -> dict[str, Option]:
+        """Options by name, with the defaults of this task."""
         return _collect_options(tuple(self.groups.values()), tuple(self.defaults.items()))
 
     def build_request(self, values: Mapping[str, object] | None = None) -> Request:
@@ -127,10 +127,8 @@ class Task:
 @cache
 def _collect_options(
     groups: tuple[type, ...], defaults: tuple[tuple[str, Value], ...]
-) -> dict[str, tuple[Option, Value]]:
-    options: dict[str, tuple[Option, Value]] = {}
+) -> dict[str, Option]:
+    options: dict[str, Option] = {}
     for group in groups:
         options |= get_options(group)
-    for name, default in defaults:
-        options[name] = (options[name][0], default)
-    return options
+    return options | {name: replace(options[name], default=value) for name, value in defaults}
