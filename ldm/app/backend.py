@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ldm.app.catalogue import CatalogueEntry, check_lora
-from ldm.app.jobs import GALLERY_LIMIT
+from ldm.app.jobs import MAX_GALLERY_IMAGES
 from ldm.app.library import ADDONS, Library, remove_folders
 from ldm.app.limits import Limits
 from ldm.app.model_cache import ModelCache
@@ -27,7 +27,7 @@ from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
 from ldm.generate.groups import SDXL, ModelOptions, Sampling, UpscalerOptions
-from ldm.generate.info import Info, describe_run
+from ldm.generate.info import Info, make_run_info
 from ldm.generate.load import Models, load_models
 from ldm.generate.option_parsers import parse_lora
 from ldm.generate.options import Value, get_options
@@ -127,7 +127,7 @@ class Backend:
     def generate(self, request: Request, progress: Progress) -> str:
         """Make and save images; return the final message for the user."""
         self.limits.check(request)
-        progress.make_preview = self.library.make_preview
+        progress.make_previewer = self.library.make_previewer
         start = time.monotonic()
         load = partial(self._load_models, progress=progress)
         run_request(
@@ -151,7 +151,7 @@ class Backend:
         self.limits.check(request)
         prepared = request.task.prepare(request)
         models = self._load_models(request, prepared, progress, threads=info["threads"])
-        progress.make_preview = self.library.make_preview
+        progress.make_previewer = self.library.make_previewer
         progress.on_start(models.base, 1)
         image, depth = reproduce_image(prepared, models, info, progress.on_step)
         info.pop("image", None)
@@ -161,7 +161,7 @@ class Backend:
             difference = compare_results(read_info(path), original, image, depth)
         if difference is None:
             return "identical"
-        new_info = describe_run(request, models, prepared.get_output_size(models.base))
+        new_info = make_run_info(request, models, prepared.get_output_size(models.base))
         return "; ".join([difference, *compare_infos(info, new_info)])
 
     def estimate_depth(self, request: Request, progress: Progress) -> str:
@@ -179,7 +179,7 @@ class Backend:
         """Return the infos of the newest images in the output folder, the newest run first."""
         files = (self.outdir / "samples").glob("[0-9]*.png")
         numbers = sorted((int(path.stem), path) for path in files if path.stem.isdecimal())
-        infos = [_read_info_with_path(path) for _, path in numbers[-GALLERY_LIMIT:]]
+        infos = [_read_info_with_path(path) for _, path in numbers[-MAX_GALLERY_IMAGES:]]
         runs = [list(run) for _, run in groupby(infos, key=lambda info: info.get("request"))]
         return [info for run in reversed(runs) for info in run if "seed" in info]
 

@@ -28,7 +28,7 @@ from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.generate.groups import SDXL, Prompts, UpscalerOptions
 from ldm.generate.option_parsers import parse_count, parse_fraction
 from ldm.generate.options import Option, get_options
-from ldm.generate.replay import get_eta
+from ldm.generate.replay import get_recorded_eta
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
 from ldm.prompts import PLAIN, SYNTAXES
@@ -315,7 +315,7 @@ def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
     names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE_OPTIONS)
     values = {name: info[name] for name in names if info.get(name) is not None}
     values |= {name: info.get(name) or value for name, value in INFO_DEFAULTS.items()}
-    eta = get_eta(info)
+    eta = get_recorded_eta(info)
     values["eta"] = "" if eta is None else f"{eta:g}"
     values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
                if request.get(name) is not None}  # fmt: skip

@@ -16,8 +16,8 @@ from ldm.app.form import LORA_SLOTS, NO_IMAGE, TaskForm
 from ldm.app.jobs import Job, Jobs
 from ldm.app.progress import Progress
 from ldm.app.view import (
-    describe_info,
     explain_to_user,
+    format_info,
     render_error,
     render_preview,
     render_progress,
@@ -209,13 +209,13 @@ class JobEvents:
         gallery = gr.Gallery(images, selected_index=selected)
         return {
             "gallery": gallery, "infos": infos, "selected_info": infos[0],
-            "parameters": describe_info(infos[0]),
+            "parameters": format_info(infos[0]),
         }  # fmt: skip
 
     def select_image(self, infos: list[JsonObject], event: gr.SelectData) -> list[Any]:
         """Return info and description of the image clicked in the gallery."""
         info = infos[min(int(event.index), len(infos) - 1)]
-        return [info, describe_info(info)]
+        return [info, format_info(info)]
 
     def show_relief(self, selected: JsonObject | None) -> Any:
         """Return an update of the 3D view for the selected image."""

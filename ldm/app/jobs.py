@@ -12,7 +12,7 @@ from ldm.runtime.errors import ArgumentError, Stop, explain
 
 __all__ = ["Job", "Jobs"]
 
-GALLERY_LIMIT = 60  # images per visitor
+MAX_GALLERY_IMAGES = 60  # images per visitor
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Jobs:
     def _add_image(self, visitor: str, position: int, info: Info) -> None:
         gallery = self.list_images(visitor)
         gallery.insert(position, info)
-        del gallery[GALLERY_LIMIT:]
+        del gallery[MAX_GALLERY_IMAGES:]
 
     def _run(self) -> None:
         while True:

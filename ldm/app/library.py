@@ -132,7 +132,7 @@ class Library:
         count, truncated = encoder.count_tokens(prompt), encoder.find_truncated_text(prompt)
         return count, encoder.length - 2, truncated
 
-    def make_preview(self, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
+    def make_previewer(self, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
         """Return a function from a model's latents to previews: TAESD if available, else linear."""
         files = list_addons(self.folder, "preview").values() if self.folder.is_dir() else ()
         for path in (*self._given_previews, *files):

@@ -36,7 +36,7 @@ class Progress(RunListener):
         message: The current status, finally the result.
         has_failed: Whether the message is an error.
         stop: Event that stops the job.
-        make_preview: Returns, for a model, a function from latents to previews in [-1, 1].
+        make_previewer: Returns, for a model, a function from latents to previews in [-1, 1].
         on_image: Called with (index in the run, info) of each image that the gallery shows.
     """
 
@@ -49,7 +49,7 @@ class Progress(RunListener):
     message: str = "queued"
     has_failed: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
-    make_preview: Callable[[LatentDiffusion], Callable[[Tensor], Tensor]] = fit_preview
+    make_previewer: Callable[[LatentDiffusion], Callable[[Tensor], Tensor]] = fit_preview
     on_image: Callable[[int, Info], None] = lambda position, info: None
     _to_rgb: Callable[[Tensor], Tensor] | None = None
     _batch: int = 1
@@ -71,7 +71,7 @@ class Progress(RunListener):
 
     def on_start(self, model: LatentDiffusion, total: int) -> None:
         self.total = total
-        self._to_rgb = self.make_preview(model)
+        self._to_rgb = self.make_previewer(model)
         self.set_message("sampling")
         self._start = time.monotonic()
 

@@ -15,8 +15,14 @@ from ldm.runtime.errors import FileFormatError, LdmError, explain, is_out_of_mem
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "describe_info", "explain_to_user", "read_file_info", "render_error", "render_preview",
-    "render_progress", "render_queue", "render_token_count",
+    "explain_to_user",
+    "format_info",
+    "read_file_info",
+    "render_error",
+    "render_preview",
+    "render_progress",
+    "render_queue",
+    "render_token_count",
 ]  # fmt: skip
 
 MEMORY_ADVICE = "; these help: batch size 1, a VAE tile size of 512, smaller width and height"
@@ -84,7 +90,7 @@ def render_queue(jobs: Sequence[Job]) -> str:
     return f"<div>In the queue:</div><ol>{items}</ol>" if waiting else ""
 
 
-def describe_info(info: Mapping[str, Any]) -> str:
+def format_info(info: Mapping[str, Any]) -> str:
     """Return an image's info in A1111's format; says if it is unfinished or has no watermark."""
     text = format_parameters(info) or NO_PARAMETERS
     if info.get("unfinished"):
@@ -100,7 +106,7 @@ def read_file_info(path: str | None) -> tuple[JsonObject, str]:
         return {}, ""
     try:
         info = read_info(path)
-        return info, describe_info(info)
+        return info, format_info(info)
     except FileFormatError as error:
         return {}, str(error).replace(path, Path(path).name)
     except (OSError, TypeError, ValueError, KeyError, AttributeError):

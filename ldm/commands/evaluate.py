@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.command_line import add_options
-from ldm.generate.groups import GROUPS, SDXL, ModelOptions, Sampling
+from ldm.generate.groups import GROUP_HEADINGS, SDXL, ModelOptions, Sampling
 from ldm.generate.option_parsers import parse_count, parse_natural, parse_number
 from ldm.generate.options import get_options
 from ldm.generate.tasks import TASKS
@@ -119,7 +119,7 @@ def _build_parser(prog: str | None) -> CommandParser:
     plural = ("ckpt", "scale", "sampler", "steps")  # the flags above take several values
     for group, group_names in names.items():
         options = {name: TASK.options[name] for name in group_names if name not in plural}
-        add_options(parser.add_group(GROUPS[group]), options)
+        add_options(parser.add_group(GROUP_HEADINGS[group]), options)
     return parser
 
 

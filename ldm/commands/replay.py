@@ -16,7 +16,7 @@ from dataclasses import replace
 from os.path import expanduser
 
 from ldm.generate.command_line import add_options, to_argv
-from ldm.generate.groups import GROUPS, SDXL, ModelOptions, UpscalerOptions
+from ldm.generate.groups import GROUP_HEADINGS, SDXL, ModelOptions, UpscalerOptions
 from ldm.generate.options import get_options
 from ldm.runtime.command import CommandParser
 from ldm.runtime.errors import FileFormatError, errors_as
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         )
         for name, option in MODEL_OPTIONS.items()
     }
-    add_options(parser.add_group(GROUPS["model"]), options)
+    add_options(parser.add_group(GROUP_HEADINGS["model"]), options)
     parser.add_argument("image", type=expanduser, metavar="IMAGE", help="a PNG written by ldm")
     parser.add_argument("--output", metavar="FILE", help="save the new image here")
     parser.add_argument(
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _replay(args: Namespace) -> int:
-    from ldm.generate.info import describe_run
+    from ldm.generate.info import make_run_info
     from ldm.generate.load import load_models
     from ldm.generate.replay import (
         check_inputs,
@@ -96,7 +96,7 @@ def _replay(args: Namespace) -> int:
     if difference is None:
         return 0
     size = prepared.get_output_size(models.base)
-    changes_since = compare_infos(info, describe_run(request, models, size))
+    changes_since = compare_infos(info, make_run_info(request, models, size))
     if was_edited:
         changes_since.append("the file was edited after it was made")
     for change in changes_since or ["no recorded setting has changed"]:

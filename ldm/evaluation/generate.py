@@ -19,10 +19,10 @@ from pathlib import Path
 from ldm.diffusion.names import SAMPLERS
 from ldm.evaluation.progress import Progress
 from ldm.generate.batch import generate_with_fallback
-from ldm.generate.info import Info, describe_image, describe_run, get_dtype_name
+from ldm.generate.info import Info, get_dtype_name, make_image_info, make_run_info
 from ldm.generate.listener import RunListener
 from ldm.generate.load import Models, load_models
-from ldm.generate.output import add_watermark, to_images
+from ldm.generate.output import add_watermark, to_8_bit_rgb
 from ldm.generate.plan import Batch, plan_batches
 from ldm.generate.prompt_file import read_prompt_file
 from ldm.generate.request import Request
@@ -152,7 +152,7 @@ def _generate_with_model(
     tasks = [setting.request.task.prepare(setting.request) for setting, _ in plans]
     models = load_models(tasks[0].request)
     size = tasks[0].get_output_size(models.base)
-    infos = [describe_run(task.request, models, size, without_folders=True) for task in tasks]
+    infos = [make_run_info(task.request, models, size, without_folders=True) for task in tasks]
     for setting, _ in plans:
         _check_checkpoint(out / setting.series / "options.json", infos[0]["checkpoint_hash"])
     tasks[0].set_up(models.base)
@@ -170,8 +170,8 @@ def _generate_batch(
     images = generate_with_fallback(prepared, batch, models, RunListener())
     run_info["dtype"] = get_dtype_name(models.base)
     folder.mkdir(parents=True, exist_ok=True)
-    for row, image in enumerate(to_images(images, run_info, truncate=False)):
-        info = run_info | describe_image(prepared.request, [batch], 0, row)
+    for row, image in enumerate(to_8_bit_rgb(images, run_info, truncate=False)):
+        info = run_info | make_image_info(prepared.request, [batch], 0, row)
         info["sha256_unmarked"] = hash_pixels(image)
         with write_atomically(_get_image_path(folder, batch.images[row].index)) as partial:
             write_png(partial, add_watermark(image, info), info)

@@ -1,4 +1,4 @@
-"""Generate the images of one batch: options of the request -> arguments of the task's pipeline."""
+"""Generate the images of one batch: pass the options of a request to the pipeline of its task."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.generate.defaults import resolve_sampling
 from ldm.generate.info import get_dtype_name
-from ldm.generate.initial_noise import draw_initial_noise, save_rng_state, seed_globally
+from ldm.generate.initial_noise import draw_initial_noise, save_rng_state, seed_legacy_noise
 from ldm.generate.listener import RunListener
 from ldm.generate.load import Models
 from ldm.generate.plan import Batch
@@ -31,7 +31,7 @@ LatentCallback = Callable[[Tensor], object]  # see `DecodingOptions`
 def set_up_task(prepared: PreparedTask, model: LatentDiffusion) -> None:
     """Set up a task for the model before its first batch, and seed torch for legacy `noise`."""
     prepared.set_up(model)
-    seed_globally(prepared.request, model, prepared.get_output_size(model))
+    seed_legacy_noise(prepared.request, model, prepared.get_output_size(model))
 
 
 def generate_with_fallback(
@@ -96,7 +96,7 @@ def generate_batch(
 
 
 def _make_sampling_arguments(request: Request, model: LatentDiffusion) -> dict[str, object]:
-    """Return the arguments that all images share; most have the names of their options."""
+    """Return the keyword arguments that all images share; most have the names of their options."""
     sampling = resolve_sampling(request, model.defaults)
     values = vars(sampling)
     arguments = {name: values[name] for name in SamplingOptions.__annotations__ if name in values}
@@ -105,7 +105,7 @@ def _make_sampling_arguments(request: Request, model: LatentDiffusion) -> dict[s
         "tile": _to_latent_pixels(sampling.vae_tile, model),
         "unet_tile": _to_latent_pixels(sampling.unet_tile, model),
     }
-    # Only those that are set, as tasks without prompts do not take them.
+    # Only if they are set, as pipelines without prompts do not accept them.
     guidance = {name: values[name] for name in GuidanceOptions.__annotations__}
     arguments |= {name: value for name, value in guidance.items() if value is not None}
     if request.prompts.syntax != PLAIN:
@@ -120,7 +120,7 @@ def _to_latent_pixels(pixels: int | None, model: LatentDiffusion) -> int | None:
 
 
 def _make_sdxl_arguments(request: Request, batch: Batch, models: Models) -> dict[str, object]:
-    """Return the arguments for SDXL that have a value."""
+    """Return the keyword arguments for SDXL that are not None."""
     images = batch.images
     arguments = {
         **vars(request.sdxl),

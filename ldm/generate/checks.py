@@ -43,13 +43,13 @@ from ldm.runtime.errors import ArgumentError, MissingArgument
 from ldm.runtime.files import find_file
 
 __all__ = [
-    "check_depth", "check_files", "check_loras", "check_steps",
+    "check_checkpoints", "check_depth", "check_loras", "check_steps",
     "find_few_step_warnings", "find_option_warnings", "log_advice",
 ]  # fmt: skip
 
 SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class in `model_index.json` of a diffusers folder
-# Option -> the option without which it has no effect.
-NEEDED_OPTIONS = {
+# Option -> the option that it requires, without which it has no effect.
+REQUIRED_OPTIONS = {
     "repeat": "from_file", "source_prompt": "inversion", "depth_inverted": "depth_map",
     "prior_steps": "prior", "prior_scale": "prior",
 }  # fmt: skip
@@ -73,22 +73,18 @@ def find_few_step_warnings(
     for options, loras in dict.fromkeys((batch.line_options, batch.loras) for batch in batches):
         request = tasks[options].request
         request = replace(request, model=replace(request.model, lora=loras))
-        warnings.append(_find_few_step_warning(request))
+        warnings.append(_get_few_step_warning(request))
     return list(dict.fromkeys(filter(None, warnings)))
 
 
-def _find_few_step_warning(request: Request) -> str | None:
-    """Warn if steps or scale do not suit a few-step model, as its name and metadata show.
-
-    Returns:
-        None if they do, or if the model does not seem to be one.
-    """
+def _get_few_step_warning(request: Request) -> str | None:
+    """Return a warning if steps or scale do not suit a model that seems to be a few-step model."""
     model, sampling = request.model, request.sampling
     sets_steps_or_scale = sampling.steps or sampling.scale is not None or sampling.sigmas
     if not sets_steps_or_scale or not any(map(supports_variants, request.task.families)):
         return None
     try:
-        ckpt = _find_ckpt(request)
+        ckpt = _find_checkpoint(request)
         variant = (
             None if ckpt is None else find_variant_without_weights(ckpt, model.lora, model.variant)
         )
@@ -101,15 +97,15 @@ def _find_few_step_warning(request: Request) -> str | None:
 
 
 def check_steps(request: Request) -> None:
-    """Raise ArgumentError, before weights are read, for more steps than a scheduler can choose.
+    """Raise ArgumentError, before weights are read, for more steps than the scheduler supports.
 
-    If the noise schedule is not known yet, sampling checks the steps.
+    If the noise schedule cannot be found without weights, sampling checks the steps.
     """
     model, sampling = request.model, request.sampling
     if not sampling.steps or sampling.sigmas is not None:  # `sigmas` set the number of steps
         return
     try:
-        ckpt = _find_ckpt(request)
+        ckpt = _find_checkpoint(request)
         if ckpt is None:
             return
         schedule = find_schedule_without_weights(ckpt, model.config, model.overrides)
@@ -123,8 +119,8 @@ def check_steps(request: Request) -> None:
         schedule.check_steps(sampling.steps, scheduler)
 
 
-def _find_ckpt(request: Request) -> Path | None:
-    """Find the checkpoint of a request, which may be the demo model; None = only a config."""
+def _find_checkpoint(request: Request) -> Path | None:
+    """Find the checkpoint of a request, or the demo model; None = a config without checkpoint."""
     model = request.model
     if model.ckpt is not None:
         return resolve_checkpoint(model.ckpt, file_variant=select_file_variant(model.variant))
@@ -134,7 +130,7 @@ def _find_ckpt(request: Request) -> Path | None:
 
 
 def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
-    """Read the LoRAs of all batches if they differ, so that errors come before the first image.
+    """If batches have different LoRAs, read all of them, so that errors precede the first image.
 
     Raises:
         ValueError, OSError: See `read_loras`.
@@ -154,19 +150,19 @@ def find_option_warnings(
         ArgumentError: The text encoder has fewer layers than clip skip needs.
     """
     requests = [prepared.request for prepared in tasks.values()]
-    skip = max(request.sampling.clip_skip for request in requests)
+    clip_skip = max(request.sampling.clip_skip for request in requests)
     warnings = [
-        *(warning for request in requests for warning in _find_ignored_options(request, model)),
-        check_clip_skip(model, skip),
-        *(_find_high_start_warning(request, model) for request in requests),
+        *(warning for request in requests for warning in _list_ignored_options(request, model)),
+        check_clip_skip(model, clip_skip),
+        *(_get_high_sigma_warning(request, model) for request in requests),
     ]
     return list(dict.fromkeys(filter(None, warnings)))
 
 
-def _find_high_start_warning(request: Request, model: LatentDiffusion) -> str | None:
-    """Warn if the first sigma of the scheduler is too high for the sampler.
+def _get_high_sigma_warning(request: Request, model: LatentDiffusion) -> str | None:
+    """Return a warning if the first sigma of the scheduler is too high for the sampler.
 
-    Runs from an image start at a lower sigma, which `sample` checks.
+    With strength below 1 a run starts at a lower sigma, which `sample` checks.
     """
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
@@ -181,7 +177,7 @@ def _find_high_start_warning(request: Request, model: LatentDiffusion) -> str | 
     return explain_high_sigma(sampling.sampler, sampling.scheduler, float(sigmas[0]))
 
 
-def check_files(
+def check_checkpoints(
     request: Request, ckpt: Path | None, refiner: Path | None, upscaler: Path | None
 ) -> None:
     """Raise ArgumentError if headers or configs show that a model does not suit the request.
@@ -189,7 +185,7 @@ def check_files(
     Weights are not read. Models of unknown families are checked by the pipelines, after loading.
     """
     weights = _open_weights(ckpt)
-    # A config that is given may differ from the folder's.
+    # A config of the request takes precedence over that of a diffusers folder.
     family = _find_family(None if request.model.config else ckpt, weights)
     refiner_family = _find_family(refiner, _open_weights(refiner))
     upscaler_family = _find_family(upscaler, _open_weights(upscaler))
@@ -255,7 +251,7 @@ def _open_weights(path: Path | None) -> Weights | None:
 
 
 def _find_image_channels(path: Path, weights: Weights | None) -> int | None:
-    """Return the channels of a model's images (`ldm.imaging.rgbd`); None if unknown yet."""
+    """Return the number of channels of a model's images (`ldm.imaging.rgbd`); None = unknown."""
     config = path / "vae/config.json"
     if config.is_file():
         channels = read_json(config).get("in_channels")
@@ -264,17 +260,17 @@ def _find_image_channels(path: Path, weights: Weights | None) -> int | None:
     return None if weight is None else weight.shape[1]
 
 
-def check_depth(request: Request, model_name: str, channels: int) -> None:
+def check_depth(request: Request, model_name: str, image_channels: int) -> None:
     """Raise ArgumentError or MissingArgument unless depth options suit a model.
 
     Args:
         model_name: Name of the model in messages.
-        channels: Channels of its images: 3, with depth (LDM3D) 4 or 6.
+        image_channels: Number of channels of its images: 3, with depth (LDM3D) 4 or 6.
     """
-    inputs, has_depth = request.inputs, channels != 3
+    inputs, has_depth = request.inputs, image_channels != 3
     if request.output.glb and not has_depth:
         raise ArgumentError(
-            f"{model_name} makes images without depth: no 3D mesh can be made of them", "glb"
+            f"{model_name} makes images without depth, which cannot be saved as 3D meshes", "glb"
         )
     if not isinstance(inputs, RGBDInputs) or inputs.init_img is None:
         return
@@ -284,7 +280,7 @@ def check_depth(request: Request, model_name: str, channels: int) -> None:
         raise MissingArgument(f"{model_name} also needs the depth of the image", "depth")
 
 
-def _find_ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
+def _list_ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
     """Return warnings about options that have no effect on a model, or not the expected one."""
     model_options, sampling = request.model, request.sampling
     warnings = []
@@ -301,18 +297,18 @@ def _find_ignored_options(request: Request, model: LatentDiffusion) -> list[str]
             f" not {sampling.scale:g}"
         )
     if sampling.freeu is not None and request.sdxl.refiner is not None:
-        warnings.append("freeu changes the base, not its refiner")
+        warnings.append("freeu applies to the base model, not to the refiner")
     values = request.get_values()
     options = request.task.options
     is_set = {name: values[name] != option.default for name, option in options.items()}
     if request.prompts.from_file is not None and is_set["prompt"]:
-        warnings.append("the prompts are those of from_file: prompt is ignored")
+        warnings.append("prompts are read from from_file: prompt is ignored")
     if values.get("inversion") and sampling.fixed_code:
         warnings.append("DDIM inversion computes the initial noise: fixed_code is ignored")
     warnings += [
-        f"{name} needs {other}: ignored"
-        for name, other in NEEDED_OPTIONS.items()
-        if is_set.get(name) and not is_set[other]
+        f"{name} needs {required}: ignored"
+        for name, required in REQUIRED_OPTIONS.items()
+        if is_set.get(name) and not is_set[required]
     ]
     family = find_family(model.conditioner) or ""
     warnings += [
@@ -320,8 +316,8 @@ def _find_ignored_options(request: Request, model: LatentDiffusion) -> list[str]
         for name in IGNORED_OPTIONS.get(family, ())
         if is_set.get(name)
     ]
-    no_effect = ("torchscript", "ipex", "laion400m")
-    return warnings + [f"`{name}` has no effect" for name in no_effect if values[name]]
+    unused = ("torchscript", "ipex", "laion400m")
+    return warnings + [f"`{name}` has no effect" for name in unused if values[name]]
 
 
 def log_advice(request: Request, model: LatentDiffusion) -> None:
@@ -330,8 +326,8 @@ def log_advice(request: Request, model: LatentDiffusion) -> None:
     if model.provenance.get("pipeline") == SAFE_PIPELINE and sampling.sld is None:
         log.info("the model's own pipeline uses safe latent diffusion: `sld` medium does the same")
     native_size = model.image_size * model.downscale
-    is_text_v = request.task.families == ("text",) and model.parameterization == "v"
-    if native_size == 512 and is_text_v and sampling.size == (None, None):
+    is_v_prediction = request.task.families == ("text",) and model.parameterization == "v"
+    if native_size == 512 and is_v_prediction and sampling.size == (None, None):
         log.info(
             "v-prediction models of Stable Diffusion 2 are trained at 768 x 768: use that size"
         )

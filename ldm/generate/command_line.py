@@ -11,7 +11,7 @@ from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ldm.generate.groups import GROUPS
+from ldm.generate.groups import GROUP_HEADINGS
 from ldm.generate.options import Option, Value, encode_option, get_options
 from ldm.generate.request import Request
 from ldm.generate.tasks import Task
@@ -44,7 +44,8 @@ def build_parser(task: Task, prog: str | None = None) -> CommandParser:
     options = task.options
     for name, group in task.groups.items():
         add_options(
-            parser.add_group(GROUPS[name]), {name: options[name] for name in get_options(group)}
+            parser.add_group(GROUP_HEADINGS[name]),
+            {name: options[name] for name in get_options(group)},
         )
     return parser
 

@@ -37,7 +37,7 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
 
 
 def log_variant(request: Request, model: LatentDiffusion) -> None:
-    """Log which few-step model it is, if it is one, and how it will be sampled."""
+    """Log the kind of a few-step model, and how it will be sampled."""
     variant = model.provenance.get("variant")
     if variant is None:
         return

@@ -43,16 +43,17 @@ from ldm.prompts import PLAIN, SYNTAXES
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "GROUPS", "SDXL", "Inputs", "ModelOptions", "Output", "Prompts", "Sampling", "UpscalerOptions",
+    "GROUP_HEADINGS", "SDXL", "Inputs", "ModelOptions", "Output", "Prompts", "Sampling",
+    "UpscalerOptions",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Base class of each task's group of inputs: what it reads besides prompts."""
+    """Base class of the input groups of tasks: what a task reads besides prompts."""
 
     def split_by_image(self) -> "Sequence[Inputs]":
-        """Return the inputs of each run: these, or those for each image of a folder."""
+        """Return one group of inputs for each image of a folder, or else only this one."""
         return [self]
 
     @property
@@ -77,8 +78,8 @@ class Prompts:
         help="negative prompt: what to steer away from")
     syntax: str = option(PLAIN, "--syntax", choices=SYNTAXES, metavar="NAME",
         label="Prompt syntax",
-        help=f"prompt syntax: {', '.join(SYNTAXES)} (default: %(default)s: brackets have no"
-        " meaning)")
+        help=f"prompt syntax: {', '.join(SYNTAXES)} (default: %(default)s, in which brackets have"
+        " no meaning)")
     from_file: str | None = option(None, "--from-file", metavar="FILE",
         help="file with one prompt per line, a blank line is an empty prompt; a line may end in"
         ' its own options: --seed N, --negative-prompt "TEXT", --steps, --W, --sampler …, or those'
@@ -104,7 +105,7 @@ class ModelOptions:
         help="YAML of the model (default: recognised from the checkpoint)")
     ema: bool | None = option(None, "--ema", is_negatable=True,
         help="use the EMA weights of the checkpoint, or the raw ones (default: EMA weights if the"
-        " YAML has use_ema and the checkpoint has them)")
+        " YAML sets use_ema and the checkpoint contains them)")
     vae: str | None = option(None, "--vae", metavar="FILE", label="VAE",
         help="use the autoencoder in this file; TAESD is a smaller and faster one")
     text_encoder: str | None = option(None, "--text-encoder", metavar="FILE",
@@ -258,16 +259,11 @@ class Sampling:
     # fmt: on
 
     def __post_init__(self) -> None:
-        noise = StepNoise(
-            self.effective_eta,
-            self.s_churn,
-            self.s_tmin,
-            self.s_tmax,
-            self.s_noise,
-            self.brownian,
-        )
         if self.sampler is not None:
-            noise.check(self.sampler)
+            StepNoise(
+                self.effective_eta, self.s_churn, self.s_tmin, self.s_tmax, self.s_noise,
+                self.brownian,
+            ).check(self.sampler)  # fmt: skip
         if self.sigmas is not None:
             for name, value in (("scheduler", self.scheduler), ("rho", self.rho)):
                 if value is not None:
@@ -282,7 +278,7 @@ class Sampling:
 
     @property
     def effective_eta(self) -> float | None:
-        """Eta; None for `dpm`, for which the original ignores it."""
+        """Eta; None for `dpm`, which ignores it as the original does."""
         return None if self.sampler == "dpm" else self.eta
 
     @property
@@ -315,18 +311,19 @@ class SDXL:
         help="negative prompt of the second text encoder (default: the negative prompt)")
     original_size: tuple[int, int] | None = option(None, "--original-size", parse=parse_size,
         metavar="H,W", label="Original size (H,W)",
-        help="micro-conditioning: size before resizing, as of a training image (default: the"
-        " image's size)")
+        help="micro-conditioning: size of a training image before resizing (default: the image's"
+        " size)")
     crop: tuple[int, int] | None = option(None, "--crop", parse=parse_top_left,
         metavar="TOP,LEFT", label="Crop (top,left)",
-        help="micro-conditioning: corner of the crop in pixels, as of a training image (default:"
+        help="micro-conditioning: top left corner of a training image's crop, in pixels (default:"
         " 0,0)")
     target_size: tuple[int, int] | None = option(None, "--target-size", parse=parse_size,
         metavar="H,W", label="Target size (H,W)",
-        help="micro-conditioning: size after resizing, as of a training image (default: the"
-        " image's size)")
+        help="micro-conditioning: size of a training image after resizing (default: the image's"
+        " size)")
     aesthetic_score: float | None = option(None, "--aesthetic-score", parse=parse_number,
-        metavar="S", label="Aesthetic score", help="condition of the refiner, 1 … 10 (default: 6)")
+        metavar="S", label="Aesthetic score",
+        help="micro-conditioning of the refiner, 1 … 10 (default: 6)")
     negative_original_size: tuple[int, int] | None = option(None, "--negative-original-size",
         parse=parse_size, metavar="H,W", label="Negative original size (H,W)",
         help="for the negative prompt (default: as for the prompt)")
@@ -352,12 +349,12 @@ class SDXL:
 
 @dataclass(frozen=True)
 class UpscalerOptions:
-    """An x2 latent upscaler, which doubles latents before they are decoded."""
+    """An x2 latent upscaler, which doubles the sides of latents before they are decoded."""
 
     # fmt: off
     upscaler: str | None = option(None, "--upscaler", metavar="FILE", label="x2 latent upscaler",
         help="x2 latent upscaler, a diffusers folder or a file: makes images of twice the size;"
-        " parts missing from its file come from the model")
+        " components missing from its file come from the model")
     upscaler_steps: int | None = option(None, "--upscaler-steps", parse=parse_count, metavar="N",
         label="Upscaler steps", help="its sampling steps (default: 20)")
     upscaler_scale: float | None = option(None, "--upscaler-scale", parse=parse_number,
@@ -406,14 +403,14 @@ class Output:
     def __post_init__(self) -> None:
         if self.save_latents and self.skip_save:
             raise ArgumentError(
-                "latents are saved beside images, which skip_save leaves out", "save_latents"
+                "latents are saved beside images, which skip_save does not save", "save_latents"
             )
         if self.unsafe is not None and self.safety_checker is None:
             raise ArgumentError("unsafe needs safety_checker", "unsafe")
 
 
 # Headings of `--help` by field of `Request`, in this order.
-GROUPS = {
+GROUP_HEADINGS = {
     "inputs": "inputs",
     "prompts": "prompt",
     "model": "model (key=value changes the YAML: model.params.x=1)",

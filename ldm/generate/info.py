@@ -1,8 +1,8 @@
-"""Generation parameters of an image, its "info": describe a run and its images (read by `replay`).
+"""Make the info of images: their generation parameters, saved in PNGs and read by `replay`.
 
-The info contains the whole request under "request", and facts of the run: model, versions, hashes
-of all files, batch size and row in the batch (kernels round differently for other shapes). Its keys
-are listed in `imaging.metadata`.
+The info contains the request under "request", and what the run used: model, versions, hashes of all
+files, batch size and index in the batch (kernels round differently for other shapes). Its keys are
+listed in `imaging.metadata`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ldm.diffusion.names import SLD_CONCEPTS
 from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.generate.defaults import resolve_sampling
 from ldm.generate.groups import SDXL, Sampling
-from ldm.generate.load import Models, find_checker
+from ldm.generate.load import Models, find_requested_checker
 from ldm.generate.options import encode_option, get_options
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request
@@ -35,9 +35,17 @@ from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "COMPARED_KEYS", "FILE_KEYS", "FLOAT_WATERMARK", "INTEGER_WATERMARK", "Info",
-    "choose_watermark_method", "describe_depth", "describe_image", "describe_run",
-    "get_dtype_name", "get_result_size",
+    "COMPARED_KEYS",
+    "FILE_KEYS",
+    "FLOAT_WATERMARK",
+    "INTEGER_WATERMARK",
+    "Info",
+    "choose_watermark_method",
+    "get_dtype_name",
+    "get_final_size",
+    "make_depth_info",
+    "make_image_info",
+    "make_run_info",
 ]  # fmt: skip
 
 Info = JsonObject  # the metadata of one image, or of all images of a run
@@ -45,7 +53,7 @@ Info = JsonObject  # the metadata of one image, or of all images of a run
 FLOAT_WATERMARK = "dwtDct (floats)"  # embedded before pixels are rounded to integers
 INTEGER_WATERMARK = "dwtDct"
 
-# Keys of the info that may explain why a reproduced image differs.
+# Keys of the info whose changes may explain why a reproduced image differs.
 COMPARED_KEYS = (
     "checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention",
     "threads", "torch", "ldm",
@@ -56,7 +64,7 @@ FILE_KEYS = {  # key of the info -> option
 }  # fmt: skip
 
 
-def describe_run(
+def make_run_info(
     request: Request,
     models: Models,
     size: tuple[int, int],
@@ -96,7 +104,7 @@ def describe_run(
             ]
             for name, paths in files.items()
         },
-        **_describe_optional(request, sampling, models),
+        **_make_optional_info(request, sampling, models),
         "tile": sampling.vae_tile,
         "tiling": sampling.tiling,
         "legacy": list(sampling.legacy),
@@ -120,7 +128,7 @@ def describe_run(
         "ldm": __version__,
         "request": request.to_json(without_folders),
     }
-    info["watermark"] = choose_watermark_method(request, get_result_size(info), info["payload"])
+    info["watermark"] = choose_watermark_method(request, get_final_size(info), info["payload"])
     return _remove_folders(info) if without_folders else info
 
 
@@ -129,7 +137,7 @@ def _remove_folders(info: Info) -> Info:
 
     def remove(value: Any) -> Any:
         if isinstance(value, list):
-            return [remove(entry) for entry in value]
+            return [remove(item) for item in value]
         if not isinstance(value, dict) or "path" not in value:
             return value
         return {**value, "path": Path(value["path"]).name}
@@ -137,8 +145,8 @@ def _remove_folders(info: Info) -> Info:
     return {key: value if key == "inputs" else remove(value) for key, value in info.items()}
 
 
-def get_result_size(info: Info) -> tuple[int, int]:
-    """Return (height, width) of a run's images: "size", which an x2 latent upscaler doubles."""
+def get_final_size(info: Info) -> tuple[int, int]:
+    """Return (height, width) of the saved images: "size", doubled by an x2 latent upscaler."""
     height, width = info["size"]
     factor = LATENT_UPSCALE_FACTOR if "upscaler" in info else 1
     return factor * height, factor * width
@@ -149,11 +157,11 @@ def get_dtype_name(model: LatentDiffusion) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _describe_optional(request: Request, sampling: Sampling, models: Models) -> Info:
-    """Return entries for options that are set, and for models other than the base."""
+def _make_optional_info(request: Request, sampling: Sampling, models: Models) -> Info:
+    """Return the keys that are only present for options that are set and additional models."""
     model, upscaler, values = models.base, models.upscaler, request.to_json()
-    names = ("rho", "sigmas", "sld", "apg", "perp_neg", "pag", *get_options(SDXL))
-    info = {name: values.get(name) for name in names}
+    optional = ("rho", "sigmas", "sld", "apg", "perp_neg", "pag", *get_options(SDXL))
+    info = {name: values.get(name) for name in optional}
     info |= {name: vars(sampling)[name] for name in STEP_NOISE_OPTIONS}
     if sampling.sld is not None:
         concept = sampling.sld_concept or "original"
@@ -166,39 +174,40 @@ def _describe_optional(request: Request, sampling: Sampling, models: Models) -> 
     if variant := model.provenance.get("variant"):
         info["variant"] = variant["name"]
     if models.refiner is not None:
-        info["refiner"] = _describe_file(models.refiner.provenance["checkpoint"])
+        info["refiner"] = _make_file_info(models.refiner.provenance["checkpoint"])
         if info["refiner_strength"] is None and info["refiner_start"] is None:
             info["refiner_strength"] = REFINER_STRENGTH
     if upscaler is not None:
         steps, scale = request.upscaling.upscaler_steps, request.upscaling.upscaler_scale
-        info["upscaler"] = _describe_file(upscaler.provenance["checkpoint"])
+        info["upscaler"] = _make_file_info(upscaler.provenance["checkpoint"])
         info["upscaler_steps"] = upscaler.defaults.steps if steps is None else steps
         info["upscaler_scale"] = upscaler.defaults.scale if scale is None else scale
-    if (checker := find_checker(request)) is not None:
-        info["safety_checker"] = _describe_file(checker)
+    if (checker := find_requested_checker(request)) is not None:
+        info["safety_checker"] = _make_file_info(checker)
     return {name: value for name, value in info.items() if value is not None}
 
 
-def _describe_file(file: str | Path) -> Info:
+def _make_file_info(file: str | Path) -> Info:
     path = Path(file).resolve()
     return {"path": str(path), "hash": compute_short_hash(path)}
 
 
-def describe_image(request: Request, batches: Sequence[Batch], batch_index: int, row: int) -> Info:
-    """Return the info of a single image: prompts, seed, and its row in the batch.
+def make_image_info(
+    request: Request, batches: Sequence[Batch], batch_index: int, index_in_batch: int
+) -> Info:
+    """Return the info of a single image: its prompts, seed and index in the batch.
 
     Args:
         batch_index: Index of the batch in the run.
-        row: Index of the image in the batch.
     """
     batch = batches[batch_index]
-    spec = batch.images[row]
+    spec = batch.images[index_in_batch]
     info: Info = {
         "index": spec.index,
         "prompt": spec.prompt,
         "negative_prompt": spec.negative_prompt,
         "seed": spec.seed,
-        "row": row,
+        "row": index_in_batch,
         "rows": len(batch),
     }
     texts = {"prompt_2": spec.prompt_2, "negative_prompt_2": spec.negative_prompt_2}
@@ -206,19 +215,19 @@ def describe_image(request: Request, batches: Sequence[Batch], batch_index: int,
     if request.sampling.fixed_code:
         info["start_seed"] = spec.initial_noise_seed
     if "noise" in request.sampling.legacy:
-        # One generator draws for the whole run, so a replay must repeat the earlier batches.
+        # All batches draw from one generator, so a replay must repeat the earlier ones.
         info["seed"] = request.sampling.seed
         info["earlier"] = [len(batch) for batch in batches[:batch_index]]
     return info
 
 
-def describe_depth(depth: Image.Image) -> Info:
+def make_depth_info(depth: Image.Image) -> Info:
     """Return the info of an image's depth: its range and a hash of its pixels."""
     return {"depth_range": list(depth.getextrema()), "sha256_depth": hash_pixels(depth)}
 
 
 def choose_watermark_method(request: Request, size: tuple[int, int], payload: str) -> str | None:
-    """Return the watermark method for images of a size (height, width); None = no watermark."""
+    """Return the watermark method for images of this (height, width); None = no watermark."""
     if request.output.no_watermark or not can_hold_watermark(size[::-1]):
         return None
     if payload == "SDXL" and "float-watermark" in request.sampling.legacy:

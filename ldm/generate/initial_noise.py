@@ -1,4 +1,4 @@
-"""Draw the initial noise of a batch, where it does not come from the seed of each image."""
+"""Draw the initial noise of a batch if the pipeline cannot draw it by the seed of each image."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,15 @@ from ldm.generate.request import Request
 from ldm.model import LatentDiffusion
 from ldm.pipelines import make_seeded_noise
 
-__all__ = ["draw_initial_noise", "save_rng_state", "seed_globally"]
+__all__ = ["draw_initial_noise", "save_rng_state", "seed_legacy_noise"]
 
 
-def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int]) -> None:
+def seed_legacy_noise(request: Request, model: LatentDiffusion, size: tuple[int, int]) -> None:
     """With legacy `noise`, set torch's generator to the original's state before sampling."""
     if "noise" in request.sampling.legacy:
         torch.manual_seed(request.sampling.seed % SEED_RANGE)
         if request.sampling.fixed_code:
-            # Only to advance the generator: the original draws its start code here.
+            # Only to advance the generator: the original draws its initial noise here.
             shape = (request.output.n_samples, *_get_latent_shape(model, size))
             torch.randn(shape, device=model.device)
 
@@ -32,11 +32,11 @@ def draw_initial_noise(
     is_legacy = "noise" in sampling.legacy
     # The original's demos of these tasks draw it with numpy, in float64.
     if is_legacy and request.task.uses_numpy_noise:
-        values = np.random.RandomState(sampling.seed).randn(len(batch), *shape)
-        return torch.from_numpy(values).float()
+        array = np.random.RandomState(sampling.seed).randn(len(batch), *shape)
+        return torch.from_numpy(array).float()
     if is_legacy and sampling.fixed_code:
         generator = torch.Generator(model.device).manual_seed(sampling.seed % SEED_RANGE)
-        # For a full batch, as in the original; a shorter last batch uses its first rows.
+        # For a full batch, as in the original; a smaller last batch uses the first ones.
         full_shape = (request.output.n_samples, *shape)
         noise = torch.randn(full_shape, generator=generator, device=model.device)
         return noise[: len(batch)]

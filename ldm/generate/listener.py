@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class RunListener:
-    """Callbacks for the progress of a run; the base class ignores them, but logs warnings.
+    """Callbacks for the progress of a run; the base class only logs warnings.
 
     Attributes:
-        stopped_at: Step after which `on_step` raised Stop with a latent: the run decodes it, and
-            marks the images as unfinished. None = it did not.
+        stopped_at: Step after which `on_step` raised Stop with a latent, which the run decodes to
+            images marked as unfinished. None = not stopped.
     """
 
     stopped_at: int | None = None
 
     def on_start(self, model: LatentDiffusion, total: int) -> None:
-        """Handle the start of a run of `total` images, of all input images together."""
+        """Handle the start of a run, which makes `total` images for all its inputs together."""
 
     def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
         """Handle a finished step, with the arguments of `ldm.sample`'s callback."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.text import TextEncoder
-from ldm.generate.checks import check_depth, check_files, log_advice
+from ldm.generate.checks import check_checkpoints, check_depth, log_advice
 from ldm.generate.defaults import log_variant
 from ldm.generate.request import Request
 from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
@@ -25,11 +25,11 @@ from ldm.runtime.errors import ArgumentError, MissingFile, errors_about
 from ldm.runtime.files import find_file
 from ldm.runtime.hashes import find_cached_sha256
 
-__all__ = ["Models", "find_checker", "find_existing_checkpoint", "load_models"]
+__all__ = ["Models", "find_existing_checkpoint", "find_requested_checker", "load_models"]
 
 SMALL_MODEL_BYTES = 200e6  # bytes of weights below which half precision and many threads are slower
 
-TASK_FILES = ("clip_stats", "midas")  # options of single tasks that `ldm.load` takes
+LOAD_OPTIONS = ("clip_stats", "midas")  # options of some tasks that are passed to `ldm.load`
 
 OWN_CHECKER = "own"  # value of `safety_checker` for the one in the --ckpt folder
 
@@ -62,8 +62,8 @@ def load_models(
 
     Args:
         threads: Number of CPU threads; None = depends on the size of the model.
-        load: Replaces `ldm.load`, with its arguments.
-        load_checker: Replaces `load_safety_checker`, with its arguments.
+        load: Called instead of `ldm.load`, with the same arguments.
+        load_checker: Called instead of `load_safety_checker`, with the same arguments.
     Raises:
         ArgumentError: A model is of the wrong family, or an option does not suit it.
         ValueError, FileNotFoundError: See `ldm.load`.
@@ -75,7 +75,7 @@ def load_models(
     for path in filter(None, (ckpt, refiner, upscaler)):
         if published := find_by_sha256(find_cached_sha256(path)):
             log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
-    check_files(request, ckpt, refiner, upscaler)
+    check_checkpoints(request, ckpt, refiner, upscaler)
     if request.uses_demo_model:
         log.info(
             "no checkpoint given: using the small model that ships with ldm (emoji); for Stable "
@@ -90,7 +90,7 @@ def load_models(
         set_threads(threads, is_small)
         keep_freed_memory()
     set_backend(options.attention)
-    checker_file = find_checker(request)
+    checker_file = find_requested_checker(request)
     checker_device = "cpu" if options.offload else device
     checker = load_checker(checker_file, device=checker_device) if checker_file else None
     placement: dict[str, Any] = {"device": device, "dtype": dtype, "offload": options.offload}
@@ -107,7 +107,7 @@ def load_models(
         text_encoder=options.text_encoder,
         variant=options.variant,
         **placement,
-        **{name: values[name] for name in TASK_FILES if name in values},
+        **{name: values[name] for name in LOAD_OPTIONS if name in values},
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     log_variant(request, model)
@@ -125,8 +125,8 @@ def load_models(
     return Models(model, refiner_model, checker, upscaler_model)
 
 
-def find_checker(request: Request) -> Path | None:
-    """Find the file or folder of a request's safety checker; None if it asks for none.
+def find_requested_checker(request: Request) -> Path | None:
+    """Find the file or folder of the safety checker that a request names; None = no checker.
 
     Raises:
         MissingFile: It does not exist.
@@ -147,7 +147,7 @@ def find_existing_checkpoint(
     """Find a checkpoint by its path or published name; None for None.
 
     Args:
-        argument: Name of the argument that `name` comes from, for errors.
+        argument: Name of the argument that has this value, for errors.
         variant: See `ldm.load`.
     Raises:
         MissingFile: It does not exist.
@@ -163,9 +163,9 @@ def find_existing_checkpoint(
 
 def _list_refiner_embeddings(base: LatentDiffusion) -> list[str]:
     """Return the embedding files with vectors for the last text encoder, which a refiner shares."""
-    encoders = base.conditioner.find_all(TextEncoder)
+    tokens = base.conditioner.find_all(TextEncoder)[-1].added_embeddings.keys()
     files = base.provenance.get("embeddings", [])
-    return [f["path"] for f in files if encoders[-1].added_embeddings.keys() >= set(f["words"])]
+    return [file["path"] for file in files if tokens >= set(file["words"])]
 
 
 def _is_small_model(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`<lora:NAME:WEIGHT>` in prompts, as in A1111: each adds a LoRA and is removed from the prompt."""
+"""Parse A1111's `<lora:NAME:WEIGHT>` tags, which add LoRAs and are removed from the prompt."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from ldm.runtime.files import find_file, list_files
 
 __all__ = ["Loras", "add_tagged_loras", "list_local_loras", "remove_tags", "split_tags"]
 
-TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]+)>")
+TAG_PATTERN = re.compile(r"<(lora|lyco|hypernet):([^<>]+)>")
 LORA_FOLDERS = ("lora", "loras")  # in lower case
 LORA_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 
@@ -28,20 +28,20 @@ def split_tags(prompt: str) -> tuple[str, list[tuple[str, float | str]]]:
         ArgumentError: A weight is invalid, or a tag names a hypernetwork.
     """
     loras = []
-    for kind, content in TAG.findall(prompt):
-        if kind == "hypernet":
-            raise ArgumentError(f"`<{kind}:{content}>`: hypernetworks are not supported", "prompt")
-        name, weight = split_weight(content)
+    for match in TAG_PATTERN.finditer(prompt):
+        if match[1] == "hypernet":
+            raise ArgumentError(f"`{match[0]}`: hypernetworks are not supported", "prompt")
+        name, weight = split_weight(match[2])
         if ":" in name:
             reason = f"`{name.partition(':')[2]}` is not a weight, such as 0.8 or 0.5:1"
-            raise ArgumentError(f"`<{kind}:{content}>`: {reason}", "prompt")
+            raise ArgumentError(f"`{match[0]}`: {reason}", "prompt")
         loras.append((name, LoRAWeight.parse(weight or 1.0).to_json()))
     return remove_tags(prompt), loras
 
 
 def remove_tags(prompt: str) -> str:
     """Return a prompt without tags; if it has any, surrounding whitespace is removed, too."""
-    return TAG.sub("", prompt).strip() if TAG.search(prompt) else prompt
+    return TAG_PATTERN.sub("", prompt).strip() if TAG_PATTERN.search(prompt) else prompt
 
 
 def add_tagged_loras(
@@ -71,8 +71,8 @@ def list_local_loras(options: ModelOptions) -> dict[str, str]:
     """Return the LoRA files that prompts may name: relative POSIX path without suffix -> file.
 
     They are in `lora_dir`, else in each folder `lora` or `loras` beside the checkpoint, beside its
-    folder, and in the current folder, in this order of precedence; for a `hf:` address, or a config
-    without checkpoint, only in the current folder.
+    folder, and in the current folder, in this order of precedence. For a checkpoint `hf:…`, or a
+    config without checkpoint, only the current folder is searched.
 
     Raises:
         MissingFile: `lora_dir` does not exist.

@@ -14,12 +14,12 @@ from ldm.generate.info import (
     INTEGER_WATERMARK,
     Info,
     choose_watermark_method,
-    describe_depth,
+    make_depth_info,
 )
 from ldm.generate.listener import PATH_KEYS, RunListener
 from ldm.generate.load import Models
 from ldm.generate.request import Request
-from ldm.generate.safety import describe_safety, hide_flagged, log_safety
+from ldm.generate.safety import hide_flagged, log_safety, make_safety_infos
 from ldm.imaging.mesh import save_mesh
 from ldm.imaging.metadata import hash_pixels
 from ldm.imaging.output import OutputFolder, get_depth_path
@@ -29,16 +29,16 @@ from ldm.imaging.watermark import PAYLOADS, embed_floats, embed_or_warn
 from ldm.loading.files.latents import LATENT_SUFFIX, save_latent
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["ImageWriter", "add_watermark", "to_images"]
+__all__ = ["ImageWriter", "add_watermark", "to_8_bit_rgb"]
 
-GRID_LIMIT = 1024  # maximum number of images in a grid, which are kept in memory
+MAX_GRID_IMAGES = 1024  # as they are kept in memory
 
 log = logging.getLogger(__name__)
 
 ProtectedPixels = tuple[Image.Image, Image.Image]  # see `PreparedTask.get_protected_pixels`
 
 
-def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Image.Image]:
+def to_8_bit_rgb(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Image.Image]:
     """Convert images (B, 3 or 4, H, W) in [-1, 1] to 8-bit RGB, without their depth.
 
     FLOAT_WATERMARK is added before the conversion.
@@ -46,8 +46,8 @@ def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Imag
     images = split_color(images)
     if info["watermark"] == FLOAT_WATERMARK:
         pixels = (images.detach().float().clamp(-1, 1) + 1).movedim(1, -1).cpu().numpy() * 127.5
-        marked = [embed_floats(image, PAYLOADS[info["payload"]]) for image in pixels]
-        images = torch.from_numpy(np.stack(marked)).movedim(-1, 1) / 127.5 - 1
+        watermarked = [embed_floats(image, PAYLOADS[info["payload"]]) for image in pixels]
+        images = torch.from_numpy(np.stack(watermarked)).movedim(-1, 1) / 127.5 - 1
     return to_pil(images, truncate)
 
 
@@ -56,7 +56,7 @@ def add_watermark(
 ) -> Image.Image:
     """Add the watermark named in the info, except to protected pixels.
 
-    `to_images` has added FLOAT_WATERMARK already.
+    `to_8_bit_rgb` has added FLOAT_WATERMARK already.
     """
     if info["watermark"] not in (None, FLOAT_WATERMARK):
         image = embed_or_warn(image, PAYLOADS[info["payload"]], info["watermark"])
@@ -77,10 +77,10 @@ class ImageWriter:
         self.listener = listener
         name = request.inputs.output_name
         self._folder = OutputFolder(request.output.outdir, name)
-        self._makes_grid = not request.output.skip_grid and name is None
+        self._saves_grid = not request.output.skip_grid and name is None
         self._grid_images: list[tuple[Image.Image, Info]] = []
-        if total > GRID_LIMIT and self._makes_grid:
-            log.info("the grid will hold the first %d images", GRID_LIMIT)
+        if total > MAX_GRID_IMAGES and self._saves_grid:
+            log.info("the grid will contain the first %d images", MAX_GRID_IMAGES)
 
     def save(
         self,
@@ -99,24 +99,24 @@ class ImageWriter:
         output = self.request.output
         depths = split_depth(images)
         truncate = "truncate" in self.request.sampling.legacy
-        originals = to_images(images, infos[0], truncate=truncate)
-        safety = describe_safety(self.models.safety_checker, originals, output.unsafe)
-        for row, original in enumerate(originals):
-            info = infos[row] | safety[row]
-            image, depth = hide_flagged(original, depths[row] if depths else None, info)
+        generated_images = to_8_bit_rgb(images, infos[0], truncate=truncate)
+        safety = make_safety_infos(self.models.safety_checker, generated_images, output.unsafe)
+        for k, generated in enumerate(generated_images):
+            info = infos[k] | safety[k]
+            image, depth = hide_flagged(generated, depths[k] if depths else None, info)
             if depth is not None:
-                info |= describe_depth(depth)
+                info |= make_depth_info(depth)
             info["path"] = None
             if image is not None and not output.skip_save:
-                is_hidden = image is not original
+                is_hidden = image is not generated
                 info |= self._save_image(image, info, None if is_hidden else protected, depth)
                 if latents is not None and not is_hidden:
                     path = Path(info["path"]).with_suffix(LATENT_SUFFIX)
-                    save_latent(path, latents[row], self.models.base, info)
+                    save_latent(path, latents[k], self.models.base, info)
                     info["latent_path"] = str(path)
             log_safety(info, self.listener)
             self.listener.add_image(info)
-            if image is not None and self._makes_grid and len(self._grid_images) < GRID_LIMIT:
+            if image is not None and self._saves_grid and len(self._grid_images) < MAX_GRID_IMAGES:
                 cell = image if depth is None else join_side_by_side(image, depth)
                 self._grid_images.append((cell, info))
 
@@ -127,7 +127,7 @@ class ImageWriter:
         protected: ProtectedPixels | None,
         depth: Image.Image | None,
     ) -> Info:
-        """Save an image with info, depth and mesh; return entries of the info about the files."""
+        """Save an image with info, depth and mesh; return the keys of the info about its files."""
         recorded = info | {"sha256_unmarked": hash_pixels(image)}
         path = self._folder.save_sample(add_watermark(image, info, protected), recorded, depth)
         if depth is None:
@@ -143,7 +143,7 @@ class ImageWriter:
         return entries
 
     def save_grid(self) -> None:
-        """Save the images so far as a grid with its own watermark and info, if grids are on."""
+        """Save the images so far as a grid, unless the request skips it."""
         if not self._grid_images:
             return
         output, (_, first_info) = self.request.output, self._grid_images[0]

@@ -1,4 +1,4 @@
-"""Plan a run: its images, their seeds, prompts and options, in batches.
+"""Plan a run: divide its images, with their seeds, prompts and options, into batches.
 
 Prompts are first expanded (`wildcards`), then LoRA tags are extracted from them (`lora_tags`).
 """
@@ -28,7 +28,7 @@ __all__ = ["Batch", "ImageSpec", "LineOptions", "has_dynamic_syntax", "plan_batc
 
 SEED_RANGE = 1 << 64  # of torch's generators; seeds are reduced modulo this
 
-DYNAMIC_SYNTAX = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+__")
+DYNAMIC_PATTERN = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+__")
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ class ImageSpec:
     """One image to generate.
 
     Args:
-        index: Position in the run, from 0, counted over all processes.
+        index: Index in the run, over all processes.
         seed: Seed of the noise between steps, and of dynamic prompts.
         initial_noise_seed: Seed of the initial noise; `fixed_code` repeats it in each batch.
-        prompt_2, negative_prompt_2: Prompts of the second text encoder; None = the same.
+        prompt_2, negative_prompt_2: Prompts of the second text encoder; None = those of the first.
     """
 
     index: int
@@ -79,10 +79,10 @@ def plan_batches(
     """Return the batches of this process.
 
     Each of `n_iter` iterations has every line of the prompt file `repeat` times, or the prompt
-    `n_samples` times. Neighbouring images of an iteration with the same options and LoRAs are
-    divided into batches of `n_samples`; a sampler that adapts its steps has batches of one image,
-    since its result depends on the batch. Image k of the run has the seed seed + k. If its line has
-    seeds of its own, the images of the line have these, then the numbers after the last one.
+    `n_samples` times. Consecutive images of an iteration with the same options and LoRAs are
+    divided into batches of `n_samples`; a sampler with adaptive steps has batches of one image,
+    since its result depends on the batch. Image k of the run has the seed `seed` + k. If its line
+    sets seeds, the images of the line have these, then the numbers after the last one.
 
     Args:
         list_loras: Returns the LoRA files that prompts may name; None = `list_local_loras`.
@@ -91,7 +91,7 @@ def plan_batches(
             or a guidance method does not allow.
         MissingFile: The folder of LoRAs or wildcards does not exist.
     """
-    # The images of an input folder are divided among the processes; each then has all batches.
+    # The images of an input folder are already divided among the processes.
     rank, world_size = (0, 1) if request.inputs.is_folder else get_rank_and_world_size()
     lines = _read_lines(request)
     if "noise" in request.sampling.legacy:
@@ -99,7 +99,7 @@ def plan_batches(
     planner = _Planner(request, list_loras)
     batches: list[Batch] = []
     for iteration in range(request.output.n_iter):
-        for group in planner.make_groups(lines, iteration):
+        for group in planner.group_images(lines, iteration):
             options = dict(group.line_options)
             _check_perp_neg(group.images, options.get("perp_neg", request.sampling.perp_neg))
             sampler = options.get("sampler", request.sampling.sampler)
@@ -110,7 +110,7 @@ def plan_batches(
                 batches.append(replace(group, images=images))
     if "noise" in request.sampling.legacy and len({batch.loras for batch in batches}) > 1:
         raise ArgumentError("legacy `noise` needs the same LoRAs for all images", "legacy")
-    # Each process plans the whole run: index and seed do not depend on the number of processes.
+    # Each process plans all batches: index and seed do not depend on the number of processes.
     batches_of_rank = batches[rank::world_size]
     if world_size > 1:
         counts = len(batches_of_rank), len(batches)
@@ -120,7 +120,7 @@ def plan_batches(
 
 def has_dynamic_syntax(prompt: str) -> bool:
     """Return whether a prompt seems to contain the syntax of dynamic prompts, such as {a|b}."""
-    return DYNAMIC_SYNTAX.search(prompt) is not None
+    return DYNAMIC_PATTERN.search(prompt) is not None
 
 
 def _read_lines(request: Request) -> list[PromptLine]:
@@ -177,7 +177,7 @@ class _Planner:
         self.list_loras = cache(list_loras or (lambda: list_local_loras(request.model)))
         self.dynamic_prompts = _load_dynamic_prompts(prompts)
 
-    def make_groups(self, lines: Sequence[PromptLine], iteration: int) -> list[Batch]:
+    def group_images(self, lines: Sequence[PromptLine], iteration: int) -> list[Batch]:
         """Return the images of one iteration over the lines, grouped by line options and LoRAs."""
         repeat = 1 if self.request.prompts.from_file is None else self.request.prompts.repeat
         images_per_iteration = repeat * sum(line.count for line in lines)
@@ -185,53 +185,51 @@ class _Planner:
         for line in lines:
             count = repeat * line.count
             for k in range(count):
-                index = iteration * images_per_iteration + len(specs)
+                index_in_iteration = len(specs)
+                index = iteration * images_per_iteration + index_in_iteration
                 seed = self.request.sampling.seed + index
                 if line.seeds:
                     index_in_line = iteration * count + k
                     last = len(line.seeds) - 1
                     seed = line.seeds[min(index_in_line, last)] + max(index_in_line - last, 0)
-                spec, loras = self._make_spec(line, index, len(specs), seed % SEED_RANGE)
+                spec, loras = self._make_spec(line, index, index_in_iteration, seed % SEED_RANGE)
                 specs.append((tuple(line.values.items()), loras, spec))
         return [
-            Batch([spec for _, _, spec in group], *key)
-            for key, group in groupby(specs, key=lambda entry: entry[:2])
+            Batch([spec for _, _, spec in group], options, loras)
+            for (options, loras), group in groupby(specs, key=lambda spec: spec[:2])
         ]
 
     def _make_spec(
-        self, line: PromptLine, index: int, position: int, seed: int
+        self, line: PromptLine, index: int, index_in_iteration: int, seed: int
     ) -> tuple[ImageSpec, Loras]:
-        """Return an image and its LoRAs, those of the run and those that its prompt names.
-
-        Args:
-            position: Index of the image in the iteration.
-        """
+        """Return an image spec, and its LoRAs: those of the run and those in its prompt."""
         request = self.request
         initial_noise_seed = seed
         if request.sampling.fixed_code:
-            initial_noise_seed = request.sampling.seed + position % request.output.n_samples
+            index_in_batch = index_in_iteration % request.output.n_samples
+            initial_noise_seed = request.sampling.seed + index_in_batch
         templates: dict[str, str | None] = {
             "prompt": line.prompt,
             "negative_prompt": request.prompts.negative_prompt,
             "prompt_2": request.sdxl.prompt_2,
             "negative_prompt_2": request.sdxl.negative_prompt_2,
-            **line.texts,
+            **line.other_prompts,
         }
-        texts = {name: self._expand(text, seed) for name, text in templates.items()}
-        prompt = texts["prompt"] or ""
+        prompts = {name: self._expand(template, seed) for name, template in templates.items()}
+        prompt = prompts["prompt"] or ""
         loras = add_tagged_loras(prompt, request.model.lora, self.list_loras)
         spec = ImageSpec(
             index,
             split_tags(prompt)[0],
-            texts["negative_prompt"] or "",
+            prompts["negative_prompt"] or "",
             seed,
             initial_noise_seed % SEED_RANGE,
-            texts["prompt_2"],
-            texts["negative_prompt_2"],
+            prompts["prompt_2"],
+            prompts["negative_prompt_2"],
         )
         return spec, loras
 
-    def _expand(self, text: str | None, seed: int) -> str | None:
-        if text is None or self.dynamic_prompts is None:
-            return text
-        return self.dynamic_prompts.expand(text, seed)
+    def _expand(self, template: str | None, seed: int) -> str | None:
+        if template is None or self.dynamic_prompts is None:
+            return template
+        return self.dynamic_prompts.expand(template, seed)

@@ -20,7 +20,7 @@ __all__ = ["find_prompt_warnings", "find_syntax_warnings"]
 
 
 def find_syntax_warnings(batches: Sequence[Batch], request: Request) -> list[str]:
-    """Return warnings about parts of prompts that look like syntax, but are read literally.
+    """Return warnings about text in prompts that looks like syntax, but is read literally.
 
     Raises:
         ArgumentError: A prompt is invalid in the syntax.
@@ -48,12 +48,12 @@ def find_prompt_warnings(
     prompts, negatives = _list_prompts(batches)
     if tagged := next((text for text in negatives if remove_tags(text) != text), None):
         warnings.append(f"a LoRA in a negative prompt is read as plain text: `{tagged}`")
-    second = (spec.prompt_2 for batch in batches for spec in batch.images if spec.prompt_2)
-    if tagged := next((text for text in second if remove_tags(text) != text), None):
+    seconds = (spec.prompt_2 for batch in batches for spec in batch.images if spec.prompt_2)
+    if tagged := next((text for text in seconds if remove_tags(text) != text), None):
         warnings.append(f"a LoRA in the second prompt is read as plain text: `{tagged}`")
-    expands = request.prompts.dynamic_prompts or request.prompts.wildcards is not None
+    is_dynamic = request.prompts.dynamic_prompts or request.prompts.wildcards is not None
     dynamic = next(filter(has_dynamic_syntax, [*prompts, *negatives]), None)
-    if dynamic is not None and not expands:
+    if dynamic is not None and not is_dynamic:
         warnings.append(f"dynamic prompts are off: `{dynamic}` is read as plain text")
     if request.prompts.syntax != PLAIN:
         return warnings

@@ -38,8 +38,8 @@ KOHYA_SAMPLERS = {
     "dpm_2": "dpm2", "dpm_2_a": "dpm2_a", "dpmsolver++": "dpmpp_2m", "k_lms": "lms",
     "k_euler": "euler", "k_euler_a": "euler_a", "k_dpm_2": "dpm2", "k_dpm_2_a": "dpm2_a",
 }  # fmt: skip
-RUN_OPTIONS = ("legacy",)  # sampling options that a line may not set
-FLAG = re.compile(r"(?:^|\s)--([A-Za-z][\w-]*)(?=[\s=]|$)")
+FORBIDDEN_OPTIONS = ("legacy",)  # sampling options that a line may not set
+FLAG_PATTERN = re.compile(r"(?:^|\s)--([A-Za-z][\w-]*)(?=[\s=]|$)")
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +49,14 @@ class PromptLine:
     """One line of a prompt file.
 
     Args:
-        texts: Other prompts that the line sets, by name in PROMPT_OPTIONS.
+        other_prompts: Other prompts that the line sets, by name in PROMPT_OPTIONS.
         seeds: Seeds of its first images; () = not set.
-        count: Number of images, before `--repeat`.
-        values: Other options that the line sets, by name.
+        count: Number of images, without `--repeat`.
+        values: Values of the other options that the line sets, by name.
     """
 
     prompt: str
-    texts: Mapping[str, str] = field(default_factory=dict)
+    other_prompts: Mapping[str, str] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     count: int = 1
     values: Mapping[str, Value] = field(default_factory=dict)
@@ -73,14 +73,14 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
     """
     with errors_about("from_file"):
         content = read_text(path)
-    options, names = task.options, _list_allowed_options(task)
+    options, name_by_flag = task.options, _list_allowed_options(task)
     lines = []
     for line_number, text in enumerate(content.splitlines(), start=1):
         try:
-            lines.append(_parse_line(text, names, options))
+            lines.append(_parse_line(text, name_by_flag, options))
         except LdmError as error:
             raise ArgumentError(f"{path}:{line_number}: {error}") from error
-        for match in FLAG.finditer(lines[-1].prompt):
+        for match in FLAG_PATTERN.finditer(lines[-1].prompt):
             log.warning("%s:%d: `--%s` is read as text of the prompt", path, line_number, match[1])
     if not lines:
         raise ArgumentError(f"{path} is empty", "from_file")
@@ -92,38 +92,42 @@ def has_options(text: str, task: "Task") -> bool:
     return _find_first_option(text, _list_allowed_options(task)) is not None
 
 
-def _find_first_option(text: str, names: Mapping[str, str]) -> re.Match[str] | None:
-    allowed = names.keys() | ALIASES.keys()
-    return next((flag for flag in FLAG.finditer(text) if _normalize(flag[1]) in allowed), None)
+def _find_first_option(text: str, name_by_flag: Mapping[str, str]) -> re.Match[str] | None:
+    allowed = name_by_flag.keys() | ALIASES.keys()
+    return next(
+        (flag for flag in FLAG_PATTERN.finditer(text) if _normalize(flag[1]) in allowed), None
+    )
 
 
 def _list_allowed_options(task: "Task") -> dict[str, str]:
     """Return the names of the options that a line may set, by normalized flag."""
-    names = {text: text for text in PROMPT_OPTIONS} | {count: count for count in COUNT_OPTIONS}
+    name_by_flag = {name: name for name in (*PROMPT_OPTIONS, *COUNT_OPTIONS)}
     groups, options = task.groups, task.options
     for group in ("inputs", "sampling", "sdxl"):
         for name in get_options(groups[group]) if group in groups else ():
             option = options[name]
             is_single_value = not (option.is_path or option.is_switch or option.is_list)
-            if is_single_value and name not in RUN_OPTIONS:
-                names |= {_normalize(flag): name for flag in option.flags}
-    return names
+            if is_single_value and name not in FORBIDDEN_OPTIONS:
+                name_by_flag |= {_normalize(flag): name for flag in option.flags}
+    return name_by_flag
 
 
-def _parse_line(text: str, names: Mapping[str, str], options: Mapping[str, Option]) -> PromptLine:
-    first = _find_first_option(text, names)
+def _parse_line(
+    text: str, name_by_flag: Mapping[str, str], options: Mapping[str, Option]
+) -> PromptLine:
+    first = _find_first_option(text, name_by_flag)
     if first is None:
         return PromptLine(text)
     prompt, values = text[: first.start()], {}
     for flag, value in _split_options(text[first.start() :].strip()):
-        name = names.get(_normalize(flag)) or ALIASES.get(_normalize(flag))
-        if name is None or name not in {*names.values()}:
+        name = name_by_flag.get(_normalize(flag)) or ALIASES.get(_normalize(flag))
+        if name is None or name not in {*name_by_flag.values()}:
             raise ArgumentError(f"`--{flag}` is not an option that a line may set")
         if not value and name not in PROMPT_OPTIONS:
             raise ArgumentError(f"--{flag} needs a value")
         values[name] = value
-    texts = {name: values.pop(name) for name in PROMPT_OPTIONS if name in values}
-    if prompt.strip() and "prompt" in texts:
+    prompts = {name: values.pop(name) for name in PROMPT_OPTIONS if name in values}
+    if prompt.strip() and "prompt" in prompts:
         raise ArgumentError("there is text before --prompt")
     seeds: tuple[int, ...] = ()
     if "seed" in values:
@@ -134,17 +138,17 @@ def _parse_line(text: str, names: Mapping[str, str], options: Mapping[str, Optio
         count *= parse_count(values.pop(name, "1"))
     if "sampler" in values and values["sampler"] not in SAMPLERS:
         name = KOHYA_SAMPLERS.get(values["sampler"], values["sampler"])
-        # "ldm": without the schedulers that are A1111's defaults for some samplers.
+        # Without the schedulers that A1111 takes by default for some samplers.
         values |= parse_sampler({"Sampler": name}, version="ldm")
     decoded = {name: decode_option(name, options[name], value) for name, value in values.items()}
-    return PromptLine(texts.pop("prompt", prompt), texts, seeds, count, decoded)
+    return PromptLine(prompts.pop("prompt", prompt), prompts, seeds, count, decoded)
 
 
 def _split_options(text: str) -> list[tuple[str, str]]:
-    """Split `--flag value --flag=value` into flags, without dashes, and values."""
-    entries, position = [], 0
+    """Split `--flag value --flag=value` into (flag without dashes, value)."""
+    options, position = [], 0
     while position < len(text):
-        match = FLAG.match(text, position)
+        match = FLAG_PATTERN.match(text, position)
         if match is None:
             name = text[position:].split()[0]
             raise ArgumentError(f"`{name}` is not an option that a line may set")
@@ -156,11 +160,11 @@ def _split_options(text: str) -> list[tuple[str, str]]:
                 raise ArgumentError(f"missing closing quote in `{text}`")
             value, position = text[start + 1 : end.start()], end.end()
         else:
-            next_flag = FLAG.search(text, start - 1)
+            next_flag = FLAG_PATTERN.search(text, start - 1)
             position = next_flag.start() if next_flag else len(text)
             value = text[start:position].strip()
-        entries.append((match[1], value))
-    return entries
+        options.append((match[1], value))
+    return options
 
 
 def _normalize(flag: str) -> str:

@@ -13,7 +13,7 @@ from ldm.generate.batch import generate_batch, set_up_task
 from ldm.generate.info import COMPARED_KEYS, FILE_KEYS
 from ldm.generate.load import Models
 from ldm.generate.options import Value, get_options
-from ldm.generate.output import add_watermark, to_images
+from ldm.generate.output import add_watermark, to_8_bit_rgb
 from ldm.generate.plan import Batch, ImageSpec
 from ldm.generate.request import Request
 from ldm.generate.safety import hide_flagged
@@ -34,16 +34,16 @@ __all__ = [
     "check_inputs",
     "compare_infos",
     "compare_results",
-    "get_eta",
     "get_line_values",
     "get_recorded_defaults",
+    "get_recorded_eta",
     "get_recorded_files",
     "make_replay_request",
     "read_request",
     "reproduce_image",
 ]  # fmt: skip
 
-PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
+PRECISION_BY_DTYPE = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
 # Key of an info without "request" (version 0.1) -> option, where they differ.
 V0_1_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
 
@@ -72,8 +72,8 @@ def read_request(info: JsonMapping, where: str) -> Request:
     values = info.get("request") or _read_values_of_v0_1(task, info)
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{where}: the request in it is damaged")
-    values = {**values, "eta": get_eta(values), **_get_input_paths(task, info)}
-    # The default scale may have changed since; a scale set by a line is not that of the run.
+    values = {**values, "eta": get_recorded_eta(values), **_get_input_paths(task, info)}
+    # The default scale may have changed since; if the line set a scale, it is not that of the run.
     if values.get("scale") is None and "scale" not in get_line_values(info):
         values["scale"] = info.get("scale")
     options = task.options
@@ -86,10 +86,10 @@ def get_line_values(info: JsonMapping) -> JsonObject:
     return line
 
 
-def get_eta(values: JsonMapping) -> float | None:
-    """Return the eta in recorded values; None = the default of the sampler.
+def get_recorded_eta(values: JsonMapping) -> float | None:
+    """Return the recorded eta; None = the default of the sampler.
 
-    Versions that had eta for DDIM only recorded 0 for all samplers.
+    Older versions supported eta only for DDIM, and recorded 0 for all samplers.
     """
     eta: float | None = values.get("eta")
     return None if eta == 0 and "s_churn" not in values else eta
@@ -116,10 +116,10 @@ def check_inputs(info: JsonMapping) -> None:
 
 
 def make_replay_request(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
-    """Return the request to reproduce one image: with its line's options and the recorded files.
+    """Return the request to reproduce one image, with the options of its line and recorded files.
 
-    The checkpoint may be another file of the same name: `compare_infos` then reports it. As the
-    image may be untrusted, packages that it names are not imported, and files not written.
+    The checkpoint may be another file of the same name, which `compare_infos` reports. As the image
+    may be untrusted, no package that it names is imported, and no file that it names is written.
 
     Args:
         changes: Options that replace the recorded ones.
@@ -132,14 +132,14 @@ def make_replay_request(info: JsonMapping, request: Request, changes: JsonMappin
         packages = ", ".join(f"`{package}`" for package in request.model.allow_module)
         message = f"made with classes of {packages}: allow it again if you trust the image"
         raise ArgumentError(message, "allow_module")
-    values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
+    values: JsonObject = {"precision": PRECISION_BY_DTYPE[info["dtype"]]}
     values |= get_recorded_defaults(info, request)
     values["device"] = _find_recorded_device(info["device"])
     if request.model.variant is None and "variant" in info:  # files may have been renamed
         values["variant"] = info["variant"]
     # `reproduce_image` repeats the recorded action of the safety checker.
-    unused = {"safety_checker", "unsafe", "save_depth"} & request.task.options.keys()
-    values |= dict.fromkeys(unused)
+    reset = {"safety_checker", "unsafe", "save_depth"} & request.task.options.keys()
+    values |= dict.fromkeys(reset)
     for key, name in FILE_KEYS.items():
         if name in changes or name not in request.task.options:
             continue
@@ -166,20 +166,20 @@ def reproduce_image(
         prepared: The task of the run, from the request of `make_replay_request`.
         info: Info of the image.
     Returns:
-        (image, depth); depth is None for models without.
+        (image, depth); depth is None for models without depth.
     """
     spec, request, model = _read_spec(info), prepared.request, models.base
     set_up_task(prepared, model)
-    for rows in info.get("earlier", ()):  # they drew from the same generator
-        generate_batch(prepared, Batch([spec] * rows), models, callback)
-    # Of the other images of its batch only the number matters, for kernels and random draws.
+    for batch_size in info.get("earlier", ()):  # batches that drew from the same generator
+        generate_batch(prepared, Batch([spec] * batch_size), models, callback)
+    # Only the number of the other images in its batch matters, for kernels and random numbers.
     images = generate_batch(prepared, Batch([spec] * info["rows"]), models, callback)
-    image = images[info["row"] : info["row"] + 1]
-    original = to_images(image, info, truncate="truncate" in request.sampling.legacy)[0]
-    shown, depth = hide_flagged(original, next(iter(split_depth(image)), None), info)
-    assert shown is not None, "an image that was dropped has no file"
-    protected = prepared.get_protected_pixels() if shown is original else None
-    return add_watermark(shown, info, protected), depth
+    tensor = images[info["row"] : info["row"] + 1]
+    generated = to_8_bit_rgb(tensor, info, truncate="truncate" in request.sampling.legacy)[0]
+    image, depth = hide_flagged(generated, next(iter(split_depth(tensor)), None), info)
+    assert image is not None, "an image that was dropped has no file"
+    protected = prepared.get_protected_pixels() if image is generated else None
+    return add_watermark(image, info, protected), depth
 
 
 def get_recorded_defaults(info: JsonMapping, request: Request) -> JsonObject:
@@ -212,8 +212,10 @@ def compare_infos(recorded: JsonMapping, current: JsonMapping) -> list[str]:
 def compare_results(
     info: JsonMapping, old: Image.Image, new: Image.Image, new_depth: Image.Image | None
 ) -> str | None:
-    """Describe by how much the file of an image, or of its depth, differs from the new ones.
+    """Describe how much the file of an image, or of its depth, differs from the reproduced one.
 
+    Args:
+        old: Image or depth in the file.
     Returns:
         None if neither image nor depth differ.
     """
@@ -222,12 +224,12 @@ def compare_results(
     difference = _compare_images(old, new)
     if difference is None and new_depth is not None:
         is_same = hash_pixels(new_depth) == info.get("sha256_depth")
-        return None if is_same else "the depth differs, the colours do not"
+        return None if is_same else "the depth differs, the colors do not"
     return difference
 
 
 def _compare_images(old: Image.Image, new: Image.Image) -> str | None:
-    """Describe by how much two images differ; None = they are equal."""
+    """Describe how much two images differ; None = not at all."""
     if old.size != new.size:
         return f"the size is {old.width}x{old.height} in the file and {new.width}x{new.height} now"
     is_depth = old.mode == new.mode == "I;16"

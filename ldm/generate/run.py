@@ -20,7 +20,7 @@ from ldm.generate.checks import (
     find_option_warnings,
 )
 from ldm.generate.defaults import log_variant
-from ldm.generate.info import Info, describe_image, describe_run, get_dtype_name, get_result_size
+from ldm.generate.info import Info, get_dtype_name, get_final_size, make_image_info, make_run_info
 from ldm.generate.listener import RunListener, is_progress_hidden
 from ldm.generate.load import Models, load_models
 from ldm.generate.lora_tags import Loras
@@ -38,7 +38,7 @@ __all__ = ["run_request"]
 
 log = logging.getLogger(__name__)
 
-Tasks = Mapping[LineOptions, PreparedTask]  # key (): for lines that set no options
+PreparedTasks = Mapping[LineOptions, PreparedTask]  # key (): for lines that set no options
 
 
 def run_request(
@@ -54,7 +54,7 @@ def run_request(
     Args:
         listener: Its callbacks get progress, images and warnings.
         load: Loads the models of a request for a prepared task.
-        without_folders: See `describe_run`.
+        without_folders: See `make_run_info`.
         list_loras: See `plan_batches`.
     Raises:
         ValueError, OSError: An argument or file is invalid; raised before the model is loaded
@@ -71,8 +71,8 @@ def run_request(
     models: Models | None = None
     issued_warnings: list[str] = []
     for inputs in inputs_by_image:
-        tasks = _prepare(replace(request, inputs=inputs), batches)
-        if models is None:  # not earlier, as an invalid first input should fail before slow loading
+        tasks = _prepare_tasks(replace(request, inputs=inputs), batches)
+        if models is None:  # loading is slow: an invalid first input should fail before it
             for prepared in tasks.values():
                 check_steps(prepared.request)
             issued_warnings = find_few_step_warnings(tasks, batches)
@@ -96,8 +96,8 @@ def run_request(
     )
 
 
-def _prepare(request: Request, batches: Sequence[Batch]) -> Tasks:
-    """Prepare the task of a request, once more for each set of options of prompt lines."""
+def _prepare_tasks(request: Request, batches: Sequence[Batch]) -> PreparedTasks:
+    """Prepare the task of a request, and again for each combination of line options."""
     tasks: dict[LineOptions, PreparedTask] = {(): request.task.prepare(request)}
     for options in dict.fromkeys(batch.line_options for batch in batches):
         if options not in tasks:
@@ -112,9 +112,9 @@ def _warn(listener: RunListener, messages: Sequence[str]) -> None:
 
 
 def _with_common_loras(request: Request, batches: Sequence[Batch]) -> Request:
-    """Return the request with the LoRAs of the batches if all have the same, else without any.
+    """Return the request with the LoRAs that all batches share, or without LoRAs if they differ.
 
-    In the latter case `_InputRun` sets those of each batch.
+    In the latter case `_InputRun` sets the LoRAs of each batch.
     """
     combinations = {batch.loras for batch in batches}
     loras = batches[0].loras if len(combinations) == 1 else ()
@@ -123,13 +123,13 @@ def _with_common_loras(request: Request, batches: Sequence[Batch]) -> Request:
 
 @dataclass
 class _InputRun:
-    """The part of a run for one input image, or the whole run of a task without input image."""
+    """The run for one input image, or the only one of a task without input images."""
 
-    tasks: Tasks
+    tasks: PreparedTasks
     batches: Sequence[Batch]
     models: Models
     listener: RunListener
-    without_folders: bool  # see `describe_run`
+    without_folders: bool  # see `make_run_info`
 
     def __post_init__(self) -> None:
         self._set_up_tasks: set[LineOptions] = set()
@@ -145,8 +145,8 @@ class _InputRun:
         try:
             for batch_index, batch in enumerate(bar):
                 prepared = self._set_up(batch)
-                info = self._describe(batch)
-                # Two if the decoder overflowed and the batch was retried.
+                info = self._get_shared_info(batch)
+                # A second one is added if the decoder overflows and the batch is retried.
                 latents: list[Tensor] = []
                 on_latent = latents.append if self.request.output.save_latents else None
                 images = generate_with_fallback(
@@ -156,11 +156,11 @@ class _InputRun:
                 if self.listener.stopped_at is not None:
                     info["unfinished"] = self.listener.stopped_at
                 infos = [
-                    info | describe_image(self.request, self.batches, batch_index, row)
-                    for row in range(len(batch))
+                    info | make_image_info(self.request, self.batches, batch_index, k)
+                    for k in range(len(batch))
                 ]
-                latent = latents[-1] if latents else None
-                writer.save(images, infos, prepared.get_protected_pixels(), latent)
+                batch_latents = latents[-1] if latents else None
+                writer.save(images, infos, prepared.get_protected_pixels(), batch_latents)
                 if self.listener.stopped_at is not None:
                     raise Stop
         finally:
@@ -176,13 +176,13 @@ class _InputRun:
             self._set_up_tasks.add(batch.line_options)
         return prepared
 
-    def _describe(self, batch: Batch) -> Info:
+    def _get_shared_info(self, batch: Batch) -> Info:
         """Return the info that all images with the options and LoRAs of a batch share."""
         key = batch.line_options, batch.loras
         if key not in self._infos:
             prepared = self.tasks[batch.line_options]
             size = prepared.get_output_size(self.models.base)
-            info = describe_run(prepared.request, self.models, size, self.without_folders)
+            info = make_run_info(prepared.request, self.models, size, self.without_folders)
             if batch.line_options:
                 values = self.request.to_json(self.without_folders)
                 info |= {"request": values, "line": dict(batch.line_options)}
@@ -191,13 +191,13 @@ class _InputRun:
         return self._infos[key]
 
     def _log_size_and_variant(self, info: Info, request: Request) -> None:
-        """Log a new size that is too small for a watermark, and a few-step LoRA of the batch."""
-        size = get_result_size(info)
-        is_new_size = size not in [get_result_size(other) for other in self._infos.values()]
+        """Warn, once per size, of images too small for a watermark; log the few-step LoRA."""
+        size = get_final_size(info)
+        is_new_size = size not in map(get_final_size, self._infos.values())
         if is_new_size and info["watermark"] is None and not self.request.output.no_watermark:
             height, width = size
             log.warning(
-                "images of %dx%d are too small for a watermark: saved without", width, height
+                "images of %dx%d are too small for a watermark: saved without one", width, height
             )
         if self._sets_loras:
             log_variant(request, self.models.base)

@@ -10,22 +10,22 @@ from ldm.generate.info import Info
 from ldm.generate.listener import RunListener
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["describe_safety", "hide_flagged", "log_safety"]
+__all__ = ["hide_flagged", "log_safety", "make_safety_infos"]
 
 BLUR_SIGMA = 1 / 16  # as a fraction of the image's longer side
-ACTIONS = {None: "kept", "black": "replaced by black", "blur": "blurred",
+ACTION_TEXTS = {None: "kept", "black": "replaced by black", "blur": "blurred",
            "drop": "dropped"}  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 
-def describe_safety(
+def make_safety_infos(
     checker: SafetyChecker | None, images: Sequence[Image.Image], unsafe_action: str | None
 ) -> list[Info]:
-    """Return what to add to the info of each image: scores, and the action if it is flagged.
+    """Return entries for the info of each image: scores, and the action if it is flagged.
 
     Args:
-        checker: None = nothing is checked, and nothing added.
+        checker: None = no checks, no entries.
         unsafe_action: "black", "blur" or "drop"; None = flagged images are kept.
     """
     if checker is None:
@@ -71,7 +71,7 @@ def log_safety(info: JsonMapping, listener: RunListener) -> None:
     concepts = ", ".join(f"{k} ({scores[k]:+.3f})" for k in safety["concepts"])
     listener.warn(
         f"safety checker: image {info['index']} is flagged by concept {concepts}: "
-        f"{ACTIONS[safety['action']]}"
+        f"{ACTION_TEXTS[safety['action']]}"
     )
 
 

@@ -19,8 +19,8 @@ from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 
 __all__ = ["DynamicPrompts"]
 
-SYNTAX_MARKS = ("{", "__")
-# Further special characters of the package, and their placeholders while it expands a prompt.
+SYNTAX_MARKERS = ("{", "__")
+# Other special characters of the package, and their placeholders while it expands a prompt.
 PLACEHOLDERS = {"#": "\ue000", "%": "\ue001"}
 
 logging.getLogger("dynamicprompts").setLevel(logging.ERROR)  # its warnings repeat our errors
@@ -42,12 +42,12 @@ class DynamicPrompts:
         self._generator = RandomPromptGenerator(_Wildcards(path))
 
     def expand(self, prompt: str, seed: int) -> str:
-        """Expand a prompt with the choices that a seed gives.
+        """Expand a prompt, with random choices determined by a seed.
 
         Raises:
             ArgumentError: The prompt does not parse, or names an unknown wildcard.
         """
-        if not any(mark in prompt for mark in SYNTAX_MARKS):
+        if not any(marker in prompt for marker in SYNTAX_MARKERS):
             return prompt
         template = prompt
         for character, placeholder in PLACEHOLDERS.items():
@@ -70,7 +70,7 @@ class DynamicPrompts:
 
 
 class _Wildcards(WildcardManager):
-    """The wildcards of a folder; raises ArgumentError for a missing one."""
+    """The wildcards of a folder; `get_values` raises ArgumentError for a missing one."""
 
     def get_values(self, wildcard: str) -> WildcardValues:
         values = super().get_values(wildcard)

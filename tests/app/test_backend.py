@@ -22,7 +22,7 @@ from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.page import Page
 from ldm.app.progress import Progress
-from ldm.app.view import describe_info, read_file_info, render_preview, render_progress
+from ldm.app.view import format_info, read_file_info, render_preview, render_progress
 from ldm.commands.main import main
 from ldm.generate.groups import ModelOptions
 from ldm.generate.tasks import TASKS
@@ -507,7 +507,7 @@ def test_progress_is_html_with_what_users_write_escaped():
     progress = Progress(message="<script>", preview=Image.new("RGB", (4, 4)))
     assert "&lt;script&gt;" in render_progress(progress)
     assert "data:image/png;base64," in render_preview(progress)
-    assert describe_info({}) == "No generation parameters found"
+    assert format_info({}) == "No generation parameters found"
 
 
 def test_previews_use_taesd_where_a_file_fits(tmp_path):
@@ -516,10 +516,10 @@ def test_previews_use_taesd_where_a_file_fits(tmp_path):
     torch.save(state, tmp_path / "vae_approx/taesd_decoder.pth")
     model, z = ldm.load(), torch.zeros(1, 4, 2, 2)
     library = Library(tmp_path)
-    assert library.make_preview(model)(z).shape == (1, 3, 16, 16)
+    assert library.make_previewer(model)(z).shape == (1, 3, 16, 16)
     (tmp_path / "vae_approx/taesd_decoder.pth").rename(tmp_path / "taesdxl_decoder.pth")
     library = Library(tmp_path, previews=[tmp_path / "taesdxl_decoder.pth"])
-    assert library.make_preview(model)(z).shape == (1, 3, 2, 2)
+    assert library.make_previewer(model)(z).shape == (1, 3, 2, 2)
 
 
 @pytest.fixture

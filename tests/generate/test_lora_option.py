@@ -9,7 +9,7 @@ import torch
 
 import ldm
 from imagehelp import IDENTICAL, write_random_lora
-from ldm.generate.info import describe_run
+from ldm.generate.info import make_run_info
 from ldm.generate.load import load_models
 from ldm.generate.replay import read_request
 from ldm.imaging.metadata import format_parameters, read_info
@@ -74,5 +74,5 @@ def test_an_embedding_changes_the_image_and_is_recorded(run, tiny, tmp_path, run
     assert info["sha256"] != read_info(plain)["sha256"]
     assert run_ldm("replay", path)[:2] == IDENTICAL
     request = read_request(info, path).with_values({"embedding": [str(folder)]})
-    shown = describe_run(request, load_models(request), (64, 64), without_folders=True)
+    shown = make_run_info(request, load_models(request), (64, 64), without_folders=True)
     assert [file["path"] for file in shown["embeddings"]] == ["cat.safetensors"]

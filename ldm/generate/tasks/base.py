@@ -1,4 +1,4 @@
-"""Task, the description of a task, and PreparedTask, a task that has read its inputs."""
+"""Define Task, the description of a task, and PreparedTask, a task that has read its inputs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,7 @@ __all__ = ["PreparedTask", "Task"]
 
 
 class PreparedTask:
-    """A task with its inputs read, so that invalid files fail before the model is loaded.
+    """A task that has read its inputs, so that invalid files fail before the model is loaded.
 
     Args:
         request: Request with the inputs of one image.

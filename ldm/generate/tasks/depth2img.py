@@ -55,7 +55,7 @@ class Depth2Img(PreparedImageTask):
             self.depth = self._fit_depth(depth)
 
     def _fit_depth(self, depth: "Tensor") -> "Tensor":
-        """Resize a depth map (1, 1, H, W) like the image, if its aspect ratio differs."""
+        """Resize a depth map (1, 1, H, W) in the mode of the image if its aspect ratio differs."""
         import numpy as np
         import torch
         from PIL import Image
@@ -67,7 +67,7 @@ class Depth2Img(PreparedImageTask):
         return torch.tensor(np.asarray(fitted))[None, None].clamp(0, 1)
 
     def estimate_depth(self, model: "LatentDiffusion") -> "Tensor":
-        """Estimate the depth (relative inverse depth, (1, 1, H', W')), and save it if asked for.
+        """Estimate the relative inverse depth (1, 1, H', W'), and save it if requested.
 
         Raises:
             NonFinite: It is NaN or infinite; in half precision the batch is then retried.

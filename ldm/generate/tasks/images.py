@@ -1,4 +1,4 @@
-"""Tasks with an input image: their groups of inputs, reading the image, folders of images."""
+"""Define inputs of tasks with an input image or a folder of them, and read the image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ __all__ = [
     "DEPTH_SUFFIX", "FolderInputs", "ImageInputs", "PreparedImageTask", "RGBDInputs", "fit_image",
 ]  # fmt: skip
 
-DEPTH_SUFFIX = "_depth"  # of the file name of an image's depth, before the extension
+DEPTH_SUFFIX = "_depth"  # of the stem of a depth file, after that of its image
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class FolderInputs(RGBDInputs):
         if self.init_img is not None:
             raise ArgumentError("give an image or a folder of images, not both", "indir")
         rank, world_size = get_rank_and_world_size()
-        return self.list_folder(Path(self.indir).expanduser())[rank::world_size]
+        return self.list_inputs(Path(self.indir).expanduser())[rank::world_size]
 
-    def list_folder(self, folder: Path) -> list["FolderInputs"]:
+    def list_inputs(self, folder: Path) -> list["FolderInputs"]:
         """Return the inputs for each image in a folder."""
         from ldm.imaging.reading import list_images
 
@@ -87,7 +87,7 @@ class FolderInputs(RGBDInputs):
         return [self.with_image(path) for path in paths]
 
     def with_image(self, path: Path) -> Self:
-        """Return the inputs for one image of the folder, with its depth if `depth` is given.
+        """Return the inputs for one image of the folder, with its depth if `depth` is set.
 
         Raises:
             MissingFile: The depth of the image is missing.
@@ -107,7 +107,7 @@ class FolderInputs(RGBDInputs):
 
 
 def read_image(request: Request) -> "Image.Image":
-    """Load the input image at the requested size.
+    """Load the input image, resized to the requested size.
 
     Raises:
         MissingArgument: No image is given.
@@ -122,7 +122,7 @@ def read_image(request: Request) -> "Image.Image":
 
 
 def read_depth(request: Request) -> "Tensor | None":
-    """Load the depth of the input image at the requested size, (1, 1, H, W) in [0, 1].
+    """Load the depth of the input image, resized to the requested size: (1, 1, H, W) in [0, 1].
 
     Raises:
         ArgumentError: It has another size than the image.
@@ -138,9 +138,9 @@ def read_depth(request: Request) -> "Tensor | None":
         return None
     with errors_about("depth"):
         depth = load_unnormalized_depth(inputs.depth)
-    size = read_size(_get_image_path(request))
-    if depth.size != size:
-        message = f"the depth is {depth.width}x{depth.height}, the image {size[0]}x{size[1]}"
+    width, height = read_size(_get_image_path(request))
+    if depth.size != (width, height):
+        message = f"the depth is {depth.width}x{depth.height}, the image {width}x{height}"
         raise ArgumentError(message, "depth")
     return torch.tensor(np.asarray(fit_image(request, depth)))[None, None].clamp(0, 1)
 
@@ -153,7 +153,7 @@ def _get_image_path(request: Request) -> str:
 
 
 def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
-    """Resize an image to the requested size; with legacy `size` to its own, in multiples of 64."""
+    """Resize an image to the requested size; with legacy `size`, to multiples of 64."""
     from ldm.imaging.pixels import resize_to, resize_to_multiple
 
     if "size" in request.sampling.legacy and not request.task.upscales:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MASK_SUFFIX = "_mask"  # of a mask's file name, before the extension
+MASK_SUFFIX = "_mask"  # of the stem of a mask file, after that of its image
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class InpaintInputs(FolderInputs):
         help="all pairs X.png and X_mask.png of a folder (or X.jpg …), each to OUTDIR/X.png")
     # fmt: on
 
-    def list_folder(self, folder: Path) -> list[FolderInputs]:
+    def list_inputs(self, folder: Path) -> list[FolderInputs]:
         from ldm.imaging.reading import list_images
 
         for name in ("mask", "mask_box"):
@@ -64,7 +64,7 @@ class InpaintInputs(FolderInputs):
             raise MissingFile(f"no pairs X.png and X{MASK_SUFFIX}.png in `{folder}`", "indir")
         if unmasked := [image.name for image in images if image.stem not in masks]:
             count, example = len(unmasked), unmasked[0]
-            log.warning("`%s`: left out %d images without mask: %s …", folder, count, example)
+            log.warning("`%s`: skipped %d images without mask: %s …", folder, count, example)
         return [
             replace(self.with_image(image), mask=str(masks[image.stem]))
             for image in images

@@ -74,11 +74,11 @@ class Unclip(PreparedTask):
             with errors_about("prior_steps"):
                 check_prior_steps(inputs.prior_steps)
         count = len(self.images) + (inputs.prior is not None)
-        for name, values, allowed in (
+        for name, values, allowed_counts in (
             ("weight", inputs.weight, (0, count)),
             ("noise_level", inputs.noise_level, (0, 1, count)),
         ):
-            if len(values) not in allowed:
+            if len(values) not in allowed_counts:
                 sources = "images and prior" if inputs.prior else "images"
                 message = f"{len(values)} values of {name} were given for {count} {sources}"
                 raise ArgumentError(message, name)
@@ -95,8 +95,8 @@ class Unclip(PreparedTask):
                 "mix_noise_level": inputs.mix_noise_level is not None,
                 "prior": inputs.prior is not None,
             }
-            for name, is_given in unclip_options.items():
-                if is_given:
+            for name, is_set in unclip_options.items():
+                if is_set:
                     message = f"{name} is for unCLIP, which {quote_name(model)} is not"
                     raise ArgumentError(message, name)
         if self.inputs.prior is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.options import TaskOptions
 
-LATENT_SUFFIX = ".latent"
+LATENT_SUFFIX = ".latent"  # as in `ldm.loading.files.latents`, which imports torch
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class UpscaleInputs(FolderInputs):
 
 
 class Upscale(PreparedImageTask):
-    """Enlarge an image four times or twice, or an image with depth to any size."""
+    """Upscale an image by four or two, or an image with depth to any size."""
 
     def get_output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         from ldm.pipelines.families import find_family
@@ -128,7 +128,7 @@ class UpscaleLatent(PreparedTask):
 
         if find_family(model.conditioner) != "latent-upscaling":
             raise ArgumentError(
-                f"{quote_name(model)} enlarges images: only the x2 latent upscaler takes latents",
+                f"{quote_name(model)} upscales images: only the x2 latent upscaler takes latents",
                 "init_img",
             )
         self.latent.normalize(model)  # raises ArgumentError
@@ -177,13 +177,12 @@ def resize_with_depth(
 TASK = Task(
     name="upscale",
     title="Upscale",
-    summary="""Enlarge an image four times, or twice in latents.
+    summary="""Upscale an image by four, or latents by two.
 
     ldm upscale --ckpt x4-upscaler-ema.safetensors --init-img small.png --prompt "a white cat"
 
-Large images are made in overlapping tiles of --vae-tile pixels of the result. The x2 latent
-upscaler takes autoencoder and text encoder from its diffusers folder, or from a checkpoint of
-Stable Diffusion 1:
+Large images are decoded in overlapping tiles of --vae-tile pixels. The x2 latent upscaler takes
+autoencoder and text encoder from its diffusers folder, or from a checkpoint of Stable Diffusion 1:
 
     ldm upscale --ckpt sd-x2-latent-upscaler --text-encoder sd-v1-5 --init-img photo.png
 
@@ -192,7 +191,7 @@ It also takes latents of `ldm txt2img --save-latents`, a file or a folder of the
     ldm upscale --ckpt sd-x2-latent-upscaler --text-encoder sd-v1-5 \\
         --init-img outputs/txt2img-samples/samples
 
-LDM3D-SR enlarges an image with its depth:
+LDM3D-SR upscales an image with its depth:
 
     ldm upscale --ckpt hf:Intel/ldm3d-sr --init-img a.png --depth a_depth.png \\
         --target-size 1024,1024
