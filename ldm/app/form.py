@@ -36,18 +36,8 @@ from ldm.prompts.a1111 import EMPHASIS_MODES
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
-    "AUTOMATIC",
-    "DEFAULTED_FIELDS",
-    "LORA_SLOTS",
-    "MAX_WEIGHT",
-    "MODEL_VAE",
-    "NO_ADDON",
-    "NO_IMAGE",
-    "SETTINGS",
-    "Field",
-    "TaskForm",
-    "get_field_values",
-    "list_step_noise_fields",
+    "AUTOMATIC", "DEFAULTED_FIELDS", "LORA_SLOTS", "MAX_WEIGHT", "MODEL_VAE", "NO_ADDON",
+    "NO_IMAGE", "SETTINGS", "Field", "TaskForm", "get_field_values", "list_step_noise_fields",
 ]  # fmt: skip
 
 EXAMPLE_PROMPT = "a 3d emoji of a red apple on a blue background"

@@ -15,14 +15,8 @@ from ldm.runtime.errors import FileFormatError, LdmError, explain, is_out_of_mem
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "explain_to_user",
-    "format_info",
-    "read_file_info",
-    "render_error",
-    "render_preview",
-    "render_progress",
-    "render_queue",
-    "render_token_count",
+    "explain_to_user", "format_info", "read_file_info", "render_error", "render_preview",
+    "render_progress", "render_queue", "render_token_count",
 ]  # fmt: skip
 
 MEMORY_ADVICE = "; these help: batch size 1, a VAE tile size of 512, smaller width and height"

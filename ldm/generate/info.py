@@ -35,17 +35,9 @@ from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "COMPARED_KEYS",
-    "FILE_KEYS",
-    "FLOAT_WATERMARK",
-    "INTEGER_WATERMARK",
-    "Info",
-    "choose_watermark_method",
-    "get_dtype_name",
-    "get_final_size",
-    "make_depth_info",
-    "make_image_info",
-    "make_run_info",
+    "COMPARED_KEYS", "FILE_KEYS", "FLOAT_WATERMARK", "INTEGER_WATERMARK", "Info",
+    "choose_watermark_method", "get_dtype_name", "get_final_size", "make_depth_info",
+    "make_image_info", "make_run_info",
 ]  # fmt: skip
 
 Info = JsonObject  # the metadata of one image, or of all images of a run

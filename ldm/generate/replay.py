@@ -31,15 +31,8 @@ from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "check_inputs",
-    "compare_infos",
-    "compare_results",
-    "get_line_values",
-    "get_recorded_defaults",
-    "get_recorded_eta",
-    "get_recorded_files",
-    "make_replay_request",
-    "read_request",
+    "check_inputs", "compare_infos", "compare_results", "get_line_values", "get_recorded_defaults",
+    "get_recorded_eta", "get_recorded_files", "make_replay_request", "read_request",
     "reproduce_image",
 ]  # fmt: skip
 
