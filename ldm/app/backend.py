@@ -1,6 +1,6 @@
 """Make the images of all visitors of the page.
 
-For safety, paths in requests and in images are never used: models are looked up by name, uploads by
+For safety, paths in requests and images are never used: models are looked up by name, uploads by
 hash, and all other files are refused.
 """
 
@@ -72,7 +72,7 @@ class Backend:
         outdir: Folder for `samples`, `uploads` and `replays`.
         model_options: Device, precision and attention of all runs.
         limits: Limits of each run.
-        memory: Bytes for loaded models; None = half of the device's memory.
+        max_model_bytes: Maximum of all loaded models; None = half of the device's memory.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class Backend:
         outdir: str | Path,
         model_options: ModelOptions,
         limits: Limits,
-        memory: float | None = None,
+        max_model_bytes: float | None = None,
     ) -> None:
         self.library = library
         self.outdir = Path(outdir).resolve()
         self.model_options = model_options
         self.limits = limits
-        self.memory = memory
+        self.max_model_bytes = max_model_bytes
         self.uploads = Uploads(self.outdir / "uploads")
         self._models: ModelCache | None = None
 
@@ -101,8 +101,8 @@ class Backend:
 
         Args:
             model: Name of the model.
-            values: Options by name. Images are paths of uploads, LoRAs `NAME:WEIGHT`, and add-ons
-                names in the page's lists.
+            values: Values of options by name: images are paths of uploads, LoRAs `NAME:WEIGHT`, and
+                add-ons names in the page's lists.
         Raises:
             ArgumentError: The model does not exist or support the task, or a value is invalid.
         """
@@ -122,13 +122,13 @@ class Backend:
         if values.get("dynamic_prompts"):
             values["wildcards"] = self.library.find_wildcards()
         embeddings = self.library.list_embeddings()
-        return self._set_model(task.build_request(values), entry, loras, embeddings)
+        return self._set_model_files(task.build_request(values), entry, loras, embeddings)
 
     def generate(self, request: Request, progress: Progress) -> str:
         """Make and save images; return the final message for the user."""
         self.limits.check(request)
         progress.make_previewer = self.library.make_previewer
-        start = time.monotonic()
+        start_time = time.monotonic()
         load = partial(self._load_models, progress=progress)
         run_request(
             request,
@@ -139,10 +139,10 @@ class Backend:
         )
         count = len(progress.images)
         images = "1 image" if count == 1 else f"{count} images"
-        return f"done: {images} in {time.monotonic() - start:.1f} s"
+        return f"done: {images} in {time.monotonic() - start_time:.1f} s"
 
     def replay(self, path: str | Path, progress: Progress) -> str:
-        """Make an image file again; return "identical", or how the result differs."""
+        """Reproduce an image file; return "identical", or how the result differs."""
         self.uploads.add(path)
         info = read_info(path)
         if info and "task" not in info:
@@ -176,7 +176,7 @@ class Backend:
         return "depth estimated"
 
     def list_recent_images(self) -> list[Info]:
-        """Return the infos of the newest images in the output folder, the newest run first."""
+        """Return the infos of the newest images in the output folder, of the newest run first."""
         files = (self.outdir / "samples").glob("[0-9]*.png")
         numbers = sorted((int(path.stem), path) for path in files if path.stem.isdecimal())
         infos = [_read_info_with_path(path) for _, path in numbers[-MAX_GALLERY_IMAGES:]]
@@ -199,12 +199,12 @@ class Backend:
             return str(target), save_mesh(target, image, levels)
 
     def _find_recorded_addon(self, kind: str, info: JsonMapping) -> str | None:
-        """Return the file, found by its hash, of an image's add-on; None if it was made without."""
+        """Find the file of an image's add-on by its hash; None if it was made without one."""
         files = map(str, self.library.list_addons(kind).values())
         source = "a file in the folder vae" if kind == "vae" else "a file in its folder"
-        return next(iter(_find_files(get_recorded_files(info, kind), files, source)), None)
+        return next(iter(_find_by_hashes(get_recorded_files(info, kind), files, source)), None)
 
-    def _set_model(
+    def _set_model_files(
         self,
         request: Request,
         entry: CatalogueEntry,
@@ -231,10 +231,11 @@ class Backend:
         threads: int | None = None,
     ) -> Models:
         if self._models is None:
-            memory = self.memory or get_total_memory(pick_device(request.model.device)) / 2
-            self._models = ModelCache(memory, _load_with_compatible_embeddings)
+            default = get_total_memory(pick_device(request.model.device)) / 2
+            max_bytes = self.max_model_bytes or default
+            self._models = ModelCache(max_bytes, _load_with_compatible_embeddings)
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
-        # The recorded number, for the same rounding; but a file may record any number.
+        # The recorded number gives the same rounding; but an image may record any number.
         threads = threads and min(threads, os.cpu_count() or 1)
         try:
             for lora, _ in request.model.lora:
@@ -267,15 +268,15 @@ class Backend:
         request = recorded.task.build_request(self._find_recorded_values(info, recorded))
         names = {file: name for name, (file, _) in self.library.loras.items()}
         recorded_loras = info.get("loras", ())
-        files = _find_files(recorded_loras, names, "--lora")
+        files = _find_by_hashes(recorded_loras, names, "--lora")
         weights = [lora.get("weight", 1.0) for lora in recorded_loras]
         loras = self.library.find_lora_files(
             zip((names[file] for file in files), weights, strict=True)
         )
-        embeddings = _find_files(
+        embeddings = _find_by_hashes(
             info.get("embeddings", ()), self.library.list_embeddings(), "--embedding"
         )
-        return self._set_model(request, entry, loras, embeddings)
+        return self._set_model_files(request, entry, loras, embeddings)
 
     def _find_recorded_values(self, info: dict[str, Any], recorded: Request) -> dict[str, Value]:
         """Return the recorded options that a visitor may set, with the server's own files."""
@@ -317,17 +318,17 @@ def _read_info_with_path(path: Path) -> Info:
 def _load_with_compatible_embeddings(
     config: Any = None, ckpt: Any = None, *, embeddings: Iterable[str] = (), **options: Any
 ) -> LatentDiffusion:
-    """Load a model with those embeddings that fit its text encoders."""
+    """Load a model with the embeddings that fit its text encoders."""
     model = load(config, ckpt, **options)
     load_embeddings(model, embeddings, strict=False)
     return model
 
 
-def _find_files(recorded: Any, files: Iterable[str], source: str) -> list[str]:
+def _find_by_hashes(recorded: Any, files: Iterable[str], source: str) -> list[str]:
     """Return the files with the hashes recorded in an image.
 
     Args:
-        source: What provides such files, for messages, such as a flag of the app.
+        source: Flag or folder that provides such files, for messages.
     """
     if not all(isinstance(file, dict) and {"hash", "path"} <= file.keys() for file in recorded):
         raise ArgumentError(f"its entry for {source} is damaged")

@@ -82,17 +82,17 @@ class CatalogueEntry:
 
 @dataclass
 class Catalogue:
-    """Models by their name in the folder, and one line about each skipped checkpoint."""
+    """Models by their name in the folder, and the reason for each skipped checkpoint."""
 
     models: dict[str, CatalogueEntry] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
 
 def list_checkpoints(folder: str | Path) -> dict[str, Path]:
-    """Return the checkpoints and diffusers folders in a folder and its subfolders, unopened.
+    """List the checkpoints and diffusers folders in a folder and its subfolders, unopened.
 
     Returns:
-        path by name: the POSIX path relative to the folder.
+        path by name, which is the POSIX path relative to the folder.
     Raises:
         MissingFile: There is no such folder.
     """
@@ -143,8 +143,8 @@ def read_catalogue(folder: str | Path) -> Catalogue:
         if isinstance(entry, CatalogueEntry):
             catalogue.models[name] = entry
         elif name in in_folder:
-            line = entry.replace(str(path), name)
-            catalogue.skipped.append(line if f"`{name}" in line else f"`{name}`: {line}")
+            reason = entry.replace(str(path), name)
+            catalogue.skipped.append(reason if f"`{name}" in reason else f"`{name}`: {reason}")
     return catalogue
 
 
@@ -163,7 +163,7 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
     """Return the entry of a checkpoint, or one line that says why it cannot be used.
 
     Args:
-        stats: Of its files; part of the cache key, so that changed files are read again.
+        stats: Stats of its files, a part of the cache key: changed files are read again.
     """
     try:
         with errors_as(FileFormatError, f"`{path}` cannot be used"):
@@ -176,8 +176,8 @@ def _build_entry(path: Path) -> CatalogueEntry:
     sidecar = path.with_suffix(".yaml")
     config = sidecar if sidecar.is_file() and path.is_file() else None
     weights = identify_weights(open_checkpoint(path))
-    _, raw = read_config(weights, config)
-    spec = legacy.translate_config(raw, where=path.name, skipped=[])
+    _, model_config = read_config(weights, config)
+    spec = legacy.translate_config(model_config, where=path.name, skipped=[])
     if spec["target"] != legacy.MODEL:
         raise FileFormatError(f"`{path}` is not a complete model")
     params = spec["params"]
@@ -192,7 +192,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
     text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
     if supports_variants(family) and (variant := find_variant(weights)):
-        has_scheduler = is_sdxl and path.is_dir() and has_defaults(raw)
+        has_scheduler = is_sdxl and path.is_dir() and has_defaults(model_config)
         defaults = variant.resolve_defaults(defaults, has_scheduler=has_scheduler)
         image_size = VARIANTS[variant.name].sdxl_image_size if is_sdxl else image_size
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
@@ -219,7 +219,7 @@ def _remove_midas(spec: JsonObject) -> JsonObject:
 
 
 def _get_downscale(autoencoder: nn.Module) -> int:
-    """Return pixels per latent pixel; 8 for autoencoders of other classes, as all published."""
+    """Return pixels per latent pixel; 8, as in all published ones, for unknown autoencoders."""
     return autoencoder.downscale if isinstance(autoencoder, AutoencoderKL | PixelSpace) else 8
 
 
@@ -229,7 +229,7 @@ def _is_lora_compatible(lora: str | Path, stats: object, entry: CatalogueEntry) 
         _read_lora(lora, entry)
     except WeightsMismatch:
         return False
-    except (OSError, ValueError):  # a damaged LoRA stays listed: using it reports the error
+    except (OSError, ValueError):  # a damaged LoRA is listed, as its use reports the error
         return True
     return True
 

@@ -1,9 +1,9 @@
-"""Define the fields of the page, and convert what a user entered in them to options.
+"""Define the fields of the page, and convert their values to those of options.
 
-Each option with a label is a field; kind and bounds follow from the option. All tasks share prompts
-and settings; the tab of a task has its images and own options. Exceptions: image and mask of
-inpainting are one sketch, and some fields are defined by hand, in FIELDS. `Limits` checks bounds,
-not gradio.
+Each option with a label is a field; its component and bounds follow from the option. All tasks
+share prompts and settings; the tab of a task has its images and own options. Exceptions: image and
+mask of inpainting are one sketch, and some fields are defined by hand, in FIELDS. `Limits` checks
+bounds, gradio does not.
 """
 
 import secrets
@@ -36,7 +36,7 @@ from ldm.prompts.a1111 import EMPHASIS_MODES
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
-    "AUTOMATIC", "DEFAULTED_FIELDS", "LORA_SLOTS", "MAX_WEIGHT", "MODEL_VAE", "NO_ADDON",
+    "AUTOMATIC", "DEFAULTED_FIELDS", "LORA_SLOTS", "MAX_SLIDER_WEIGHT", "MODEL_VAE", "NO_ADDON",
     "NO_IMAGE", "SETTINGS", "Field", "TaskForm", "get_field_values", "list_step_noise_fields",
 ]  # fmt: skip
 
@@ -46,7 +46,7 @@ NO_IMAGE = 'No input image. Upload one or use "Send to" under a result.'
 NO_ADDON = ("None", "")
 MODEL_VAE = (AUTOMATIC, "")
 LORA_SLOTS = 4  # maximum number of LoRAs
-MAX_WEIGHT = 2  # of the sliders for weights of LoRAs; the minimum is -MAX_WEIGHT
+MAX_SLIDER_WEIGHT = 2  # of a LoRA; the minimum is the negative of it
 # Fields that are set to the defaults of the selected checkpoint.
 DEFAULTED_FIELDS = ("scale", "width", "height", "steps", "sampler")
 DEFAULT_SAMPLER = "ddim"
@@ -71,11 +71,11 @@ class Field:
     """A field of the page.
 
     Args:
-        kind: Class name of the gradio component.
+        component: Class name of the gradio component.
         kwargs: Its keyword arguments.
     """
 
-    kind: str
+    component: str
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -116,7 +116,7 @@ INFO_DEFAULTS = {
     "scheduler": AUTOMATIC, "rho": 0, "tiling": "none", "clip_skip": 1, "syntax": PLAIN, "pag": 0,
     "perp_neg": 0, "freeu_version": "1",
 }  # fmt: skip
-# Fields whose keyword arguments do not all follow from their option.
+# Fields with keyword arguments that do not follow from their option.
 FIELDS = {
     "prompt": Field("Textbox", {
         "lines": 2, "max_lines": 6, "value": "",
@@ -127,10 +127,11 @@ FIELDS = {
                         filterable=False),
     "prompt_2": _textbox("for the second text encoder; empty: the prompt"),
     "negative_prompt_2": _textbox("empty: the negative prompt"),
-    "sampler": _dropdown(DEFAULT_SAMPLER, *((row.label, name) for name, row in SAMPLERS.items()),
+    "sampler": _dropdown(DEFAULT_SAMPLER,
+                         *((sampler.label, name) for name, sampler in SAMPLERS.items()),
                          filterable=False),
     "scheduler": _dropdown(AUTOMATIC, (AUTOMATIC, AUTOMATIC),
-                           *((row.label, name) for name, row in SCHEDULERS.items()),
+                           *((scheduler.label, name) for name, scheduler in SCHEDULERS.items()),
                            filterable=False),
     # As text, since the browser would round large numbers.
     "seed": Field("Textbox", {"value": "-1", "info": "-1 = random"}),
@@ -180,7 +181,7 @@ class TaskForm:
     """The fields of a task.
 
     Args:
-        limits: Maxima of sliders.
+        limits: Determine the maxima of sliders.
     """
 
     def __init__(self, task: Task, limits: Limits) -> None:
@@ -243,7 +244,7 @@ class TaskForm:
             values["rho"] = None
         if values["sigmas"]:
             count = len(values["sigmas"].replace(",", " ").split())
-            values["steps"] = max(1, count - 1)  # `Task.request` will check the text
+            values["steps"] = max(1, count - 1)  # `Task.build_request` checks the text
             values["scheduler"] = values["rho"] = None
         for name, dependents in DEPENDENTS.items():
             if not values.get(name):
@@ -272,10 +273,10 @@ class TaskForm:
         if name in STEP_NOISE_OPTIONS:
             kwargs["visible"] = name in list_step_noise_fields(DEFAULT_SAMPLER)
         if name in FIELDS:
-            return Field(FIELDS[name].kind, kwargs | FIELDS[name].kwargs)
+            return Field(FIELDS[name].component, kwargs | FIELDS[name].kwargs)
         if name == "scale":
-            scale = {"minimum": 1, "maximum": 30, "step": 0.5, "value": self.task.scale}
-            return Field("Slider", kwargs | scale)
+            kwargs |= {"minimum": 1, "maximum": 30, "step": 0.5, "value": self.task.scale}
+            return Field("Slider", kwargs)
         if option.choices:
             choices = [(choice.capitalize(), choice) for choice in option.choices]
             return Field("Radio", kwargs | {"choices": choices})
@@ -283,12 +284,12 @@ class TaskForm:
             return Field("Checkbox", kwargs)
         if option.parse is parse_fraction:
             return Field("Slider", kwargs | {"minimum": 0, "maximum": 1, "step": 0.01})
-        limits = {"steps": self.limits.steps, "n_samples": self.limits.batch,
-                  "n_iter": self.limits.batches}  # fmt: skip
-        maximum = limits.get(name, option.slider_max)
+        maxima = {"steps": self.limits.max_steps, "n_samples": self.limits.max_batch_size,
+                  "n_iter": self.limits.max_batches}  # fmt: skip
+        maximum = maxima.get(name, option.slider_max)
         if maximum is not None:
             value = default if isinstance(default, int | float) else 0
-            if name in limits:
+            if name in maxima:
                 value = min(DEFAULT_STEPS, maximum) if name == "steps" else 1
             minimum = 1 if option.parse is parse_count else 0
             return Field("Slider", kwargs | {"minimum": minimum, "maximum": maximum, "step": 1,
@@ -311,8 +312,8 @@ def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
                if request.get(name) is not None}  # fmt: skip
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
-    texts = ("sigmas", "sld", "sld_concept", "apg", "freeu", "upscaler_steps", "upscaler_scale")
-    values |= {name: _format_value(info.get(name)) for name in (*texts, *get_options(SDXL))}
+    names = ("sigmas", "sld", "sld_concept", "apg", "freeu", "upscaler_steps", "upscaler_scale")
+    values |= {name: _format_value(info.get(name)) for name in (*names, *get_options(SDXL))}
     values["guidance_interval"] = _format_value(request.get("guidance_interval"))
     strength = info.get("refiner_strength")
     values["refiner_start"] = info.get("refiner_start") or (strength and 1 - strength)
@@ -331,11 +332,11 @@ def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def list_step_noise_fields(sampler: str) -> set[str]:
     """Return the fields for noise before and between steps that a sampler supports."""
-    row = SAMPLERS.get(sampler, SAMPLERS[DEFAULT_SAMPLER])
-    churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if row.takes_churn else set()
-    noise = {"s_noise"} if row.takes_noise else set()
-    brownian = {"brownian"} if row.takes_brownian else set()
-    return churn | noise | brownian | ({"eta"} if row.eta is not None else set())
+    spec = SAMPLERS.get(sampler, SAMPLERS[DEFAULT_SAMPLER])
+    churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if spec.takes_churn else set()
+    noise = {"s_noise"} if spec.takes_noise else set()
+    brownian = {"brownian"} if spec.takes_brownian else set()
+    return churn | noise | brownian | ({"eta"} if spec.eta is not None else set())
 
 
 def _format_value(value: object) -> str:
@@ -361,7 +362,7 @@ def _split_values(value: object) -> list[object]:
 def _read_sketch(
     sketch: Sequence[tuple[str, object]] | None, uploads: Uploads
 ) -> dict[str, object]:
-    """Store image and mask of a sketch, and return their paths; what is drawn is the mask.
+    """Store the image of a sketch, and what is drawn on it as the mask; return their paths.
 
     Args:
         sketch: (file, caption) of the image and of each layer drawn on it; None = no image.
@@ -369,8 +370,8 @@ def _read_sketch(
     if not sketch:
         return {"init_img": None}
     image, *layers = (path for path, _ in sketch)
-    stored = uploads.add(image)
-    size = load_image(stored).size
+    image_path = uploads.add(image)
+    size = load_image(image_path).size
     mask = Image.new("L", size)
     for path in layers:
         with open_image(path) as layer:
@@ -378,4 +379,4 @@ def _read_sketch(
         mask = ImageChops.lighter(mask, alpha.point(lambda value: 255 * (value > 127)))
     if mask.getbbox() is None:
         raise ArgumentError("The mask is empty. Draw over the area to repaint.", "mask")
-    return {"init_img": stored, "mask": uploads.add_image(mask)}
+    return {"init_img": image_path, "mask": uploads.add_image(mask)}

@@ -1,4 +1,4 @@
-"""Handle events of the form: update the choices and the values of its fields."""
+"""Handle events of the form: update the options and values of its fields."""
 
 import html
 import json
@@ -13,7 +13,7 @@ from ldm.app.backend import Backend
 from ldm.app.form import (
     DEFAULTED_FIELDS,
     LORA_SLOTS,
-    MAX_WEIGHT,
+    MAX_SLIDER_WEIGHT,
     MODEL_VAE,
     NO_ADDON,
     TaskForm,
@@ -69,12 +69,12 @@ class FormEvents:
             addons: Name of the selected add-on of each kind in ADDONS.
         """
         names, files = self.library.list_models(), self.library.list_checkpoint_names()
-        lines = self.library.list_skipped_files()
-        for line in lines:
-            log.warning("skipped: %s", line)
-        skipped = "".join(f"\n* skipped: {html.escape(line)}" for line in lines)
-        text_models = self.library.list_models("txt2img") or names
-        selected = checkpoint if checkpoint in names else next(iter(text_models), None)
+        reasons = self.library.list_skipped_files()
+        for reason in reasons:
+            log.warning("skipped: %s", reason)
+        skipped = "".join(f"\n* skipped: {html.escape(reason)}" for reason in reasons)
+        candidates = self.library.list_models("txt2img") or names
+        selected = checkpoint if checkpoint in names else next(iter(candidates), None)
         tokens = self.library.list_embedding_tokens()
         return [
             gr.update(choices=names, value=selected),
@@ -87,13 +87,13 @@ class FormEvents:
         ]
 
     def _update_addon_list(self, kind: str, selected: str | None) -> Any:
-        """Return an update of a list of add-ons, whose first entry is none."""
+        """Return an update of a list of add-ons, whose first entry stands for none."""
         names = self.library.list_addons(kind)
-        # The other lists are in accordions that are hidden or closed as a whole.
-        settings: JsonObject = {"visible": bool(names)} if kind in ("vae", COMPONENT) else {}
-        none = MODEL_VAE if kind == "vae" else NO_ADDON
-        choices = [none, *((name, name) for name in names)]
-        return gr.update(choices=choices, value=selected if selected in names else "", **settings)
+        # The other lists are in accordions, which are hidden or closed.
+        kwargs: JsonObject = {"visible": bool(names)} if kind in ("vae", COMPONENT) else {}
+        no_addon = MODEL_VAE if kind == "vae" else NO_ADDON
+        choices = [no_addon, *((name, name) for name in names)]
+        return gr.update(choices=choices, value=selected if selected in names else "", **kwargs)
 
     def update_lora_list(self, checkpoint: str | None, selected: list[str] | None) -> Any:
         """Return an update of the LoRA list with those that fit the checkpoint."""
@@ -107,7 +107,7 @@ class FormEvents:
         return [gr.update(label=f"Weight of {name}", visible=bool(name)) for name in names]
 
     def update_for_checkpoint(self, task: str, checkpoint: str, *fields: Any) -> list[Any]:
-        """Return updates for a checkpoint: error, accordions, and those of `apply_defaults`."""
+        """Return updates of the error, the accordions and the fields of `apply_defaults`."""
         updates = self.apply_defaults(task, checkpoint, *fields)
         if task not in TASKS:
             return ["", *[gr.update(visible=False)] * 3, *updates]
@@ -131,8 +131,8 @@ class FormEvents:
     ) -> list[Any]:
         """Return the defaults of a checkpoint, and an update of each of DEFAULTED_FIELDS.
 
-        The defaults of a few-step LoRA, selected or named in the prompt, take precedence, and a
-        guidance scale of the sampler's own.
+        The defaults of a few-step LoRA, selected or named in the prompt, and the guidance scale of
+        a sampler that has a default take precedence.
 
         Args:
             last_defaults: The defaults that DEFAULTED_FIELDS were set to last.
@@ -147,7 +147,7 @@ class FormEvents:
         if sampler in SAMPLERS and (scale := SAMPLERS[sampler].scale) is not None:
             defaults["scale"] = scale
         updates = [
-            # An empty number is 0. Fields that have the value already are not updated, as that
+            # An empty number is 0. Fields that already have the value are not updated, as that
             # would discard what is being typed.
             defaults[name]
             if defaults[name]
@@ -177,7 +177,7 @@ class FormEvents:
         """Return width and height with the aspect ratio of an image `WxH`, for the model."""
         width, height = map(int, size.split("x"))
         native = self.library.find_defaults(TASKS["img2img"], checkpoint)["width"] or 512
-        factor = min(1, native / min(width, height), self.limits.side / max(width, height))
+        factor = min(1, native / min(width, height), self.limits.max_side / max(width, height))
         multiple = 64 if self.library.is_sdxl(checkpoint) else 8
         return [max(round(side * factor / multiple), 1) * multiple for side in (width, height)]
 
@@ -190,8 +190,8 @@ class FormEvents:
     ) -> list[Any]:
         """Return updates of shared fields, LoRAs, weights and defaults for an image's info.
 
-        LoRAs that do not fit the checkpoint, or whose weights a slider cannot have, become tags in
-        the prompt. They are left out for tasks whose models support no LoRAs.
+        LoRAs that do not fit the checkpoint, or whose weights no slider can represent, become tags
+        in the prompt. They are left out for tasks whose models support no LoRAs.
 
         Args:
             defaults: The defaults that DEFAULTED_FIELDS were set to last. Those of filled fields
@@ -199,24 +199,24 @@ class FormEvents:
                 default, which the image's LoRAs may change.
         """
         values = get_field_values(info) if info else {}
-        slots = [gr.skip()] * (1 + LORA_SLOTS)
+        lora_updates = [gr.skip()] * (1 + LORA_SLOTS)
         if info:
             for kind in ("refiner", "upscaler"):
-                values[kind] = self.library.find_addon(kind, info)
+                values[kind] = self.library.find_recorded_addon(kind, info)
         if info and "loras" in info and any(map(supports_variants, TASKS[task].families)):
             recorded = self.library.find_recorded_loras(info)
             compatible = self.library.list_compatible_loras(checkpoint)
-            sliders = {
-                name: weight for name, weight in recorded
-                if name in compatible and not isinstance(weight, str) and abs(weight) <= MAX_WEIGHT
+            weights = {
+                name: weight for name, weight in recorded if name in compatible
+                and not isinstance(weight, str) and abs(weight) <= MAX_SLIDER_WEIGHT
             }  # fmt: skip
-            names = [*sliders][:LORA_SLOTS]
+            names = [*weights][:LORA_SLOTS]
             tags = [f"<lora:{name}:{weight}>" for name, weight in recorded if name not in names]
             values["prompt"] = " ".join([str(values.get("prompt", "")), *tags]).strip()
-            slots = [names, *(sliders[name] for name in names), *slots[1 + len(names) :]]
+            lora_updates[: 1 + len(names)] = [names, *(weights[name] for name in names)]
         fields = self.forms["txt2img"].common_fields
         defaults = {name: value for name, value in defaults.items() if name not in values}
-        return [*(values.get(name, gr.skip()) for name in fields), *slots, defaults]
+        return [*(values.get(name, gr.skip()) for name in fields), *lora_updates, defaults]
 
     def paste_parameters(
         self, prompt: str, selected: JsonObject | None, checkpoint: str | None, defaults: JsonObject
@@ -234,17 +234,21 @@ class FormEvents:
         defaults: JsonObject,
         path: str | None = None,
     ) -> list[Any]:
-        """Return updates that send an image to a tab, and its parameters to the form."""
+        """Return updates that send an image to a tab, and its parameters to the form.
+
+        Args:
+            name: Name of the tab: a task, or "replay".
+        """
         path = path or (info or {}).get("path")
         is_task = name in TASKS
         fields = self.fill_fields(
             info if is_task else None, checkpoint, defaults, name if is_task else "txt2img"
         )
-        kinds = ["Image"]
-        if name != "replay":
-            kinds = [field.kind for field in self.forms[name].images.values()]
-        if not kinds:
+        components = ["Image"]
+        if is_task:
+            components = [field.component for field in self.forms[name].images.values()]
+        if not components:
             return fields
         sketch: JsonObject = {"background": path, "layers": [], "composite": None}
         images = {"ImageEditor": sketch, "Gallery": [path]}
-        return [*fields, images.get(kinds[0], path) if path else gr.skip()]
+        return [*fields, images.get(components[0], path) if path else gr.skip()]

@@ -1,4 +1,4 @@
-"""Handle events of jobs and their images: submit, follow, stop; show, select and pack images."""
+"""Handle events of jobs and images: submit, follow and stop jobs; show, select and pack images."""
 
 import asyncio
 import logging
@@ -131,11 +131,11 @@ class JobEvents:
         return self.backend.make_request(TASKS[task], model, values)
 
     async def follow(self, visitor: str, job: Job | None) -> AsyncIterator[list[Any]]:
-        """Yield updates of JOB_OUTPUTS until a job has ended, which does not depend on the page."""
+        """Yield updates of JOB_OUTPUTS until a job has ended; it continues without the page."""
         if job is None:
             yield _make_updates()
             return
-        count = 0
+        num_images = 0
         shown: str | None = None
         while True:
             has_ended, progress = job.has_ended, job.progress
@@ -143,8 +143,8 @@ class JobEvents:
             if job.state == "queued" and self.jobs.list_jobs(visitor)[:1] != [job]:
                 status = shown  # the page shows another job of the visitor
             updates: dict[str, Any] = {}
-            if len(progress.images) > count:
-                count = len(progress.images)
+            if len(progress.images) > num_images:
+                num_images = len(progress.images)
                 updates |= self._update_gallery(visitor)
             if job.state == "removed":
                 updates |= self._update_queue(visitor)
@@ -174,9 +174,10 @@ class JobEvents:
     def stop_job(self, visitor: str) -> list[Any]:
         """Stop the visitor's job, or remove it from the queue."""
         self.jobs.stop(visitor)
-        running = [job for job in self.jobs.list_jobs(visitor) if job.state == "running"]
-        progress = render_progress(running[0].progress) if running else gr.skip()
-        return [progress, gr.Button(interactive=False), render_queue(self.jobs.list_jobs(visitor))]
+        jobs = self.jobs.list_jobs(visitor)
+        running = next((job for job in jobs if job.state == "running"), None)
+        progress = gr.skip() if running is None else render_progress(running.progress)
+        return [progress, gr.Button(interactive=False), render_queue(jobs)]
 
     def clear_queue(self, visitor: str) -> list[Any]:
         """Remove the visitor's waiting jobs from the queue."""
@@ -205,15 +206,15 @@ class JobEvents:
             (info["path"], f"{info.get('image', '')} seed {info['seed']}".strip()) for info in infos
         ]
         # With depth the grid of all images is shown, so that image and depth are side by side.
-        selected = None if "depth_range" in infos[0] else 0
-        gallery = gr.Gallery(images, selected_index=selected)
+        selected_index = None if "depth_range" in infos[0] else 0
+        gallery = gr.Gallery(images, selected_index=selected_index)
         return {
             "gallery": gallery, "infos": infos, "selected_info": infos[0],
             "parameters": format_info(infos[0]),
         }  # fmt: skip
 
     def select_image(self, infos: list[JsonObject], event: gr.SelectData) -> list[Any]:
-        """Return info and description of the image clicked in the gallery."""
+        """Return the info of the image clicked in the gallery, as JSON and as text."""
         info = infos[min(int(event.index), len(infos) - 1)]
         return [info, format_info(info)]
 

@@ -1,10 +1,11 @@
-"""The queue of jobs of all visitors; one runs at a time, even if its page is closed."""
+"""Queue the jobs of all visitors; one runs at a time, even if its page is closed."""
 
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from ldm.app.progress import Progress
 from ldm.generate.info import Info
@@ -12,7 +13,7 @@ from ldm.runtime.errors import ArgumentError, Stop, explain
 
 __all__ = ["Job", "Jobs"]
 
-MAX_GALLERY_IMAGES = 60  # images per visitor
+MAX_GALLERY_IMAGES = 60  # per visitor
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class Job:
 
     Args:
         visitor: Id of the visitor.
-        title: Its line in the queue.
+        title: Text shown in the queue.
         work: Makes images; returns the final message.
     """
 
@@ -31,7 +32,7 @@ class Job:
     title: str
     work: Callable[[Progress], str]
     progress: Progress
-    state: str = "queued"  # "running", "done" or "removed"
+    state: Literal["queued", "running", "done", "removed"] = "queued"
 
     @property
     def has_ended(self) -> bool:
@@ -43,20 +44,20 @@ class Jobs:
     """The job queue, and the newest images of each visitor.
 
     Args:
-        limit: Maximum number of waiting jobs.
+        max_waiting: Maximum number of waiting jobs.
         explain: Returns the message for an error.
-        initial_images: Returns the initial gallery of a visitor, newest first.
+        list_initial_images: Returns the initial gallery of a visitor, newest first.
     """
 
     def __init__(
         self,
-        limit: int,
+        max_waiting: int,
         explain: Callable[[BaseException], str] = explain,
-        initial_images: Callable[[], list[Info]] = list,
+        list_initial_images: Callable[[], list[Info]] = list,
     ) -> None:
-        self.limit = limit
+        self.max_waiting = max_waiting
         self.explain = explain
-        self.initial_images = initial_images
+        self.list_initial_images = list_initial_images
         self._jobs: list[Job] = []  # the running one first
         self._galleries: dict[str, list[Info]] = {}
         self._lock = threading.Lock()
@@ -64,7 +65,7 @@ class Jobs:
     def list_images(self, visitor: str) -> list[Info]:
         """Return the images of a visitor: the newest run first, each run in its own order."""
         if visitor not in self._galleries:  # its images are read from disk
-            self._galleries.setdefault(visitor, self.initial_images())
+            self._galleries.setdefault(visitor, self.list_initial_images())
         return self._galleries[visitor]
 
     def submit(self, visitor: str, title: str, work: Callable[[Progress], str]) -> Job:
@@ -75,12 +76,12 @@ class Jobs:
         """
         job = Job(visitor, title, work, Progress(on_image=partial(self._add_image, visitor)))
         with self._lock:
-            if len(self._jobs) > self.limit:
-                raise ArgumentError(f"the queue is full: {self.limit} jobs are waiting")
+            if len(self._jobs) > self.max_waiting:
+                raise ArgumentError(f"the queue is full: {self.max_waiting} jobs are waiting")
             self._jobs.append(job)
             if len(self._jobs) == 1:
                 job.state = "running"
-                threading.Thread(target=self._run, daemon=True).start()
+                threading.Thread(target=self._run_queue, daemon=True).start()
         return job
 
     def list_jobs(self, visitor: str) -> list[Job]:
@@ -94,7 +95,7 @@ class Jobs:
         return jobs.index(job) if job in jobs else 0
 
     def stop(self, visitor: str) -> None:
-        """Stop the running job of a visitor; without one, remove the first from the queue."""
+        """Stop the visitor's running job; if none is running, remove the first from the queue."""
         for job in self.list_jobs(visitor)[:1]:
             if job.state == "running":
                 job.progress.stop.set()
@@ -113,12 +114,12 @@ class Jobs:
                     job.state = "removed"
                     self._jobs.remove(job)
 
-    def _add_image(self, visitor: str, position: int, info: Info) -> None:
+    def _add_image(self, visitor: str, index: int, info: Info) -> None:
         gallery = self.list_images(visitor)
-        gallery.insert(position, info)
+        gallery.insert(index, info)
         del gallery[MAX_GALLERY_IMAGES:]
 
-    def _run(self) -> None:
+    def _run_queue(self) -> None:
         while True:
             job = self._jobs[0]
             _run_job(job, self.explain)

@@ -1,4 +1,4 @@
-"""The components of the page: a tab for each task, shared prompts and settings, the output."""
+"""Build the components of the page: a tab for each task, shared prompts and settings, output."""
 
 import html
 from abc import ABCMeta
@@ -11,7 +11,7 @@ from ldm.app.form import (
     DEFAULTED_FIELDS,
     IMAGE_KWARGS,
     LORA_SLOTS,
-    MAX_WEIGHT,
+    MAX_SLIDER_WEIGHT,
     MODEL_VAE,
     SETTINGS,
     Field,
@@ -43,7 +43,7 @@ class Layout:
     def __init__(self, forms: dict[str, TaskForm], device: str) -> None:
         self.forms = forms
         self.device = device
-        self.fields: dict[str, Any] = {}  # shared ones by name, those of a task by `task.name`
+        self.fields: dict[str, Any] = {}  # by NAME if shared, else by TASK.NAME
         self.images: dict[str, Any] = {}  # the first image field of each tab
         self.token_counts: dict[str, Any] = {}  # by name of the prompt
         self.visitor = gr.BrowserState("", storage_key="ldm-visitor", secret="ldm")
@@ -189,7 +189,9 @@ class Layout:
                     info="is added to the prompt",
                 )  # fmt: skip
             self.weights = [
-                _disable_checks(gr.Slider(-MAX_WEIGHT, MAX_WEIGHT, 1.0, step=0.05, visible=False))
+                _disable_checks(
+                    gr.Slider(-MAX_SLIDER_WEIGHT, MAX_SLIDER_WEIGHT, 1.0, step=0.05, visible=False)
+                )
                 for _ in range(LORA_SLOTS)
             ]
             for field in (self.loras, self.embedding_tokens):
@@ -230,7 +232,7 @@ class Layout:
         with gr.Column(elem_id="output"):
             with gr.Column(elem_id="status"):
                 self.error = gr.HTML(elem_id="error")
-                gr.HTML('<div id="browser-note" class="failed" role="alert"></div>')
+                gr.HTML('<div id="browser-note" class="alert" role="alert"></div>')
                 self.progress = gr.HTML(render_progress(None), elem_id="progress")
                 self.queue = gr.HTML(elem_id="queue")
                 self.clear = gr.Button("Clear queue", size="sm", visible=False, elem_id="clear")
@@ -264,15 +266,17 @@ class Layout:
 
 
 def _make_component(field: Field, **kwargs: Any) -> Any:
-    brush = {"brush": gr.Brush(colors=["#ff40ff"])} if field.kind == "ImageEditor" else {}
-    component = getattr(gr, field.kind)(**field.kwargs, **brush, **kwargs)
-    if field.kind == "Image":  # pass the path, as our reader has clearer errors than gradio
+    if field.component == "ImageEditor":
+        kwargs["brush"] = gr.Brush(colors=["#ff40ff"])
+    component = getattr(gr, field.component)(**field.kwargs, **kwargs)
+    if field.component == "Image":  # pass the path, as our reader has clearer errors than gradio
         return _set_preprocess(component, lambda data: data and data.path)
-    return component if field.kind in ("ImageEditor", "Gallery") else _disable_checks(component)
+    is_image = field.component in ("ImageEditor", "Gallery")
+    return component if is_image else _disable_checks(component)
 
 
 def _disable_checks(component: Any) -> Any:
-    """Disable gradio's checks of a field, as `Limits` and options check values in one line."""
+    """Disable gradio's checks of a field, as `Limits` and options have one-line errors."""
     return _set_preprocess(component, lambda value: value)
 
 

@@ -39,7 +39,7 @@ __all__ = ["ADDONS", "Library", "remove_folders"]
 log = logging.getLogger(__name__)
 
 MAX_LORA_WEIGHT = 10
-# Files that a run may add to a model: option -> title
+# Files that a run may add to a model: option -> title for messages
 ADDONS = {
     "vae": "VAE",
     "refiner": "refiner",
@@ -72,15 +72,15 @@ class Library:
     ) -> None:
         list_checkpoints(models)  # raises for a missing folder
         self.folder = Path(models).expanduser()
-        self._given_embeddings = tuple(embeddings)
-        self._given_loras = _index_loras(loras)
-        self._given_previews = _check_files(previews, "preview")
+        self._additional_embeddings = tuple(embeddings)
+        self._additional_loras = _index_loras(loras)
+        self._additional_previews = _expand_existing(previews, "preview")
 
     @property
     def loras(self) -> dict[str, tuple[str, float | str]]:
-        """(File, default weight) of each LoRA by its name: those of flags and in the folder."""
+        """(file, default weight) by name of LoRA: those in the folder and the additional ones."""
         files = list_addons(self.folder, "lora")
-        return {name: (str(file), 1.0) for name, file in files.items()} | self._given_loras
+        return {name: (str(file), 1.0) for name, file in files.items()} | self._additional_loras
 
     def list_lora_files(self) -> dict[str, str]:
         """Return the file of each LoRA by its name."""
@@ -108,7 +108,7 @@ class Library:
         """Count the tokens of a prompt.
 
         Returns:
-            (number of tokens, limit, text beyond the limit); the limit is 0 if it is unknown.
+            (number of tokens, limit, truncated text); the limit is 0 if it is unknown.
         """
         entry = self._get_entry(model)
         if entry is None or entry.text_encoder is None:
@@ -116,9 +116,9 @@ class Library:
         encoder = entry.text_encoder
         encoder.added_embeddings = {
             token.lower(): vectors
-            for tokens in self._read_all_embeddings()
-            for token, towers in tokens.items()
-            for vectors in towers
+            for embeddings in self._read_all_embeddings()
+            for token, vectors_by_encoder in embeddings.items()
+            for vectors in vectors_by_encoder
             if vectors.shape[1] == encoder.width
         }
         prompt = remove_tags(prompt)
@@ -133,9 +133,9 @@ class Library:
         return count, encoder.length - 2, truncated
 
     def make_previewer(self, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
-        """Return a function from a model's latents to previews: TAESD if available, else linear."""
+        """Return a function from latents to previews: TAESD if available, else a linear one."""
         files = list_addons(self.folder, "preview").values() if self.folder.is_dir() else ()
-        for path in (*self._given_previews, *files):
+        for path in (*self._additional_previews, *files):
             if is_for_sdxl(path) == is_sdxl(model) and "encoder" not in path.stem:
                 try:
                     return load_preview(path, model)
@@ -162,11 +162,11 @@ class Library:
         }
         return list_addons(self.folder, COMPONENT) | folders
 
-    def find_addon(self, kind: str, info: JsonMapping) -> str:
+    def find_recorded_addon(self, kind: str, info: JsonMapping) -> str:
         """Return the name of an image's refiner or upscaler; "" = none, or not available here."""
-        file = Path((info.get(kind) or {}).get("path", "")).name
+        file_name = Path((info.get(kind) or {}).get("path", "")).name
         names = self.list_addons(kind)
-        return next((name for name in names if file in (Path(name).name, Path(name).stem)), "")
+        return next((name for name in names if file_name in (Path(name).name, Path(name).stem)), "")
 
     def list_models(self, task: str | None = None) -> list[str]:
         """Return the names of the models that support a task; None = of all that can be loaded."""
@@ -186,7 +186,7 @@ class Library:
                 name: file for name, file in self.list_lora_files().items()
                 if recorded.name in (Path(file).name, Path(file).stem)
             }  # fmt: skip
-            name = _choose_by_hash(files, lora.get("hash")) or recorded.stem
+            name = _select_by_hash(files, lora.get("hash")) or recorded.stem
             loras.append((name, lora.get("weight", 1.0)))
         return loras
 
@@ -195,7 +195,7 @@ class Library:
         models = read_catalogue(self.folder).models.items()
         checkpoint = info["checkpoint"]
         files = {name: entry.path for name, entry in models if Path(name).name == checkpoint}
-        name = _choose_by_hash(files, info["checkpoint_hash"]) or checkpoint
+        name = _select_by_hash(files, info["checkpoint_hash"]) or checkpoint
         return self.find_model(name, task)
 
     def is_sdxl(self, name: str | None) -> bool:
@@ -210,27 +210,27 @@ class Library:
 
         Args:
             loras: Names of LoRAs.
-            prompt: May contain tags of further LoRAs.
+            prompt: May contain tags of other LoRAs.
         """
         entry = self._get_entry(name)
         height, width = (None, None) if entry is None else entry.size
         files = tuple(self.loras[lora] for lora in loras if lora in self.loras)
         with suppress(ArgumentError):  # an invalid tag; Generate reports the error
             files = add_tagged_loras(prompt, files, self.list_lora_files)
-        variant, unset = detect_variant_of_loras(files), Defaults()
-        defaults = unset if entry is None else entry.defaults
+        variant = detect_variant_of_loras(files)
+        defaults = Defaults() if entry is None else entry.defaults
         if variant is not None:
             defaults = variant.defaults
         return {
             "scale": task.scale if defaults.scale is None else defaults.scale,
             "width": width,
             "height": height,
-            "steps": DEFAULT_STEPS if defaults.steps == unset.steps else defaults.steps,
+            "steps": DEFAULT_STEPS if defaults.steps == Defaults.steps else defaults.steps,
             "sampler": defaults.sampler,
         }
 
     def explain_unsupported_task(self, task: Task, name: str | None) -> str:
-        """Return why a model does not support a task, and what to do; "" if it does."""
+        """Return why a model does not support a task, and which ones do; "" if it does."""
         entry = self._get_entry(name)
         if entry is not None and task.name in entry.tasks:
             return ""
@@ -252,7 +252,7 @@ class Library:
         """Return the report about a checkpoint in the folder."""
         path = list_checkpoints(self.folder).get(name or "")
         if path is None or path.is_dir():
-            return "choose a checkpoint"
+            return "select a checkpoint"
         lines = "\n".join(inspect_checkpoint(path).format_lines())
         return remove_folders(lines, [str(path)])
 
@@ -289,7 +289,7 @@ class Library:
         """Convert (name, weight) of LoRAs to (file, weight).
 
         Raises:
-            ArgumentError: A LoRA is unknown or chosen twice, or its weight is too large.
+            ArgumentError: A LoRA is unknown or selected twice, or its weight is too large.
         """
         files: dict[str, float | str] = {}
         for name, weight in loras:
@@ -299,7 +299,7 @@ class Library:
             _check_weight(name, weight)
             file = self.loras[name][0]
             if file in files:
-                raise ArgumentError(f"the LoRA `{name}` was chosen twice", "lora")
+                raise ArgumentError(f"the LoRA `{name}` is selected twice", "lora")
             files[file] = weight
         return list(files.items())
 
@@ -312,13 +312,13 @@ class Library:
     def list_embeddings(self) -> list[str]:
         """Return the files of all embeddings."""
         files = [
-            str(file) for path in self._given_embeddings for file in list_embedding_files(path)
+            str(file) for path in self._additional_embeddings for file in list_embedding_files(path)
         ]
         return files + [str(file) for file in list_addons(self.folder, "embedding").values()]
 
 
-def _choose_by_hash(files: Mapping[str, str | Path], short_hash: object) -> str | None:
-    """Return the name of a file, of several preferably that with this hash; None without files."""
+def _select_by_hash(files: Mapping[str, str | Path], short_hash: object) -> str | None:
+    """Return the name of the file with this hash, else of the first one; None if there is none."""
     names = list(files)
     if len(names) > 1:
         names.sort(key=lambda name: compute_short_hash(files[name]) != short_hash)
@@ -357,7 +357,7 @@ def _index_loras(loras: Sequence[tuple[str, float | str]]) -> dict[str, tuple[st
     return by_name
 
 
-def _check_files(files: Iterable[str], option: str) -> list[Path]:
+def _expand_existing(files: Iterable[str], option: str) -> list[Path]:
     paths = [Path(file).expanduser() for file in files]
     for path in paths:
         if not path.exists():

@@ -1,4 +1,4 @@
-"""Limits of the runs of the page, which protect the server."""
+"""Limits of a run of the page, which protect the server."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["Limits"]
 
 MAX_UPSCALED_PIXELS = 4096 * 3072  # width x height
-MAX_PROMPT_CHARACTERS = 2000  # characters of all PROMPT_OPTIONS together
-PROMPT_OPTIONS = (
+MAX_PROMPT_CHARACTERS = 2000  # of all TEXT_OPTIONS together
+TEXT_OPTIONS = (
     "prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "source_prompt", "sld_concept",
 )  # fmt: skip
 MAX_MASK_RADIUS = 256  # pixels
@@ -17,24 +17,24 @@ MAX_MASK_RADIUS = 256  # pixels
 
 @dataclass(frozen=True)
 class Limits:
-    """Maximum sides of an image in pixels, sampling steps, batch size and number of batches."""
+    """Limits of a run; `max_side` is in pixels."""
 
-    side: int = 2048
-    steps: int = 150
-    batch: int = 4
-    batches: int = 8
+    max_side: int = 2048
+    max_steps: int = 150
+    max_batch_size: int = 4
+    max_batches: int = 8
 
     def check(self, request: Request) -> None:
         """Raise ArgumentError for the first option that is out of bounds."""
         bounds = {
-            "steps": (1, self.steps),
-            "upscaler_steps": (1, self.steps),
-            "n_samples": (1, self.batch),
-            "n_iter": (1, self.batches),
-            "height": (8, self.side),
-            "width": (8, self.side),
-            "vae_tile": (64, 4 * self.side),
-            "unet_tile": (64, 4 * self.side),
+            "steps": (1, self.max_steps),
+            "upscaler_steps": (1, self.max_steps),
+            "n_samples": (1, self.max_batch_size),
+            "n_iter": (1, self.max_batches),
+            "height": (8, self.max_side),
+            "width": (8, self.max_side),
+            "vae_tile": (64, 4 * self.max_side),
+            "unet_tile": (64, 4 * self.max_side),
             "mask_grow": (0, MAX_MASK_RADIUS),
             "mask_blur": (0, MAX_MASK_RADIUS),
         }
@@ -42,7 +42,7 @@ class Limits:
         for name, (low, high) in bounds.items():
             if values.get(name) is not None and not low <= values[name] <= high:
                 raise ArgumentError(f"{name} must be {low} to {high}, got {values[name]:g}", name)
-        if sum(len(values.get(name) or "") for name in PROMPT_OPTIONS) > MAX_PROMPT_CHARACTERS:
+        if sum(len(values.get(name) or "") for name in TEXT_OPTIONS) > MAX_PROMPT_CHARACTERS:
             message = f"all prompts together are longer than {MAX_PROMPT_CHARACTERS} characters"
             raise ArgumentError(message, "prompt")
 
@@ -52,8 +52,8 @@ class Limits:
         Args:
             is_upscaled: Whether they were upscaled, for which only the number of pixels is limited.
         """
-        is_too_large = max(width, height) > self.side
-        allowed = f"sides up to {self.side}"
+        is_too_large = max(width, height) > self.max_side
+        allowed = f"sides up to {self.max_side}"
         if is_upscaled:
             is_too_large = width * height > MAX_UPSCALED_PIXELS
             allowed = f"{MAX_UPSCALED_PIXELS} pixels"

@@ -1,4 +1,4 @@
-"""Cache loaded models, and share equal parts between them."""
+"""Cache loaded models, and share equal components between them."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +26,8 @@ class ModelCache:
     Encoders and autoencoders of the same structure with equal weights are shared.
 
     Args:
-        max_bytes: Maximum of all models together. The least recently used models are evicted
-            before another one is loaded; a larger model is loaded alone.
+        max_bytes: Maximum of all models together. The least recently used ones are evicted before
+            another one is loaded. A model above the maximum is loaded alone.
         load: Loads a model.
     """
 
@@ -39,9 +39,9 @@ class ModelCache:
     def __call__(
         self, config: str | Path | None = None, ckpt: str | Path | None = None, **options: Any
     ) -> LatentDiffusion:
-        """Return a model; arguments as `load`. Changed files are loaded again.
+        """Return a model; arguments as for `load`. Changed files are loaded again.
 
-        A cached model is reused with other LoRAs, see `set_loras`.
+        A cached model is reused for other LoRAs, see `set_loras`.
         """
         loras = tuple(options.pop("loras", ()))
         files = (ckpt, config, options.get("vae"), *options.get("embeddings", ()))
@@ -50,7 +50,7 @@ class ModelCache:
         key_options = options | ({} if base is None else {"base": base.provenance})
         key = (str(config), str(ckpt), tuple(stats), repr(sorted(key_options.items())))
         cached = self._models.get(key)
-        # LoRAs are merged into weights, which this model may share with others.
+        # LoRAs are merged into weights, which the returned model may share with others.
         for other in self._models.values():
             if other is not cached and other.merged is not None:
                 set_loras(other, ())
@@ -96,7 +96,7 @@ class ModelCache:
 
 
 def _share_modules(model: LatentDiffusion, other: LatentDiffusion) -> None:
-    """Replace encoders and autoencoder of a model by equal ones of another."""
+    """Replace encoders and autoencoder of a model with equal ones of another."""
     others = dict(other.conditioner.named_children())
     for name, encoder in list(model.conditioner.named_children()):
         if name in others and _is_equal(encoder, others[name]):
@@ -107,7 +107,7 @@ def _share_modules(model: LatentDiffusion, other: LatentDiffusion) -> None:
 
 
 def _share_text_encoders(model: LatentDiffusion, other: LatentDiffusion) -> None:
-    """Share text encoders of different names: SDXL's second one is the only one of a refiner."""
+    """Share text encoders under different names: SDXL's second one is a refiner's only one."""
     for encoder in model.conditioner.find_all(OpenCLIPText):
         for shared in other.conditioner.find_all(OpenCLIPText):
             if encoder is not shared and _is_equal(encoder.model, shared.model):

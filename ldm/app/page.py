@@ -27,7 +27,7 @@ MONO_FONT = ["ui-monospace", "monospace"]
 RESTORE_JS = "(stored, visitor) => [localStorage.getItem('ldm-form') || '', visitor]"
 SKETCH_FILES_JS = """(sketch) => [!sketch?.background ? []
     : [sketch.background, ...sketch.layers].map((image) => ({ image, caption: null }))]"""
-# Options of events that run at once and show no progress.
+# Keyword arguments of events that run immediately and show no progress.
 QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """Build the page, with all its events."""
         page: gr.Blocks
-        hour, day = 3600, 86400  # every hour, delete visitors' files older than a day
+        hour, day = 3600, 86400  # seconds: every hour, delete visitors' files older than a day
         with gr.Blocks(
             title="ldm", fill_width=True, analytics_enabled=False, delete_cache=(hour, day)
         ) as page:
@@ -158,7 +158,7 @@ class Page:
         return [self.layout.embedding_tokens, self.layout.file, self.layout.skipped]
 
     def _connect_form(self) -> None:
-        """Connect fields that depend on each other."""
+        """Connect fields that update each other."""
         ui, events, fields = self.layout, self.form_events, self.layout.fields
         file_fields = self._file_fields
         ui.refresh.click(
@@ -199,8 +199,8 @@ class Page:
                 prompt_inputs, count, trigger_mode="always_last", **QUIET,
             )  # fmt: skip
         prompt = [fields["prompt"], ui.embedding_tokens]
-        add = "(text, token) => [token ? (text + ' ' + token).trim() : text, null]"
-        ui.embedding_tokens.change(None, prompt, prompt, js=add)
+        add_token = "(text, token) => [token ? (text + ' ' + token).trim() : text, null]"
+        ui.embedding_tokens.change(None, prompt, prompt, js=add_token)
         ui.random_seed.click(None, None, fields["seed"], js="() => '-1'")
         size = [fields["width"], fields["height"]]
         for name in ("img2img", "depth2img"):
@@ -230,8 +230,8 @@ class Page:
             self._connect_send(button, name, ui.selected_info)
         for name, button in ui.file_send_buttons.items():
             self._connect_send(button, name, ui.file_info, ui.images["replay"])
-        single = [ui.reuse_all, ui.reuse_seed, ui.download]
-        self._enable_with(ui.selected_info, [*ui.send_buttons.values(), *single])
+        buttons = [*ui.send_buttons.values(), ui.reuse_all, ui.reuse_seed, ui.download]
+        self._enable_with(ui.selected_info, buttons)
         self._enable_with(ui.images["replay"], [*ui.file_send_buttons.values(), ui.replay])
         ui.selected_info.change(jobs.show_relief, ui.selected_info, ui.relief, **QUIET)
         ui.images["replay"].change(

@@ -44,14 +44,14 @@ class Uploads:
         Raises:
             MissingFile: It was not uploaded.
         """
-        # Looked up, not used as a path: it may come from the text of any image.
+        # Never used as a path, as it may come from an untrusted image.
         paths = {path.stem: path for path in self.folder.glob("*.png")}
         if sha256 not in paths:
             raise MissingFile("made from an image that was not uploaded here: upload it")
         return paths[str(sha256)]
 
     def _store(self, content: bytes) -> str:
-        # The content may have any format; our reader ignores the suffix.
+        # The content may be of any format, as our reader ignores the suffix.
         path = self.folder / f"{hashlib.sha256(content).hexdigest()}.png"
         if not path.is_file():
             with write_atomically(path) as partial:

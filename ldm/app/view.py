@@ -28,7 +28,7 @@ def render_progress(progress: Progress | None, ahead: int = 0) -> str:
     """Render progress bar and message of a job; None = no job.
 
     Args:
-        ahead: Number of jobs before this one.
+        ahead: Number of jobs before this one in the queue.
     """
     if progress is None:
         return '<div class="bar"></div><div class="message"></div>'
@@ -43,7 +43,7 @@ def render_progress(progress: Progress | None, ahead: int = 0) -> str:
 
 def render_error(message: str) -> str:
     """Render an error message; "" = no error."""
-    return f'<div class="failed" role="alert">{html.escape(message)}</div>' if message else ""
+    return f'<div class="alert" role="alert">{html.escape(message)}</div>' if message else ""
 
 
 def render_token_count(count: int, limit: int, truncated: str) -> str:
@@ -53,7 +53,7 @@ def render_token_count(count: int, limit: int, truncated: str) -> str:
     if not truncated:
         return f"<span>{count}/{limit}</span>"
     words = html.escape(" ".join(truncated.split()[:MAX_QUOTED_WORDS]))
-    return f'<span class="failed">{count}/{limit}, truncated: {words} …</span>'
+    return f'<span class="alert">{count}/{limit}, truncated: {words} …</span>'
 
 
 def explain_to_user(error: BaseException) -> str:
@@ -85,7 +85,7 @@ def render_queue(jobs: Sequence[Job]) -> str:
 
 
 def format_info(info: Mapping[str, Any]) -> str:
-    """Return an image's info in A1111's format; says if it is unfinished or has no watermark."""
+    """Format an image's info as A1111 does, with a note if it is unfinished or has no watermark."""
     text = format_parameters(info) or NO_PARAMETERS
     if info.get("unfinished"):
         text += f", Unfinished: stopped at step {info['unfinished']}"
@@ -95,7 +95,7 @@ def format_info(info: Mapping[str, Any]) -> str:
 
 
 def read_file_info(path: str | None) -> tuple[JsonObject, str]:
-    """Return (info, description) of an image file; the info is {} if it is not usable."""
+    """Return (info, info as text) of an image file; the info is {} if it cannot be read."""
     if path is None:
         return {}, ""
     try:

@@ -18,7 +18,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["main"]
 
-LIMIT_FLAGS = (
+LIMIT_FLAGS = (  # flag, default, description
     ("--max-side", 2048, "maximum height and width in pixels"),
     ("--max-steps", 150, "maximum number of sampling steps"),
     ("--max-batch", 4, "maximum batch size"),
@@ -74,10 +74,10 @@ def _serve(args: Namespace) -> None:
         attention=args.attention,
         offload=args.offload,
     )
-    limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
-    memory = args.memory and args.memory * 2**30
+    limits = Limits(max_side=args.max_side, max_steps=args.max_steps, max_batch_size=args.max_batch)
+    max_model_bytes = args.memory and args.memory * 2**30
     library = Library(args.models, args.embedding, args.lora, args.preview)
-    backend = Backend(library, args.outdir, model_options, limits, memory)
+    backend = Backend(library, args.outdir, model_options, limits, max_model_bytes)
     from ldm.app.page import Page  # imports gradio, which takes seconds
 
     page = Page(backend, args.max_queue, is_multi_user=args.listen)

@@ -39,7 +39,7 @@ from tinyupscaler import build_tiny_upscaler, make_tiny_config
 
 MODELS = {"txt2img": "base_v", "img2img": "base_eps", "inpaint": "inpaint", "depth2img": "depth",
           "upscale": "upscale", "unclip": "unclip"}  # fmt: skip
-LIMITS = Limits(side=256, steps=20, batch=2, batches=2)
+LIMITS = Limits(max_side=256, max_steps=20, max_batch_size=2, max_batches=2)
 MODEL_OPTIONS = ModelOptions(device="cpu", precision="full")
 
 
@@ -185,14 +185,14 @@ def test_a_safety_checker_is_selected_by_name_and_its_action_is_in_the_message(
         shutil.copy(file, tmp_path)
     checker = write_checker(tmp_path / "safety_checker/sd1.safetensors")
     backend = Backend(Library(tmp_path), tmp_path / "out", MODEL_OPTIONS, LIMITS)
-    chosen = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
-    job = run(backend, "txt2img", **chosen)
+    selected = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
+    job = run(backend, "txt2img", **selected)
     assert "image 0 is flagged by concept 2" in job.message
     assert "replaced by black" in job.message
     assert not read_pixels(job.images[0]["path"]).any()
     assert job.images[0]["sld"] == "max"
     assert replay(backend, job.images[0]["path"]) == "identical"
-    job = run(backend, "txt2img", **chosen | {"unsafe": "drop"})
+    job = run(backend, "txt2img", **selected | {"unsafe": "drop"})
     assert [image["path"] for image in job.images] == [None]
     job = run(backend, "txt2img", safety_checker=str(checker))
     assert "unknown safety checker" in job.message
@@ -378,7 +378,7 @@ def test_selected_loras_change_the_image_and_are_found_by_hash_on_replay(familie
 
 
 @pytest.mark.parametrize(
-    ("loras", "prompt", "chosen"),
+    ("loras", "prompt", "selected"),
     [
         ([], "a fox", [[]]),
         ([("b.pt", -0.5), ("a.pt", 1.0)], "a fox", [["b", "a"], -0.5, 1.0]),
@@ -387,7 +387,7 @@ def test_selected_loras_change_the_image_and_are_found_by_hash_on_replay(familie
     ],
 )  # fmt: skip
 def test_reused_parameters_restore_loras_in_sliders_or_else_in_the_prompt(
-    families, tmp_path, loras, prompt, chosen
+    families, tmp_path, loras, prompt, selected
 ):
     """`c` is missing: its tag in the prompt leads to an error that names it."""
     given = [(str(tmp_path / f"{name}.pt"), 1.0) for name in "ab"]
@@ -399,7 +399,7 @@ def test_reused_parameters_restore_loras_in_sliders_or_else_in_the_prompt(
     fields = list(page.forms["txt2img"].common_fields)
     filled = page.fill_fields(info, "base_v.safetensors", {})
     assert filled[fields.index("prompt")] == prompt
-    assert filled[len(fields) :][: len(chosen)] == chosen
+    assert filled[len(fields) :][: len(selected)] == selected
     text = format_parameters({**info, "ldm": "1.0", "steps": 2, "size": [64, 64]})
     pasted = page.paste_parameters(text, None, "base_v.safetensors", {})
     assert (pasted[fields.index("prompt")], pasted[len(fields) :]) == (
@@ -427,20 +427,20 @@ def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("chosen", "message"),
+    ("selected", "message"),
     [
         (["/etc/passwd"], "no LoRA `/etc/passwd`; available: style"),
         (["style:1000"], "`style` must be -10 to 10, got 1000"),
         (["style:nan"], "no LoRA `style:nan`"),
-        (["style", "style:0.5"], "`style` was chosen twice"),
+        (["style", "style:0.5"], "`style` is selected twice"),
         ([1], "no LoRA `1`"),
         (["style"], "`style.pt` is"),
     ],
 )
-def test_only_offered_loras_are_accepted(families, run, tmp_path, chosen, message):
+def test_only_offered_loras_are_accepted(families, run, tmp_path, selected, message):
     (tmp_path / "style.pt").write_bytes(b"<html>")
     backend = make_backend(families, tmp_path / "out", loras=[(str(tmp_path / "style.pt"), 1)])
-    job = run(backend, "txt2img", lora=chosen)
+    job = run(backend, "txt2img", lora=selected)
     assert message in job.message
     assert str(tmp_path) not in job.message
 
@@ -500,7 +500,7 @@ def test_a_replay_uses_the_embeddings_of_the_image(backend, families, run, tmp_p
 
 def test_a_checkpoint_is_inspected_by_its_name_only(backend):
     assert "family" in backend.library.inspect("base_v.safetensors")
-    assert backend.library.inspect("../../etc/passwd") == "choose a checkpoint"
+    assert backend.library.inspect("../../etc/passwd") == "select a checkpoint"
 
 
 def test_progress_is_html_with_what_users_write_escaped():

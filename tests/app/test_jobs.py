@@ -16,7 +16,7 @@ LATENT = torch.zeros(2, 4, 8, 8)
 
 @pytest.fixture
 def jobs():
-    return Jobs(limit=2)
+    return Jobs(max_waiting=2)
 
 
 def wait_for(job):
@@ -91,7 +91,7 @@ def test_images_of_a_run_stay_in_the_order_of_its_seeds_before_older_ones(jobs):
 
 def test_the_first_images_of_a_visitor_are_read_once():
     reads = []
-    jobs = Jobs(1, initial_images=lambda: reads.append(1) or [])
+    jobs = Jobs(1, list_initial_images=lambda: reads.append(1) or [])
     assert jobs.list_images("me") is jobs.list_images("me")
     assert len(reads) == 1
 
@@ -104,7 +104,7 @@ def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images():
     assert (progress.message, progress.fraction) == ("image 3–4 of 6, step 30 of 60", 0.5)
     progress.on_step(59, 60, LATENT, LATENT)
     assert progress.fraction == pytest.approx(4 / 6)
-    progress._start -= 100
+    progress._start_time -= 100
     progress.on_step(59, 60, LATENT, LATENT)
     assert progress.message.endswith("step 60 of 60, 50 s left")
 

@@ -243,7 +243,7 @@ def test_errors_are_visible_wherever_the_page_is_scrolled_to(page):
     page.wait_for_timeout(200)
     page.locator("#settings").get_by_label("Seed").press("Control+Enter")
     wait_for_message(page, "No input image")
-    assert is_in_window(page, "#error .failed")
+    assert is_in_window(page, "#error .alert")
 
 
 def test_form_gallery_and_run_survive_a_reload(app, page):
@@ -345,7 +345,7 @@ def test_loras_are_offered_where_they_fit_and_none_is_selected_at_first(app, pag
     page.locator("#reuse-all").click()
     wait_for_value(page, "input[aria-label='number input for Weight of style']", "-0.5")
     page.locator("#send-upscale").click()
-    note = page.locator("#checkpoint-error .failed")
+    note = page.locator("#checkpoint-error .alert")
     note.wait_for()
     assert "Upscale needs an upscaling model" in note.inner_text()
     page.get_by_role("radio", name="demo-upscaler.safetensors").click()
