@@ -5,7 +5,7 @@
     ldm check-data data/photos --pack "shards/photos-%06d.tar"
 
 Prints counts, unreadable files, missing and repeated captions, sizes, aspect ratios, buckets.
-Exit status: 0, or 1 if something is unreadable or there is nothing to read.
+Exit status: 0, or 1 if a file is unreadable or there are no images.
 """
 
 from argparse import Namespace
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--step", type=parse_count, default=64, help=help_text)
     add("--workers", type=parse_count, default=4, help="decoding threads (default: %(default)s)")
     add("--list", metavar="FILE", help="write the names of unreadable files to FILE")
-    help_text = "write the folder as shards with such names: `DIR/name-%%06d.tar`"
+    help_text = "write the images of the folder to shards with names such as `DIR/name-%%06d.tar`"
     add("--pack", type=expanduser, metavar="PATTERN", help=help_text)
     help_text = "images in each shard (default: %(default)s)"
     add("--count", type=parse_count, default=1000, help=help_text)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         " upscaler in k-diffusion's; else a diffusers folder",
     )
     add(
-        "--config", metavar="FILE", help="YAML of the source (default: recognised from the weights)"
+        "--config", metavar="FILE", help="YAML of the source (default: recognized from the weights)"
     )
     add("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")

@@ -1,9 +1,9 @@
 """List published weights, and download them by name.
 
-    ldm download                                    # the list
+    ldm download                                    # list all
     ldm download sd-v2-1                            # then: ldm txt2img --ckpt sd-v2-1
     ldm download hf:OWNER/NAME/FILE                 # any other file of the Hugging Face hub
-    ldm download hf:OWNER/NAME                      # or its diffusers folder
+    ldm download hf:OWNER/NAME                      # or a diffusers folder
 
 Files are saved in the hub's cache ($HF_HUB_CACHE), interrupted downloads are resumed, and the
 SHA-256 is verified. $HF_ENDPOINT, $HF_TOKEN and $HF_HUB_OFFLINE are respected.
@@ -18,9 +18,9 @@ from ldm.runtime.command import CommandParser
 __all__ = ["main"]
 
 LEGEND = """
-memory: of the weights in half precision; a 512 x 512 image adds about 1 GB
+memory: size of the weights in half precision; a 512 x 512 image adds about 1 GB
 unverified: no SHA-256 was published; the hash of the first download is kept, and shown here
-Using a file means accepting its licence: read it on the page of the file."""
+Using a file means accepting its license: read it on the page of the file."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -38,7 +38,7 @@ def _download(args: Namespace) -> None:
 
 
 def _list_files() -> Iterator[str]:
-    yield f"{'name':24} {'title':42} {'size':>8} memory  {'licence':20} on this machine"
+    yield f"{'name':24} {'title':42} {'size':>8} memory  {'license':20} on this machine"
     for file in read_published_files().values():
         columns = [
             f"{file.name:24}", f"{file.title:42}", f"{file.size_text:>8}",

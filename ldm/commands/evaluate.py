@@ -39,7 +39,7 @@ __all__ = ["main"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-SCALES = "1.5,2,3,4,5,6,7,8"  # as in the figures of Stable Diffusion 1's and 2's READMEs
+DEFAULT_SCALES = "1.5,2,3,4,5,6,7,8"  # of the figures in the READMEs of Stable Diffusion 1 and 2
 TASK = TASKS["txt2img"]
 
 
@@ -68,11 +68,11 @@ def _build_parser(prog: str | None) -> CommandParser:
     )
     help_text = "images per prompt, with different seeds (default: %(default)s)"
     add("--repeat", type=parse_count, default=1, metavar="N", help=help_text)
-    help_text = "a model, as for txt2img; may be given several times (default: the demo model)"
+    help_text = "checkpoint, as --ckpt of txt2img; may be given several times (default: the demo)"
     add("--ckpt", action="append", metavar="FILE", help=help_text)
     parse_scales = _make_list_parser(parse_number)
     help_text = "guidance scales (default: %(default)s)"
-    add("--scales", type=parse_scales, default=SCALES, metavar="S,S,…", help=help_text)
+    add("--scales", type=parse_scales, default=DEFAULT_SCALES, metavar="S,S,…", help=help_text)
     parse_samplers = _make_list_parser(_parse_sampler)
     help_text = "as --sampler of txt2img (default: %(default)s)"
     add("--samplers", type=parse_samplers, default="ddim", metavar="NAME,…", help=help_text)
@@ -116,9 +116,9 @@ def _build_parser(prog: str | None) -> CommandParser:
         "sampling": ("negative_prompt", "n_samples", *get_options(Sampling)),
         "sdxl": get_options(SDXL),
     }
-    plural = ("ckpt", "scale", "sampler", "steps")  # the flags above take several values
+    compared = ("ckpt", "scale", "sampler", "steps")  # the flags above take several values
     for group, group_names in names.items():
-        options = {name: TASK.options[name] for name in group_names if name not in plural}
+        options = {name: TASK.options[name] for name in group_names if name not in compared}
         add_options(parser.add_group(GROUP_HEADINGS[group]), options)
     return parser
 
@@ -133,13 +133,13 @@ def _evaluate(args: Namespace) -> None:
 
     check_outdir(args.outdir)
     logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
-    out, rank = Path(args.outdir), get_rank_and_world_size()[0]
+    outdir, rank = Path(args.outdir), get_rank_and_world_size()[0]
     if args.generate and args.images:
         raise ArgumentError("images cannot be combined with generate", "images")
     prompts = _read_prompts(args)
     settings: list[Setting] = []
     if args.generate:
-        settings = _make_settings(args, out, prompts)
+        settings = _make_settings(args, outdir, prompts)
     reference = _find_reference(args, prompts)
     device = pick_device(args.device)
     extractor = None
@@ -149,24 +149,24 @@ def _evaluate(args: Namespace) -> None:
     with errors_about("clip"):
         clip = find_clip(args.clip)
     if args.generate:
-        generate_images(settings, out)
+        generate_images(settings, outdir)
         if rank > 0:
             return
-        wait_for_images(settings, out)
+        wait_for_images(settings, outdir)
         sets = [
-            ImageSet(setting.series, setting.list_files(out), setting.request.sampling.scale)
+            ImageSet(setting.series, setting.list_files(outdir), setting.request.sampling.scale)
             for setting in settings
         ]
     else:
-        sets = _make_image_sets(args, prompts) if args.images else find_image_sets(out)
+        sets = _make_image_sets(args, prompts) if args.images else find_image_sets(outdir)
     if not args.generate and args.count is not None:
         sets = [image_set.first(args.count) for image_set in sets]
     if reference is not None and args.reference_size is None:
         reference = replace(reference, side=min(sets[0].load(0).size))
     judge = None if clip is None else load_judge(clip, device)
     results = score_sets(sets, reference, extractor, judge)
-    paths = save_results(results, out)
-    paths += save_figure(results, out, title=args.title)
+    paths = save_results(results, outdir)
+    paths += save_figure(results, outdir, title=args.title)
     print("\n".join([format_table(results), "", *format_choices(results[0]), ""]))
     print("\n".join(map(str, paths)))
 
@@ -184,7 +184,7 @@ def _read_prompts(args: Namespace) -> "list[EvaluationPrompt]":
 
 
 def _make_settings(
-    args: Namespace, out: Path, prompts: "list[EvaluationPrompt]"
+    args: Namespace, outdir: Path, prompts: "list[EvaluationPrompt]"
 ) -> "list[Setting]":
     from ldm.evaluation.generate import Setting, write_prompts
     from ldm.generate.load import find_existing_checkpoint
@@ -193,12 +193,12 @@ def _make_settings(
         find_existing_checkpoint(ckpt, "ckpt", args.variant)  # before anything is written
     values = {name: value for name, value in vars(args).items() if name in TASK.options}
     values |= {"no_watermark": True, "repeat": args.repeat, "steps": None, "ckpt": None}
-    values["from_file"] = str(write_prompts(out, [prompt.text for prompt in prompts]))
+    values["from_file"] = str(write_prompts(outdir, [prompt.text for prompt in prompts]))
     base = TASK.build_request(values)
     settings = []
-    labels = _make_labels(args.ckpt or [None]).items()
+    models = _label_paths(args.ckpt or [None]).items()
     for (label, ckpt), sampler, steps, scale in product(
-        labels, args.samplers, args.steps, args.scales
+        models, args.samplers, args.steps, args.scales
     ):
         sampling = replace(base.sampling, sampler=sampler, steps=steps, scale=scale)
         model = replace(base.model, ckpt=ckpt)
@@ -207,7 +207,7 @@ def _make_settings(
 
 
 def _find_reference(args: Namespace, prompts: "list[EvaluationPrompt]") -> "ImageSet | None":
-    """Return the reference images: those with captions in the prompt file, else all."""
+    """Return the reference images: those that the prompt file has captions for, else all."""
     from ldm.evaluation.score import ImageSet
     from ldm.imaging.reading import list_images
 
@@ -233,7 +233,7 @@ def _make_image_sets(args: Namespace, prompts: "list[EvaluationPrompt]") -> "lis
 
     texts = [prompt.text for prompt in prompts] or None
     sets = []
-    for label, folder in _make_labels(args.images).items():
+    for label, folder in _label_paths(args.images).items():
         files = list_images(folder or ".", "images")
         if texts is not None and len(texts) != len(files):
             message = f"{len(texts)} prompts for the {len(files)} images of `{folder}`"
@@ -242,18 +242,18 @@ def _make_image_sets(args: Namespace, prompts: "list[EvaluationPrompt]") -> "lis
     return sets
 
 
-def _make_labels(paths: Sequence[str | None]) -> dict[str, str | None]:
+def _label_paths(paths: Sequence[str | None]) -> dict[str, str | None]:
     """Return paths by unique labels: the file names, or "demo" for the demo model (None)."""
-    labels: dict[str, str | None] = {}
+    path_by_label: dict[str, str | None] = {}
     for path in paths:
         stem = "demo" if path is None else Path(path).name
         for suffix in (".safetensors", ".ckpt"):
             stem = stem.removesuffix(suffix)
-        name, number = stem, 2
-        while name in labels:
-            name, number = f"{stem}-{number}", number + 1
-        labels[name] = path
-    return labels
+        label, number = stem, 2
+        while label in path_by_label:
+            label, number = f"{stem}-{number}", number + 1
+        path_by_label[label] = path
+    return path_by_label
 
 
 def _make_list_parser(parse: Callable[[str], T]) -> Callable[[str], list[T]]:

@@ -82,7 +82,7 @@ def save_lora(
     merged_from: Sequence[str],
     other_tensors: Mapping[str, "Tensor"] | None = None,
 ) -> None:
-    """Write a LoRA, and other tensors of its file, and print its path."""
+    """Write a LoRA and other tensors to the target, and print its path."""
     import torch
 
     from ldm.loading.addons.lora_files import write_lora
@@ -90,13 +90,13 @@ def save_lora(
 
     dtype = getattr(torch, args.dtype)
     others = {name: tensor.to(dtype) for name, tensor in (other_tensors or {}).items()}
-    sources: dict[str, str | int] = {MERGED_FROM_KEY: ", ".join(merged_from)}
-    write_lora(lora.to(dtype), args.target, model, metadata=sources, other_tensors=others)
+    metadata: dict[str, str | int] = {MERGED_FROM_KEY: ", ".join(merged_from)}
+    write_lora(lora.to(dtype), args.target, model, metadata=metadata, other_tensors=others)
     print(args.target)
 
 
 def check_target(args: Namespace) -> None:
-    """Raise ArgumentError or ExistingFile for a target with another suffix, or that exists."""
+    """Raise ArgumentError if the target has another suffix, ExistingFile if it exists."""
     from ldm.loading.convert import check_overwrite
 
     if not args.target.endswith(".safetensors"):

@@ -3,8 +3,8 @@
     ldm inspect-checkpoint v2-1_768-ema-pruned.ckpt
     ldm inspect-checkpoint model.safetensors --config my.yaml --json
 
-Prints which published file it is, its family and config, the prediction type and how it is known,
-parts and their parameters, EMA, names in its pickle, missing and unexpected weights.
+Prints which published file it is, its family and config, the prediction type and how it was found,
+components and their parameter counts, EMA, names in its pickle, missing and unexpected weights.
 Exit status: 0 for weights that can be loaded, 1 otherwise.
 """
 

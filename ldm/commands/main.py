@@ -15,7 +15,7 @@ from ldm.runtime.version import __version__
 
 __all__ = ["main", "main_of_alias"]
 
-# Each is a module of this package with `main(argv, prog)`; all tasks share `generate`.
+# Each is a module of this package with `main(argv, prog)`; all tasks share the module `generate`.
 PROGRAMS = {
     "replay": "reproduce an image from its metadata, and compare",
     "app": "serve all tasks as a web page",
@@ -67,7 +67,7 @@ def main_of_alias() -> int:
 
 
 def _suggest(name: str) -> str:
-    """Suggest commands with a similar name, or with a similar word in it: `inspect`, `lora`."""
+    """Suggest commands of which the name, or a word in it (`inspect`, `lora`), is similar."""
     words = {command: (command, *command.split("-")) for command in (*TASKS, *PROGRAMS)}
     nearest = nearest_name(name, chain.from_iterable(words.values()))
     similar = [f"`{command}`" for command in words if nearest in words[command]]

@@ -7,7 +7,7 @@
     ldm merge a.ckpt b.ckpt new.safetensors --block-weights IN00=0,OUT11=1
 
 UNets and text encoders are merged in float32. Noise schedule, autoencoder (unless --merge-vae) and
-additional input channels are the first model's. EMA weights are left out.
+additional input channels come from the first model. EMA weights are left out.
 """
 
 from argparse import Namespace

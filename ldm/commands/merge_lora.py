@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("files", nargs="+", metavar="FILE[:WEIGHT]", help=help_text)
     add("target", type=expanduser, help="*.safetensors, in kohya's format")
     add_rank_options(parser)
-    help_text = "checkpoint of their model (default: recognised from the first LoRA)"
+    help_text = "checkpoint of their model (default: recognized from the first LoRA)"
     add("--model", metavar="FILE", help=help_text)
     return parser.run(_merge, argv)
 
@@ -53,8 +53,8 @@ def _merge(args: Namespace) -> None:
     ranks = sum(layer.rank for layer in layers)
     summary = f"{ranks} ranks in {len(layers)} layers"
     if limits.is_limited:
-        summary = f"{ranks} of {joined.total_rank} ranks in {len(layers)} layers, "
-        summary += f"{joined.retained_fraction:.1%} of the squares"
+        retained = f"{joined.retained_fraction:.1%} of the squared singular values"
+        summary = f"{ranks} of {joined.total_rank} ranks in {len(layers)} layers, {retained}"
     print(summary, file=sys.stderr)
     save_lora(
         args, joined.lora, model, [Path(path).name for path, _ in files], joined.other_tensors

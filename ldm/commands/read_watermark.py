@@ -24,15 +24,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _read(args: Namespace) -> int:
-    marked = sum(_print_findings(path, args.json, args.all) for path in args.images)
-    return 0 if marked == len(args.images) else 1
+    found = [_print_findings(path, args.json, args.all) for path in args.images]
+    return 0 if all(found) else 1
 
 
 def _print_findings(path: Path, as_json: bool, with_absent: bool) -> bool:
-    """Print the watermarks of a file; return whether there is one."""
+    """Print the watermarks of a file; return whether there are any."""
     try:
         with open_image(path) as image:
-            is_small, findings = not can_hold_watermark(image.size), detect_watermarks(image)
+            is_too_small, findings = not can_hold_watermark(image.size), detect_watermarks(image)
     except (OSError, ValueError) as error:  # missing, or not an image
         print(f"{path}: {error}", file=sys.stderr)
         return False
@@ -44,7 +44,7 @@ def _print_findings(path: Path, as_json: bool, with_absent: bool) -> bool:
         for finding in shown:
             print(f"{path}: {_format(finding)}")
         if not shown:
-            reason = " (too small for one: fewer than 256x256 pixels)" if is_small else ""
+            reason = " (too small for one: fewer than 256x256 pixels)" if is_too_small else ""
             print(f"{path}: no known watermark{reason}")
     return bool(present)
 

@@ -3,8 +3,8 @@
     ldm replay outputs/txt2img-samples/samples/00000.png
     ldm replay 00000.png --show-command
 
-Prints `identical` (exit status 0), or by how much the pixels differ and what has changed since
-(exit status 1). --ckpt and --config set the current paths of the model's files.
+Prints `identical` (exit status 0), or how much the pixels differ and what has changed since (exit
+status 1). --ckpt and --config set the current paths of the model's files.
 """
 
 import os
@@ -69,7 +69,8 @@ def _replay(args: Namespace) -> int:
 
     if args.output:
         check_folder_of(args.output, "output")
-    changes = {name: v for name in MODEL_OPTIONS if (v := vars(args)[name]) not in (None, [])}
+    values = {name: vars(args)[name] for name in MODEL_OPTIONS}
+    changes = {name: value for name, value in values.items() if value not in (None, [])}
     info = read_info(args.image)
     summary = f"the generation parameters in {args.image} are damaged"
     with errors_as(FileFormatError, summary):

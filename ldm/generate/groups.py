@@ -102,7 +102,7 @@ class ModelOptions:
         help="checkpoint: .ckpt, .safetensors, a diffusers folder, a name that `ldm download`"
         " lists, or hf:OWNER/NAME[/FILE] (default: the small demo model)")
     config: str | None = option(None, "--config", metavar="FILE",
-        help="YAML of the model (default: recognised from the checkpoint)")
+        help="YAML of the model (default: recognized from the checkpoint)")
     ema: bool | None = option(None, "--ema", is_negatable=True,
         help="use the EMA weights of the checkpoint, or the raw ones (default: EMA weights if the"
         " YAML sets use_ema and the checkpoint contains them)")
@@ -114,7 +114,7 @@ class ModelOptions:
     allow_module: tuple[str, ...] = option((), "--allow-module", is_list=True, metavar="M",
         help="allow classes of package M as `target` in the YAML")
     variant: str | None = option(None, "--variant", "--file-variant", metavar="NAME",
-        help="kind of few-step (distilled) model or LoRA, if not recognised by its name: lcm, tcd,"
+        help="kind of few-step (distilled) model or LoRA, if not recognized by its name: lcm, tcd,"
         " hyper, hyper-cfg, hyper-1step, lightning, lightning-x0, turbo, or base for an ordinary"
         " model; --file-variant: in the file names of a diffusers folder, fp16")
     lora: tuple[tuple[str, float | str], ...] = option((), "--lora", parse=parse_lora,

@@ -235,7 +235,7 @@ def test_the_commands_write_files_that_name_their_sources(folder, tmp_path, caps
     assert "2 other weights differ, not in the LoRA: conditioner.text" in printed.err
     arguments = [f"{style}:0.5", style, joined, "--keep-squares", "0.8", "--model", base]
     assert merge(arguments) == 0
-    assert "of the squares" in capsys.readouterr().err
+    assert "of the squared singular values" in capsys.readouterr().err
     metadata = read_checkpoint(joined).metadata
     assert {f"modelspec.{name}" for name in SPEC} <= metadata.keys()
     assert metadata["modelspec.merged_from"] == "style.safetensors, style.safetensors"

@@ -76,8 +76,8 @@ TASK = Task(
     title="img2img",
     summary="""Change an image toward a prompt.
 
-    ldm img2img --init-img photo.png --prompt "a watercolour" --strength 0.6
-    ldm img2img --indir photos --outdir painted --prompt "a watercolour"
+    ldm img2img --init-img photo.png --prompt "a watercolor" --strength 0.6
+    ldm img2img --indir photos --outdir painted --prompt "a watercolor"
 """,
     inputs=Img2ImgInputs,
     prepare=Img2Img,
