@@ -10,7 +10,7 @@ from docutils.parsers.rst import Directive
 import ldm
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = "import sys; from ldm.commands.main import main; main(sys.argv[1:])"
+RUN_MAIN = "import sys; from ldm.commands.main import main; main(sys.argv[1:])"
 
 project = "ldm"
 author = "the authors of ldm-revived"
@@ -41,8 +41,8 @@ class CommandHelp(Directive):
 
     def run(self) -> list[nodes.Node]:
         """Run the command with --help."""
-        words = [sys.executable, "-c", RUN, self.arguments[0], "--help"]
-        text = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        command = [sys.executable, "-c", RUN_MAIN, self.arguments[0], "--help"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
         return [nodes.literal_block(text, text, language="text")]
 
 

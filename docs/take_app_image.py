@@ -24,11 +24,11 @@ PROMPT = "a 3d emoji of a red apple on a blue background"
 
 def serve(folder: str) -> str:
     """Serve the app with the demo model in a thread; return its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["app", "--models", str(ROOT / "checkpoints"), "--outdir", folder, "--port", str(port)]
-    threading.Thread(target=main, args=[words], daemon=True).start()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    argv = ["app", "--models", str(ROOT / "checkpoints"), "--outdir", folder, "--port", str(port)]
+    threading.Thread(target=main, args=[argv], daemon=True).start()
     address = f"http://127.0.0.1:{port}"
     while True:
         try:
@@ -39,13 +39,14 @@ def serve(folder: str) -> str:
 
 
 def generate(page: Page) -> None:
+    """Click Generate, and wait for the end of the run."""
     page.evaluate("document.querySelector('#progress .message').textContent = ''")
     page.locator("#generate").click()
     page.locator("#progress").get_by_text("done: ").wait_for()
 
 
-def report(step: str, clicks: int, start: float) -> None:
-    sys.stderr.write(f"{step}: {clicks} click(s), {time.monotonic() - start:.1f} s\n")
+def report(action: str, clicks: int, start: float) -> None:
+    sys.stderr.write(f"{action}: {clicks} click(s), {time.monotonic() - start:.1f} s\n")
 
 
 with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
