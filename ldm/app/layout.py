@@ -163,10 +163,7 @@ class Layout:
         fields = self.forms["txt2img"].settings
         rows = (("sampler", "steps"), ("scheduler", "scale"), ("n_iter", "n_samples"))
         advanced = SETTINGS[SETTINGS.index("eta") :]
-        with (
-            gr.Column(elem_id="settings"),
-            gr.Accordion("Generation settings", open=True),
-        ):
+        with gr.Column(elem_id="settings"), gr.Accordion("Generation settings", open=True):
             for names in rows:
                 with gr.Row():
                     for name in names:

@@ -40,12 +40,7 @@ log = logging.getLogger(__name__)
 
 MAX_LORA_WEIGHT = 10
 # Files that a run may add to a model: option -> title for messages
-ADDONS = {
-    "vae": "VAE",
-    "refiner": "refiner",
-    "upscaler": "upscaler",
-    COMPONENT: "safety checker",
-}
+ADDONS = {"vae": "VAE", "refiner": "refiner", "upscaler": "upscaler", COMPONENT: "safety checker"}
 ADDON_FAMILIES = {"refiner": "refiner", "upscaler": "latent-upscaling"}  # option -> family
 WILDCARD_FOLDER = "wildcards"  # subfolder of the models folder, in lower case
 

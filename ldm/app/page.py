@@ -43,12 +43,7 @@ class Page:
 
     layout: Layout
 
-    def __init__(
-        self,
-        backend: Backend,
-        max_queue: int = 16,
-        is_multi_user: bool = False,
-    ) -> None:
+    def __init__(self, backend: Backend, max_queue: int = 16, is_multi_user: bool = False) -> None:
         self.backend = backend
         self.jobs = Jobs(
             max_queue, explain_to_user, list if is_multi_user else backend.list_recent_images
@@ -64,7 +59,10 @@ class Page:
             title="ldm", fill_width=True, analytics_enabled=False, delete_cache=(hour, day)
         ) as page:
             self.layout = Layout(self.form_events.forms, self.backend.device)
-            self._connect(page)
+            self._connect_jobs()
+            self._connect_form()
+            self._connect_images()
+            self._connect_storage(page)
         return page
 
     def serve(self, port: int, *, listen: bool, auth: str | None) -> None:
@@ -101,12 +99,6 @@ class Page:
             css=(folder / "page.css").read_text("utf-8"),
             js=(folder / "page.js").read_text("utf-8"),
         )
-
-    def _connect(self, page: gr.Blocks) -> None:
-        self._connect_jobs()
-        self._connect_form()
-        self._connect_images()
-        self._connect_storage(page)
 
     def _connect_jobs(self) -> None:
         """Connect the buttons that submit, stop and remove jobs."""

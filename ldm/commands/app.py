@@ -69,10 +69,7 @@ def _serve(args: Namespace) -> None:
     from ldm.app.limits import Limits
 
     model_options = ModelOptions(
-        device=args.device,
-        precision=args.precision,
-        attention=args.attention,
-        offload=args.offload,
+        device=args.device, precision=args.precision, attention=args.attention, offload=args.offload
     )
     limits = Limits(max_side=args.max_side, max_steps=args.max_steps, max_batch_size=args.max_batch)
     max_model_bytes = args.memory and args.memory * 2**30

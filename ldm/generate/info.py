@@ -57,10 +57,7 @@ FILE_KEYS = {  # key of the info -> option
 
 
 def make_run_info(
-    request: Request,
-    models: Models,
-    size: tuple[int, int],
-    without_folders: bool = False,
+    request: Request, models: Models, size: tuple[int, int], without_folders: bool = False
 ) -> Info:
     """Return the info that images with the same options and LoRAs share.
 

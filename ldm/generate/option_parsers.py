@@ -74,10 +74,7 @@ def _parse_numbers(argument: str, convert: Callable[[str], Number]) -> tuple[Num
 
 
 def _make_tuple_parser(
-    count: int,
-    convert: Callable[[str], Number],
-    is_allowed: Callable[..., bool],
-    description: str,
+    count: int, convert: Callable[[str], Number], is_allowed: Callable[..., bool], description: str
 ) -> Callable[[str], tuple[Number, ...]]:
     """Return a parser of `count` numbers; it raises ArgumentError unless `is_allowed(*numbers)`."""
 
@@ -91,10 +88,7 @@ def _make_tuple_parser(
 
 
 parse_sigma_interval = _make_tuple_parser(
-    2,
-    _parse_finite,
-    lambda low, high: 0 <= low < high,
-    "LOW,HIGH: two sigmas, 0 <= LOW < HIGH",
+    2, _parse_finite, lambda low, high: 0 <= low < high, "LOW,HIGH: two sigmas, 0 <= LOW < HIGH"
 )
 parse_box = _make_tuple_parser(
     4,

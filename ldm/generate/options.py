@@ -66,11 +66,7 @@ class Option:
 
 
 def option(
-    default: Value,
-    *flags: str,
-    help: str = "",
-    parse: Callable[[str], Value] = str,
-    **kwargs: Any,
+    default: Value, *flags: str, help: str = "", parse: Callable[[str], Value] = str, **kwargs: Any
 ) -> Any:
     """Declare a dataclass field that is an option; see `Option`."""
     kwargs["is_switch"] = isinstance(default, bool) or kwargs.get("is_negatable", False)

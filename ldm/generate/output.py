@@ -167,12 +167,9 @@ class ImageWriter:
 
 def _pad_to_same_size(images: list[Image.Image]) -> list[Image.Image]:
     """Center smaller images on black: lines of a prompt file may set different sizes."""
-    size = max(image.width for image in images), max(image.height for image in images)
+    width, height = max(image.width for image in images), max(image.height for image in images)
     padded = []
     for image in images:
-        cell = image
-        if image.size != size:
-            cell = Image.new("RGB", size)
-            cell.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
-        padded.append(cell)
+        left, top = -((width - image.width) // 2), -((height - image.height) // 2)
+        padded.append(image.crop((left, top, left + width, top + height)))  # pads with black
     return padded

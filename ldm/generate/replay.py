@@ -148,10 +148,7 @@ def make_replay_request(info: JsonMapping, request: Request, changes: JsonMappin
 
 
 def reproduce_image(
-    prepared: PreparedTask,
-    models: Models,
-    info: JsonMapping,
-    callback: Callback | None = None,
+    prepared: PreparedTask, models: Models, info: JsonMapping, callback: Callback | None = None
 ) -> tuple[Image.Image, Image.Image | None]:
     """Reproduce one image, in a batch of the same shape.
 

@@ -6,12 +6,5 @@ from ldm.generate.tasks.base import PreparedTask, Task
 
 __all__ = ["TASKS", "PreparedTask", "Task"]
 
-MODULES = (
-    "txt2img",
-    "img2img",
-    "inpaint",
-    "depth2img",
-    "upscale",
-    "unclip",
-)
+MODULES = ("txt2img", "img2img", "inpaint", "depth2img", "upscale", "unclip")
 TASKS: dict[str, Task] = {name: import_module(f"{__name__}.{name}").TASK for name in MODULES}
