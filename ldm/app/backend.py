@@ -137,8 +137,8 @@ class Backend:
             without_folders=True,
             list_loras=self.library.list_lora_files,
         )
-        count = len(progress.images)
-        images = "1 image" if count == 1 else f"{count} images"
+        num_images = len(progress.images)
+        images = "1 image" if num_images == 1 else f"{num_images} images"
         return f"done: {images} in {time.monotonic() - start_time:.1f} s"
 
     def replay(self, path: str | Path, progress: Progress) -> str:

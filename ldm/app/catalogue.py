@@ -113,9 +113,9 @@ def list_addons(folder: str | Path, kind: str) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for root in Path(folder).expanduser().iterdir():
         if root.is_dir() and root.name.lower() in ADDON_FOLDERS[kind]:
-            listed = filter(Path.is_file, list_files(root))
-            files = sorted(file for file in listed if file.suffix.lower() in ADDON_SUFFIXES)
-            paths |= {file.relative_to(root).with_suffix("").as_posix(): file for file in files}
+            files = filter(Path.is_file, list_files(root))
+            addons = sorted(file for file in files if file.suffix.lower() in ADDON_SUFFIXES)
+            paths |= {file.relative_to(root).with_suffix("").as_posix(): file for file in addons}
     return paths
 
 
@@ -189,7 +189,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
     if "defaults" in params:
         defaults = cast(Defaults, build_on_meta(params["defaults"], where=path.name))
     keys = conditioner.keys if isinstance(conditioner, Conditioner) else frozenset()
-    text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
+    text_encoder = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
     if supports_variants(family) and (variant := find_variant(weights)):
         has_scheduler = is_sdxl and path.is_dir() and has_defaults(model_config)
@@ -205,7 +205,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
         defaults=defaults,
         is_sdxl=is_sdxl,
         spec=spec,
-        text_encoder=text,
+        text_encoder=text_encoder,
     )
 
 

@@ -243,8 +243,8 @@ class TaskForm:
         if values["scheduler"] not in SCHEDULERS_WITH_RHO:
             values["rho"] = None
         if values["sigmas"]:
-            count = len(values["sigmas"].replace(",", " ").split())
-            values["steps"] = max(1, count - 1)  # `Task.build_request` checks the text
+            num_sigmas = len(values["sigmas"].replace(",", " ").split())
+            values["steps"] = max(1, num_sigmas - 1)  # `Task.build_request` checks the text
             values["scheduler"] = values["rho"] = None
         for name, dependents in DEPENDENTS.items():
             if not values.get(name):
@@ -301,8 +301,8 @@ class TaskForm:
 
 def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of the shared fields that the info of an image contains."""
-    recorded = info.get("request")
-    request = recorded if isinstance(recorded, Mapping) else {}
+    request = info.get("request")
+    request = request if isinstance(request, Mapping) else {}
     names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE_OPTIONS)
     values = {name: info[name] for name in names if info.get(name) is not None}
     values |= {name: info.get(name) or value for name, value in INFO_DEFAULTS.items()}

@@ -42,15 +42,16 @@ class FormEvents:
         self.limits = backend.limits
         self.forms = {name: TaskForm(task, backend.limits) for name, task in TASKS.items()}
 
-    def restore(self, fields: Sequence[str], stored: str, visitor: str) -> list[Any]:
+    def restore(self, fields: Sequence[str], stored_form: str, visitor: str) -> list[Any]:
         """Restore the form from the browser's storage; return updates of all fields and lists.
 
         Args:
             fields: Names of the fields, see `Layout.stored_fields`.
+            stored_form: JSON object with the values of fields by name.
         """
         values: JsonObject = {}
         try:
-            parsed = json.loads(stored or "{}")
+            parsed = json.loads(stored_form or "{}")
             values = parsed if isinstance(parsed, dict) else {}
         except ValueError:
             log.debug("the form in the browser's storage is damaged")
@@ -204,14 +205,14 @@ class FormEvents:
             for kind in ("refiner", "upscaler"):
                 values[kind] = self.library.find_recorded_addon(kind, info)
         if info and "loras" in info and any(map(supports_variants, TASKS[task].families)):
-            recorded = self.library.find_recorded_loras(info)
+            loras = self.library.find_recorded_loras(info)
             compatible = self.library.list_compatible_loras(checkpoint)
             weights = {
-                name: weight for name, weight in recorded if name in compatible
+                name: weight for name, weight in loras if name in compatible
                 and not isinstance(weight, str) and abs(weight) <= MAX_SLIDER_WEIGHT
             }  # fmt: skip
             names = [*weights][:LORA_SLOTS]
-            tags = [f"<lora:{name}:{weight}>" for name, weight in recorded if name not in names]
+            tags = [f"<lora:{name}:{weight}>" for name, weight in loras if name not in names]
             values["prompt"] = " ".join([str(values.get("prompt", "")), *tags]).strip()
             lora_updates[: 1 + len(names)] = [names, *(weights[name] for name in names)]
         fields = self.forms["txt2img"].common_fields

@@ -120,10 +120,10 @@ class JobEvents:
         *weights_and_fields: Any,
     ) -> Request:
         weights = weights_and_fields[:LORA_SLOTS]
-        by_name = dict(zip(names, weights_and_fields[LORA_SLOTS:], strict=True))
+        fields = dict(zip(names, weights_and_fields[LORA_SLOTS:], strict=True))
         form = self.forms[task]
-        entered = {k: by_name.get(f"{task}.{k}", by_name.get(k)) for k in form.fields}
-        values = form.parse(entered, self.backend.uploads)
+        inputs = {name: fields.get(f"{task}.{name}", fields.get(name)) for name in form.fields}
+        values = form.parse(inputs, self.backend.uploads)
         values["lora"] = [
             f"{name}:{weight}" for name, weight in zip(loras or (), weights, strict=False)
         ]
@@ -136,32 +136,32 @@ class JobEvents:
             yield _make_updates()
             return
         num_images = 0
-        shown: str | None = None
+        shown_status: str | None = None
         while True:
             has_ended, progress = job.has_ended, job.progress
             status: str | None = render_progress(progress, self.jobs.count_ahead(job))
             if job.state == "queued" and self.jobs.list_jobs(visitor)[:1] != [job]:
-                status = shown  # the page shows another job of the visitor
+                status = shown_status  # the page shows another job of the visitor
             updates: dict[str, Any] = {}
             if len(progress.images) > num_images:
                 num_images = len(progress.images)
                 updates |= self._update_gallery(visitor)
             if job.state == "removed":
                 updates |= self._update_queue(visitor)
-                if shown is not None and not self.jobs.list_jobs(visitor):
+                if shown_status is not None and not self.jobs.list_jobs(visitor):
                     updates["progress"] = render_progress(
                         Progress(message="removed from the queue")
                     )
-            elif status != shown or has_ended:
+            elif status != shown_status or has_ended:
                 updates |= {"progress": status, "preview": render_preview(progress)}
                 updates |= self._update_queue(visitor)
                 if progress.has_failed:
                     updates["error"] = render_error(progress.message)
-            if status != shown or has_ended:
+            if status != shown_status or has_ended:
                 yield _make_updates(**updates)
             if has_ended:
                 return
-            shown = status
+            shown_status = status
             await asyncio.sleep(UPDATE_INTERVAL)
 
     async def follow_all(self, visitor: str) -> AsyncIterator[list[Any]]:

@@ -176,12 +176,12 @@ class Library:
         """Return (name, weight) of each LoRA of an image, also of those that are not available."""
         loras = []
         for lora in info.get("loras") or ():
-            recorded = Path(lora["path"])
+            path = Path(lora["path"])
             files = {
                 name: file for name, file in self.list_lora_files().items()
-                if recorded.name in (Path(file).name, Path(file).stem)
+                if path.name in (Path(file).name, Path(file).stem)
             }  # fmt: skip
-            name = _select_by_hash(files, lora.get("hash")) or recorded.stem
+            name = _select_by_hash(files, lora.get("hash")) or path.stem
             loras.append((name, lora.get("weight", 1.0)))
         return loras
 

@@ -97,10 +97,10 @@ class ModelCache:
 
 def _share_modules(model: LatentDiffusion, other: LatentDiffusion) -> None:
     """Replace encoders and autoencoder of a model with equal ones of another."""
-    others = dict(other.conditioner.named_children())
+    other_encoders = dict(other.conditioner.named_children())
     for name, encoder in list(model.conditioner.named_children()):
-        if name in others and _is_equal(encoder, others[name]):
-            model.conditioner.add_module(name, others[name])
+        if name in other_encoders and _is_equal(encoder, other_encoders[name]):
+            model.conditioner.add_module(name, other_encoders[name])
     _share_text_encoders(model, other)
     if _is_equal(model.autoencoder, other.autoencoder):
         model.autoencoder = other.autoencoder

@@ -199,8 +199,8 @@ def make_image_info(
         "row": index_in_batch,
         "rows": len(batch),
     }
-    texts = {"prompt_2": spec.prompt_2, "negative_prompt_2": spec.negative_prompt_2}
-    info |= {name: text for name, text in texts.items() if text is not None}
+    second_prompts = {"prompt_2": spec.prompt_2, "negative_prompt_2": spec.negative_prompt_2}
+    info |= {name: prompt for name, prompt in second_prompts.items() if prompt is not None}
     if request.sampling.fixed_code:
         info["start_seed"] = spec.initial_noise_seed
     if "noise" in request.sampling.legacy:
@@ -228,5 +228,5 @@ def choose_watermark_payload(model: LatentDiffusion) -> str:
     """Return the name in PAYLOADS of the text that the original scripts embed for a model."""
     if is_sdxl(model):
         return "SDXL"
-    text = model.conditioner.text
-    return "StableDiffusionV1" if text is not None and text.sd_version == 1 else "SDV2"
+    encoder = model.conditioner.text
+    return "StableDiffusionV1" if encoder is not None and encoder.sd_version == 1 else "SDV2"

@@ -128,19 +128,19 @@ class ImageWriter:
         depth: Image.Image | None,
     ) -> Info:
         """Save an image with info, depth and mesh; return the keys of the info about its files."""
-        recorded = info | {"sha256_unmarked": hash_pixels(image)}
-        path = self._folder.save_sample(add_watermark(image, info, protected), recorded, depth)
+        saved_info = info | {"sha256_unmarked": hash_pixels(image)}
+        path = self._folder.save_sample(add_watermark(image, info, protected), saved_info, depth)
         if depth is None:
             return {"path": str(path)}
         low, high = info["depth_range"]
         log.info("depth of %s: %d … %d of 65535, larger is nearer", path.name, low, high)
-        entries: Info = {"path": str(path), "depth_path": str(get_depth_path(path))}
+        file_info: Info = {"path": str(path), "depth_path": str(get_depth_path(path))}
         if self.request.output.glb:
             mesh = path.with_suffix(".glb")
             triangles = save_mesh(mesh, image, depth)
             log.info("mesh %s: %d triangles", mesh, triangles)
-            entries |= {"relief_path": str(mesh), "triangles": triangles}
-        return entries
+            file_info |= {"relief_path": str(mesh), "triangles": triangles}
+        return file_info
 
     def save_grid(self) -> None:
         """Save the images so far as a grid, unless the request skips it."""

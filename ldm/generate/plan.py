@@ -190,8 +190,9 @@ class _Planner:
                 seed = self.request.sampling.seed + index
                 if line.seeds:
                     index_in_line = iteration * count + k
-                    last = len(line.seeds) - 1
-                    seed = line.seeds[min(index_in_line, last)] + max(index_in_line - last, 0)
+                    last_index = len(line.seeds) - 1
+                    seed = line.seeds[min(index_in_line, last_index)]
+                    seed += max(index_in_line - last_index, 0)
                 spec, loras = self._make_spec(line, index, index_in_iteration, seed % SEED_RANGE)
                 specs.append((tuple(line.values.items()), loras, spec))
         return [

@@ -48,8 +48,9 @@ def find_prompt_warnings(
     prompts, negatives = _list_prompts(batches)
     if tagged := next((text for text in negatives if remove_tags(text) != text), None):
         warnings.append(f"a LoRA in a negative prompt is read as plain text: `{tagged}`")
-    seconds = (spec.prompt_2 for batch in batches for spec in batch.images if spec.prompt_2)
-    if tagged := next((text for text in seconds if remove_tags(text) != text), None):
+    specs = (spec for batch in batches for spec in batch.images)
+    second_prompts = (spec.prompt_2 for spec in specs if spec.prompt_2)
+    if tagged := next((text for text in second_prompts if remove_tags(text) != text), None):
         warnings.append(f"a LoRA in the second prompt is read as plain text: `{tagged}`")
     is_dynamic = request.prompts.dynamic_prompts or request.prompts.wildcards is not None
     dynamic = next(filter(has_dynamic_syntax, [*prompts, *negatives]), None)

@@ -190,13 +190,13 @@ def get_recorded_files(info: JsonMapping, key: str) -> list[JsonObject]:
 
 def compare_infos(recorded: JsonMapping, current: JsonMapping) -> list[str]:
     """List differences that may explain another result: `torch: 2.10.0 then, 2.11.0 now`."""
-    names = {"checkpoint_hash": "checkpoint"}
-    values = {names.get(key, key): (recorded[key], current[key]) for key in COMPARED_KEYS}
+    labels = {"checkpoint_hash": "checkpoint"}
+    values = {labels.get(key, key): (recorded[key], current[key]) for key in COMPARED_KEYS}
     values |= {
         key: (_list_hashes_and_weights(recorded, key), _list_hashes_and_weights(current, key))
         for key in FILE_KEYS
     }
-    return [f"{key}: {old} then, {new} now" for key, (old, new) in values.items() if old != new]
+    return [f"{label}: {old} then, {new} now" for label, (old, new) in values.items() if old != new]
 
 
 def compare_results(

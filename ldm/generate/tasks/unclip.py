@@ -73,14 +73,16 @@ class Unclip(PreparedTask):
                 detect_format(Path(inputs.prior))
             with errors_about("prior_steps"):
                 check_prior_steps(inputs.prior_steps)
-        count = len(self.images) + (inputs.prior is not None)
+        num_embeddings = len(self.images) + (inputs.prior is not None)
         for name, values, allowed_counts in (
-            ("weight", inputs.weight, (0, count)),
-            ("noise_level", inputs.noise_level, (0, 1, count)),
+            ("weight", inputs.weight, (0, num_embeddings)),
+            ("noise_level", inputs.noise_level, (0, 1, num_embeddings)),
         ):
             if len(values) not in allowed_counts:
                 sources = "images and prior" if inputs.prior else "images"
-                message = f"{len(values)} values of {name} were given for {count} {sources}"
+                message = (
+                    f"{len(values)} values of {name} were given for {num_embeddings} {sources}"
+                )
                 raise ArgumentError(message, name)
         self._prior: Prior | None = None
 
