@@ -112,7 +112,7 @@ class FormEvents:
         updates = self.apply_defaults(task, checkpoint, *fields)
         if task not in TASKS:
             return ["", *[gr.update(visible=False)] * 3, *updates]
-        reason = self.library.explain_unsupported_task(TASKS[task], checkpoint)
+        reason = self.library.get_unsupported_reason(TASKS[task], checkpoint)
         names = self.library.list_models(task) if reason else []
         suitable = gr.update(choices=names, value=None, visible=bool(names))
         form, is_sdxl = self.forms[task], self.library.is_sdxl(checkpoint)

@@ -188,7 +188,7 @@ class JobEvents:
     def _update_queue(self, visitor: str) -> dict[str, Any]:
         """Return updates of the queue and the buttons Clear and Stop."""
         jobs = self.jobs.list_jobs(visitor)
-        can_stop = any(not job.progress.stop.is_set() for job in jobs)
+        can_stop = any(not job.progress.stop_event.is_set() for job in jobs)
         has_waiting = any(job.state == "queued" for job in jobs)
         return {
             "queue": render_queue(jobs),

@@ -98,7 +98,7 @@ class Jobs:
         """Stop the visitor's running job; if none is running, remove the first from the queue."""
         for job in self.list_jobs(visitor)[:1]:
             if job.state == "running":
-                job.progress.stop.set()
+                job.progress.stop_event.set()
                 job.progress.message = "stopping after this step"
             else:
                 self._remove([job])

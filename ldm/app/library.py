@@ -224,7 +224,7 @@ class Library:
             "sampler": defaults.sampler,
         }
 
-    def explain_unsupported_task(self, task: Task, name: str | None) -> str:
+    def get_unsupported_reason(self, task: Task, name: str | None) -> str:
         """Return why a model does not support a task, and which ones do; "" if it does."""
         entry = self._get_entry(name)
         if entry is not None and task.name in entry.tasks:
@@ -257,7 +257,7 @@ class Library:
         Raises:
             ArgumentError: There is none, or it does not support the task.
         """
-        if reason := self.explain_unsupported_task(task, name):
+        if reason := self.get_unsupported_reason(task, name):
             raise ArgumentError(reason, "ckpt")
         return read_catalogue(self.folder).models[name or ""]
 

@@ -35,7 +35,7 @@ class Progress(RunListener):
         preview: Grid of previews of the current batch.
         message: The current status, at the end the result.
         has_failed: Whether the message is an error.
-        stop: Event that stops the job.
+        stop_event: Set to stop the job.
         make_previewer: Model -> function from latents to previews in [-1, 1].
         on_image: Called with (index in the run, info) of each image that the gallery shows.
     """
@@ -48,7 +48,7 @@ class Progress(RunListener):
     preview: Image.Image | None = None
     message: str = "queued"
     has_failed: bool = False
-    stop: threading.Event = field(default_factory=threading.Event)
+    stop_event: threading.Event = field(default_factory=threading.Event)
     make_previewer: Callable[[LatentDiffusion], Callable[[Tensor], Tensor]] = fit_preview
     on_image: Callable[[int, Info], None] = lambda index, info: None
     _previewer: Callable[[Tensor], Tensor] | None = None
@@ -65,7 +65,7 @@ class Progress(RunListener):
 
     def set_message(self, message: str) -> None:
         """Set the message; raise Stop if the job should stop."""
-        if self.stop.is_set():
+        if self.stop_event.is_set():
             raise Stop
         self.message = message
 
@@ -77,7 +77,7 @@ class Progress(RunListener):
 
     def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
         self.step, self.steps, self._batch_size = step + 1, steps, len(x)
-        if self.stop.is_set():
+        if self.stop_event.is_set():
             self.stopped_at = step + 1
             raise Stop(denoised)
         self.message = self._describe_step()

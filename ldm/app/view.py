@@ -24,15 +24,15 @@ MAX_QUOTED_WORDS = 4  # of the truncated text of a prompt
 NO_PARAMETERS = "No generation parameters found"
 
 
-def render_progress(progress: Progress | None, ahead: int = 0) -> str:
+def render_progress(progress: Progress | None, jobs_ahead: int = 0) -> str:
     """Render progress bar and message of a job; None = no job.
 
     Args:
-        ahead: Number of jobs before this one in the queue.
+        jobs_ahead: Number of jobs before this one in the queue.
     """
     if progress is None:
         return '<div class="bar"></div><div class="message"></div>'
-    message = f"queued, {ahead} ahead" if ahead else progress.message
+    message = f"queued, {jobs_ahead} ahead" if jobs_ahead else progress.message
     if progress.has_failed:
         message = "failed"
     return (

@@ -30,7 +30,9 @@ def make_safety_infos(
     """
     if checker is None:
         return [{} for _ in images]
-    return [{"safety": _describe(verdict, unsafe_action)} for verdict in checker.judge(images)]
+    return [
+        {"safety": _make_safety_info(verdict, unsafe_action)} for verdict in checker.judge(images)
+    ]
 
 
 def hide_flagged(
@@ -75,7 +77,7 @@ def log_safety(info: JsonMapping, listener: RunListener) -> None:
     )
 
 
-def _describe(verdict: Verdict, unsafe_action: str | None) -> Info:
+def _make_safety_info(verdict: Verdict, unsafe_action: str | None) -> Info:
     return {
         "flagged": verdict.is_flagged,
         "concepts": verdict.concepts,

@@ -111,7 +111,7 @@ def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images():
 
 def test_a_stopped_run_keeps_its_unfinished_image():
     progress = Progress(total=2)
-    progress.stop.set()
+    progress.stop_event.set()
     with pytest.raises(Stop) as stopped:
         progress.on_step(3, 10, LATENT, LATENT)
     assert stopped.value.latent is LATENT
