@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.options import TaskOptions
 
-LATENT_SUFFIX = ".latent"  # as in `ldm.loading.files.latents`, which imports torch
-
 
 @dataclass(frozen=True)
 class UpscaleInputs(FolderInputs):
@@ -53,9 +51,10 @@ class UpscaleInputs(FolderInputs):
     @property
     def is_latent(self) -> bool:
         """Whether the input is a latent file, or a folder, which must then contain latents."""
-        return self.init_img is not None and (
-            Path(self.init_img).suffix == LATENT_SUFFIX or Path(self.init_img).is_dir()
-        )
+        from ldm.loading.files.latents import LATENT_SUFFIX
+
+        path = None if self.init_img is None else Path(self.init_img)
+        return path is not None and (path.suffix == LATENT_SUFFIX or path.is_dir())
 
     def split_by_image(self) -> Sequence[FolderInputs]:
         if self.indir is not None or self.init_img is None or not Path(self.init_img).is_dir():
