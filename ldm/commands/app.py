@@ -31,26 +31,26 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags]")
     add = parser.add_argument
-    help_text = "folder of checkpoints (default: %(default)s)"
-    add("--models", default="checkpoints", metavar="DIR", help=help_text)
-    help_text = "folder for images (default: %(default)s)"
-    add("--outdir", default="outputs/app", metavar="DIR", help=help_text)
+    # fmt: off
+    add("--models", default="checkpoints", metavar="DIR",
+        help="folder of checkpoints (default: %(default)s)")
+    add("--outdir", default="outputs/app", metavar="DIR",
+        help="folder for images (default: %(default)s)")
     add("--port", type=parse_count, default=7860, help="port of the page (default: %(default)s)")
-    help_text = "accept connections from other machines; needs --auth"
-    add("--listen", action="store_true", help=help_text)
-    help_text = "user name and password of the page (default: none)"
-    add("--auth", metavar="USER:PASSWORD", help=help_text)
-    help_text = "device memory for loaded models, in GiB (default: half of it)"
-    add("--memory", type=parse_positive, metavar="GIB", help=help_text)
+    add("--listen", action="store_true",
+        help="accept connections from other machines; needs --auth")
+    add("--auth", metavar="USER:PASSWORD",
+        help="user name and password of the page (default: none)")
+    add("--memory", type=parse_positive, metavar="GIB",
+        help="device memory for loaded models, in GiB (default: half of it)")
     for flag, limit, description in LIMIT_FLAGS:
-        help_text = f"{description} (default: %(default)s)"
-        add(flag, type=parse_count, default=limit, metavar="N", help=help_text)
-    help_text = (
-        "TAESD decoder for previews, such as taesd_decoder.pth, for SDXL taesdxl_decoder.pth; may"
-        " be given several times (default: those in MODELS/vae_approx, else a linear"
-        " approximation)"
-    )
-    add("--preview", action="append", default=[], metavar="FILE", help=help_text)
+        add(flag, type=parse_count, default=limit, metavar="N",
+            help=f"{description} (default: %(default)s)")
+    add("--preview", action="append", default=[], metavar="FILE",
+        help="TAESD decoder for previews, such as taesd_decoder.pth, for SDXL taesdxl_decoder.pth;"
+        " may be given several times (default: those in MODELS/vae_approx, else a linear"
+        " approximation)")
+    # fmt: on
     options = get_options(ModelOptions)
     add_options(parser.add_group("models"), {name: options[name] for name in MODEL_OPTIONS})
     return parser.run(_serve, argv)

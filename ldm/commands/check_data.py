@@ -25,23 +25,20 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__)
     add = parser.add_argument
-    add(
-        "data",
-        nargs="+",
-        type=expanduser,
-        metavar="DIR|SHARDS",
-        help="a folder of images, or files, patterns or URLs of tar shards",
-    )
-    help_text = "training resolution in pixels (default: %(default)s)"
-    add("--size", type=parse_count, default=512, help=help_text)
-    help_text = "sides of buckets are multiples of this (default: %(default)s)"
-    add("--step", type=parse_count, default=64, help=help_text)
+    # fmt: off
+    add("data", nargs="+", type=expanduser, metavar="DIR|SHARDS",
+        help="a folder of images, or files, patterns or URLs of tar shards")
+    add("--size", type=parse_count, default=512,
+        help="training resolution in pixels (default: %(default)s)")
+    add("--step", type=parse_count, default=64,
+        help="sides of buckets are multiples of this (default: %(default)s)")
     add("--workers", type=parse_count, default=4, help="decoding threads (default: %(default)s)")
     add("--list", metavar="FILE", help="write the names of unreadable files to FILE")
-    help_text = "write the images of the folder to shards with names such as `DIR/name-%%06d.tar`"
-    add("--pack", type=expanduser, metavar="PATTERN", help=help_text)
-    help_text = "images in each shard (default: %(default)s)"
-    add("--count", type=parse_count, default=1000, help=help_text)
+    add("--pack", type=expanduser, metavar="PATTERN",
+        help="write the images of the folder to shards with names such as `DIR/name-%%06d.tar`")
+    add("--count", type=parse_count, default=1000,
+        help="images in each shard (default: %(default)s)")
+    # fmt: on
     return parser.run(_check, argv)
 
 

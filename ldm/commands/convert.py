@@ -36,27 +36,22 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags] SOURCE TARGET")
     add = parser.add_argument
+    # fmt: off
     add("source", type=expanduser, help=SOURCE_HELP)
-    add(
-        "target",
-        type=expanduser,
+    add("target", type=expanduser,
         help="*.safetensors or *.ckpt: a file in the original's layout; *.pth: the x2 latent"
-        " upscaler in k-diffusion's; else a diffusers folder",
-    )
-    add(
-        "--config", metavar="FILE", help="YAML of the source (default: recognized from the weights)"
-    )
+        " upscaler in k-diffusion's; else a diffusers folder")
+    add("--config", metavar="FILE",
+        help="YAML of the source (default: recognized from the weights)")
     add("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")
     add("--prune", action="store_true", help="leave the EMA weights out of a file")
-    help_text = "variant in the file names of a diffusers folder: fp16"
-    add("--file-variant", "--variant", dest="variant", metavar="NAME", help=help_text)
-    add(
-        "--clip-stats",
-        metavar="FILE",
-        help="file with mean and standard deviation of CLIP's embeddings, for unCLIP-L",
-    )
+    add("--file-variant", "--variant", dest="variant", metavar="NAME",
+        help="variant in the file names of a diffusers folder: fp16")
+    add("--clip-stats", metavar="FILE",
+        help="file with mean and standard deviation of CLIP's embeddings, for unCLIP-L")
     add("--force", action="store_true", help="replace an existing target")
+    # fmt: on
     options = get_options(ModelOptions)
     add_options(add, {name: options[name] for name in ("lora", "vae", "text_encoder")})
     return parser.run(_convert, argv)

@@ -56,61 +56,42 @@ def _build_parser(prog: str | None) -> CommandParser:
         takes_overrides=True,
     )
     add = parser.add_group("images")
+    # fmt: off
     add("--generate", action="store_true", help="make the images that do not exist yet")
-    help_text = "file with one prompt per line, or COCO's captions (.json)"
-    add("--prompts", metavar="FILE", help=help_text)
-    add(
-        "--count",
-        type=parse_count,
-        metavar="N",
+    add("--prompts", metavar="FILE",
+        help="file with one prompt per line, or COCO's captions (.json)")
+    add("--count", type=parse_count, metavar="N",
         help="number of prompts, drawn at random; without --generate, score the first N images"
-        " (default: all)",
-    )
-    help_text = "images per prompt, with different seeds (default: %(default)s)"
-    add("--repeat", type=parse_count, default=1, metavar="N", help=help_text)
-    help_text = "checkpoint, as --ckpt of txt2img; may be given several times (default: the demo)"
-    add("--ckpt", action="append", metavar="FILE", help=help_text)
-    parse_scales = _make_list_parser(parse_number)
-    help_text = "guidance scales (default: %(default)s)"
-    add("--scales", type=parse_scales, default=DEFAULT_SCALES, metavar="S,S,…", help=help_text)
-    parse_samplers = _make_list_parser(_parse_sampler)
-    help_text = "as --sampler of txt2img (default: %(default)s)"
-    add("--samplers", type=parse_samplers, default="ddim", metavar="NAME,…", help=help_text)
-    parse_steps = _make_list_parser(parse_count)
-    help_text = "sampling steps (default: %(default)s)"
-    add("--steps", type=parse_steps, default="50", metavar="N,N,…", help=help_text)
-    help_text = "score the images in this folder; may be given several times"
-    add("--images", action="append", metavar="DIR", help=help_text)
-    help_text = "folder for images and results (default: %(default)s)"
-    add("--outdir", default="outputs/evaluation", metavar="DIR", help=help_text)
+        " (default: all)")
+    add("--repeat", type=parse_count, default=1, metavar="N",
+        help="images per prompt, with different seeds (default: %(default)s)")
+    add("--ckpt", action="append", metavar="FILE",
+        help="checkpoint, as --ckpt of txt2img; may be given several times (default: the demo)")
+    add("--scales", type=_make_list_parser(parse_number), default=DEFAULT_SCALES, metavar="S,S,…",
+        help="guidance scales (default: %(default)s)")
+    add("--samplers", type=_make_list_parser(_parse_sampler), default="ddim", metavar="NAME,…",
+        help="as --sampler of txt2img (default: %(default)s)")
+    add("--steps", type=_make_list_parser(parse_count), default="50", metavar="N,N,…",
+        help="sampling steps (default: %(default)s)")
+    add("--images", action="append", metavar="DIR",
+        help="score the images in this folder; may be given several times")
+    add("--outdir", default="outputs/evaluation", metavar="DIR",
+        help="folder for images and results (default: %(default)s)")
     add = parser.add_group("scores")
     add("--reference", metavar="DIR", help="real images, for FID")
-    add(
-        "--reference-size",
-        type=parse_natural,
-        metavar="PIXELS",
+    add("--reference-size", type=parse_natural, metavar="PIXELS",
         help="resize the reference images' shorter side to this and crop the center; 0 = do not"
-        " (default: the size of the generated images)",
-    )
-    add(
-        "--inception",
-        metavar="FILE",
-        help="Inception network for FID (default: `fid-inception`, if it is on this machine)",
-    )
-    add(
-        "--resize",
-        default="clean",
-        metavar="NAME",
+        " (default: the size of the generated images)")
+    add("--inception", metavar="FILE",
+        help="Inception network for FID (default: `fid-inception`, if it is on this machine)")
+    add("--resize", default="clean", metavar="NAME",
         help="how images are resized for Inception: clean (clean-fid) or pytorch-fid (default:"
-        " %(default)s)",
-    )
-    add(
-        "--clip",
-        metavar="FILE",
+        " %(default)s)")
+    add("--clip", metavar="FILE",
         help="CLIP for CLIP score: a file of open_clip, OpenAI or transformers, a transformers"
-        " folder, or an unCLIP checkpoint (default: `open-clip-g`, if it is on this machine)",
-    )
+        " folder, or an unCLIP checkpoint (default: `open-clip-g`, if it is on this machine)")
     add("--title", metavar="TEXT", help="title of the figure")
+    # fmt: on
     names: dict[str, Iterable[str]] = {
         "model": get_options(ModelOptions),
         "sampling": ("negative_prompt", "n_samples", *get_options(Sampling)),

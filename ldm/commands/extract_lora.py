@@ -35,37 +35,36 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, usage="%(prog)s [flags] TUNED BASE TARGET"
     )
     add = parser.add_argument
+    # fmt: off
     add("tuned", type=expanduser, help=SOURCE_HELP)
     add("base", type=expanduser, help="the model that it was fine-tuned from")
     add("target", type=expanduser, help="*.safetensors, in kohya's format")
     add_rank_options(parser)
-    help_text = "rank of 3 x 3 convolutions (default: leave them out)"
-    add("--conv-rank", type=int, metavar="N", help=help_text)
-    add(
-        "--clamp-quantile",
-        type=float,
-        default=0.99,
-        metavar="Q",
-        help="clamp each layer's weights to their quantile Q, 1 = do not (default: 0.99)",
-    )
+    add("--conv-rank", type=int, metavar="N",
+        help="rank of 3 x 3 convolutions (default: leave them out)")
+    add("--clamp-quantile", type=float, default=0.99, metavar="Q",
+        help="clamp each layer's weights to their quantile Q, 1 = do not (default: 0.99)")
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
     add("--config", metavar="FILE", help="YAML of both models")
+    # fmt: on
     return parser.run(_extract, argv)
 
 
 def add_rank_options(parser: CommandParser) -> None:
     """Add the flags that `make_rank_limits` and `save_lora` read."""
     add = parser.add_argument
+    # fmt: off
     add("--rank", type=int, metavar="N", help="keep at most N singular values of each layer")
-    help_text = "keep this fraction of the singular values' sum, such as 0.9"
-    add("--keep-sum", dest="sum_fraction", type=float, metavar="FRACTION", help=help_text)
-    help_text = "keep this fraction of the sum of their squares"
-    add("--keep-squares", dest="square_fraction", type=float, metavar="FRACTION", help=help_text)
-    help_text = "keep singular values of at least the largest divided by R"
-    add("--ratio", type=float, metavar="R", help=help_text)
-    help_text = "dtype of the weights (default: float16)"
-    add("--dtype", choices=DTYPES, default="float16", help=help_text)
+    add("--keep-sum", dest="sum_fraction", type=float, metavar="FRACTION",
+        help="keep this fraction of the singular values' sum, such as 0.9")
+    add("--keep-squares", dest="square_fraction", type=float, metavar="FRACTION",
+        help="keep this fraction of the sum of their squares")
+    add("--ratio", type=float, metavar="R",
+        help="keep singular values of at least the largest divided by R")
+    add("--dtype", choices=DTYPES, default="float16",
+        help="dtype of the weights (default: float16)")
     add("--force", action="store_true", help="replace an existing target")
+    # fmt: on
 
 
 def make_rank_limits(args: Namespace) -> "RankLimits":

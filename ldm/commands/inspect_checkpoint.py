@@ -22,15 +22,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__)
     add = parser.add_argument
-    add(
-        "checkpoint",
-        type=expanduser,
-        help="a .ckpt or .safetensors file, or a name of `ldm download`",
-    )
+    # fmt: off
+    add("checkpoint", type=expanduser,
+        help="a .ckpt or .safetensors file, or a name of `ldm download`")
     add("--config", metavar="FILE", help="compare with this YAML instead of the family's")
     add("--json", action="store_true", help="print a JSON object instead of text")
-    help_text = "do not run the UNet to find the prediction type (eps or v)"
-    add("--no-probe", action="store_true", help=help_text)
+    add("--no-probe", action="store_true",
+        help="do not run the UNet to find the prediction type (eps or v)")
+    # fmt: on
     return parser.run(_inspect, argv)
 
 

@@ -26,27 +26,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, usage="%(prog)s [flags] MODEL OTHER TARGET"
     )
     add = parser.add_argument
+    # fmt: off
     add("model", type=expanduser, help=SOURCE_HELP)
     add("other", type=expanduser, help="another model of the same family")
     add("target", type=expanduser, help="*.safetensors or *.ckpt, in the original's layout")
-    add(
-        "--subtract",
-        metavar="FILE",
-        help="add the difference OTHER - FILE to MODEL; FILE is the model OTHER was tuned from",
-    )
-    help_text = "weight of OTHER (default: 0.5), or of the difference (default: 1)"
-    add("--weight", type=float, help=help_text)
-    add(
-        "--block-weights",
-        metavar="NUMBERS",
+    add("--subtract", metavar="FILE",
+        help="add the difference OTHER - FILE to MODEL; FILE is the model OTHER was tuned from")
+    add("--weight", type=float,
+        help="weight of OTHER (default: 0.5), or of the difference (default: 1)")
+    add("--block-weights", metavar="NUMBERS",
         help="a weight for each block, separated by commas: BASE (text encoders, VAE; may be left"
-        " out), IN00 … IN11, M00, OUT00 … OUT11; or NAME=NUMBER for some, --weight for the others",
-    )
+        " out), IN00 … IN11, M00, OUT00 … OUT11; or NAME=NUMBER for some, --weight for the others")
     add("--merge-vae", action="store_true", help="merge the autoencoders, too")
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
     add("--dtype", choices=DTYPES, help="dtype of the merged file (default: as in MODEL)")
     add("--config", metavar="FILE", help="YAML of the models")
     add("--force", action="store_true", help="replace an existing target")
+    # fmt: on
     return parser.run(_merge, argv)
 
 

@@ -29,12 +29,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, usage="%(prog)s [flags] FILE[:WEIGHT] … TARGET"
     )
     add = parser.add_argument
-    help_text = "LoRAs in any format, with their weights (default: 1)"
-    add("files", nargs="+", metavar="FILE[:WEIGHT]", help=help_text)
+    # fmt: off
+    add("files", nargs="+", metavar="FILE[:WEIGHT]",
+        help="LoRAs in any format, with their weights (default: 1)")
     add("target", type=expanduser, help="*.safetensors, in kohya's format")
     add_rank_options(parser)
-    help_text = "checkpoint of their model (default: recognized from the first LoRA)"
-    add("--model", metavar="FILE", help=help_text)
+    add("--model", metavar="FILE",
+        help="checkpoint of their model (default: recognized from the first LoRA)")
+    # fmt: on
     return parser.run(_merge, argv)
 
 

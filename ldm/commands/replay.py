@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add_options(parser.add_group(GROUP_HEADINGS["model"]), options)
     parser.add_argument("image", type=expanduser, metavar="IMAGE", help="a PNG written by ldm")
     parser.add_argument("--output", metavar="FILE", help="save the new image here")
-    parser.add_argument(
-        "--show-command", action="store_true", help="print the command that made it, and exit"
-    )
+    parser.add_argument("--show-command", action="store_true",
+        help="print the command that made it, and exit")  # fmt: skip
     return parser.run(_replay, argv)
 
 
