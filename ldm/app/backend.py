@@ -43,7 +43,7 @@ from ldm.generate.replay import (
 from ldm.generate.request import Request
 from ldm.generate.run import run_request
 from ldm.generate.tasks import PreparedTask, Task
-from ldm.generate.tasks.depth2img import Depth2Img
+from ldm.generate.tasks.depth2img import Depth2ImgTask
 from ldm.imaging.mesh import can_save_meshes, save_mesh
 from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder, get_depth_path
@@ -170,7 +170,7 @@ class Backend:
             path = Path(folder, "depth.png")
             request = request.with_values({"save_depth": str(path)})
             prepared = request.task.prepare(request)
-            assert isinstance(prepared, Depth2Img)
+            assert isinstance(prepared, Depth2ImgTask)
             prepared.estimate_depth(self._load_models(request, prepared, progress).base)
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"

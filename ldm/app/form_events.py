@@ -70,7 +70,7 @@ class FormEvents:
             addons: Name of the selected add-on of each kind in ADDONS.
         """
         names, files = self.library.list_models(), self.library.list_checkpoint_names()
-        reasons = self.library.list_skipped_files()
+        reasons = self.library.list_skip_reasons()
         for reason in reasons:
             log.warning("skipped: %s", reason)
         skipped = "".join(f"\n* skipped: {html.escape(reason)}" for reason in reasons)

@@ -239,8 +239,8 @@ class Library:
             return f"{text}; available: {', '.join(names)}"
         return f"{text}; none is available: {_describe_download(task)}"
 
-    def list_skipped_files(self) -> list[str]:
-        """Return a line about each checkpoint in the folder that cannot be used."""
+    def list_skip_reasons(self) -> list[str]:
+        """Return, in one line each, why checkpoints in the folder cannot be used."""
         return read_catalogue(self.folder).skipped
 
     def inspect(self, name: str | None) -> str:

@@ -144,7 +144,7 @@ def find_requested_checker(request: Request) -> Path | None:
 def find_existing_checkpoint(
     name: str | None, argument: str, variant: str | None = None
 ) -> Path | None:
-    """Find a checkpoint by its path or published name; None for None.
+    """Find a checkpoint by its path or published name; None if `name` is None.
 
     Args:
         argument: Name of the argument that has this value, for errors.

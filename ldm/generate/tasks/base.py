@@ -57,7 +57,7 @@ class PreparedTask:
         raise NotImplementedError
 
     def get_protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
-        """Return (image, mask of mode "1"); results keep the image's pixels where it is False."""
+        """Return (image, mask of mode "1"); where the mask is False, results keep the image."""
         return None
 
 

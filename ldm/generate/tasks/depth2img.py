@@ -38,7 +38,7 @@ class Depth2ImgInputs(ImageInputs):
     # fmt: on
 
 
-class Depth2Img(PreparedImageTask):
+class Depth2ImgTask(PreparedImageTask):
     """Image to image that keeps the depth of the image."""
 
     def __init__(self, request: Request) -> None:
@@ -106,7 +106,7 @@ TASK = Task(
 The depth is estimated by the model's own network, or comes from --depth-map.
 """,
     inputs=Depth2ImgInputs,
-    prepare=Depth2Img,
+    prepare=Depth2ImgTask,
     families=("depth",),
     defaults={
         "prompt": "a professional photograph of an astronaut",

@@ -106,7 +106,7 @@ class FolderInputs(RGBDInputs):
         return Path(self.init_img).stem if self.is_folder and self.init_img else None
 
 
-def read_image(request: Request) -> "Image.Image":
+def load_input_image(request: Request) -> "Image.Image":
     """Load the input image, resized to the requested size.
 
     Raises:
@@ -121,7 +121,7 @@ def read_image(request: Request) -> "Image.Image":
     return fit_image(request, image)
 
 
-def read_depth(request: Request) -> "Tensor | None":
+def load_input_depth(request: Request) -> "Tensor | None":
     """Load the depth of the input image, resized to the requested size: (1, 1, H, W) in [0, 1].
 
     Raises:
@@ -174,7 +174,7 @@ class PreparedImageTask(PreparedTask):
         from ldm.imaging.pixels import to_tensor
 
         super().__init__(request)
-        self.image, self.depth = to_tensor(read_image(request)), read_depth(request)
+        self.image, self.depth = to_tensor(load_input_image(request)), load_input_depth(request)
 
     def get_output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         return self.image.shape[-2], self.image.shape[-1]

@@ -30,8 +30,8 @@ class Img2ImgInputs(FolderInputs):
     # fmt: on
 
 
-class Img2Img(PreparedImageTask):
-    """Change an image toward prompts."""
+class Img2ImgTask(PreparedImageTask):
+    """Image to image."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
@@ -80,7 +80,7 @@ TASK = Task(
     ldm img2img --indir photos --outdir painted --prompt "a watercolor"
 """,
     inputs=Img2ImgInputs,
-    prepare=Img2Img,
+    prepare=Img2ImgTask,
     families=("text", "refiner"),
     defaults={
         "prompt": "a painting of a virus monster playing guitar",

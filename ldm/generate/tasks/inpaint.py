@@ -72,8 +72,8 @@ class InpaintInputs(FolderInputs):
         ]
 
 
-class Inpaint(PreparedImageTask):
-    """Repaint a part of an image; `mask` is (1, 1, H, W) in [0, 1]."""
+class InpaintTask(PreparedImageTask):
+    """Inpainting; `mask` is (1, 1, H, W) in [0, 1], 1 where pixels are repainted."""
 
     def __init__(self, request: Request) -> None:
         from ldm.imaging.masks import make_mask
@@ -81,7 +81,7 @@ class Inpaint(PreparedImageTask):
 
         super().__init__(request)
         self.inputs = inputs = request.get_inputs(InpaintInputs)
-        assert inputs.init_img is not None  # checked by `read_image`
+        assert inputs.init_img is not None  # checked by `load_input_image`
         if inputs.mask is not None and inputs.mask_box is not None:
             raise ArgumentError("give a mask or a mask box, not both", "mask_box")
         mask_argument = "mask_box" if inputs.mask is None else "mask"
@@ -132,7 +132,7 @@ White, or the transparent part of the image, is repainted; all other pixels stay
 text-to-image model works as well: the unmasked part is then fixed at every step.
 """,
     inputs=InpaintInputs,
-    prepare=Inpaint,
+    prepare=InpaintTask,
     families=("inpainting", "text"),
     defaults={"outdir": "outputs/inpaint-samples", "n_samples": 1, "n_iter": 1},
     scale=10.0,

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from ldm.pipelines.options import TaskOptions
 
 
-class Txt2Img(PreparedTask):
-    """Make images from prompts."""
+class Txt2ImgTask(PreparedTask):
+    """Text to image."""
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
@@ -38,7 +38,7 @@ Images are saved as OUTDIR/samples/00000.png …, and all of them as OUTDIR/grid
 are written to stdout, everything else to stderr.
 """,
     inputs=Inputs,
-    prepare=Txt2Img,
+    prepare=Txt2ImgTask,
     families=("text",),
     defaults={
         "prompt": "a professional photograph of an astronaut riding a triceratops",

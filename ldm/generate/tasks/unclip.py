@@ -51,8 +51,8 @@ class UnclipInputs(Inputs):
     # fmt: on
 
 
-class Unclip(PreparedTask):
-    """Make variations of images, or mix them."""
+class UnclipTask(PreparedTask):
+    """Variations of images, or mixes of them."""
 
     def __init__(self, request: Request) -> None:
         from ldm.imaging.pixels import to_tensor
@@ -164,7 +164,7 @@ With --prior, unCLIP-L also gets an embedding that the Karlo prior samples for t
 models fine-tuned for image variations work as well, without a prompt.
 """,
     inputs=UnclipInputs,
-    prepare=Unclip,
+    prepare=UnclipTask,
     families=("unclip", "variation"),
     defaults={"outdir": "outputs/unclip-samples", "n_samples": 2, "n_iter": 1, "steps": 20},
     scale=10.0,

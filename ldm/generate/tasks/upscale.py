@@ -66,8 +66,8 @@ class UpscaleInputs(FolderInputs):
         return [replace(self, init_img=str(path), indir=self.init_img) for path in paths]
 
 
-class Upscale(PreparedImageTask):
-    """Upscale an image by four or two, or an image with depth to any size."""
+class UpscaleTask(PreparedImageTask):
+    """Upscaling of an image by four or two, or of an image with depth to any size."""
 
     def get_output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         from ldm.pipelines.families import find_family
@@ -108,8 +108,8 @@ class Upscale(PreparedImageTask):
         return pipelines.upscale(model, prompts, self.image, noise_level=level, **options)
 
 
-class UpscaleLatent(PreparedTask):
-    """Upscale a latent file by two, without decoding it first."""
+class UpscaleLatentTask(PreparedTask):
+    """Upscaling of a latent file by two, without decoding it first."""
 
     def __init__(self, request: Request) -> None:
         from ldm.loading.files.latents import load_latent
@@ -149,11 +149,11 @@ class UpscaleLatent(PreparedTask):
         )
 
 
-def prepare(request: Request) -> PreparedTask:
-    """Return the task for the input: an image or a latent."""
+def prepare_task(request: Request) -> PreparedTask:
+    """Prepare the task for the input: an image or a latent."""
     if request.get_inputs(UpscaleInputs).is_latent:
-        return UpscaleLatent(request)
-    return Upscale(request)
+        return UpscaleLatentTask(request)
+    return UpscaleTask(request)
 
 
 def resize_with_depth(
@@ -196,7 +196,7 @@ LDM3D-SR upscales an image with its depth:
         --target-size 1024,1024
 """,
     inputs=UpscaleInputs,
-    prepare=prepare,
+    prepare=prepare_task,
     families=("upscaling", "latent-upscaling", "rgbd-upscaling"),
     defaults={
         "prompt": "a high quality professional photograph",
