@@ -259,11 +259,11 @@ class Sampling:
     # fmt: on
 
     def __post_init__(self) -> None:
+        step_noise = StepNoise(  # which checks its values
+            self.effective_eta, self.s_churn, self.s_tmin, self.s_tmax, self.s_noise, self.brownian
+        )
         if self.sampler is not None:
-            StepNoise(
-                self.effective_eta, self.s_churn, self.s_tmin, self.s_tmax, self.s_noise,
-                self.brownian,
-            ).check(self.sampler)  # fmt: skip
+            step_noise.check(self.sampler)
         if self.sigmas is not None:
             for name, value in (("scheduler", self.scheduler), ("rho", self.rho)):
                 if value is not None:
