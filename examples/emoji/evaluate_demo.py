@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from judges import Gallery, Judges
 from ldm.data.drawings import COLORS, EmojiTransform, format_caption
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.imaging import pixels
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = Folder(root=args.data, transform=EmojiTransform())
+    folder = ImageFolder(root=args.data, transform=EmojiTransform())
     objects = sorted({row["object"] for row in folder.rows if row["rank"] < args.objects})
     judges = Judges.load_or_train(folder, args.judges, objects=objects)
     model = load(args.config, args.ckpt)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(
     model: LatentDiffusion,
-    folder: Folder,
+    folder: ImageFolder,
     judges: Judges,
     groups: dict[str, list[Prompt]],
     **options: Any,
@@ -123,7 +123,7 @@ def evaluate(
 
 
 def choose_prompts(
-    folder: Folder,
+    folder: ImageFolder,
     split: str,
     objects: Collection[str] | None = None,
     count: int | None = None,
@@ -173,7 +173,7 @@ def generate(
     return torch.cat(images)
 
 
-def load_real_images(folder: Folder, prompts: Sequence[Prompt], *, seed: int = 0) -> Tensor:
+def load_real_images(folder: ImageFolder, prompts: Sequence[Prompt], *, seed: int = 0) -> Tensor:
     """Load the real images of the prompts, with the transform of training: (N, 3, H, W)."""
     assert isinstance(folder.transform, EmojiTransform), "judges are trained on emoji only"
     index = {row["file_name"]: k for k, row in enumerate(folder.rows)}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from evaluate_demo import Prompt, choose_prompts, load_real_images
 from judges import SIDE, Judges
 from ldm.data.drawings import EmojiTransform
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.evaluation.generate import Setting, generate_images, write_prompts
 from ldm.evaluation.report import format_table, save_figure, save_results
 from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/scales"), help="folder")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = Folder(root=args.data, transform=EmojiTransform())
+    folder = ImageFolder(root=args.data, transform=EmojiTransform())
     objects = sorted({row["object"] for row in folder.rows if row["rank"] < args.objects})
     prompts = choose_prompts(folder, "train", objects, args.count)
     judges = Judges.load_or_train(folder, args.judges, objects=objects)
@@ -163,7 +163,7 @@ def generate(args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
     generate_images(settings, args.out)
 
 
-def write_reference(folder: Folder, objects: Sequence[str], out: Path) -> ImageSet:
+def write_reference(folder: ImageFolder, objects: Sequence[str], out: Path) -> ImageSet:
     """Write real images of all trained pairs of object and style, on random backgrounds."""
     rows = choose_prompts(folder, "train", objects, seed=REFERENCE_SEED)
     out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.drawings import EmojiTransform
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.encoders.lowres import mask_image
 from ldm.imaging import pixels
 from ldm.loading.load import load
@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.count < 1:
         parser.error(f"--count must be 1 or more, got {args.count}")
     task = TASKS[args.task]
-    folder = Folder(root=args.data, split="heldout", transform=EmojiTransform(**task.transform))
+    folder = ImageFolder(
+        root=args.data, split="heldout", transform=EmojiTransform(**task.transform)
+    )
     step = max(1, len(folder) // args.count)
     indices = range(0, step * min(args.count, len(folder)), step)
     samples = (folder[0, index] for index in tqdm(indices, unit="image"))

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.drawings import COLORS
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.optim.schedules import LearningRateSchedule
@@ -108,7 +108,12 @@ class Judges:
 
     @classmethod
     def load_or_train(
-        cls, folder: Folder, path: Path, *, objects: Sequence[str] | None = None, steps: int = 2500
+        cls,
+        folder: ImageFolder,
+        path: Path,
+        *,
+        objects: Sequence[str] | None = None,
+        steps: int = 2500,
     ) -> "Judges":
         """Load the classifiers for the images of a folder, or train them and write `path`.
 
@@ -139,7 +144,7 @@ class Judges:
         networks.eval()
         return judges
 
-    def train_objects(self, folder: Folder, steps: int) -> None:
+    def train_objects(self, folder: ImageFolder, steps: int) -> None:
         """Train the classifier of objects on full images of the training split at half size."""
         objects = set(self.objects)
         indices = _find_training_rows(folder, lambda row: row["object"] in objects)
@@ -147,7 +152,7 @@ class Judges:
         labels, _ = self.get_labels([folder.rows[k] for k in indices])
         _fit(self.object_classifier, partial(_augment_full, drawings), labels, steps, "objects")
 
-    def train_styles(self, folder: Folder, steps: int) -> None:
+    def train_styles(self, folder: ImageFolder, steps: int) -> None:
         """Train the classifier of styles on patches of images of the training split."""
         indices = _find_training_rows(folder, lambda row: True)
         labels = torch.tensor([self.styles.index(folder.rows[k]["style"]) for k in indices])
@@ -198,7 +203,7 @@ class Gallery:
         objects: Names of the objects.
     """
 
-    def __init__(self, folder: Folder, objects: Sequence[str]) -> None:
+    def __init__(self, folder: ImageFolder, objects: Sequence[str]) -> None:
         names = set(objects)
         indices = [k for k, row in enumerate(folder.rows) if row["object"] in names]
         margin = (SIDE - DRAWING_SIDE) // 2
@@ -259,7 +264,7 @@ def classify_background(image: Tensor) -> list[str]:
     return [list(COLORS)[k] for k in nearest.tolist()]
 
 
-def _load_drawings(folder: Folder, indices: Sequence[int], side: int) -> Tensor:
+def _load_drawings(folder: ImageFolder, indices: Sequence[int], side: int) -> Tensor:
     """Load drawings as (N, 4, side, side) uint8, RGBA with premultiplied alpha."""
     drawings = torch.empty(len(indices), 4, side, side, dtype=torch.uint8)
     for k, index in enumerate(indices):
@@ -269,7 +274,7 @@ def _load_drawings(folder: Folder, indices: Sequence[int], side: int) -> Tensor:
     return drawings
 
 
-def _find_training_rows(folder: Folder, is_used: Callable[[Row], bool]) -> list[int]:
+def _find_training_rows(folder: ImageFolder, is_used: Callable[[Row], bool]) -> list[int]:
     rows = enumerate(folder.rows)
     return [k for k, row in rows if row["split"] == "train" and is_used(row)]
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm.data.drawings import EmojiTransform, format_caption
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.imaging import pixels
 from ldm.loading.load import load
 from ldm.pipelines import depth2img, inpaint, txt2img, upscale, vary
@@ -211,7 +211,7 @@ def _load_samples(
     root: Path, transform: EmojiTransform, objects: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Load the held-out drawing of each object, or its first if none is held out."""
-    folder = Folder(root=root, transform=transform)
+    folder = ImageFolder(root=root, transform=transform)
     samples = []
     for name in objects:
         indices = [k for k, row in enumerate(folder.rows) if row["object"] == name]

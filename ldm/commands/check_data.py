@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _check(args: Namespace) -> int:
     from ldm.data.check import check_data, open_folder
-    from ldm.data.pack import pack
+    from ldm.data.pack import write_shards
 
     if args.list:
         check_folder_of(args.list, "list")
@@ -54,9 +54,9 @@ def _check(args: Namespace) -> int:
     report = check_data(folder or args.data, size=args.size, step=args.step, workers=args.workers)
     print("\n".join(report.format_lines()))
     if args.list:
-        names = "".join(f"{name}\n" for name, _ in report.unreadable)
+        names = "".join(f"{name}\n" for name, _ in report.unreadable_samples)
         Path(args.list).write_text(names, "utf-8", errors="surrogateescape")
     if args.pack and folder is not None:
-        for path in pack(folder, args.pack, count=args.count):
+        for path in write_shards(folder, args.pack, count=args.count):
             print(path)
-    return 0 if report.sizes and not report.unreadable else 1
+    return 0 if report.sizes and not report.unreadable_samples else 1

@@ -16,11 +16,11 @@ __all__ = ["Buckets"]
 
 @dataclass(frozen=True)
 class Buckets:
-    """A set of sizes, of at most size x size pixels each.
+    """Bucket sizes of at most size x size pixels each.
 
     Args:
         size: Side of the square bucket, in pixels.
-        step: All sides are multiples of it.
+        step: Number of pixels that all sides are multiples of.
         shortest: Minimum side; None = half of `size`.
         longest: Maximum side; None = twice `size`.
     Raises:
@@ -51,11 +51,11 @@ class Buckets:
                 sizes |= {(side, other_side), (other_side, side)}
         return sorted(sizes, key=lambda size: size[0] / size[1])
 
-    def index(self, width: int, height: int) -> int:
-        """Find the index in `sizes` of the nearest aspect ratio; among equals, the largest."""
+    def find_nearest(self, width: int, height: int) -> int:
+        """Return the index in `sizes` of the nearest aspect ratio; among equals, the largest."""
 
-        def compute_distance(index: int) -> tuple[float, int]:
+        def make_sort_key(index: int) -> tuple[float, int]:
             w, h = self.sizes[index]
             return abs(math.log(w / h * height / width)), -w * h
 
-        return min(range(len(self.sizes)), key=compute_distance)
+        return min(range(len(self.sizes)), key=make_sort_key)

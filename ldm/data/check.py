@@ -17,16 +17,16 @@ from tqdm import tqdm
 
 from ldm.data.buckets import Buckets
 from ldm.data.dataset import Sample, UnreadableSample
-from ldm.data.folder import Folder
-from ldm.data.shards import decode_sample, expand_patterns, get_name, read_shard
+from ldm.data.folder import ImageFolder
+from ldm.data.shards import decode_sample, expand_patterns, get_sample_name, read_shard
 from ldm.data.transforms import PhotoTransform, get_captions
 from ldm.runtime.errors import MissingFile
 
 __all__ = ["DataReport", "check_data", "open_folder"]
 
-CHUNK = 256  # samples handed to the threads at once, to bound memory
-MAX_SHOWN = 10  # names in the report; --list writes all
-SIDES = (0, 256, 512, 768, 1024, 2048)  # lower bounds of the classes of the shorter side
+CHUNK_SIZE = 256  # samples handed to the threads at once, to bound memory
+MAX_LIST_LINES = 10  # in the report; --list writes the names of all unreadable samples
+SIDE_BOUNDS = (0, 256, 512, 768, 1024, 2048)  # lower bounds of the classes of shorter sides
 ASPECT_RATIOS = {  # name -> maximum of width / height
     "1:2 and taller": 0.5,
     "2:3": 0.7,
@@ -49,37 +49,37 @@ class DataReport:
     Args:
         buckets: The buckets to count.
         sizes: (width, height) of every readable image, upright.
-        unreadable: (name, reason) of unreadable samples.
-        uncaptioned: Names of samples without a caption.
+        unreadable_samples: (name, reason) of each.
+        uncaptioned_names: Names of samples without a caption.
         captions: All captions, stripped.
         digests: SHA-256 of the pixels of every readable image.
     """
 
     buckets: Buckets
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    uncaptioned: list[str] = field(default_factory=list)
+    unreadable_samples: list[tuple[str, str]] = field(default_factory=list)
+    uncaptioned_names: list[str] = field(default_factory=list)
     captions: Counter[str] = field(default_factory=Counter)
     digests: Counter[str] = field(default_factory=Counter)
 
     def format_lines(self) -> Iterator[str]:
         """Format the report, line by line."""
         total = sum(self.sizes.values())
-        yield f"{total:,} images can be read, {len(self.unreadable):,} are unreadable"
-        yield from _format_first(reason for _, reason in self.unreadable)
+        yield f"{total:,} images can be read, {len(self.unreadable_samples):,} are unreadable"
+        yield from _format_first_lines(reason for _, reason in self.unreadable_samples)
         yield f"{_count_repeats(self.digests):,} images are copies of others"
-        yield f"{len(self.uncaptioned):,} have no caption"
-        yield from _format_first(self.uncaptioned)
+        yield f"{len(self.uncaptioned_names):,} have no caption"
+        yield from _format_first_lines(self.uncaptioned_names)
         yield f"{_count_repeats(self.captions):,} captions are copies of others"
         repeated = (f"{n} x `{text}`" for text, n in self.captions.most_common() if n > 1)
-        yield from _format_first(repeated)
-        ends = [*(str(side - 1) for side in SIDES[1:]), "…"]
-        sides = {f"{side} – {end}": side for side, end in zip(SIDES, ends, strict=True)}
-        yield from _format_bars("shorter side, pixels", self._count(_classify_side, sides))
+        yield from _format_first_lines(repeated)
+        last_sides = [*(str(side - 1) for side in SIDE_BOUNDS[1:]), "…"]
+        sides = {f"{a} – {b}": a for a, b in zip(SIDE_BOUNDS, last_sides, strict=True)}
+        yield from _format_bars("shorter side, pixels", self._count_by(_classify_side, sides))
         ratios = {name: name for name in ASPECT_RATIOS}
-        yield from _format_bars("width : height", self._count(_classify_aspect_ratio, ratios))
+        yield from _format_bars("width : height", self._count_by(_classify_aspect_ratio, ratios))
         buckets = {f"{w} x {h}": k for k, (w, h) in enumerate(self.buckets.sizes)}
-        counts = self._count(self.buckets.index, buckets)
+        counts = self._count_by(self.buckets.find_nearest, buckets)
         used = {name: n for name, n in counts.items() if n}
         yield from _format_bars(f"buckets of size {self.buckets.size}", used)
 
@@ -89,10 +89,10 @@ class DataReport:
         self.digests[digest] += 1
         self.captions.update(filter(None, captions))
         if not any(captions):
-            self.uncaptioned.append(name)
+            self.uncaptioned_names.append(name)
 
-    def _count(self, classify: Callable[[int, int], T], names: Mapping[str, T]) -> dict[str, int]:
-        """Count the images per class, a function of width and height."""
+    def _count_by(self, classify: Callable[..., T], names: Mapping[str, T]) -> dict[str, int]:
+        """Count the images per class, a function of (width, height)."""
         counts: Counter[T] = Counter()
         for size, n in self.sizes.items():
             counts[classify(*size)] += n
@@ -100,7 +100,7 @@ class DataReport:
 
 
 def check_data(
-    data: Folder | Sequence[str], *, size: int = 512, step: int = 64, workers: int = 4
+    data: ImageFolder | Sequence[str], *, size: int = 512, step: int = 64, workers: int = 4
 ) -> DataReport:
     """Decode and count all samples of a folder, or of shards given by patterns.
 
@@ -112,21 +112,21 @@ def check_data(
     """
     report = DataReport(Buckets(size, step))
     loaders = _iter_loaders(data)
-    total = len(data) if isinstance(data, Folder) else None
+    total = len(data) if isinstance(data, ImageFolder) else None
     bar = tqdm(total=total, unit="image", dynamic_ncols=True, mininterval=1)
     # Opening an image changes the warning filters; threads would not restore them in order.
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        while chunk := list(islice(loaders, CHUNK)):
-            for loader, values in zip(chunk, pool.map(_measure_sample, chunk), strict=True):
-                if isinstance(values, UnreadableSample):
-                    report.unreadable.append((loader.name, str(values)))
+        while chunk := list(islice(loaders, CHUNK_SIZE)):
+            for loader, result in zip(chunk, pool.map(_measure_sample, chunk), strict=True):
+                if isinstance(result, UnreadableSample):
+                    report.unreadable_samples.append((loader.name, str(result)))
                 else:
-                    report.add(loader.name, *values)
+                    report.add(loader.name, *result)
                 bar.update()
     return report
 
 
-def open_folder(paths: Sequence[str]) -> Folder | None:
+def open_folder(paths: Sequence[str]) -> ImageFolder | None:
     """Open a single folder, in which each image is listed once; return None for shards.
 
     Raises:
@@ -140,7 +140,7 @@ def open_folder(paths: Sequence[str]) -> Folder | None:
             raise MissingFile(f"there is no folder or file `{name}`")
     if len(paths) != 1 or not Path(paths[0]).expanduser().is_dir():
         return None
-    folder = Folder(root=paths[0], transform=PhotoTransform())
+    folder = ImageFolder(root=paths[0], transform=PhotoTransform())
     # A file may have several rows with different captions, or be repeated in an epoch.
     folder.rows = list({row["file_name"]: row for row in folder.rows}.values())
     return folder
@@ -153,13 +153,13 @@ class Loader(NamedTuple):
     load: Callable[[], Sample]
 
 
-def _iter_loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
-    if isinstance(data, Folder):
+def _iter_loaders(data: ImageFolder | Sequence[str]) -> Iterator[Loader]:
+    if isinstance(data, ImageFolder):
         for index in range(len(data)):
             yield Loader(data.get_name(index), partial(data.load, index))
     else:
         for raw in chain.from_iterable(map(read_shard, expand_patterns(data))):
-            yield Loader(get_name(raw), partial(decode_sample, raw))
+            yield Loader(get_sample_name(raw), partial(decode_sample, raw))
 
 
 def _measure_sample(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
@@ -175,7 +175,7 @@ def _measure_sample(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | 
 
 
 def _classify_side(width: int, height: int) -> int:
-    return max(side for side in SIDES if side <= min(width, height))
+    return max(side for side in SIDE_BOUNDS if side <= min(width, height))
 
 
 def _classify_aspect_ratio(width: int, height: int) -> str:
@@ -186,9 +186,9 @@ def _count_repeats(counts: Counter[str]) -> int:
     return sum(counts.values()) - len(counts)
 
 
-def _format_first(lines: Iterable[str]) -> Iterator[str]:
+def _format_first_lines(lines: Iterable[str]) -> Iterator[str]:
     lines = iter(lines)
-    yield from (f"  {line}" for line in islice(lines, MAX_SHOWN))
+    yield from (f"  {line}" for line in islice(lines, MAX_LIST_LINES))
     remaining = sum(1 for _ in lines)
     if remaining:
         yield f"  … and {remaining:,} more"
@@ -196,6 +196,6 @@ def _format_first(lines: Iterable[str]) -> Iterator[str]:
 
 def _format_bars(title: str, counts: Mapping[str, int]) -> Iterator[str]:
     yield title
-    highest = max([1, *counts.values()])
+    max_count = max([1, *counts.values()])
     for name, n in counts.items():
-        yield f"  {name:>15} {n:8,} {'#' * round(BAR_WIDTH * n / highest)}".rstrip()
+        yield f"  {name:>15} {n:8,} {'#' * round(BAR_WIDTH * n / max_count)}".rstrip()

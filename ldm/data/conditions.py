@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from random import Random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,18 +22,19 @@ from torch import Tensor
 
 from ldm.data.former_options import rename_options, to_former_names
 from ldm.runtime.errors import ArgumentError, check_name, check_names
+from ldm.runtime.types import JsonMapping
 
-__all__ = ["Condition", "LowRes", "PseudoDepth", "RandomMask", "build_conditions"]
+__all__ = ["ConditionGenerator", "LowRes", "PseudoDepth", "RandomMask", "build_conditions"]
 
-LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
+LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
 
 
 @dataclass(frozen=True)
-class Condition(ABC):
-    """Base of the generators of conditioning images; their fields are options in configs.
+class ConditionGenerator(ABC):
+    """Base class of generators of conditioning images; its fields are options in configs.
 
     Attributes:
-        NAME: In configs and batches.
+        NAME: Name in configs, and batch key of the images.
         FORMER_NAME: Former class name, part of the keys of latent caches.
     """
 
@@ -42,16 +43,16 @@ class Condition(ABC):
 
     @abstractmethod
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
-        """Generate the condition of an image."""
+        """Generate the conditioning image of an image."""
 
     def get_cache_key(self) -> str:
-        """Return the key of the condition in latent caches, with former names."""
+        """Return class and options for keys of latent caches, with former names."""
         options = to_former_names(self.NAME, vars(self)).items()
         return f"{self.FORMER_NAME}({', '.join(f'{key}={value!r}' for key, value in options)})"
 
 
 @dataclass(frozen=True)
-class RandomMask(Condition):
+class RandomMask(ConditionGenerator):
     """Random inpainting masks: one to three brush strokes or boxes.
 
     Args:
@@ -78,11 +79,11 @@ class RandomMask(Condition):
 
 
 @dataclass(frozen=True)
-class LowRes(Condition):
+class LowRes(ConditionGenerator):
     """The image downscaled by `factor` with a random filter, to imitate different resizers.
 
     Args:
-        blur: Maximum sigma of the Gaussian blur that follows, in pixels of the small image.
+        blur: Maximum sigma of a Gaussian blur of the downscaled image, in its pixels.
     """
 
     NAME = "lr"
@@ -97,18 +98,18 @@ class LowRes(Condition):
         antialias = mode != "area" and rng.random() < 0.8
         small = F.interpolate(image[None], size, mode=mode, antialias=antialias)  # (1, 3, h, w)
         sigma = rng.uniform(0, self.blur)
-        if sigma > 0.1:  # less changes nothing
+        if sigma > 0.1:  # smaller ones change nothing
             small = _gaussian_blur(small, sigma)
         return small[0].clamp(-1, 1)
 
 
 @dataclass(frozen=True)
-class PseudoDepth(Condition):
-    """A dome over the silhouette, blended with the luminance.
+class PseudoDepth(ConditionGenerator):
+    """A dome over the silhouette, blended with the luma.
 
     Args:
         ramp_width: Distance from the edge to the dome's full height, in pixels.
-        luminance: Weight of the luminance, 0 … 1.
+        luminance: Weight of the luma, 0 … 1.
     """
 
     NAME = "depth"
@@ -118,26 +119,26 @@ class PseudoDepth(Condition):
     luminance: float = 0.25
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
-        inside, elevation = opacity[None], torch.zeros_like(opacity[None])  # (1, 1, H, W)
+        silhouette, elevation = opacity[None], torch.zeros_like(opacity[None])  # (1, 1, H, W)
         # `elevation` becomes the distance from the edge: 0 at it, 1 at `ramp_width` and beyond.
         for step in range(self.ramp_width):
-            elevation += inside / self.ramp_width
-            inside = _erode(inside, square=bool(step % 2))
+            elevation += silhouette / self.ramp_width
+            silhouette = _erode(silhouette, square=bool(step % 2))
         dome = (2 * elevation - elevation**2).clamp(min=0).sqrt()  # a quarter of a circle
         pixels = ((image + 1) / 2).permute(1, 2, 0).contiguous()  # (H, W, 3)
-        luminance = pixels @ image.new_tensor(LUMINANCE)  # (H, W)
+        luma = pixels @ image.new_tensor(LUMA_WEIGHTS)  # (H, W)
         weight = self.luminance
-        return dome[0] * (1 - weight) + weight * luminance * opacity  # (1, H, W)
+        return dome[0] * (1 - weight) + weight * luma * opacity  # (1, H, W)
 
 
-CONDITIONS: dict[str, type[Condition]] = {
-    condition.NAME: condition for condition in (RandomMask, LowRes, PseudoDepth)
+CONDITIONS: dict[str, type[ConditionGenerator]] = {
+    generator.NAME: generator for generator in (RandomMask, LowRes, PseudoDepth)
 }
 
 
-def build_conditions(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Condition]:
-    """Build the generators of {name of the condition: its options}."""
-    conditions: dict[str, Condition] = {}
+def build_conditions(specs: Mapping[str, JsonMapping | None]) -> dict[str, ConditionGenerator]:
+    """Build the generators from a mapping of their NAME to their options."""
+    conditions: dict[str, ConditionGenerator] = {}
     for name, spec in specs.items():
         check_name("condition", name, CONDITIONS)
         options = rename_options(name, spec or {})
@@ -162,9 +163,9 @@ def _draw_box(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) ->
 def _draw_stroke(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) -> None:
     side = min(width, height)
     thickness = round(side * rng.uniform(0.1, 0.3))
-    corners = [(rng.randint(0, width), rng.randint(0, height)) for _ in range(rng.randint(2, 4))]
-    pen.line(corners, fill=1, width=thickness)
-    for x, y in corners:
+    points = [(rng.randint(0, width), rng.randint(0, height)) for _ in range(rng.randint(2, 4))]
+    pen.line(points, fill=1, width=thickness)
+    for x, y in points:
         pen.ellipse(
             (x - thickness / 2, y - thickness / 2, x + thickness / 2, y + thickness / 2), fill=1
         )
@@ -181,11 +182,11 @@ def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     return F.conv2d(blurred, kernel.mT, groups=image.shape[1])
 
 
-def _erode(inside: Tensor, *, square: bool) -> Tensor:
+def _erode(mask: Tensor, *, square: bool) -> Tensor:
     """Erode by one pixel; alternating 3 x 3 squares and crosses approximates a disc."""
-    outside = F.pad(1 - inside, (1, 1, 1, 1), value=1.0)
+    background = F.pad(1 - mask, (1, 1, 1, 1), value=1.0)
     if square:
-        return 1 - F.max_pool2d(outside, 3, stride=1)
-    rows = F.max_pool2d(outside[..., 1:-1, :], (1, 3), stride=1)
-    columns = F.max_pool2d(outside[..., 1:-1], (3, 1), stride=1)
+        return 1 - F.max_pool2d(background, 3, stride=1)
+    rows = F.max_pool2d(background[..., 1:-1, :], (1, 3), stride=1)
+    columns = F.max_pool2d(background[..., 1:-1], (3, 1), stride=1)
     return 1 - torch.maximum(rows, columns)

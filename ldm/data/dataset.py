@@ -32,7 +32,7 @@ class UnreadableSample(ValueError):
 
 
 class SampleDataset(Dataset[Sample], ABC):
-    """Base of the datasets; `dataset[epoch, index]` is a sample or raises UnreadableSample."""
+    """Base class of datasets; `dataset[epoch, index]` is a sample or raises UnreadableSample."""
 
     # Bucket of each sample; a batch holds samples of one bucket. None = one size for all.
     bucket_ids: Sequence[int] | None = None
@@ -45,11 +45,11 @@ class SampleDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def iter_names(self) -> Iterator[str]:
-        """Return the names of all samples, as in UnreadableSample and `broken.txt`."""
+        """Yield the names of all samples, which UnreadableSample and `broken.txt` use."""
 
 
 class ImageDataset(SampleDataset):
-    """Base of the datasets of images with metadata.
+    """Base class of datasets of images with metadata.
 
     The random choices in a sample are a function of (seed, epoch, index) only.
     """
@@ -113,17 +113,17 @@ class ImageDataset(SampleDataset):
         for index, name in enumerate(tqdm(names, "Measuring", delay=5, dynamic_ncols=True)):
             if name not in buckets:
                 try:
-                    buckets[name] = self.transform.buckets.index(*self._read_size(index))
+                    buckets[name] = self.transform.buckets.find_nearest(*self._read_size(index))
                 except (OSError, ValueError):
                     buckets[name] = None
         bucket_ids = [buckets[name] for name in names]
         counts = Counter(bucket for bucket in bucket_ids if bucket is not None)
-        largest = max(counts, key=lambda bucket: counts[bucket], default=0)
-        self.bucket_ids = [largest if bucket is None else bucket for bucket in bucket_ids]
+        largest_bucket = max(counts, key=lambda bucket: counts[bucket], default=0)
+        self.bucket_ids = [largest_bucket if bucket is None else bucket for bucket in bucket_ids]
 
 
 class DreamBoothDataset(SampleDataset):
-    """Samples with a class image each, under the key `prior`, for DreamBooth's prior preservation.
+    """Samples, each with a class image as `prior`, for DreamBooth's prior preservation.
 
     Ruiz et al. 2022 (arXiv:2208.12242).
 

@@ -11,13 +11,13 @@ from ldm.runtime.errors import MissingFile
 
 __all__ = ["Download"]
 
-MAX_ATTEMPTS = 6  # maximum number of connections per read
+MAX_ATTEMPTS = 6  # connections per read
 TIMEOUT = 30  # seconds without a byte after which a connection counts as lost
-RETRY_STATUS = (408, 429)  # request timeout, too many requests
+RETRYABLE_STATUS_CODES = (408, 429)  # request timeout, too many requests
 
 
 class Download(io.RawIOBase):
-    """The file at an http(s) address, a raw binary stream that cannot seek.
+    """The file at an http(s) URL, as a raw binary stream that cannot seek.
 
     Reading raises MissingFile for a client error (HTTP 4xx), OSError for other failures.
 
@@ -27,7 +27,7 @@ class Download(io.RawIOBase):
 
     def __init__(self, url: str, *, pause: float = 1.0) -> None:
         self.url, self.pause = url, pause
-        self.position = 0
+        self.position = 0  # bytes read
         self.length = -1  # bytes in total; -1 = unknown
         self.response: Any = None
 
@@ -41,13 +41,13 @@ class Download(io.RawIOBase):
                     self._connect()
                 count: int = self.response.readinto(buffer)
                 if not count and self.position < self.length:
-                    raise OSError(f"it ended after {self.position} of {self.length} bytes")
+                    raise OSError(f"response ended after {self.position} of {self.length} bytes")
                 self.position += count
                 return count
             except (OSError, http.client.HTTPException) as error:
                 self._disconnect()
                 code = error.code if isinstance(error, urllib.error.HTTPError) else 0
-                if 400 <= code < 500 and code not in RETRY_STATUS:
+                if 400 <= code < 500 and code not in RETRYABLE_STATUS_CODES:
                     raise MissingFile(f"`{self.url}`: {error}") from error
                 if attempt + 1 == MAX_ATTEMPTS:
                     raise OSError(f"`{self.url}`: {error}") from error
@@ -68,7 +68,7 @@ class Download(io.RawIOBase):
         while start < self.position:
             skipped = len(self.response.read(min(2**20, self.position - start)))
             if not skipped:
-                raise OSError(f"it ended after {start} bytes")
+                raise OSError(f"response ended after {start} bytes")
             start += skipped
 
     def _disconnect(self) -> None:

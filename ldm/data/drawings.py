@@ -38,7 +38,7 @@ TEMPLATES = (
     (0.15, "[{style} ]{object}[ on {colour}]"),
     (0.10, "a picture of {an object}[ in {style} style][ on a {colour} background]"),
 )
-BRACKETS = str.maketrans(dict.fromkeys("[]{}", " "))
+BRACKETS_TO_SPACES = str.maketrans(dict.fromkeys("[]{}", " "))
 
 
 class EmojiTransform(Transform):
@@ -103,8 +103,8 @@ class EmojiTransform(Transform):
             tensor = tensor[:, top : top + length, left : left + length]
         alpha = layer.getchannel("A").crop((left, top, left + length, top + length))
         opacity = torch.from_numpy(np.array(alpha, dtype=np.float32) / 255)[None]  # (1, H, W)
-        return self._add_conditions(
-            tensor, opacity, rng, original=(self.size, self.size), crop=(top, left)
+        return self._make_fields(
+            tensor, opacity, rng, original_size=(self.size, self.size), crop=(top, left)
         )
 
     def make_caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
@@ -145,8 +145,8 @@ def format_caption(name: str, style: str, color: str, template: str = TEMPLATES[
                 group = group.replace(key, value)
             text += group
     words = text.split(" ")
-    for i, (article, following) in enumerate(pairwise(words)):
-        if article == "a" and following[:1].lower() in "aeio":
+    for i, (article, next_word) in enumerate(pairwise(words)):
+        if article == "a" and next_word[:1].lower() in "aeio":
             words[i] = "an"
     return " ".join(words)
 
@@ -157,7 +157,7 @@ def list_caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         texts += [*get_captions(row), row.get("object") or "", row.get("style") or ""]
         texts += row.get("keywords") or []
-    return [variant for text in texts for variant in (text, text.translate(BRACKETS))]
+    return [variant for text in texts for variant in (text, text.translate(BRACKETS_TO_SPACES))]
 
 
 def _paste_centered(

@@ -2,10 +2,10 @@
 
 DIR/metadata.jsonl        {"file_name": "images/0001.png", "text": "a red apple", …}
 DIR/metadata.csv          file_name,text,…            (also with semicolons or tabs)
-DIR/train/metadata.jsonl  the same for a folder in it
+DIR/train/metadata.jsonl  the same for a subfolder
 DIR/0001.png, 0001.txt    without metadata: every image, with the .txt or .caption beside it, or
                           the `text` or `caption` of the .json
-DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten times in an epoch; without a caption
+DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten repeats per epoch; without a caption
                           file, the caption is the rest of the folder's name
 """
 
@@ -26,7 +26,7 @@ from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import list_files, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["Folder", "read_metadata"]
+__all__ = ["ImageFolder", "read_metadata"]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 CACHE_BYTES = 2**28  # maximum size of the image files kept in memory
 
 
-class Folder(ImageDataset):
+class ImageFolder(ImageDataset):
     """The images of a folder with their metadata.
 
     Args:
@@ -60,11 +60,11 @@ class Folder(ImageDataset):
     ) -> None:
         super().__init__(transform, seed)
         self.root = Path(root).expanduser()
-        required = {**(where or {}), **({} if split is None else {"split": split})}
+        filters = {**(where or {}), **({} if split is None else {"split": split})}
         rows, caption_errors = _read_rows(self.root)
         # If `fields` sets the caption, unreadable caption files do not matter.
         self.caption_errors = {} if "text" in (fields or {}) else caption_errors  # by file_name
-        rows = [row for row in rows if all(row.get(key) == v for key, v in required.items())]
+        rows = [row for row in rows if all(row.get(key) == v for key, v in filters.items())]
         if text != "text" and not any(text in row for row in rows):
             raise ArgumentError(f"`{root}`: no image has a `{text}`")
         caption_fields = (text if row.get(text) else "caption" for row in rows)
@@ -79,10 +79,10 @@ class Folder(ImageDataset):
             get_captions(row)  # both raise FileFormatError
             transform.parse_numbers(row)
         if not self.rows:
-            filters = ", ".join(f"{key} `{value}`" for key, value in required.items())
-            raise ArgumentError(f"`{root}` has no images" + (f" with {filters}" if filters else ""))
-        self._files: dict[str, bytes] = {}  # small datasets are read from disk only once
-        self._free_bytes = CACHE_BYTES
+            reason = ", ".join(f"{key} `{value}`" for key, value in filters.items())
+            raise ArgumentError(f"`{root}` has no images" + (f" with {reason}" if reason else ""))
+        self._cached_files: dict[str, bytes] = {}  # small datasets are read from disk once
+        self._free_cache_bytes = CACHE_BYTES
         self._assign_buckets()
 
     def __len__(self) -> int:
@@ -98,23 +98,23 @@ class Folder(ImageDataset):
 
     def read_bytes(self, index: int) -> bytes:
         name = self.get_name(index)
-        if name not in self._files:
+        if name not in self._cached_files:
             data = (self.root / name).read_bytes()
-            self._free_bytes -= len(data)
-            if self._free_bytes < 0:
+            self._free_cache_bytes -= len(data)
+            if self._free_cache_bytes < 0:
                 return data
-            self._files[name] = data
-        return self._files[name]
+            self._cached_files[name] = data
+        return self._cached_files[name]
 
     def _read_size(self, index: int) -> tuple[int, int]:
         return read_size(self.root / self.get_name(index))
 
 
 def read_metadata(root: Path) -> list[JsonObject]:
-    """Read the rows of metadata.jsonl or metadata.csv, each with `file_name`; else of all images.
+    """Read a row with `file_name` per image, from the metadata file or else from all images.
 
     Raises:
-        MissingFile: There is no folder, or nothing in it.
+        MissingFile: There is no folder, or no image in it.
         FileFormatError: The metadata cannot be read, or a row has no `file_name`.
     """
     return _read_rows(root)[0]
@@ -126,13 +126,14 @@ def _read_rows(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
         raise MissingFile(f"there is no folder `{root}`")
     caption_errors: dict[str, str] = {}
     files = {path.name.lower(): path for path in root.iterdir() if path.is_file()}
-    if table := next((files[name] for name in METADATA_FILES if name in files), None):
-        rows = list(_read_table(table))
+    if metadata_file := next((files[name] for name in METADATA_FILES if name in files), None):
+        rows = list(_read_metadata_file(metadata_file))
         if not rows:
-            raise FileFormatError(f"`{table}` has no rows")
+            raise FileFormatError(f"`{metadata_file}` has no rows")
         images = [path for path in list_files(root) if path.suffix.lower() in IMAGE_SUFFIXES]
         if count := _count_unlisted(images, rows, root):
-            log.warning("`%s`: left out %d images without a row in `%s`", root, count, table.name)
+            message = "`%s`: left out %d images without a row in `%s`"
+            log.warning(message, root, count, metadata_file.name)
     else:
         rows = list(_make_rows(root, caption_errors))
         if not rows:
@@ -167,7 +168,7 @@ def _normalize_row(row: JsonObject, root: Path) -> None:
         raise ValueError(f"has `repeats` {repeats}, which is not a count")
 
 
-def _read_table(path: Path) -> Iterator[JsonObject]:
+def _read_metadata_file(path: Path) -> Iterator[JsonObject]:
     return _read_csv_rows(path) if path.suffix.lower() == ".csv" else _read_json_rows(path)
 
 
@@ -177,30 +178,30 @@ def _read_csv_rows(path: Path) -> Iterator[JsonObject]:
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     lines = list(StringIO(text))
-    table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
-    table.fieldnames = [name.strip() for name in table.fieldnames or ()]
-    end = table.line_num
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    end = reader.line_num
     try:
-        for row in table:
-            start, end = end, table.line_num
+        for row in reader:
+            start, end = end, reader.line_num
             if end > start + 1:
                 _check_quotes(path, lines, start, end, delimiter)
             if None in row:
                 message = f"more fields than the first line, quote texts with `{delimiter}`"
-                raise FileFormatError(f"`{path}`, line {table.line_num}: {message}")
+                raise FileFormatError(f"`{path}`, line {reader.line_num}: {message}")
             yield row
     except csv.Error as error:  # such as a field of 128 KB, after a quote that is not closed
-        raise FileFormatError(f"`{path}`, after line {table.line_num}: {error}") from error
+        raise FileFormatError(f"`{path}`, after line {reader.line_num}: {error}") from error
 
 
 def _check_quotes(path: Path, lines: list[str], start: int, end: int, delimiter: str) -> None:
     """Raise FileFormatError if a row of several lines has an unclosed quote, which joins rows."""
-    row = csv.reader(lines[start:end], delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(lines[start:end], delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        list(row)
+        list(reader)
     except csv.Error:  # the file ends within quotes, or a text follows the closing quote
         start += next(k for k, line in enumerate(lines[start:end], 1) if line.strip())
-        message = "a quote is not closed, or within a text, where it must be doubled"
+        message = "a quote is not closed, or a quote within a text is not doubled"
         raise FileFormatError(f"`{path}`, line {start}: {message}") from None
 
 
@@ -230,52 +231,51 @@ def _make_rows(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObjec
         caption_errors: Reasons why captions cannot be read are added to it by `file_name`.
     """
     images: list[Path] = []
-    tables: dict[Path, Path] = {}
+    metadata_files: dict[Path, Path] = {}  # by folder
     captions: dict[tuple[Path, str], Path] = {}
     skipped: Counter[str] = Counter()
     for path in list_files(root, skipped):
         suffix = path.suffix.lower()
         if path.name.lower() in METADATA_FILES:
-            tables.setdefault(path.parent, path)
+            metadata_files.setdefault(path.parent, path)
         elif suffix in IMAGE_SUFFIXES:
             images.append(path)
         elif suffix in CAPTION_SUFFIXES:
             captions[path.with_suffix(""), suffix] = path
         else:
             skipped[suffix or path.name] += 1
-    for folder, table in tables.items():
-        rows = list(_read_table(table))
+    for folder, metadata_file in metadata_files.items():
+        rows = list(_read_metadata_file(metadata_file))
         for row in rows:
             if isinstance(row.get("file_name"), str):
                 row["file_name"] = f"{folder.relative_to(root).as_posix()}/{row['file_name']}"
         yield from rows
         folder_images = [path for path in images if folder in path.parents]
-        skipped[f"images without a row in `{table.relative_to(root)}`"] += _count_unlisted(
-            folder_images, rows, root
-        )
-    used = set()  # keys of captions with an image
-    for path in sorted(path for path in images if tables.keys().isdisjoint(path.parents)):
+        count = _count_unlisted(folder_images, rows, root)
+        skipped[f"images without a row in `{metadata_file.relative_to(root)}`"] += count
+    used_keys = set()  # of captions with an image
+    for path in sorted(path for path in images if metadata_files.keys().isdisjoint(path.parents)):
         row = {"file_name": path.relative_to(root).as_posix()}
-        kohya = re.fullmatch(r"(\d+)_(.+)", path.parent.name) if path.parent != root else None
-        if kohya:
-            row |= {"repeats": int(kohya[1]), "text": kohya[2]}
+        kohya_match = re.fullmatch(r"(\d+)_(.+)", path.parent.name) if path.parent != root else None
+        if kohya_match:
+            row |= {"repeats": int(kohya_match[1]), "text": kohya_match[2]}
         stems = (path.with_suffix(""), path)  # a.txt or a.png.txt
         keys = [(stem, suffix) for suffix in CAPTION_SUFFIXES for stem in stems]
-        used.update(keys)
-        if files := [captions[key] for key in keys if key in captions]:
+        used_keys.update(keys)
+        if caption_files := [captions[key] for key in keys if key in captions]:
             try:
-                text = _read_caption(files[0])
+                text = _read_caption(caption_files[0])
                 skipped[".json"] += text is None
                 row |= {} if text is None else {"text": text}
             except (OSError, ValueError) as error:
                 caption_errors[row["file_name"]] = str(error)
-            texts = [file for file in files if file.suffix.lower() != ".json"]
-            skipped["captions of images that have another"] += len(texts[1:])
+            text_files = [file for file in caption_files if file.suffix.lower() != ".json"]
+            skipped["captions of images that have another"] += len(text_files[1:])
         yield row
-    for _, suffix in captions.keys() - used:
-        skipped[suffix if suffix == ".json" else "captions without image"] += 1
-    if names := ", ".join(f"{n} {name}" for name, n in skipped.most_common() if n):
-        log.warning("`%s`: left out %s", root, names)
+    for _, suffix in captions.keys() - used_keys:
+        skipped[suffix if suffix == ".json" else "captions without an image"] += 1
+    if summary := ", ".join(f"{n} {kind}" for kind, n in skipped.most_common() if n):
+        log.warning("`%s`: left out %s", root, summary)
 
 
 def _read_caption(path: Path) -> str | list[str] | None:

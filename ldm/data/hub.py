@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face: on disk, in parquet files, or on the hub.
+"""Hugging Face datasets: on disk, in parquet files, or on the hub.
 
 {hub: DIR}                        what `save_to_disk` wrote, a folder of parquet or of images
 {hub: FILE.parquet}
@@ -13,11 +13,11 @@ from ldm.data.dataset import ImageDataset
 from ldm.data.transforms import Transform
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["Hub"]
+__all__ = ["HubDataset"]
 
 
-class Hub(ImageDataset):
-    """An image dataset of Hugging Face, with its other columns as metadata.
+class HubDataset(ImageDataset):
+    """A Hugging Face image dataset, with its other columns as metadata.
 
     Args:
         hub: Path, or name on the hub.
@@ -44,10 +44,10 @@ class Hub(ImageDataset):
     ) -> None:
         super().__init__(transform, seed)
         hub = str(Path(hub).expanduser()) if str(hub).startswith("~") else str(hub)
-        self.title, self.image, self.text = Path(hub).name, image, text
+        self.dataset_name, self.image, self.text = Path(hub).name, image, text
         self.fields = dict(fields or {})
         self.table = _load_table(hub, name, split, image, cache)
-        self.columns = self.table.remove_columns(image)
+        self.metadata = self.table.remove_columns(image)
         if text not in self.table.column_names and "text" not in self.fields:
             raise _make_missing_error(hub, f"column `{text}`", self.table.column_names)
         self._assign_buckets()
@@ -56,13 +56,13 @@ class Hub(ImageDataset):
         return len(self.table)
 
     def iter_metadata(self) -> Iterator[Mapping[str, Any]]:
-        return map(self._to_row, self.columns)
+        return map(self._to_row, self.metadata)
 
     def read_row(self, index: int) -> Mapping[str, Any]:
-        return self._to_row(self.columns[index])
+        return self._to_row(self.metadata[index])
 
     def get_name(self, index: int) -> str:
-        return f"{self.title}/{index}"
+        return f"{self.dataset_name}/{index}"
 
     def read_bytes(self, index: int) -> bytes:
         cell = self.table[index][self.image] or {}
@@ -70,8 +70,8 @@ class Hub(ImageDataset):
             return Path(cell["path"]).read_bytes()
         return cell.get("bytes") or b""
 
-    def _to_row(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        return {**columns, "text": columns.get(self.text) or "", **self.fields}
+    def _to_row(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        return {**metadata, "text": metadata.get(self.text) or "", **self.fields}
 
 
 def _load_table(
@@ -102,7 +102,7 @@ def _load_table(
     return table.cast_column(image, datasets.Image(decode=False))
 
 
-def _make_missing_error(hub: str, missing: str, names: Any) -> ArgumentError:
+def _make_missing_error(hub: str, item: str, available: Any) -> ArgumentError:
     return ArgumentError(
-        f"`{hub}` has no {missing}, only {', '.join(f'`{name}`' for name in names)}"
+        f"`{hub}` has no {item}, only {', '.join(f'`{name}`' for name in available)}"
     )

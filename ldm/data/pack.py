@@ -10,17 +10,17 @@ from io import BytesIO
 from pathlib import Path
 
 from ldm.data.dataset import UnreadableSample
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.data.transforms import get_captions
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import write_atomically
 
-__all__ = ["pack"]
+__all__ = ["write_shards"]
 
 log = logging.getLogger(__name__)
 
 
-def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
+def write_shards(folder: ImageFolder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
     """Write the images of a folder into shards; yield the path of each when it is complete.
 
     Unreadable images are left out. The output is deterministic.
@@ -48,7 +48,7 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
         yield path
 
 
-def _add_sample(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
+def _add_sample(tar: tarfile.TarFile, folder: ImageFolder, index: int) -> None:
     """Add the image, the metadata and the caption of a row, unless the image is unreadable."""
     try:
         folder.load(index)
@@ -60,7 +60,7 @@ def _add_sample(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
     suffix = ".jpg" if suffix in (".jpeg", ".jpe", ".jfif") else suffix
     members = {suffix: folder.read_bytes(index), ".json": json.dumps(row).encode()}
     captions = get_captions(row)
-    if captions != [""] and len(captions) == 1:  # several are in the .json
+    if captions != [""] and len(captions) == 1:  # several captions are in the .json
         members[".txt"] = captions[0].encode()
     for suffix, data in members.items():
         member = tarfile.TarInfo(f"{index:09}{suffix}")

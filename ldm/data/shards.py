@@ -49,7 +49,7 @@ __all__ = [
     "decode_sample",
     "expand_patterns",
     "find_image",
-    "get_name",
+    "get_sample_name",
     "parse_metadata",
     "read_shard",
 ]
@@ -58,8 +58,8 @@ log = logging.getLogger(__name__)
 
 MAX_SHARDS = 1_000_000  # per pattern
 COMMON_SUFFIXES = ("png", "jpg", "jpeg", "webp", "avif", "bmp", "gif", "tif", "tiff")
-# Suffixes of images, in order of preference.
-SUFFIXES = tuple(dict.fromkeys((*COMMON_SUFFIXES, *(suffix[1:] for suffix in IMAGE_SUFFIXES))))
+# Suffixes of images without the dot, in order of preference.
+IMAGE_KEYS = tuple(dict.fromkeys((*COMMON_SUFFIXES, *(suffix[1:] for suffix in IMAGE_SUFFIXES))))
 
 # "__key__", "__url__" and the bytes of each member by suffix; "__error__" if the shard is damaged.
 RawSample = dict[str, Any]
@@ -70,7 +70,7 @@ class Shards(BatchSource):
     """A source of the samples in tar files.
 
     Args:
-        shards: Paths, with `*` or `{000..099}`, or http(s) addresses; one or a list.
+        shards: Paths, with `*` or `{000..099}`, or http(s) URLs; one or a list.
         streams: Number of streams that share the shards; must not change during a run.
         shuffle: Size of the shuffle buffer of each stream, in samples.
         minimum, maximum: Bounds of numbers in the .json, {"width": 512}; samples without the number
@@ -106,16 +106,16 @@ class Shards(BatchSource):
         return None if self.length is None else Fraction(self.length, batch_size)
 
     def load_fixed_samples(self, n: int) -> list[Sample]:
-        raws = itertools.chain.from_iterable(map(read_shard, self.urls))
+        raw_samples = itertools.chain.from_iterable(map(read_shard, self.urls))
         by_bucket: dict[int, list[RawSample]] = {}
-        for raw in itertools.islice(filter(self._is_within_limits, raws), 4 * n):
+        for raw in itertools.islice(filter(self._is_within_limits, raw_samples), 4 * n):
             by_bucket.setdefault(self._find_bucket(raw), []).append(raw)
         samples: list[Sample] = []
         for raw in max(by_bucket.values(), key=len, default=[]):
             if len(samples) < n:
                 samples += _make_samples(self._decode_and_transform, [raw], Random(self.seed), [])
         if not samples:
-            raise ValueError(f"`{self.urls[0]}` … begin without readable images")
+            raise ValueError(f"no image among the first samples of `{self.urls[0]}` … can be read")
         return [samples[k % len(samples)] for k in range(n)]
 
     def read_raw_samples(self) -> Iterator[RawSample]:
@@ -134,13 +134,13 @@ class Shards(BatchSource):
         buckets = self.transform.buckets
         return None if buckets is None else buckets.sizes[self._find_bucket(raw)]
 
-    def with_samples(self, make_sample: MakeSample) -> "Shards":
+    def with_make_sample(self, make_sample: MakeSample) -> "Shards":
         """Return a copy with another `make_sample`, which `load_fixed_samples` does not use."""
         shards = copy(self)
         shards.make_sample = make_sample
         return shards
 
-    def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
+    def read_batches(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
         # By stream: the position of its reader's next batch, and the reader.
         readers: dict[int, tuple[int, Iterator[tuple[int, list[RawSample]]]]] = {}
         for batch_index in itertools.count(start, stride):
@@ -151,10 +151,10 @@ class Shards(BatchSource):
                 readers[stream] = position, self._read_stream(stream, batch_size, position)
             next_position, reader = readers[stream]
             skipped = position - next_position  # batches of other ranks
-            epoch, raws = next(itertools.islice(reader, skipped, None))
+            epoch, raw_samples = next(itertools.islice(reader, skipped, None))
             readers[stream] = position + 1, reader
             rng, unreadable = Random(f"{self.seed} {batch_index}"), list[str]()
-            samples = _make_samples(self.make_sample, raws, rng, unreadable)
+            samples = _make_samples(self.make_sample, raw_samples, rng, unreadable)
             if not samples:  # replaced by the first readable batch of the stream
                 substitutes = (
                     _make_samples(self.make_sample, batch, rng, [])
@@ -162,8 +162,9 @@ class Shards(BatchSource):
                 )
                 samples = next(filter(None, substitutes), [])
             if not samples:
-                raise ValueError(f"no sample of {len(raws)} can be read: {', '.join(unreadable)}")
-            batch = collate([samples[k % len(samples)] for k in range(len(raws))])
+                names = ", ".join(unreadable)
+                raise ValueError(f"no sample of {len(raw_samples)} can be read: {names}")
+            batch = collate([samples[k % len(samples)] for k in range(len(raw_samples))])
             yield {**batch, "unreadable": unreadable} if unreadable else batch
 
     def _get_shards(self, stream: int) -> list[str]:
@@ -183,16 +184,16 @@ class Shards(BatchSource):
             if not length:
                 raise ValueError(f"`{self.urls[stream]}` … have no samples for stream {stream}")
             skipped, start = divmod(max(0, start - length), length)
-            epoch += 1 + skipped  # all epochs have `length` batches, so whole ones are skipped
+            epoch += 1 + skipped  # all epochs have `length` batches, so complete ones are skipped
 
     def _read_epoch(self, stream: int, epoch: int, batch_size: int) -> Iterator[list[RawSample]]:
         """Read the batches of an epoch of a stream, one bucket each; incomplete ones are last."""
         rng = Random(f"{self.seed} {stream} {epoch}")
         urls = self._get_shards(stream)
         rng.shuffle(urls)
-        raws = filter(self._is_within_limits, itertools.chain.from_iterable(map(read_shard, urls)))
+        raw_samples = itertools.chain.from_iterable(map(read_shard, urls))
         by_bucket: dict[int, list[RawSample]] = {}
-        for raw in _shuffle(raws, self.shuffle, rng):
+        for raw in _shuffle(filter(self._is_within_limits, raw_samples), self.shuffle, rng):
             bucket = self._find_bucket(raw)
             by_bucket.setdefault(bucket, []).append(raw)
             if len(by_bucket[bucket]) == batch_size:
@@ -204,15 +205,15 @@ class Shards(BatchSource):
         if buckets is None:
             return 0
         try:
-            return buckets.index(*read_size(BytesIO(find_image(raw)[1])))
+            return buckets.find_nearest(*read_size(BytesIO(find_image(raw)[1])))
         except ValueError:  # unreadable: any bucket will do
-            return buckets.index(1, 1)
+            return buckets.find_nearest(1, 1)
 
     def _is_within_limits(self, raw: RawSample) -> bool:
         if "__error__" in raw or not self.limits:
             return True
         try:
-            fields = _read_json(raw)
+            fields = _parse_json(raw)
         except ValueError:
             return False
         return all(
@@ -234,7 +235,7 @@ def expand_patterns(shards: str | Sequence[str], *, allow_commands: bool = False
     if not shards:
         raise ArgumentError("`shards` names no files")
     patterns = [shards] if isinstance(shards, str) else shards
-    return [url for pattern in patterns for url in _expand(str(pattern), allow_commands)]
+    return [url for pattern in patterns for url in _expand_pattern(str(pattern), allow_commands)]
 
 
 def read_shard(url: str) -> Iterator[RawSample]:
@@ -248,7 +249,7 @@ def read_shard(url: str) -> Iterator[RawSample]:
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
     try:
-        with _open(url) as file:
+        with _open_shard(url) as file:
             members = tar_file_iterator(file, select_files=lambda name: not is_hidden(name))
             yield from group_by_keys({**member, "__url__": url} for member in members)
     except (FileNotFoundError, tarfile.TarError, EOFError, ValueError, zlib.error) as error:
@@ -262,7 +263,7 @@ def decode_sample(raw: RawSample) -> Sample:
     Raises:
         UnreadableSample: The image is missing or damaged, or the metadata cannot be read.
     """
-    name = get_name(raw)
+    name = get_sample_name(raw)
     try:
         suffix, data = find_image(raw)
         return {**parse_metadata(raw), "image": decode_srgb(data, f"{name}.{suffix}")}
@@ -270,7 +271,7 @@ def decode_sample(raw: RawSample) -> Sample:
         raise UnreadableSample(name, str(error)) from error
 
 
-def get_name(raw: RawSample) -> str:
+def get_sample_name(raw: RawSample) -> str:
     """Return the name of a sample in messages, SHARD/KEY."""
     return f"{Path(raw['__url__']).name}/{raw['__key__']}".rstrip("/")
 
@@ -279,7 +280,7 @@ def find_image(raw: RawSample) -> tuple[str, bytes]:
     """Return (suffix, bytes) of the image file in a sample."""
     if "__error__" in raw:
         raise FileFormatError(raw["__error__"])
-    for suffix in SUFFIXES:
+    for suffix in IMAGE_KEYS:
         if suffix in raw:
             return suffix, raw[suffix]
     raise FileFormatError(f"`{raw['__key__']}` has no image, only {', '.join(sorted(raw))}")
@@ -291,16 +292,16 @@ def parse_metadata(raw: RawSample) -> dict[str, Any]:
     Raises:
         ValueError: The .json is not an object, or the captions are not texts.
     """
-    row = _read_json(raw)
+    row = _parse_json(raw)
     row["text"] = row.get("text") or row.get("caption") or ""
     for suffix in ("caption", "txt"):
         if suffix in raw:
-            row["text"] = decode_text(raw[suffix], f"{get_name(raw)}.{suffix}")
+            row["text"] = decode_text(raw[suffix], f"{get_sample_name(raw)}.{suffix}")
     captions = [caption.strip() for caption in get_captions(row)]
     return {**row, "text": captions if len(captions) > 1 else captions[0]}
 
 
-def _expand(pattern: str, allow_commands: bool) -> list[str]:
+def _expand_pattern(pattern: str, allow_commands: bool) -> list[str]:
     try:
         import braceexpand  # a dependency of webdataset
     except ImportError as error:
@@ -310,7 +311,7 @@ def _expand(pattern: str, allow_commands: bool) -> list[str]:
     if pattern.startswith("pipe:") and not allow_commands:
         raise ArgumentError(
             f"`{pattern}` is a command, which a config may not run: copy the shards, give their"
-            " http(s) addresses, or allow it with --allow-commands"
+            " http(s) URLs, or allow it with --allow-commands"
         )
     try:
         names = braceexpand.braceexpand(os.path.expanduser(pattern), escape=os.sep == "/")
@@ -322,7 +323,7 @@ def _expand(pattern: str, allow_commands: bool) -> list[str]:
     if pattern.startswith(("pipe:", "http://", "https://")):
         return urls
     if re.match(r"[\w+.-]{2,}://", pattern):  # a single letter is a Windows drive
-        raise ArgumentError(f"`{pattern}` cannot be read, only files and http(s) addresses")
+        raise ArgumentError(f"`{pattern}` cannot be read, only files and http(s) URLs")
     paths = [path for url in urls for path in (sorted(glob(url)) if has_magic(url) else [url])]
     missing = [path for path in paths if not Path(path).is_file()]
     if missing or not paths:
@@ -331,7 +332,7 @@ def _expand(pattern: str, allow_commands: bool) -> list[str]:
 
 
 @contextmanager
-def _open(url: str) -> Iterator[IO[bytes]]:
+def _open_shard(url: str) -> Iterator[IO[bytes]]:
     if url.startswith(("http://", "https://")):
         with BufferedReader(Download(url), 2**20) as file:
             yield file
@@ -347,10 +348,10 @@ def _open(url: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _shuffle(raws: Iterable[RawSample], buffer_size: int, rng: Random) -> Iterator[RawSample]:
-    """Shuffle samples through a buffer."""
+def _shuffle(samples: Iterable[RawSample], buffer_size: int, rng: Random) -> Iterator[RawSample]:
+    """Yield the samples, shuffled within a buffer."""
     buffer: list[RawSample] = []
-    for raw in raws:
+    for raw in samples:
         buffer.append(raw)
         if len(buffer) > buffer_size:
             index = rng.randrange(len(buffer))
@@ -361,11 +362,11 @@ def _shuffle(raws: Iterable[RawSample], buffer_size: int, rng: Random) -> Iterat
 
 
 def _make_samples(
-    make_sample: MakeSample, raws: Sequence[RawSample], rng: Random, unreadable: list[str]
+    make_sample: MakeSample, raw_samples: Sequence[RawSample], rng: Random, unreadable: list[str]
 ) -> list[Sample]:
     """Make the readable samples; add the names of the others to `unreadable`."""
     samples = []
-    for raw in raws:
+    for raw in raw_samples:
         try:
             samples.append(make_sample(raw, rng))
         except UnreadableSample as error:
@@ -373,7 +374,7 @@ def _make_samples(
     return samples
 
 
-def _read_json(raw: RawSample) -> dict[str, Any]:
+def _parse_json(raw: RawSample) -> dict[str, Any]:
     # pandas writes NaN for a missing value.
     fields = json.loads(raw.get("json", b"{}"), parse_constant=lambda _: None)
     if not isinstance(fields, dict):

@@ -48,10 +48,10 @@ class BatchSource(ABC):
         workers: int = 0,
     ) -> Iterator[Batch]:
         """Yield batches start + rank, start + rank + world_size, … of the endless sequence."""
-        return prefetch(partial(self.read, batch_size), start + rank, world_size, workers)
+        return prefetch(partial(self.read_batches, batch_size), start + rank, world_size, workers)
 
     @abstractmethod
-    def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
+    def read_batches(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
         """Yield batches start, start + stride, … endlessly, as `collate` returns them."""
 
     @abstractmethod
@@ -124,7 +124,7 @@ class DatasetSource(BatchSource):
             self._orders.pop((epoch - 2, batch_size), None)
         return self._orders[epoch, batch_size]
 
-    def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
+    def read_batches(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
         for batch_index in itertools.count(start, stride):
             unreadable: list[str] = []
             indices = self.get_sample_indices(batch_index, batch_size)
@@ -133,7 +133,7 @@ class DatasetSource(BatchSource):
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """Return the seed of an epoch or batch, which has 64 bits for seeds of up to ±10^12.
+    """Return the seed of an epoch or batch, which fits 64 bits for seeds of up to ±10^12.
 
     Different seeds never give the same result for indices below 1_000_003.
     """
@@ -171,10 +171,10 @@ def read_or_substitute(
         ValueError: Neither the sample nor any substitute can be read.
     """
     attempts = 0
-    for substitute in iter_substitutes(dataset, epoch, index):
+    for candidate in iter_candidates(dataset, epoch, index):
         attempts += 1
         try:
-            return dataset[epoch, substitute]
+            return dataset[epoch, candidate]
         except UnreadableSample as error:
             unreadable.append(error.name)
             last_error = error
@@ -183,7 +183,7 @@ def read_or_substitute(
     )
 
 
-def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
+def iter_candidates(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
     """Yield an index, then the indices to try in its place.
 
     These are the following samples, then random ones, as neighbors are often damaged together; all
@@ -193,8 +193,8 @@ def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator
     """
     bucket_ids = dataset.bucket_ids
     rng = Random(f"{epoch} {index}")  # Random cannot be seeded with a tuple
-    following = itertools.chain(range(index, len(dataset)), range(index))
-    same_bucket = (k for k in following if bucket_ids is None or bucket_ids[k] == bucket_ids[index])
+    indices = itertools.chain(range(index, len(dataset)), range(index))
+    same_bucket = (k for k in indices if bucket_ids is None or bucket_ids[k] == bucket_ids[index])
     yield from itertools.islice(same_bucket, MAX_CANDIDATES // 2)
     remaining = list(same_bucket)
     yield from rng.sample(remaining, min(len(remaining), MAX_CANDIDATES // 2))

@@ -7,7 +7,7 @@ the micro-conditioning of Stable Diffusion XL:
     original_size_as_tuple    (2,)  height, width in the metadata, else of the image file
     crop_coords_top_left      (2,)  top, left of the crop, in pixels of the resized image
     target_size_as_tuple      (2,)  height, width of the crop
-    aesthetic_score           (1,)  of the metadata, else DEFAULT_SCORE
+    aesthetic_score           (1,)  of the metadata, else DEFAULT_AESTHETIC_SCORE
 
 All randomness comes from `rng`, which the dataset seeds with (seed, epoch, index), so that a
 sample does not depend on what was read before it.
@@ -32,24 +32,31 @@ from ldm.imaging.reading import flatten_on_white
 from ldm.runtime.errors import FileFormatError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["CROPS", "SIZE_KEYS", "PhotoTransform", "TagShuffle", "Transform", "get_captions"]
+__all__ = [
+    "CROP_POSITIONS",
+    "SIZE_KEYS",
+    "PhotoTransform",
+    "TagShuffle",
+    "Transform",
+    "get_captions",
+]
 
-CROPS = ("centre", "random")
+CROP_POSITIONS = ("centre", "random")
 SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
-DEFAULT_SCORE = 6.0  # as in sampling
+DEFAULT_AESTHETIC_SCORE = 6.0  # as in sampling
 
 
 class Transform(ABC):
-    """Base of the transforms.
+    """Base class of transforms.
 
     Args:
         conditions: Options of conditioning images by batch key, see `ldm.data.conditions`.
     Attributes:
-        NAME: In configs.
+        NAME: Name in configs.
         IMAGE_OPTIONS: Attributes that pixels or buckets depend on.
         image_size: Side of the square images, in pixels; of buckets, that of the square one.
         buckets: Aspect-ratio buckets; None = all images have one size.
-        variants: Names of versions of every image, such as background colors.
+        variants: Names of the variants of every image, such as background colors.
         original_size_keys: Keys of the original height and width in the metadata.
     """
 
@@ -106,7 +113,7 @@ class Transform(ABC):
                 raise FileFormatError(f"`{name}` has `{key}` {row[key]}, which is not a number")
             if key != "aesthetic_score" and numbers[key] < 1:
                 raise FileFormatError(f"`{name}` has `{key}` {row[key]}, it must be positive")
-        score = [numbers.pop("aesthetic_score", DEFAULT_SCORE)]
+        score = [numbers.pop("aesthetic_score", DEFAULT_AESTHETIC_SCORE)]
         sides = [int(side) for side in numbers.values()]
         size = {"original_size_as_tuple": sides} if len(sides) == 2 else {}
         return {"aesthetic_score": score, **size}
@@ -118,24 +125,24 @@ class Transform(ABC):
         options |= {"conditions": conditions}
         return self.NAME.capitalize(), to_former_names(self.NAME, options)
 
-    def _add_conditions(
+    def _make_fields(
         self,
         image: Tensor,
         opacity: Tensor,
         rng: Random,
         *,
-        original: Sequence[int] | None = None,
+        original_size: Sequence[int] | None = None,
         crop: Sequence[int] = (0, 0),
     ) -> dict[str, Tensor]:
         """Make the fields of an image: itself, its conditions and its sizes.
 
         Args:
-            original: (height, width) of the image file; None = those of `image`.
-            crop: (top, left).
+            original_size: (height, width) of the image file; None = that of `image`.
+            crop: (top, left) of the crop.
         """
         conditions = {name: make(image, opacity, rng) for name, make in self.conditions.items()}
-        target = image.shape[-2:]
-        sizes = zip(SIZE_KEYS, (original or target, crop, target), strict=True)
+        target_size = image.shape[-2:]
+        sizes = zip(SIZE_KEYS, (original_size or target_size, crop, target_size), strict=True)
         return {"jpg": image, **conditions} | {key: torch.tensor(size) for key, size in sizes}
 
 
@@ -165,7 +172,7 @@ class PhotoTransform(Transform):
         original_size_keys: Sequence[str] = Transform.original_size_keys,
     ) -> None:
         super().__init__(conditions)
-        check_name("crop", crop, CROPS)
+        check_name("crop", crop, CROP_POSITIONS)
         self.original_size_keys = original_size_keys
         self.size, self.crop, self.flip = size, crop, flip
         self.image_size = size
@@ -175,17 +182,17 @@ class PhotoTransform(Transform):
     def make_image_fields(
         self, image: Image.Image, rng: Random, variant: str = ""
     ) -> dict[str, Tensor]:
-        original = image.size
+        original_size = image.size
         image, scale, (left, top) = self._crop_and_resize(flatten_on_white(image), rng)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            left = original[0] / scale - image.width - left  # of the mirrored image
+            left = original_size[0] / scale - image.width - left  # of the mirrored image
         tensor = to_tensor(image)[0]  # (3, H, W)
-        return self._add_conditions(
+        return self._make_fields(
             tensor,
             torch.ones_like(tensor[:1]),
             rng,
-            original=original[::-1],
+            original_size=original_size[::-1],
             crop=(round(top), round(left)),
         )
 
@@ -209,7 +216,7 @@ class PhotoTransform(Transform):
         """
         size = (self.size, self.size)
         if self.buckets is not None:
-            size = self.buckets.sizes[self.buckets.index(*image.size)]
+            size = self.buckets.sizes[self.buckets.find_nearest(*image.size)]
         scale = min(side / target for side, target in zip(image.size, size, strict=True))
         crop_size = [target * scale for target in size]
         left, top = (
@@ -217,8 +224,8 @@ class PhotoTransform(Transform):
             for side, crop_side in zip(image.size, crop_size, strict=True)
         )
         box = (left, top, left + crop_size[0], top + crop_size[1])
-        crop = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-        return crop, scale, (left / scale, top / scale)
+        resized = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+        return resized, scale, (left / scale, top / scale)
 
 
 def get_captions(row: JsonMapping) -> list[str]:

@@ -16,9 +16,9 @@ class TrainRequest:
         validate: Whether to print the losses on held-out data.
         dry_run: Whether only to print the whole config and an estimate of its memory.
         resume: A run or one of its states; "" = the newest run of this name; None = a new run.
-        processes: Number to start on this machine; 0 = one for each GPU of the config.
+        processes: Number of processes to start on this machine; 0 = one for each GPU of the config.
         threads: CPU threads of each process; None = torch's default.
-        allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
+        allow_commands: Whether to run `pipe:COMMAND` URLs of shards.
         debug: Whether to show tracebacks, and open pdb on a terminal.
         argv: Command-line arguments, for other processes of the run.
     """

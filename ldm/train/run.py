@@ -138,7 +138,7 @@ def build_run(
 
     Args:
         device: None = a GPU if available and not disabled by the config (`gpus: 0`), else the CPU.
-        allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
+        allow_commands: Whether to run `pipe:COMMAND` URLs of shards.
     """
     trainer, params = settings.trainer, settings.model.params
     data = settings.data

@@ -25,7 +25,7 @@ def test_sizes_have_about_one_area_and_are_multiples_of_the_step():
 )
 def test_an_image_goes_to_the_nearest_aspect_ratio(image, size):
     buckets = Buckets(512)
-    assert buckets.sizes[buckets.index(*image)] == size
+    assert buckets.sizes[buckets.find_nearest(*image)] == size
 
 
 def test_sides_stay_within_the_limits():

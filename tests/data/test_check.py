@@ -50,7 +50,7 @@ def test_a_folder_is_packed_and_its_shards_are_checked(photos, tmp_path, capsys)
     ]
     report = check_data([str(tmp_path / "{000..001}.tar")])
     assert sum(report.sizes.values()) == 5
-    assert report.unreadable == []
+    assert report.unreadable_samples == []
     assert report.captions == {"the same": 2, "another": 1}
     shards = str(tmp_path / "*.tar")
     assert main([shards, "--pack", "%d.tar"]) == 1

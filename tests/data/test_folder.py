@@ -11,8 +11,8 @@ from PIL import Image
 from imaging.badimages import REFUSED
 from ldm.data.dataset import DreamBoothDataset, UnreadableSample
 from ldm.data.drawings import EmojiTransform, list_caption_texts
-from ldm.data.folder import Folder, read_metadata
-from ldm.data.pack import pack
+from ldm.data.folder import ImageFolder, read_metadata
+from ldm.data.pack import write_shards
 from ldm.data.shards import decode_sample, read_shard
 from ldm.data.source import DatasetSource
 from ldm.data.transforms import PhotoTransform
@@ -32,9 +32,10 @@ def draw(path, size=(8, 8), text="", suffix=".txt"):
 def test_rows_are_selected_by_split():
     rows = read_metadata(EMOJI)
     assert [row["object"] for row in rows if row["split"] == "heldout"] == ["red apple"]
-    assert len(Folder(root=EMOJI, transform=EmojiTransform(), split="train")) == len(rows) - 1 == 23
+    train_images = ImageFolder(root=EMOJI, transform=EmojiTransform(), split="train")
+    assert len(train_images) == len(rows) - 1 == 23
     with pytest.raises(ValueError, match="no images with split `test`"):
-        Folder(root=EMOJI, transform=EmojiTransform(), split="test")
+        ImageFolder(root=EMOJI, transform=EmojiTransform(), split="test")
 
 
 def test_a_folder_without_metadata_is_refused(tmp_path):
@@ -87,7 +88,7 @@ def test_a_score_or_size_that_is_not_a_number_is_named_before_training(row, mess
     draw(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **row}))
     with pytest.raises(ValueError, match=f"`a.png` has {message}"):
-        Folder(root=tmp_path, transform=PHOTO)
+        ImageFolder(root=tmp_path, transform=PHOTO)
 
 
 @pytest.mark.parametrize("subfolder", ["", "train/"])
@@ -127,7 +128,7 @@ def test_images_without_a_row_are_counted(subfolder, tmp_path, caplog):
 def test_rows_of_any_format_are_read(name, content, encoding, tmp_path):
     draw(tmp_path / "b/a.png")
     (tmp_path / f"metadata.{name}").write_text(content, encoding)
-    folder = Folder(root=tmp_path, transform=PHOTO)
+    folder = ImageFolder(root=tmp_path, transform=PHOTO)
     assert [folder[0, k]["txt"] for k in range(len(folder))] == ["one"]
 
 
@@ -135,25 +136,25 @@ def test_of_several_captions_one_is_taken_at_random(tmp_path):
     draw(tmp_path / "a.png")
     row = '{"file_name": "a.png", "text": ["one", "two", null], "repeats": 30}\n'
     (tmp_path / "metadata.jsonl").write_text(row)
-    folder = Folder(root=tmp_path, transform=PHOTO)
+    folder = ImageFolder(root=tmp_path, transform=PHOTO)
     texts = [folder[0, k]["txt"] for k in range(30)]
     assert set(texts) == {"one", "two"}
     assert texts == [folder[0, k]["txt"] for k in range(30)]
     assert {"one", "two"} < set(list_caption_texts(read_metadata(tmp_path)))
-    (shard,) = pack(folder, str(tmp_path / "%d.tar"))
+    (shard,) = write_shards(folder, str(tmp_path / "%d.tar"))
     (sample,) = map(decode_sample, read_shard(str(shard)))
     assert sample["text"] == ["one", "two"]
     (tmp_path / "metadata.jsonl").write_text(row.replace('"two"', '{"en": "two"}'))
     with pytest.raises(ValueError, match=r"`a\.png` has a caption that is neither a text"):
-        Folder(root=tmp_path, transform=PHOTO)
+        ImageFolder(root=tmp_path, transform=PHOTO)
 
 
 def test_any_field_of_a_csv_may_be_the_caption(tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,prompt\na.png,one\n", "utf-8-sig")
-    assert Folder(root=tmp_path, transform=PHOTO, text="prompt")[0, 0]["txt"] == "one"
+    assert ImageFolder(root=tmp_path, transform=PHOTO, text="prompt")[0, 0]["txt"] == "one"
     with pytest.raises(ValueError, match="no image has a `promt`"):
-        Folder(root=tmp_path, transform=PHOTO, text="promt")
+        ImageFolder(root=tmp_path, transform=PHOTO, text="promt")
 
 
 def test_captions_lie_beside_the_images(tmp_path):
@@ -191,7 +192,7 @@ def test_all_images_are_found_and_skipped_files_are_logged(tmp_path, caplog):
         (tmp_path / name).touch()
     assert [row["file_name"] for row in read_metadata(tmp_path)] == names
     message = "left out 4 hidden folders, 2 .heic, 1 Makefile, 1 .mp4, 1 captions of images that"
-    assert f"{message} have another, 1 captions without image" in caplog.text
+    assert f"{message} have another, 1 captions without an image" in caplog.text
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
@@ -214,7 +215,7 @@ def test_a_folder_of_kohyas_scripts_is_repeated_as_its_name_says(tmp_path):
     draw(tmp_path / "3_sks dog" / "a.png")
     draw(tmp_path / "3_sks dog" / "b.png", text="a sks dog in snow")
     draw(tmp_path / "1_dog" / "c.png")
-    batch = next(DatasetSource(Folder(root=tmp_path, transform=PHOTO)).iter_batches(7))
+    batch = next(DatasetSource(ImageFolder(root=tmp_path, transform=PHOTO)).iter_batches(7))
     assert sorted(batch["txt"]) == ["a sks dog in snow"] * 3 + ["dog"] + ["sks dog"] * 3
 
 
@@ -226,7 +227,7 @@ def test_files_that_are_not_images_are_named_and_replaced(tmp_path):
     lines = "".join(f"{name},x\n" for name in [*names, "good.png"])
     (tmp_path / "metadata.csv").write_text(f"file_name,text\n{lines}")
     for buckets in (None, {"step": 8}):
-        folder = Folder(root=tmp_path, transform=PhotoTransform(size=8, buckets=buckets))
+        folder = ImageFolder(root=tmp_path, transform=PhotoTransform(size=8, buckets=buckets))
         batch = next(DatasetSource(folder).iter_batches(len(folder)))
         assert set(batch["unreadable"]) == set(names)
         assert batch["jpg"].shape == (len(folder), 3, 8, 8)
@@ -237,13 +238,13 @@ def test_a_caption_that_cannot_be_read_makes_its_image_unreadable(subfolder, tmp
     for name in ("a", "b"):
         draw(tmp_path / subfolder / f"{name}.png", text=name)
     (tmp_path / subfolder / "b.txt").write_bytes(b"caf\xe9")
-    folder = Folder(root=tmp_path, transform=PHOTO)
+    folder = ImageFolder(root=tmp_path, transform=PHOTO)
     batch = next(DatasetSource(folder).iter_batches(len(folder)))
     assert set(batch["txt"]) == {"a"}
     assert set(batch["unreadable"]) == {str(Path(subfolder) / "b.png")}
     with pytest.raises(UnreadableSample, match=r"b\.txt:1: neither UTF-8"):
         folder.read_row(len(folder) - 1)
-    uncaptioned = Folder(root=tmp_path, transform=PHOTO, fields={"text": "a dog"})
+    uncaptioned = ImageFolder(root=tmp_path, transform=PHOTO, fields={"text": "a dog"})
     assert uncaptioned[0, len(uncaptioned) - 1]["txt"] == "a dog"  # needs no captions
 
 
@@ -252,7 +253,7 @@ def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):
         draw(tmp_path / "one" / name, text="x")
         draw(tmp_path / "class" / name, text="x")
     (tmp_path / "class" / "a.png").write_bytes(b"")
-    data, others = (Folder(root=tmp_path / name, transform=PHOTO) for name in ("one", "class"))
+    data, others = (ImageFolder(root=tmp_path / name, transform=PHOTO) for name in ("one", "class"))
     source = DatasetSource(DreamBoothDataset(data, others), images=data)
     unreadable = {
         name for batch in islice(source.iter_batches(2), 2) for name in batch.get("unreadable", [])
@@ -268,7 +269,7 @@ def test_buckets_are_of_upright_images_and_unreadable_ones_join_the_largest(tmp_
         Image.new("RGB", (32, 8), "red").save(tmp_path / f"{name}.jpg", exif=exif)
     draw(tmp_path / "c.png", (32, 8))
     (tmp_path / "d.png").write_bytes(b"")
-    folder = Folder(root=tmp_path, transform=BUCKETS)
+    folder = ImageFolder(root=tmp_path, transform=BUCKETS)
     assert folder[0, 0]["jpg"].shape == (3, 32, 8)
     assert folder[0, 2]["jpg"].shape == (3, 8, 32)
     assert (

@@ -9,7 +9,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from ldm.data.hub import Hub
+from ldm.data.hub import HubDataset
 from ldm.data.source import DatasetSource
 from ldm.data.transforms import PhotoTransform
 
@@ -35,7 +35,7 @@ def table():
 
 def test_a_dataset_saved_to_disk_is_read(table, tmp_path):
     table.save_to_disk(tmp_path)
-    hub = Hub(hub=tmp_path, transform=PhotoTransform(size=16))
+    hub = HubDataset(hub=tmp_path, transform=PhotoTransform(size=16))
     batch = next(DatasetSource(hub).iter_batches(6))
     assert batch["jpg"].shape == (6, 3, 16, 16)
     assert set(batch["txt"]) == set("01235")
@@ -46,7 +46,7 @@ def test_a_dataset_saved_to_disk_is_read(table, tmp_path):
 def test_parquet_is_read_into_buckets_by_a_worker(table, tmp_path):
     table.to_parquet(tmp_path / "a.parquet")
     transform = PhotoTransform(size=16, buckets={"step": 8})
-    hub = Hub(hub=tmp_path / "a.parquet", transform=transform, cache=tmp_path / "cache")
+    hub = HubDataset(hub=tmp_path / "a.parquet", transform=transform, cache=tmp_path / "cache")
     batches = DatasetSource(hub).iter_batches(4, workers=1)
     shapes = {batch["jpg"].shape for batch in (next(batches), next(batches))}
     assert shapes == {(2, 3, 16, 16), (4, 3, 8, 32)}  # the damaged one joins the larger bucket
@@ -60,7 +60,7 @@ def test_a_folder_of_images_is_read(tmp_path):
     (tmp_path / "images" / "metadata.csv").write_text(f"file_name,text\n{lines}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # `datasets` leaves the .csv open
-        hub = Hub(
+        hub = HubDataset(
             hub=tmp_path / "images", transform=PhotoTransform(size=8), cache=tmp_path / "cache"
         )
         gc.collect()
@@ -70,12 +70,12 @@ def test_a_folder_of_images_is_read(tmp_path):
 def test_a_missing_column_is_named(table, tmp_path):
     table.save_to_disk(tmp_path)
     with pytest.raises(ValueError, match="no column `caption`, only `image`, `text`"):
-        Hub(hub=tmp_path, transform=PhotoTransform(), text="caption")
+        HubDataset(hub=tmp_path, transform=PhotoTransform(), text="caption")
     with pytest.raises(ValueError, match="no column `jpg` of images"):
-        Hub(hub=tmp_path, transform=PhotoTransform(), image="jpg")
+        HubDataset(hub=tmp_path, transform=PhotoTransform(), image="jpg")
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'ldm-revived\[hub\]'"):
-        Hub(hub="someone/something", transform=PhotoTransform())
+        HubDataset(hub="someone/something", transform=PhotoTransform())

@@ -20,8 +20,8 @@ from PIL import Image
 from ldm.data.dataset import UnreadableSample
 from ldm.data.download import Download
 from ldm.data.drawings import EmojiTransform
-from ldm.data.folder import Folder
-from ldm.data.pack import pack
+from ldm.data.folder import ImageFolder
+from ldm.data.pack import write_shards
 from ldm.data.shards import Shards, decode_sample, expand_patterns, read_shard
 from ldm.data.transforms import PhotoTransform
 
@@ -220,8 +220,8 @@ def test_downloads_resume_after_lost_connections(folder):
 def test_webdataset_reads_what_we_pack(tmp_path):
     import webdataset
 
-    folder = Folder(root=EMOJI, transform=EmojiTransform(size=16), split="train")
-    paths = list(pack(folder, str(tmp_path / "emoji-%03d.tar"), count=10))
+    folder = ImageFolder(root=EMOJI, transform=EmojiTransform(size=16), split="train")
+    paths = list(write_shards(folder, str(tmp_path / "emoji-%03d.tar"), count=10))
     assert [path.name for path in paths] == [f"emoji-00{k}.tar" for k in range(3)]
     ours = [raw["png"] for path in paths for raw in read_shard(str(path))]
     with warnings.catch_warnings():
@@ -233,6 +233,6 @@ def test_webdataset_reads_what_we_pack(tmp_path):
     batch = read(Shards(str(tmp_path / "*.tar"), EmojiTransform(size=16)), 1)[0]
     assert batch["jpg"].shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="no place for a number"):
-        list(pack(folder, str(tmp_path / "emoji.tar")))
+        list(write_shards(folder, str(tmp_path / "emoji.tar")))
     with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
-        list(pack(folder, str(tmp_path / "%d.tar"), count=0))
+        list(write_shards(folder, str(tmp_path / "%d.tar"), count=0))

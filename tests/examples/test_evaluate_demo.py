@@ -8,14 +8,14 @@ import torch
 import evaluate_demo
 from judges import Gallery, Judges, classify_background
 from ldm.data.drawings import COLORS, EmojiTransform
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 
 
 @pytest.fixture(scope="module")
 def folder():
-    return Folder(root=EMOJI, transform=EmojiTransform())
+    return ImageFolder(root=EMOJI, transform=EmojiTransform())
 
 
 @pytest.fixture(scope="module")

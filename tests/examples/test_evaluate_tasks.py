@@ -27,7 +27,7 @@ def test_a_guidance_scale_of_0_is_not_the_default(monkeypatch, tmp_path, capsys)
         scales.append(scale)
         return {}, [{"original": torch.zeros(1, 3, 8, 8)}]
 
-    monkeypatch.setattr("evaluate_tasks.Folder", lambda **_: [])
+    monkeypatch.setattr("evaluate_tasks.ImageFolder", lambda **_: [])
     monkeypatch.setattr("evaluate_tasks.load", lambda **_: None)
     monkeypatch.setattr("evaluate_tasks.compare_upscaling", compare)
     for flags in (["--scale", "0"], []):

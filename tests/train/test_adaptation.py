@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.data.source import collate
 from ldm.data.transforms import PhotoTransform
 from ldm.loading.addons.embeddings import load_embeddings
@@ -166,7 +166,9 @@ def test_images_are_selected_by_their_caption(tmp_path: Path) -> None:
     for name in ("a red fox", "a dog"):
         Image.new("RGB", (9, 8)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
-    foxes = Folder(root=tmp_path, transform=PhotoTransform(size=8), where={"text": "a red fox"})
+    foxes = ImageFolder(
+        root=tmp_path, transform=PhotoTransform(size=8), where={"text": "a red fox"}
+    )
     assert [foxes[0, k]["txt"] for k in range(len(foxes))] == ["a red fox"]
     with pytest.raises(ValueError, match="has no images with text `x`, split `train`"):
-        Folder(root=tmp_path, transform=PhotoTransform(), where={"text": "x"}, split="train")
+        ImageFolder(root=tmp_path, transform=PhotoTransform(), where={"text": "x"}, split="train")

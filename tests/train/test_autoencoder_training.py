@@ -8,7 +8,7 @@ from torch import Tensor
 
 from goldfile import GoldenFile, load_golden
 from ldm.data.drawings import EmojiTransform
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.data.source import DatasetSource
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
@@ -280,7 +280,7 @@ def test_a_resumed_discriminator_equals_an_uninterrupted_one(tmp_path: Path) -> 
 
 
 def test_reconstructions_improve() -> None:
-    folder = Folder(root=EMOJI, transform=EmojiTransform(size=16))
+    folder = ImageFolder(root=EMOJI, transform=EmojiTransform(size=16))
     batch = next(DatasetSource(folder).iter_batches(4))
     task = ReconstructionTask(build_tiny())
     optimizer = make_optimizer(task.trainable, 3e-3, name="muon")

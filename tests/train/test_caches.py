@@ -12,9 +12,9 @@ from torch import nn
 
 from ldm.conditioning import Conditioner, Encoder
 from ldm.data.drawings import EmojiTransform
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.data.former_options import rename_options
-from ldm.data.pack import pack
+from ldm.data.pack import write_shards
 from ldm.data.shards import Shards
 from ldm.data.source import DatasetSource
 from ldm.data.transforms import PhotoTransform
@@ -56,13 +56,14 @@ def photos(tmp_path: Path) -> Path:
 def count_encoded(model: Any, photos: Path, cache: Path, **options: Any) -> int:
     """Cache the latents; return how many had to be encoded."""
     before = len(TensorStore(cache, "latents"))
-    folder = Folder(root=photos, transform=PhotoTransform(**{"size": 16, "flip": 0.5} | options))
+    transform = PhotoTransform(**{"size": 16, "flip": 0.5} | options)
+    folder = ImageFolder(root=photos, transform=transform)
     cache_latents(model, folder, cache, variants_per_image=2, batch_size=4)
     return len(TensorStore(cache, "latents")) - before
 
 
 def test_latents_are_normalised_as_the_model_says(model: Any, photos: Path, tmp_path: Path) -> None:
-    folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
+    folder = ImageFolder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     plain = cache_latents(model, folder, tmp_path, precision="32")[0, 3]
     model.latent_mean, model.latent_std = torch.full((4, 1, 1), 0.5), torch.full((4, 1, 1), 2.0)
     sample = cache_latents(model, folder, tmp_path, precision="32")[0, 3]
@@ -71,7 +72,7 @@ def test_latents_are_normalised_as_the_model_says(model: Any, photos: Path, tmp_
 
 
 def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: Path) -> None:
-    folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
+    folder = ImageFolder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     cached = cache_latents(model, folder, tmp_path, precision="32")
     task = DiffusionTask(model, conditioning_dropout_prob=0.0)
     batches = (next(DatasetSource(data, seed=5).iter_batches(4)) for data in (folder, cached))
@@ -112,7 +113,7 @@ def test_sizes_are_cached_for_a_model_that_reads_them(
     model: Any, photos: Path, tmp_path: Path
 ) -> None:
     Image.new("RGB", (3000, 16)).save(photos / "9.png")
-    folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
+    folder = ImageFolder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     plain = cache_latents(model, folder, tmp_path)
     assert "original_size_as_tuple" not in plain[0, 6]
     model.conditioner.size = OriginalSize()
@@ -123,7 +124,7 @@ def test_sizes_are_cached_for_a_model_that_reads_them(
 
 
 def test_more_variants_keep_the_cached_ones(model: Any, tmp_path: Path) -> None:
-    folder = Folder(
+    folder = ImageFolder(
         root=ROOT / "tests/data/emoji", transform=EmojiTransform(size=16), split="train"
     )
     for variants, count in ((2, 46), (3, 69)):
@@ -150,7 +151,7 @@ def test_random_options_with_a_single_variant_are_warned_of(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    folder = Folder(root=photos, transform=PhotoTransform(size=16, **options))
+    folder = ImageFolder(root=photos, transform=PhotoTransform(size=16, **options))
     cache_latents(model, folder, tmp_path / "cache")
     assert message in caplog.text
     assert bool(message) == bool(caplog.text)
@@ -187,7 +188,7 @@ def test_latents_come_in_buckets_and_unreadable_images_are_named(
 ) -> None:
     (photos / "2.png").write_bytes(b"")
     (photos / "8.png").write_bytes((photos / "1.png").read_bytes()[:60])
-    folder = Folder(root=photos, transform=PhotoTransform(size=16, buckets={"step": 8}))
+    folder = ImageFolder(root=photos, transform=PhotoTransform(size=16, buckets={"step": 8}))
     latents = cache_latents(model, folder, tmp_path / "cache")
     batches = DatasetSource(latents).iter_batches(2)
     drawn = [next(batches) for _ in range(4)]
@@ -197,11 +198,8 @@ def test_latents_come_in_buckets_and_unreadable_images_are_named(
 
 def pack_photos(photos: Path, folder: Path) -> list[str]:
     """Write shards of 4 and 2 images."""
-    return [
-        *map(
-            str, pack(Folder(root=photos, transform=PhotoTransform()), f"{folder}/%d.tar", count=4)
-        )
-    ]
+    images = ImageFolder(root=photos, transform=PhotoTransform())
+    return [str(path) for path in write_shards(images, f"{folder}/%d.tar", count=4)]
 
 
 def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
@@ -209,7 +207,7 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
 ) -> None:
     photo, cache = PhotoTransform(size=16, buckets={"step": 8}), tmp_path / "cache"
     latents = cache_latents(
-        model, Folder(root=photos, transform=photo), cache, variants_per_image=2
+        model, ImageFolder(root=photos, transform=photo), cache, variants_per_image=2
     )
     model.autoencoder.encode = None  # nothing is encoded again
     shards = cache_latents(
@@ -260,7 +258,8 @@ def test_damaged_images_in_shards_are_named(
     model: Any, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(photos / "1.png", photos / "0.png")
-    (shard,) = pack(Folder(root=photos, transform=PhotoTransform()), f"{tmp_path}/%d.tar")
+    images = ImageFolder(root=photos, transform=PhotoTransform())
+    (shard,) = write_shards(images, f"{tmp_path}/%d.tar")
     content = shard.read_bytes()
     start = content.index(b"IHDR", content.index(b"000000002.png"))
     content = content[:start] + b"XXXX" + content[start + 4 :]
@@ -294,7 +293,7 @@ def test_an_interrupted_cache_of_many_sizes_loses_little(
 def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_path: Path) -> None:
     def cache() -> int:
         """Cache the contexts of the captions; return how many are cached."""
-        folder = Folder(root=photos, transform=PhotoTransform())
+        folder = ImageFolder(root=photos, transform=PhotoTransform())
         cache_contexts(model, [folder], tmp_path / "cache")
         return len(TensorStore(tmp_path / "cache", "contexts"))
 
@@ -333,7 +332,7 @@ def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) ->
     for count in (14, 0):  # six captions and the empty one for each tower; then all are found
         before = len(TensorStore(tmp_path, "contexts"))
         model: Any = SimpleNamespace(conditioner=conditioner)
-        cache_contexts(model, [Folder(root=photos, transform=PhotoTransform())], tmp_path)
+        cache_contexts(model, [ImageFolder(root=photos, transform=PhotoTransform())], tmp_path)
         assert len(TensorStore(tmp_path, "contexts")) - before == count
     tower = conditioner.text_2.model
     tower.token_embedding.weight.zero_()  # no longer read

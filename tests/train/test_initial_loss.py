@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.data.drawings import EmojiTransform
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.data.source import DatasetSource
 from ldm.loading.load import load
 from ldm.train.monitoring.initial_loss import (
@@ -26,7 +26,7 @@ def demo() -> Any:
 
 @pytest.fixture(scope="module")
 def source() -> DatasetSource:
-    return DatasetSource(Folder(root=EMOJI, transform=EmojiTransform(size=64), seed=1))
+    return DatasetSource(ImageFolder(root=EMOJI, transform=EmojiTransform(size=64), seed=1))
 
 
 def compare(model: Any, source: DatasetSource) -> BaselineComparison:

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ldm.data.folder import Folder
-from ldm.data.pack import pack
+from ldm.data.folder import ImageFolder
+from ldm.data.pack import write_shards
 from ldm.data.transforms import PhotoTransform
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.train.distributed import parallel
@@ -147,8 +147,8 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
     processes: int, strategies: list[str], tmp_path: Path
 ) -> None:
     shards = tmp_path / "shards"
-    folder = Folder(root=ROOT / "tests/data/emoji", transform=PhotoTransform(size=32))
-    assert len(list(pack(folder, f"{shards}/%03d.tar", count=5))) == 5
+    folder = ImageFolder(root=ROOT / "tests/data/emoji", transform=PhotoTransform(size=32))
+    assert len(list(write_shards(folder, f"{shards}/%03d.tar", count=5))) == 5
     variants = ("32-map", f"bf16-{shards}/*.tar")
     cases = [f"{strategy}-{variant}" for strategy in strategies for variant in variants]
     for case, (uninterrupted, interrupted) in run_ranks(processes, tmp_path, *cases).items():

@@ -12,8 +12,8 @@ import pytest
 
 from ldm.data.buckets import Buckets
 from ldm.data.drawings import EmojiTransform
-from ldm.data.folder import Folder
-from ldm.data.hub import Hub
+from ldm.data.folder import ImageFolder
+from ldm.data.hub import HubDataset
 from ldm.data.shards import Shards
 from ldm.data.transforms import PhotoTransform, TagShuffle
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
@@ -351,8 +351,8 @@ def test_the_schema_has_the_keywords_of_tasks() -> None:
 @pytest.mark.parametrize(
     ("section", "constructor", "difference"),
     [
-        (schema.FolderOptions, Folder, {"seed"}),
-        (schema.HubOptions, Hub, {"seed"}),
+        (schema.FolderOptions, ImageFolder, {"seed"}),
+        (schema.HubOptions, HubDataset, {"seed"}),
         (schema.ShardOptions, Shards, {"seed", "allow_commands"}),
         (schema.PhotoOptions, PhotoTransform, {"name"}),
         (schema.EmojiOptions, EmojiTransform, {"name"}),

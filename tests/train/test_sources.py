@@ -9,8 +9,8 @@ from PIL import Image
 from torch import nn
 
 from ldm.data.drawings import EmojiTransform
-from ldm.data.folder import Folder
-from ldm.data.pack import pack
+from ldm.data.folder import ImageFolder
+from ldm.data.pack import write_shards
 from ldm.loading.config import instantiate, read_yaml
 from ldm.train.batches.sources import check_data, open_batches
 from ldm.train.config.datamodules import read_data
@@ -112,8 +112,8 @@ def test_an_unreadable_caption_is_skipped_like_a_damaged_image(tmp_path: Path) -
 
 
 def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
-    folder = Folder(root=EMOJI, transform=EmojiTransform(), split="train")
-    list(pack(folder, str(tmp_path / "%06d.tar"), count=8))
+    folder = ImageFolder(root=EMOJI, transform=EmojiTransform(), split="train")
+    list(write_shards(folder, str(tmp_path / "%06d.tar"), count=8))
     train, _ = open_batches(
         nn.Identity(),
         make_data(train={**SHARDS, "shards": f"{tmp_path}/{{000000..000002}}.tar"}),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.imaging.metadata import write_png
 from ldm.imaging.pixels import to_pil
 from ldm.imaging.reading import IMAGE_SUFFIXES
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 GUIDANCE_SCALE = 5.0
 
 
-def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> Folder:
+def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> ImageFolder:
     """Open the class images; missing ones are sampled from the model first."""
     sample_class_images(model, data.root, data.prompt, data.count)
     spec = {"root": data.root, "transform": data.transform, "fields": {"text": data.prompt}}
     images = open_images(spec, seed, "data.params.prior")
-    assert isinstance(images, Folder)  # as `root` is given
+    assert isinstance(images, ImageFolder)  # as `root` is given
     return images
 
 

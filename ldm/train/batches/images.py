@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from ldm.data.dataset import ImageDataset
 from ldm.data.drawings import EmojiTransform, list_caption_texts
-from ldm.data.folder import Folder, read_metadata
-from ldm.data.hub import Hub
+from ldm.data.folder import ImageFolder, read_metadata
+from ldm.data.hub import HubDataset
 from ldm.data.shards import Shards, expand_patterns
 from ldm.data.transforms import PhotoTransform, Transform
 from ldm.encoders.text import TextEncoder, collect_vocabulary
@@ -30,13 +31,14 @@ log = logging.getLogger(__name__)
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     transform.NAME: transform for transform in (EmojiTransform, PhotoTransform)
 }
-DATASETS: dict[str, type[Folder | Hub | Shards]] = {"root": Folder, "hub": Hub, "shards": Shards}
+Images: TypeAlias = ImageFolder | HubDataset | Shards
+DATASETS: dict[str, type[Images]] = {"root": ImageFolder, "hub": HubDataset, "shards": Shards}
 
 
 def build_transform(options: JsonMapping) -> Transform:
-    """Build a transform from its `name` and keywords."""
-    keywords = dict(options)
-    return TRANSFORMS[keywords.pop("name")](**keywords)
+    """Build a transform from its `name` and keyword arguments."""
+    kwargs = dict(options)
+    return TRANSFORMS[kwargs.pop("name")](**kwargs)
 
 
 def check_images(spec: JsonMapping, where: str, *, allow_commands: bool = False) -> None:
@@ -62,14 +64,14 @@ def check_images(spec: JsonMapping, where: str, *, allow_commands: bool = False)
 
 def open_images(
     spec: JsonMapping, seed: int, where: str, *, allow_commands: bool = False
-) -> Folder | Hub | Shards:
+) -> Images:
     """Open images with their transform.
 
     Args:
-        spec: Keywords of `Folder` (with `root`), `Hub` (`hub`) or `Shards` (`shards`); `transform`
-            is a mapping of `name` and the keywords of that transform.
+        spec: Keywords of `ImageFolder` (with `root`), `HubDataset` (`hub`) or `Shards` (`shards`);
+            `transform` is a mapping of `name` and the keywords of that transform.
         where: Section of the config, for messages.
-        allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
+        allow_commands: Whether to run `pipe:COMMAND` URLs of shards.
     """
     key = next(key for key in DATASETS if key in spec)
     options = {**spec, "transform": build_transform(spec["transform"]), "seed": seed}
@@ -88,14 +90,16 @@ def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> No
         if ids is not None and ids.equal(torch.arange(len(ids))):  # the initial placeholder
             # A folder's metadata has the rows of all splits.
             rows = (
-                read_metadata(images.root) if isinstance(images, Folder) else images.iter_metadata()
+                read_metadata(images.root)
+                if isinstance(images, ImageFolder)
+                else images.iter_metadata()
             )
             ids.copy_(collect_vocabulary(list_caption_texts(rows), encoder))
 
 
 def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
     """Log how many photos of a folder have no caption, if the model reads captions."""
-    if model.conditioner.text is None or not isinstance(images, Folder):
+    if model.conditioner.text is None or not isinstance(images, ImageFolder):
         return
     if isinstance(images.transform, PhotoTransform):
         missing = sum(not row.get("text") for row in images.iter_metadata())

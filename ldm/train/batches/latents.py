@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.data.dataset import ImageDataset, Sample, SampleDataset, UnreadableSample
-from ldm.data.shards import RawSample, Shards, find_image, get_name, parse_metadata
+from ldm.data.shards import RawSample, Shards, find_image, get_sample_name, parse_metadata
 from ldm.data.source import collate, to_device
 from ldm.data.transforms import SIZE_KEYS, Transform
 from ldm.imaging.reading import decode_srgb
@@ -239,7 +239,7 @@ def cache_latents(
         dependencies = (latents.model_digest, latents.variants, sizes)
         fill = partial(latents.fill, inputs, model, batch_size)
         fill_from_shards(latents.store, images, dependencies, fill)
-        return images.with_samples(partial(_make_shard_sample, latents, images))
+        return images.with_make_sample(partial(_make_shard_sample, latents, images))
     dataset = LatentDataset(images, latents)
     latents.fill(list(dataset.iter_missing_inputs()), model, batch_size)
     return dataset
@@ -257,13 +257,13 @@ def _iter_shard_inputs(shards: Shards, cache: LatentCache) -> Iterator[tuple[str
 def _decode_image(raw: RawSample) -> Image.Image:
     suffix, data = find_image(raw)
     try:
-        return decode_srgb(data, f"{get_name(raw)}.{suffix}")
+        return decode_srgb(data, f"{get_sample_name(raw)}.{suffix}")
     except ValueError as error:
-        raise UnreadableSample(get_name(raw), str(error)) from error
+        raise UnreadableSample(get_sample_name(raw), str(error)) from error
 
 
 def _make_shard_sample(cache: LatentCache, shards: Shards, raw: RawSample, rng: Random) -> Sample:
-    name = get_name(raw)
+    name = get_sample_name(raw)
     try:
         file_digest, row = digest(find_image(raw)[1]), parse_metadata(raw)
     except ValueError as error:

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from ldm.data.transforms import CROPS
+from ldm.data.transforms import CROP_POSITIONS
 from ldm.diffusion.names import LEGACY, SCHEDULERS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.nets.attention import BACKENDS
@@ -476,7 +476,7 @@ class PhotoOptions(TypedDict, total=False):
 
     name: str
     size: Count
-    crop: Annotated[str, _one_of(CROPS)]
+    crop: Annotated[str, _one_of(CROP_POSITIONS)]
     flip: Probability
     buckets: BucketOptions
     tags: TagOptions
@@ -503,7 +503,7 @@ class EmojiOptions(TypedDict, total=False):
 
 @with_config(STRICT)
 class FolderOptions(TypedDict, total=False):
-    """`train` or `validation` with `root`: keywords of `Folder`."""
+    """`train` or `validation` with `root`: keywords of `ImageFolder`."""
 
     root: Annotated[NonEmptyStr, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)]
     transform: JsonObject
@@ -515,7 +515,7 @@ class FolderOptions(TypedDict, total=False):
 
 @with_config(STRICT)
 class HubOptions(TypedDict, total=False):
-    """`train` or `validation` with `hub`: keywords of `Hub`."""
+    """`train` or `validation` with `hub`: keywords of `HubDataset`."""
 
     hub: NonEmptyStr
     transform: JsonObject
