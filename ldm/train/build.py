@@ -1,4 +1,4 @@
-"""Build the parts of a run from its settings: configured model, task, state."""
+"""Configure the model of a run, and build its task and initial state from its settings."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -53,24 +53,24 @@ def configure_model(model: nn.Module, trainer: Trainer) -> None:
 
 
 def set_gradient_checkpointing(model: nn.Module, enabled: bool = True) -> int:
-    """Switch gradient checkpointing of all blocks on or off; gradients are the same.
+    """Switch gradient checkpointing of all layers on or off; gradients are the same.
 
     Chen et al. 2016 (arXiv:1604.06174).
 
     Returns:
-        The number of blocks that support it.
+        The number of layers that support it.
     """
-    blocks = [module for module in model.modules() if isinstance(module, CheckpointedLayer)]
-    for block in blocks:
-        block.use_checkpoint = enabled
-    return len(blocks)
+    layers = [module for module in model.modules() if isinstance(module, CheckpointedLayer)]
+    for layer in layers:
+        layer.use_checkpoint = enabled
+    return len(layers)
 
 
 def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = True) -> Task:
     """Build the task that the settings select: diffusion, adaptation or autoencoder.
 
     Args:
-        load_weights: Whether to load the networks of the losses; False if only sizes matter.
+        load_weights: Whether to load the networks of the losses; False = random weights.
     Raises:
         ValueError: The model cannot be trained, or the settings are invalid for it.
     """
@@ -96,8 +96,8 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
 
 def build_diffusion_task(model: LatentDiffusion, **options: Any) -> DiffusionTask:
     """Build the task; `options` are its keywords and those of `Criterion`."""
-    criterion = {f.name: options.pop(f.name) for f in fields(Criterion) if f.name in options}
-    return DiffusionTask(model, criterion_options=criterion, **options)
+    kwargs = {f.name: options.pop(f.name) for f in fields(Criterion) if f.name in options}
+    return DiffusionTask(model, criterion_options=kwargs, **options)
 
 
 def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
@@ -113,9 +113,9 @@ def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> Js
     }
     options |= objective
     probabilities = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}
-    # The original's models of image embeddings drop half of these by default.
-    default = 0.5 if "embedder_config" in params else 0.0
-    if dropout := params.get("embedding_dropout", default):
+    # The original's image-embedding models drop half of the embeddings by default.
+    default_dropout = 0.5 if "embedder_config" in params else 0.0
+    if dropout := params.get("embedding_dropout", default_dropout):
         probabilities["embedding"] = dropout
     if probabilities:
         overrides = objective.get("conditioning_dropout_prob")
@@ -136,10 +136,12 @@ def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.devi
     options = {"name": optimizer.name, **optimizer.options}
     if optimizer.name == "adamw" and task.betas is not None:
         options.setdefault("betas", task.betas)
-    model = _build_network(task.trainable, task.loss, ranks, options)
+    model = _build_trained_network(task.trainable, task.loss, ranks, options)
     discriminator = None
     if task.discriminator is not None:
-        discriminator = _build_network(task.discriminator, task.discriminator_loss, ranks, options)
+        discriminator = _build_trained_network(
+            task.discriminator, task.discriminator_loss, ranks, options
+        )
     ema_device = torch.device("cpu") if trainer.ema_device else None
     return State(
         model,
@@ -150,7 +152,7 @@ def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.devi
     )
 
 
-def _build_network(
+def _build_trained_network(
     module: nn.Module, loss: LossFunction, ranks: Ranks, options: Mapping[str, Any]
 ) -> TrainedNetwork:
     if ranks.world_size > 1 and not is_sharded(module):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "parse"]
 
-TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+TRUE_WORDS, FALSE_WORDS = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 NEGATIVE_NUMBER = re.compile(r"-\d+")
 SWITCHES = ("--train", "--debug", "--validate", "--dry-run", "--no-test", "--scale_lr",
             "--allow-commands")  # fmt: skip
@@ -140,22 +140,24 @@ def _run_request(request: TrainRequest) -> Iterator[str]:
     # Processes other than the first log warnings only.
     log_to_stderr(logging.INFO if get_rank_and_world_size()[0] == 0 else logging.WARNING)
     if request.dry_run:
-        yield from _describe(request)
+        yield from _describe_run(request)
         return
-    existing = launch.run_on_first_rank(
+    existing_run = launch.run_on_main_process(
         lambda torchrun_ids: run_folder.find_run(request, torchrun_ids)
     )
-    settings = _read_settings(request, existing)
+    settings = _read_settings(request, existing_run)
     launch.launch(settings.devices, request.processes, request.argv)
-    yield from _run(request, settings, existing)
+    yield from _train_or_export(request, settings, existing_run)
 
 
-def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Settings":
+def _read_settings(
+    request: TrainRequest, existing_run: run_folder.ExistingRun | None
+) -> "Settings":
     """Read and check the settings, before any process is started or folder created."""
     from ldm.train.batches.sources import check_data
     from ldm.train.config.settings import read_settings, require_keys
 
-    settings = read_settings(run_folder.read_config(request, existing))
+    settings = read_settings(run_folder.read_config(request, existing_run))
     required = ["model.target", "data.params.train", "data.params.batch_size"]
     if request.train:
         required.append("model.base_learning_rate")
@@ -169,8 +171,8 @@ def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | Non
     return settings
 
 
-def _describe(request: TrainRequest) -> Iterator[str]:
-    """Yield the whole config, and an estimate of the memory that it needs."""
+def _describe_run(request: TrainRequest) -> Iterator[str]:
+    """Yield the whole config, and an estimate of the memory of the run."""
     from ldm.train import memory_estimate
 
     settings = _read_settings(request, run_folder.find_run(request))
@@ -178,8 +180,8 @@ def _describe(request: TrainRequest) -> Iterator[str]:
     yield from memory_estimate.describe_run(settings, processes=processes)
 
 
-def _run(
-    request: TrainRequest, settings: "Settings", existing: run_folder.ExistingRun | None
+def _train_or_export(
+    request: TrainRequest, settings: "Settings", existing_run: run_folder.ExistingRun | None
 ) -> Iterator[str]:
     """Train, export or validate a run."""
     import torch
@@ -190,8 +192,8 @@ def _run(
     from ldm.train.runs.exports import export
 
     torch.set_num_threads(request.threads or torch.get_num_threads())
-    folder = launch.run_on_first_rank(
-        lambda torchrun_ids: run_folder.prepare_folder(request, existing, torchrun_ids)
+    folder = launch.run_on_main_process(
+        lambda torchrun_ids: run_folder.prepare_folder(request, existing_run, torchrun_ids)
     )
     try:
         run = build_run(settings, folder, allow_commands=request.allow_commands)
@@ -199,22 +201,22 @@ def _run(
         with suppress(OSError):  # it is not empty
             folder.rmdir()
         raise
-    if existing and existing.state:
-        run.resume(existing.state)
-    if run.ranks.is_first and request.train:
+    if existing_run and existing_run.state:
+        run.resume(existing_run.state)
+    if run.ranks.is_main_process and request.train:
         run_folder.save_config(folder, settings.config)
     if request.train:
-        train(run, on_start=lambda: run_folder.link_name(request, folder))
-    elif existing and not request.validate:
+        train(run, on_start=lambda: run_folder.link_newest_run(request, folder))
+    elif existing_run and not request.validate:
         export(run)
     if request.validate:
         lines = [f"{name} {value:.6f}" for name, value in validate(run).items()]
-    elif request.train or existing:
+    elif request.train or existing_run:
         exports = [run.checkpoints / f"last.{suffix}" for suffix in ("safetensors", "ckpt")]
         lines = [str(path) for path in exports if path.exists()]
     else:
         lines = ["the config is valid"]
-    if run.ranks.is_first:
+    if run.ranks.is_main_process:
         yield from lines
     run.ranks.disconnect()
 
@@ -255,8 +257,8 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
         "has no lightning.optimizer)"
     )
     add("--scale_lr", type=_parse_bool, metavar="BOOL", help=text)
-    add_switch("--validate", help="print the losses on held-out data, raw and EMA weights")
-    add_switch("--dry-run", help="print the whole config and the memory that it needs")
+    add_switch("--validate", help="print the losses on held-out data, with raw and EMA weights")
+    add_switch("--dry-run", help="print the whole config and the memory of the run")
     add(
         "--nproc",
         type=_parse_count,
@@ -312,7 +314,7 @@ def _find_option(name: str, spellings: dict[str, str]) -> str:
 def _may_be_value(option: str, argument: str) -> bool:
     """Return whether the argument after an option with an optional value is that value."""
     if option in SWITCHES:
-        return argument.lower() in TRUE + FALSE
+        return argument.lower() in TRUE_WORDS + FALSE_WORDS
     if argument.startswith("-"):
         return NEGATIVE_NUMBER.fullmatch(argument) is not None
     return "=" not in argument or Path(argument).exists()
@@ -335,9 +337,9 @@ def _check_trainer_options(trainer_options: dict[str, str], spellings: dict[str,
 
 def _parse_bool(text: str) -> bool:
     """Parse yes, true, t, y, 1 or their opposites, as in the original."""
-    if text.lower() not in TRUE + FALSE:
+    if text.lower() not in TRUE_WORDS + FALSE_WORDS:
         raise argparse.ArgumentTypeError(f"`{text}` is neither true nor false")
-    return text.lower() in TRUE
+    return text.lower() in TRUE_WORDS
 
 
 def _parse_count(text: str) -> int:

@@ -50,12 +50,12 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     """Train until the end of the run or a signal (see `signals`), then save and export.
 
     Args:
-        on_start: Called by the first process before the first step.
+        on_start: Called by the main process before the first step.
     Raises:
         FloatingPointError: Too many steps in a row had non-finite gradients.
     """
     state, ranks = run.state, run.ranks
-    ranks.run_on_first(lambda: run.folder.mkdir(parents=True, exist_ok=True))
+    ranks.run_on_main_process(lambda: run.folder.mkdir(parents=True, exist_ok=True))
 
     # Convert epochs to steps, and build the learning rate schedule.
     batches_per_epoch = run.source.get_batches_per_epoch(run.batch_size)
@@ -90,7 +90,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     # Open the logs.
     loggers = LoggerCollection(
         run.folder,
-        callbacks.loggers if ranks.is_first else (),
+        callbacks.loggers if ranks.is_main_process else (),
         start_step=state.step,
         wandb=callbacks.wandb,
         config=settings.config,
@@ -99,11 +99,11 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     num_timesteps = len(run.model.schedule) if isinstance(run.model, LatentDiffusion) else 1
     timestep_losses = TimestepLosses(run.folder, ranks, num_timesteps, start_step=state.step)
 
-    # Open the sequence of batches at the position of the state.
-    ranks.run_on_first(on_start)
+    # Open the sequence of batches after those that the state has consumed.
+    ranks.run_on_main_process(on_start)
     batches = run.source.iter_batches(
         run.batch_size,
-        start=state.position,
+        start=state.batches_consumed,
         rank=ranks.rank,
         world_size=ranks.world_size,
         workers=settings.loader.num_workers,
@@ -130,17 +130,19 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         contextlib.closing(loggers),
         contextlib.closing(progress),
     ):
-        is_stopped = False
-        while run.get_progress() < 1 and not is_stopped:
+        should_stop = False
+        while run.get_progress() < 1 and not should_stop:
             step_batches = _read_step_batches(run, batches, unreadable)
             lr = lr_schedule(state.step, run.get_progress())
             losses = train_step(run, step_batches, lr)
-            is_stopped, due = _agree_on_actions(run, timer.stop(), signals.take(), actions)
+            should_stop, due_actions = _agree_on_actions(
+                run, timer.stop(), signals.take_actions(), actions
+            )
             if "t" in losses:
                 timestep_losses.add(losses["t"], losses["loss_per_sample"])
             with _suppress_and_log("log"):
                 progress.update(state.step, losses, lr, run.batch_size * state.batches_per_step)
-            for name in due:
+            for name in due_actions:
                 with _suppress_and_log(name):
                     actions[name][1]()
             timer.start()
@@ -174,7 +176,7 @@ def train_step(run: Run, batches: IndexedBatches, lr: float) -> Losses:
         state.ema.update(task.trainable)
         state.consecutive_skips = 0
     state.step += 1
-    state.position += state.batches_per_step
+    state.batches_consumed += state.batches_per_step
     state.loss_scale.update(is_finite)
     state.is_consistent = True
     if not is_finite and not state.loss_scale.is_adapting:
@@ -207,7 +209,7 @@ def _validate(run: Run, loggers: LoggerCollection) -> None:
 
 def _log_metrics(run: Run, loggers: LoggerCollection, metrics: Mapping[str, float]) -> None:
     """Log validation losses or metrics of samples, also to the console."""
-    if metrics and run.ranks.is_first:
+    if metrics and run.ranks.is_main_process:
         text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         log.info("step %d: %s", run.state.step, text)
     loggers.log_scalars(run.state.step, metrics)
@@ -240,8 +242,8 @@ def _read_step_batches(
 ) -> IndexedBatches:
     """Read this process's batches of the step."""
     state, ranks = run.state, run.ranks
-    end = state.position + state.batches_per_step
-    indices = range(state.position + ranks.rank, end, ranks.world_size)
+    end = state.batches_consumed + state.batches_per_step
+    indices = range(state.batches_consumed + ranks.rank, end, ranks.world_size)
     indexed_batches = [(index, next(batches)) for index in indices]
     for _, batch in indexed_batches:
         unreadable.add(batch.pop("unreadable", []), run.batch_size)
@@ -294,15 +296,16 @@ def _agree_on_actions(
     run: Run, seconds: float, requests: set[str], actions: Actions
 ) -> tuple[bool, list[str]]:
     """Agree with all processes on training time; return whether to stop, and the due actions."""
-    is_first = run.ranks.is_first
+    is_main_process = run.ranks.is_main_process
     due = [
-        (trigger.is_due(run.state.step) and is_first) or name in requests
+        (trigger.is_due(run.state.step) and is_main_process) or name in requests
         for name, (trigger, _) in actions.items()
     ]
-    # All take the time of the first process: the others contribute 0 to the maximum.
-    total = run.state.seconds + seconds if is_first else 0.0
-    run.state.seconds, stop, *flags = run.ranks.all_reduce_max([total, "stop" in requests, *due])
-    return bool(stop), [name for name, flag in zip(actions, flags, strict=True) if flag]
+    # All take the time of the main process: the others contribute 0 to the maximum.
+    total = run.state.seconds + seconds if is_main_process else 0.0
+    values = [total, "stop" in requests, *due]
+    run.state.seconds, should_stop, *flags = run.ranks.all_reduce_max(values)
+    return bool(should_stop), [name for name, flag in zip(actions, flags, strict=True) if flag]
 
 
 def _handle_skipped_step(run: Run, batches: IndexedBatches, losses: Mapping[str, Tensor]) -> None:

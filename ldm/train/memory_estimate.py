@@ -28,24 +28,24 @@ from ldm.train.tasks.adaptation import AdaptationTask
 from ldm.train.tasks.autoencoder import AdversarialTask
 from ldm.train.tasks.task import Task
 
-__all__ = ["MemoryEstimate", "describe_run", "estimate_memory"]
+__all__ = ["TrainingMemory", "describe_run", "estimate_training_memory"]
 
 # Bytes of optimizer state for each trainable parameter.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1}
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
+class TrainingMemory:
     """Memory of one process of a run, in bytes, and numbers of parameters.
 
     Args:
-        parameters: Number of parameters of all networks.
-        trainable: Number of trainable parameters.
+        num_parameters: Number of parameters of all networks.
+        num_trainable: Number of trainable parameters.
         optimizer_step: Temporary memory of an optimizer step, when activations are freed.
     """
 
-    parameters: int
-    trainable: int
+    num_parameters: int
+    num_trainable: int
     weights: int
     gradients: int
     optimizer: int
@@ -65,10 +65,10 @@ def describe_run(settings: Settings, *, processes: int = 1) -> Iterator[str]:
     yield format_yaml(settings.to_config())
     yield from settings.messages
     cache: dict[Any, int] = {}
-    memory = estimate_memory(settings, processes, cache)
-    frozen = max(0, memory.parameters - memory.trainable)
+    memory = estimate_training_memory(settings, processes, cache)
+    trainable, parameters = memory.num_trainable / 1e6, memory.num_parameters / 1e6
     batch_size, accumulation = settings.loader.batch_size, settings.trainer.accumulate_grad_batches
-    yield f"parameters  {memory.trainable / 1e6:.2f} M trainable, {frozen / 1e6:.2f} M frozen"
+    yield f"parameters  {trainable:.2f} M trainable, {max(0, parameters - trainable):.2f} M frozen"
     yield f"batch       {batch_size} x {accumulation} accumulated x {processes} ranks"
     yield f"memory      about {_format_bytes(memory.total)} per process"
     bytes_by_name = {
@@ -78,24 +78,24 @@ def describe_run(settings: Settings, *, processes: int = 1) -> Iterator[str]:
         "EMA": memory.ema,
         "activations": memory.activations,
     }
-    for name, number in bytes_by_name.items():
-        yield f"  {name:11} {_format_bytes(number)}"
+    for name, num_bytes in bytes_by_name.items():
+        yield f"  {name:11} {_format_bytes(num_bytes)}"
     yield "  plus PyTorch's own overhead (about 0.2 GiB on a CPU, 0.5 GiB on a GPU)"
-    for override, changed in _list_savings(settings, processes):
-        saved = memory.total - estimate_memory(changed, processes, cache).total
+    for override, changed in _iter_savings(settings, processes):
+        saved = memory.total - estimate_training_memory(changed, processes, cache).total
         if saved > 0.01 * memory.total:
             yield f"saves {_format_bytes(saved):>9}  {override}"
 
 
-def estimate_memory(
+def estimate_training_memory(
     settings: Settings, processes: int = 1, cache: dict[Any, int] | None = None
-) -> MemoryEstimate:
+) -> TrainingMemory:
     """Estimate the memory of one process of a run.
 
     Args:
         processes: Number of processes of the run, on all nodes.
-        cache: Measured activations, the slow part, for further estimates of the same run; None =
-            not cached.
+        cache: Activations that were measured before, to which new ones are added, as measuring is
+            slow; None = no cache.
     """
     trainer, optimizer = settings.trainer, settings.optimizer
     task = _build_meta_task(settings)
@@ -103,15 +103,15 @@ def estimate_memory(
     trainable = list(ema_parameters)
     if task.discriminator is not None:
         trainable += task.discriminator.parameters()
-    count = sum(p.numel() for p in trainable)
-    parameters = sum(
+    num_trainable = sum(p.numel() for p in trainable)
+    num_parameters = sum(
         p.numel() for p in {p for net in _list_networks(task) for p in net.parameters()}
     )
     # Weights, gradients and EMA are float32, 4 bytes each; each process has a fraction of those of
     # trainable parameters.
     fraction = _get_shard_fraction(settings, processes)
-    shard_bytes = int(4 * count * fraction)
-    optimizer_bytes = OPTIMIZER_BYTES[optimizer.name] * count
+    shard_bytes = int(4 * num_trainable * fraction)
+    optimizer_bytes = OPTIMIZER_BYTES[optimizer.name] * num_trainable
     if optimizer.name == "muon":  # vectors are updated by AdamW: 4 more bytes, for a second moment
         optimizer_bytes += 4 * sum(p.numel() for p in trainable if p.ndim < 2)
     has_ema = bool(optimizer.ema_decay) and trainer.ema_device is None
@@ -119,10 +119,10 @@ def estimate_memory(
     key = (settings.loader.batch_size, trainer.precision, trainer.gradient_checkpointing)
     if key not in cache:
         cache[key] = _measure_activations(task, settings)
-    return MemoryEstimate(
-        parameters=parameters,
-        trainable=count,
-        weights=4 * (parameters - count) + shard_bytes,
+    return TrainingMemory(
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        weights=4 * (num_parameters - num_trainable) + shard_bytes,
         gradients=shard_bytes,
         optimizer=int(optimizer_bytes * fraction),
         ema=int(4 * sum(p.numel() for p in ema_parameters) * fraction) if has_ema else 0,
@@ -131,7 +131,7 @@ def estimate_memory(
     )
 
 
-def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
+def _iter_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
     """Yield overrides that may reduce memory, and the settings with each."""
     trainer, batch_size = settings.trainer, settings.loader.batch_size
     changes: list[tuple[str, str, str | bool]] = [
@@ -147,11 +147,12 @@ def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Set
         override = f"lightning.{section}.{key}={str(value).lower()}"
         yield override, settings.replace(**{section: {key: value}})
     if batch_size > 1:
-        half, count = batch_size // 2, 2 * trainer.accumulate_grad_batches
+        half, accumulation = batch_size // 2, 2 * trainer.accumulate_grad_batches
         yield (
-            f"data.params.batch_size={half} lightning.trainer.accumulate_grad_batches={count}",
+            f"data.params.batch_size={half} "
+            f"lightning.trainer.accumulate_grad_batches={accumulation}",
             settings.replace(
-                loader={"batch_size": half}, trainer={"accumulate_grad_batches": count}
+                loader={"batch_size": half}, trainer={"accumulate_grad_batches": accumulation}
             ),
         )
 
@@ -244,9 +245,9 @@ def _get_shard_fraction(settings: Settings, processes: int) -> float:
     return 1.0
 
 
-def _format_bytes(number: float) -> str:
+def _format_bytes(size: float) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.4g} GiB"
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

@@ -33,7 +33,7 @@ AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a training run, of which only `state` changes.
+    """A training run, of which only `state` changes.
 
     Args:
         source: Training data.
@@ -68,7 +68,7 @@ class Run:
     def epoch(self) -> int:
         """Number of complete passes over the data; 0 if its length is unknown."""
         batches = self.source.get_batches_per_epoch(self.batch_size)
-        return int(self.state.position // batches) if batches else 0
+        return int(self.state.batches_consumed // batches) if batches else 0
 
     @property
     def timesteps(self) -> Sequence[int] | None:
@@ -99,11 +99,11 @@ class Run:
 
     def has_finite_weights(self, output: str) -> bool:
         """Return whether all ranks' weights are finite, else log that `output` is not written."""
-        (any_not_finite,) = self.ranks.all_reduce_max([not self.state.is_finite()])
-        if any_not_finite:
+        (any_non_finite,) = self.ranks.all_reduce_max([not self.state.has_finite_tensors()])
+        if any_non_finite:
             step = self.state.step
             log.error("step %d: weights are NaN or inf, no %s is written", step, output)
-        return not any_not_finite
+        return not any_non_finite
 
     def resume(self, path: Path) -> None:
         """Load the state in a folder; the run continues with the batches per step that it had.
@@ -160,7 +160,7 @@ def build_run(
     configure_model(model, trainer)
 
     log.info("Opening the data")
-    with ranks.first_before_others():
+    with ranks.main_process_first():
         source, validation_source = open_batches(
             model, data, seed=trainer.seed, allow_commands=allow_commands
         )

@@ -1,6 +1,6 @@
 """The state of a run: everything needed to resume it, as named tensors and numbers.
 
-    weights and buffers, optimizers, EMA; step, position in the data, seconds trained
+    weights and buffers, optimizers, EMA; step, batches consumed, seconds trained
 
 There is no random state, as data order, noise and dropout are functions of the seed and the index
 of the batch: a run resumes exactly, on any number of processes.
@@ -18,9 +18,9 @@ from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import STATE_KEYS
 from ldm.train.tasks.task import LossFunction
 
-__all__ = ["LossScale", "State", "TrainedNetwork"]
+__all__ = ["LossScale", "State", "TensorSpecs", "TrainedNetwork"]
 
-Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
+TensorSpecs = Mapping[str, tuple[torch.Size, torch.dtype]]  # (shape, dtype) by name
 
 
 @dataclass(eq=False)
@@ -50,15 +50,15 @@ class TrainedNetwork:
             for key, value in values.items()
         }
 
-    def allocate_optimizer_state(self, shapes: Shapes) -> dict[str, Tensor]:
+    def allocate_optimizer_state(self, specs: TensorSpecs) -> dict[str, Tensor]:
         """Allocate the tensors of an optimizer's state, sharded like the parameters.
 
-        Shapes of other parameters, or of another optimizer, are left out.
+        Tensors of other parameters, or of another optimizer, are left out.
         """
         parameters = dict(self.module.named_parameters())
         state_keys = STATE_KEYS[type(self.optimizer).__name__]
         state: dict[str, Tensor] = {}
-        for name, (shape, dtype) in shapes.items():
+        for name, (shape, dtype) in specs.items():
             parameter_name, _, key = name.rpartition(".")
             if parameter_name not in parameters or key not in state_keys:
                 continue
@@ -114,12 +114,12 @@ class State:
     """The resumable state of a run.
 
     Args:
-        batches_per_step: Batches of all processes, accumulated ones included.
-        position: Batches that all processes together have consumed.
+        batches_per_step: Number of batches of all processes, accumulated ones included.
+        batches_consumed: Number of batches that all processes together have consumed.
         seconds: Training time in seconds, including that before the run was resumed.
         scale_factor: Scale factor of latents, measured by `scale_by_std`; None = the config's.
         skipped_steps: Number of steps whose gradients were not finite.
-        consecutive_skips: Number of the last steps that were all skipped; not saved.
+        consecutive_skips: Number of steps skipped since the last update; not saved.
         is_consistent: False while weights are being updated; not saved.
         is_saved: Whether this state is on disk; not saved.
     """
@@ -130,7 +130,7 @@ class State:
     loss_scale: LossScale
     batches_per_step: int
     step: int = 0
-    position: int = 0
+    batches_consumed: int = 0
     seconds: float = 0.0
     scale_factor: float | None = None
     skipped_steps: int = 0
@@ -152,7 +152,7 @@ class State:
         return {
             **measured,
             "step": self.step,
-            "position": self.position,
+            "position": self.batches_consumed,
             "parts": self.batches_per_step,
             "seconds": self.seconds,
             "skipped": self.skipped_steps,
@@ -163,7 +163,7 @@ class State:
 
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
         self.step = int(numbers["step"])
-        self.position = int(numbers["position"])
+        self.batches_consumed = int(numbers["position"])
         self.batches_per_step = int(numbers["parts"])
         self.seconds = numbers["seconds"]
         self.skipped_steps = int(numbers["skipped"])
@@ -179,12 +179,12 @@ class State:
             tensors |= _add_prefix(network.get_optimizer_state(), f"{name}.optimizer.")
         return tensors
 
-    def get_tensors_to_load(self, shapes: Shapes) -> dict[str, Tensor]:
+    def get_tensors_to_load(self, specs: TensorSpecs) -> dict[str, Tensor]:
         """Return tensors to read a saved state into; those of the optimizers are allocated."""
         tensors = self._get_weights_and_ema()
         for name, network in self.networks.items():
             prefix = f"{name}.optimizer."
-            empty = network.allocate_optimizer_state(select_prefix(shapes, prefix))
+            empty = network.allocate_optimizer_state(select_prefix(specs, prefix))
             tensors |= _add_prefix(empty, prefix)
         return tensors
 
@@ -192,7 +192,7 @@ class State:
         for name, network in self.networks.items():
             network.load_optimizer_state(select_prefix(tensors, f"{name}.optimizer."))
 
-    def is_finite(self) -> bool:
+    def has_finite_tensors(self) -> bool:
         """Return whether weights, EMA and optimizer states of this process are finite."""
         tensors = list(self.ema.shadow.values())
         for network in self.networks.values():

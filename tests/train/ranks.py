@@ -95,7 +95,7 @@ def run_action(folder: Path, case: str, action: str) -> tuple[str, str]:
     before = compute_digest(run)
     train(run)
     weights = gather_shards(run.task.trainable.state_dict())
-    if action == "resume" and run.ranks.is_first:
+    if action == "resume" and run.ranks.is_main_process:
         with (run.folder / "log.csv").open() as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
         path = folder / f"resumed-{run.ranks.world_size}.pt"

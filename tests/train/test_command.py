@@ -18,7 +18,7 @@ from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Devices, read_settings
 from ldm.train.distributed import launch
 from ldm.train.distributed.parallel import Ranks
-from ldm.train.memory_estimate import MemoryEstimate
+from ldm.train.memory_estimate import TrainingMemory
 from ldm.train.request import TrainRequest
 from ldm.train.run import build_run
 from ldm.train.runs import run_folder
@@ -34,7 +34,7 @@ def start_run(request: TrainRequest, *torchrun_ids: str, state: int | None = Non
     """A run folder as training leaves it, with a state if it got so far."""
     folder = prepare_folder(request, None, torchrun_ids)
     run_folder.save_config(folder, read_config(request, None))
-    run_folder.link_name(request, folder)
+    run_folder.link_newest_run(request, folder)
     if state is not None:
         save_state(folder, state)
     return folder
@@ -254,7 +254,7 @@ def test_the_first_process_alone_prints_losses(
     held_out = "{root: tests/data/emoji, split: heldout, transform: {name: emoji, size: 32}}"
     words = ["data.params.batch_size=2", "lightning.callbacks.validate_batches=1"]
     words.append(f"data.params.validation={held_out}")
-    monkeypatch.setattr(Ranks, "is_first", False)
+    monkeypatch.setattr(Ranks, "is_main_process", False)
     assert main(["-b", TINY, "-l", str(tmp_path), "--validate", *words]) == 0
     assert capsys.readouterr().out == ""
 
@@ -313,8 +313,8 @@ def test_a_config_is_saved_once_and_read_again(tmp_path: Path) -> None:
 def test_a_dry_run_prints_the_config_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = MemoryEstimate(1, 1, 1, 1, 1, 1, 1, 1)
-    monkeypatch.setattr("ldm.train.memory_estimate.estimate_memory", lambda *_: memory)
+    memory = TrainingMemory(1, 1, 1, 1, 1, 1, 1, 1)
+    monkeypatch.setattr("ldm.train.memory_estimate.estimate_training_memory", lambda *_: memory)
     assert main(["-b", TINY, "-l", str(tmp_path), "--dry-run"]) == 0
     assert capsys.readouterr().out.count("base_learning_rate: ") == 1
 

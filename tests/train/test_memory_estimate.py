@@ -11,15 +11,15 @@ from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
 from ldm.train import memory_estimate
 from ldm.train.config.settings import read_settings
-from ldm.train.memory_estimate import MemoryEstimate
+from ldm.train.memory_estimate import TrainingMemory
 from quick import slow_except
 
 ROOT = Path(__file__).parents[2]
 
 
-def estimate_tiny(*overrides: str, processes: int = 1) -> MemoryEstimate:
+def estimate_tiny(*overrides: str, processes: int = 1) -> TrainingMemory:
     raw = read_yaml(ROOT / "configs/train/tiny.yaml", overrides)
-    return memory_estimate.estimate_memory(read_settings(raw), processes)
+    return memory_estimate.estimate_training_memory(read_settings(raw), processes)
 
 
 def test_the_peak_counts_storages_that_are_alive() -> None:
@@ -42,20 +42,20 @@ def test_the_peak_counts_storages_that_are_alive() -> None:
 def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
     model = f"model.params.parameterization={parameterization}"
     whole = estimate_tiny("lightning.optimizer.name=adamw", model)
-    assert whole.gradients == whole.ema == 4 * whole.trainable
-    assert whole.optimizer == 8 * whole.trainable
-    assert whole.weights == 4 * whole.parameters
+    assert whole.gradients == whole.ema == 4 * whole.num_trainable
+    assert whole.optimizer == 8 * whole.num_trainable
+    assert whole.weights == 4 * whole.num_parameters
     assert whole.total > whole.weights + 4 * whole.gradients
     assert 5e6 < whole.activations < 5e7
 
 
 @pytest.fixture(scope="module")
-def whole() -> MemoryEstimate:
+def whole() -> TrainingMemory:
     return estimate_tiny()
 
 
 @pytest.mark.slow
-def test_checkpointing_and_small_batches_keep_fewer_activations(whole: MemoryEstimate) -> None:
+def test_checkpointing_and_small_batches_keep_fewer_activations(whole: TrainingMemory) -> None:
     small = estimate_tiny(
         "lightning.trainer.gradient_checkpointing=true", "data.params.batch_size=4"
     )
@@ -63,9 +63,9 @@ def test_checkpointing_and_small_batches_keep_fewer_activations(whole: MemoryEst
 
 
 @pytest.mark.slow
-def test_gradients_of_a_token_go_through_the_frozen_unet(whole: MemoryEstimate) -> None:
+def test_gradients_of_a_token_go_through_the_frozen_unet(whole: TrainingMemory) -> None:
     token = estimate_tiny("lightning.textual_inversion.token=<x>")
-    assert token.trainable == 32
+    assert token.num_trainable == 32
     assert token.activations > 0.5 * whole.activations
 
 
@@ -84,15 +84,15 @@ def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None
     overrides += [f"data.params.{override}" for override in data]
     raw = read_yaml(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", overrides)
     settings = read_settings(raw)
-    result = memory_estimate.estimate_memory(settings)
+    result = memory_estimate.estimate_training_memory(settings)
     discriminator = sum(p.numel() for p in PatchDiscriminator().parameters())
     lpips = sum(p.numel() for p in LPIPS().parameters())
-    assert result.parameters - result.trainable == weight * lpips
-    assert result.trainable - result.ema / 4 == discriminator
-    assert result.optimizer == 8 * result.trainable
+    assert result.num_parameters - result.num_trainable == weight * lpips
+    assert result.num_trainable - result.ema / 4 == discriminator
+    assert result.optimizer == 8 * result.num_trainable
     assert result.activations > 2 * 3 * 64 * 64 * 4 * (1 + weight) * 64
     saving = settings.replace(trainer={"gradient_checkpointing": True})
-    assert memory_estimate.estimate_memory(saving).activations < result.activations
+    assert memory_estimate.estimate_training_memory(saving).activations < result.activations
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_settings_lower_the_memory() -> None:
     assert split.total < whole.total
     assert estimate_tiny("lightning.trainer.ema_device=cpu").ema == 0
     lora = estimate_tiny("lightning.lora.rank=2")
-    assert lora.trainable < 0.05 * lora.parameters
+    assert lora.num_trainable < 0.05 * lora.num_parameters
     assert lora.optimizer < 0.2 * lora.weights
 
 

@@ -36,7 +36,7 @@ from ldm.train.batches.store import Entry, TensorStore, digest, digest_weights, 
 
 __all__ = ["LatentDataset", "cache_latents"]
 
-VERSION = 2  # of the entries; raise it if transforms with the same options give other pixels
+VERSION = 2  # of the entries; increment it if a transform with the same options changes pixels
 DTYPES = {"16": torch.float16, "32": torch.float32}
 Size = tuple[int, int]  # (width, height) of a bucket
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class LatentCache:
             return ""
         return Random(file_digest).sample(names, len(names))[variant % len(names)]
 
-    def sample(
+    def load_sample(
         self, name: str, file_digest: str, bucket_size: Size | None, row: JsonMapping, rng: Random
     ) -> Sample:
         """Return {"z", "z_std", "txt", …} of an image in a random variant.
@@ -160,7 +160,7 @@ class LatentDataset(SampleDataset):
         self.cache = cache
         self.bucket_ids = dataset.bucket_ids
         indices = tqdm(range(len(dataset)), "Reading", delay=5, dynamic_ncols=True)
-        self.digests = [self._digest(index) for index in indices]
+        self.digests = [self._digest_file(index) for index in indices]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -169,7 +169,9 @@ class LatentDataset(SampleDataset):
         epoch, index = key
         rng = Random(f"{self.dataset.seed} {epoch} {index}")
         row, name = self.dataset.read_row(index), self.dataset.get_name(index)
-        return self.cache.sample(name, self.digests[index], self._get_bucket_size(index), row, rng)
+        return self.cache.load_sample(
+            name, self.digests[index], self._get_bucket_size(index), row, rng
+        )
 
     def iter_names(self) -> Iterator[str]:
         return self.dataset.iter_names()
@@ -182,7 +184,7 @@ class LatentDataset(SampleDataset):
                 inputs = self.cache.iter_inputs(load, file_digest, self._get_bucket_size(index))
                 yield from (item for item in inputs if item[0] not in self.cache.store)
 
-    def _digest(self, index: int) -> str:
+    def _digest_file(self, index: int) -> str:
         """Return the digest of the file of a sample, "" if it cannot be read."""
         try:
             return digest(self.dataset.read_bytes(index))
@@ -268,7 +270,7 @@ def _make_shard_sample(cache: LatentCache, shards: Shards, raw: RawSample, rng: 
         file_digest, row = digest(find_image(raw)[1]), parse_metadata(raw)
     except ValueError as error:
         raise UnreadableSample(name, str(error)) from error
-    return cache.sample(name, file_digest, shards.get_bucket_size(raw), row, rng)
+    return cache.load_sample(name, file_digest, shards.get_bucket_size(raw), row, rng)
 
 
 @torch.inference_mode()
@@ -281,7 +283,8 @@ def _encode(
     """Return entries of samples: latents, slow inputs of the encoders, and sizes."""
     if not samples:
         return []
-    names = sorted({e.cache_key for e in model.conditioner.encoders.values() if e.cache_key})
+    encoders = model.conditioner.encoders.values()
+    cache_keys = sorted({encoder.cache_key for encoder in encoders if encoder.cache_key})
     batch = to_device(collate(samples), model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "16"):
         posterior = model.autoencoder.encode(batch["jpg"])
@@ -289,9 +292,9 @@ def _encode(
         z_std = posterior.std * model.scale_factor
         if model.latent_std is not None:
             z_std = z_std / model.latent_std.to(z_std)
-        if names:
+        if cache_keys:
             batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
-    tensors = {"z": z, "z_std": z_std, **{name: batch[name] for name in names}}
+    tensors = {"z": z, "z_std": z_std, **{key: batch[key] for key in cache_keys}}
     tensors = {name: value.to("cpu", DTYPES[precision]) for name, value in tensors.items()}
     tensors |= {name: batch[name].cpu() for name in _list_size_keys(model)}
     return [{name: v[index] for name, v in tensors.items()} for index in range(len(samples))]

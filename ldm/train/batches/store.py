@@ -80,17 +80,17 @@ class TensorStore:
             group: Input -> group; entries of a group have the same shapes.
             unit: Unit of the progress bar.
         """
-        is_counted = isinstance(items, Collection)
-        total = len({key for key, _ in items if key not in self}) if is_counted else None
+        has_length = isinstance(items, Collection)
+        total = len({key for key, _ in items if key not in self}) if has_length else None
         if total == 0:
             return 0
-        if is_counted:
+        if has_length:
             log.info("computing %d of `%s` for `%s`", total, self.prefix, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         num_failed = 0
         pending: dict[Hashable, list[tuple[str, Entry]]] = {}  # not written yet, by group
         with tqdm(
-            total=total, unit=unit, dynamic_ncols=True, mininterval=2, disable=not is_counted
+            total=total, unit=unit, dynamic_ncols=True, mininterval=2, disable=not has_length
         ) as bar:
             missing = self._select_missing(items)
             for batch in _group_batches(missing, batch_size, lambda item: group(item[1])):

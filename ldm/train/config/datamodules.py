@@ -39,7 +39,7 @@ DATASET_OPTIONS: dict[str, type] = {
     "shards": ShardOptions,
     "hub": HubOptions,
 }
-# Ignored arguments of the originals' data modules, and why.
+# Ignored arguments of the original's data modules, and why.
 IGNORED_PARAMS = {
     **dict.fromkeys(("test", "predict", "shuffle_test_loader"), "there is no test loop"),
     **dict.fromkeys(("wrap", "use_worker_init_fn"), "samples depend on their index only"),
@@ -55,7 +55,7 @@ IGNORED_IN_DATASETS = {
     ),
     **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
 }
-IGNORED_IN_CAPTIONS = {
+IGNORED_IN_TEXT_ONLY = {
     "output_size": "grids have the size of the training data",
     "n_gpus": "rank 0 samples the grids",
     **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
@@ -79,8 +79,8 @@ ORIGINAL_DATASETS = {  # class -> {argument: our key}
 def read_data(section: JsonMapping) -> Data:
     """Read a data section; ignored keys are logged."""
     target = section.get("target", "main.DataModuleFromConfig")
-    values = (section.get("params") or {}).items()
-    params = {k: v for k, v in values if v is not None and v is not False and v != {}}
+    items = (section.get("params") or {}).items()
+    params = {k: v for k, v in items if v is not None and v is not False and v != {}}
     _pop_ignored(params, IGNORED_PARAMS, "data.params")
     if target == WEB_MODULE:
         params = _translate_web_module(params)
@@ -110,7 +110,7 @@ def extract_sample_prompts(config: JsonMapping) -> tuple[JsonMapping, object]:
     if spec.get("target") != "ldm.data.simple.TextOnly":
         return config, None
     _, options = read_spec(spec, ("TextOnly",), where)
-    _pop_ignored(options, IGNORED_IN_CAPTIONS, where)
+    _pop_ignored(options, IGNORED_IN_TEXT_ONLY, where)
     check_names("key", options, ("captions",), where)
     if not options:
         raise ValueError(f"{where}: TextOnly needs `captions`")
@@ -202,8 +202,8 @@ def _translate_web_module(params: JsonObject) -> JsonObject:
     """Translate `WebDataModuleFromConfig`; its limits apply to img2dataset's metadata."""
     size, base = params.pop("min_size", None), params.pop("tar_base", None)
     minimum = {"original_width": size, "original_height": size} if size else None
-    names = {"max_pwatermark": "pwatermark", "p_unsafe_threshold": "punsafe"}
-    maximum = {new: params.pop(old) for old, new in names.items() if old in params}
+    limits = {"max_pwatermark": "pwatermark", "p_unsafe_threshold": "punsafe"}
+    maximum = {key: params.pop(name) for name, key in limits.items() if name in params}
     for split in SPLITS:
         if split in params:
             where, spec = f"data.params.{split}", dict(params[split])
@@ -212,13 +212,13 @@ def _translate_web_module(params: JsonObject) -> JsonObject:
             shuffle = spec.pop("shuffle", None) or 0
             translated = {
                 "shards": [f"{base}/{shard}" for shard in shards] if base else shards,
-                "shuffle": shuffle // 8,  # it has one buffer, ours one for each of 8 streams
+                "shuffle": shuffle // 8,  # it has one buffer, `Shards` one for each of 8 streams
                 "length": spec.pop("n_examples", None),
                 "transform": _pop_transform(spec, where),
                 "minimum": minimum,
                 "maximum": maximum or None,
             }
-            spec.pop("image_key", None)  # ours finds the image by its suffix
+            spec.pop("image_key", None)  # `Shards` finds the image by its suffix
             check_names("key", spec, translated, where)
             params[split] = translated
     return params

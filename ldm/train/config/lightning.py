@@ -234,15 +234,15 @@ def _translate_image_logger(params: JsonObject, where: str, result: _Translation
     known = [*IMAGE_LOGGER_PARAMETERS, *IGNORED_IMAGE_LOGGER_PARAMETERS]
     check_names("parameter of ImageLogger", params, known, where)
     kwargs = drop_nulls(get_section(params, "log_images_kwargs"))
-    images = params.get("max_images", 4)
-    count = kwargs.pop("N", images)
-    for key, value in (("max_images", images), ("log_images_kwargs.N", count)):
+    max_images = params.get("max_images", 4)
+    num_images = kwargs.pop("N", max_images)
+    for key, value in (("max_images", max_images), ("log_images_kwargs.N", num_images)):
         if not isinstance(value, int):
             raise ValueError(f"{where}.{key}: `{value}` should be a whole number")
     result.set_defaults(
         "callbacks",
         image_minutes=None,
-        images=min(images, count),
+        images=min(max_images, num_images),
         sampling=_pop_renamed(kwargs, SAMPLING_NAMES),
     )
     if not params.get("disabled"):

@@ -64,8 +64,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-UNKNOWN_KEY = "extra_forbidden"  # pydantic's type of error
-# Our messages, by pydantic's type of error, instead of those that name Python types.
+UNKNOWN_KEY = "extra_forbidden"  # pydantic's error type
+# Our messages by pydantic's error type, instead of its own, which name Python types.
 MESSAGES = {
     **dict.fromkeys(("dict_type", "model_type"), "should be a mapping of keys"),
     "bool_type": "should be true or false",
@@ -78,7 +78,7 @@ MESSAGES = {
 }
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-OPEN = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # other keys are read elsewhere
+ALLOW_EXTRA = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 def parse_duration(value: object) -> float:
@@ -121,7 +121,7 @@ def _normalize_strategy(value: object) -> str:
 
 
 def _one_of(names: Collection[str]) -> AfterValidator:
-    """Allow only these names."""
+    """Return a validator that allows only these names."""
 
     def check(value: str) -> str:
         if value not in names:
@@ -156,7 +156,7 @@ CountOrInf = Annotated[
 Steps = Annotated[NonnegativeOrInf, AfterValidator(_to_whole_number)]
 
 
-# Of Lightning, whose version 1 also took strategies here; only cpu, gpu and cuda have an effect.
+# Lightning's, with the strategies of its version 1; only cpu, gpu and cuda have an effect.
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "dp", "ddp", "ddp2", "ddp_spawn")
 
 
@@ -270,7 +270,7 @@ class Sampling(TypedDict, total=False):
 
 
 class Evaluation(Section):
-    """Scoring of generated images, with EMA weights; see docs/evaluation.md."""
+    """Evaluation of generated images with metrics, with EMA weights; see docs/evaluation.md."""
 
     steps: Steps  # interval of evaluations
     prompts: NonEmptyStr  # a file, as for `ldm evaluate`
@@ -341,7 +341,7 @@ class NoiseLevels(TypedDict, total=False):
 class DiffusionObjective(CriterionOptions, total=False):
     """`lightning.objective` of a latent diffusion model: keywords of `DiffusionTask`."""
 
-    # probabilities by batch key, or that of the caption; null: each encoder's `ucg_rate`
+    # one for the caption, or several by batch key; null: each encoder's `ucg_rate`
     conditioning_dropout_prob: Probability | dict[str, Probability] | None
     prior_loss_weight: Nonnegative
     weighting: Annotated[str, _one_of(WEIGHTINGS)] | None
@@ -397,12 +397,12 @@ class Dropout(BaseModel):
     `val`, which replaces the condition, can only be the empty text.
     """
 
-    model_config = OPEN
+    model_config = ALLOW_EXTRA
     p: Probability
     val: Literal[""] | None = None
 
 
-@with_config(OPEN)
+@with_config(ALLOW_EXTRA)
 class ModelParams(CriterionOptions, total=False):
     """Training options that the original reads from `model.params`."""
 
@@ -430,7 +430,7 @@ class Model(Section):
 class LoaderOptions(BaseModel):
     """The keys of `data.params` that are read even if a config has no data."""
 
-    model_config = OPEN
+    model_config = ALLOW_EXTRA
     batch_size: Count = 1
     num_workers: Annotated[int, Field(ge=0), TO_INTEGER] = 0
 
@@ -561,7 +561,7 @@ class Data(LoaderOptions):
     prior: ClassImages | None = None
 
 
-@with_config(OPEN)
+@with_config(ALLOW_EXTRA)
 class LightningTrainer(TypedDict, total=False):
     """Arguments of Lightning's Trainer that are translated to ours."""
 
@@ -608,7 +608,11 @@ def validate_section(
         # Of the errors of a union, prefer those about values to those about types, and inner ones.
         problem = min(
             error.errors(),
-            key=lambda p: (p["type"] != UNKNOWN_KEY, p["type"].endswith("_type"), -len(p["loc"])),
+            key=lambda p: (
+                p["type"] != UNKNOWN_KEY,
+                p["type"].endswith("_type"),
+                -len(p["loc"]),
+            ),
         )
     names = [str(name) for name in problem["loc"] if str(name).isidentifier()]
     if problem["type"] == UNKNOWN_KEY:

@@ -1,4 +1,4 @@
-"""Settings of a run: the `lightning:` section of a config, and parts of the others.
+"""Settings of a run: the `lightning:` section of a config, and what training reads of the others.
 
 `schema` defines all keys. Keys of Lightning 1.4 and of the original's `main.py` are translated by
 `lightning`; a message says which are ignored.
@@ -23,10 +23,10 @@ from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRateSchedule
 
 __all__ = ["Devices", "Settings", "read_settings", "require_keys"]
 
-SECTIONS = ("trainer", "optimizer", "objective", "callbacks", "lora", "textual_inversion")
+LIGHTNING_SECTIONS = ("trainer", "optimizer", "objective", "callbacks", "lora", "textual_inversion")
 # Defaults of configs without `lightning.optimizer`, which were written for the original.
-ORIGINAL_TRAINER: JsonObject = {"gradient_clip_val": None, "scale_lr": True}
-ORIGINAL_OPTIMIZER: JsonObject = {
+ORIGINAL_TRAINER_DEFAULTS: JsonObject = {"gradient_clip_val": None, "scale_lr": True}
+ORIGINAL_OPTIMIZER_DEFAULTS: JsonObject = {
     "lr_warmup_steps": 0, "lr_scheduler": "constant", "weight_decay": 1e-2,
 }  # fmt: skip
 DEFAULT_MAX_EPOCHS = 1000  # as in Lightning
@@ -147,7 +147,7 @@ class Settings:
         return None
 
     def check_strategy(self, world_size: int) -> None:
-        """Raise ValueError if the strategy does not support the run on so many processes."""
+        """Raise ValueError if the strategy does not support the run on this number of processes."""
         strategy, shard_size = self.trainer.strategy, self.trainer.shard_size
         if world_size == 1 or strategy not in ("fsdp", "hsdp"):
             return
@@ -190,25 +190,26 @@ def read_settings(config: JsonMapping) -> Settings:
     _read_section(schema.ModelParams, config, "model.params")
     loader = _read_section(schema.LoaderOptions, config, "data.params")
     lightning_trainer = _read_section(schema.LightningTrainer, config, "lightning.trainer")
-    known = [*SECTIONS, *lightning.LIGHTNING_ONLY_SECTIONS]
+    known = [*LIGHTNING_SECTIONS, *lightning.LIGHTNING_ONLY_SECTIONS]
     check_names("section", get_section(config, "lightning"), known, "lightning")
     sections, messages = lightning.translate(config)
     is_autoencoder = model.is_autoencoder
-    values = {name: sections.get(name, {}) for name in SECTIONS}
+    values = {name: sections.get(name, {}) for name in LIGHTNING_SECTIONS}
     if sample_prompts is not None:
         values["callbacks"] = {"prompts": sample_prompts, **values["callbacks"]}
     for name in ("lora", "textual_inversion"):
         if is_autoencoder and values[name]:
             raise ValueError(f"lightning.{name} is for diffusion models only")
     if "optimizer" not in (config.get("lightning") or {}):
-        values["trainer"] = ORIGINAL_TRAINER | values["trainer"]
+        values["trainer"] = ORIGINAL_TRAINER_DEFAULTS | values["trainer"]
         scaling = "scaled by the batch" if values["trainer"]["scale_lr"] else "not scaled"
         messages.append(
             f"no `lightning.optimizer`: {'Adam' if is_autoencoder else 'AdamW'} as in the "
             f"original, learning rate {scaling}, no gradient clipping"
         )
-        overrides = {"weight_decay": 0.0} if is_autoencoder else {}  # AdamW is then Adam
-        values["optimizer"] = ORIGINAL_OPTIMIZER | overrides | values["optimizer"]
+        if is_autoencoder:  # AdamW without weight decay is Adam
+            values["optimizer"] = {"weight_decay": 0.0} | values["optimizer"]
+        values["optimizer"] = ORIGINAL_OPTIMIZER_DEFAULTS | values["optimizer"]
     limits = {key: values["trainer"].get(key) for key in LIMIT_KEYS if key in values["trainer"]}
     if limits and not any(limits.values()):
         raise ValueError("lightning.trainer needs `max_steps` or `max_time` (or `max_epochs`)")
@@ -227,11 +228,11 @@ def read_settings(config: JsonMapping) -> Settings:
         raise ValueError("lightning.trainer: `strategy: hsdp` needs `shard_size`")
     if trainer.strategy != "hsdp" and trainer.shard_size:  # older configs may have it
         messages.append("lightning.trainer.shard_size is ignored: it is for `strategy: hsdp`")
-    messages += _list_unused_validation_keys(callbacks, get_section(config, "data.params"))
+    messages += _make_validation_messages(callbacks, get_section(config, "data.params"))
     if all(values["objective"].get(key) is not None for key in ("weighting", "min_snr_gamma")):
         messages.append("lightning.objective.weighting is ignored, as `min_snr_gamma` is set")
-    trains_text = values["textual_inversion"] or "text" in values["lora"].get("targets", ())
-    if trains_text and get_section(config, "data.params").get("texts"):
+    is_text_trained = values["textual_inversion"] or "text" in values["lora"].get("targets", ())
+    if is_text_trained and get_section(config, "data.params").get("texts"):
         messages.append("data.params.texts is ignored: training changes the contexts")
     if (values["lora"] or values["textual_inversion"]) and "ckpt" in callbacks.export:
         messages.append("lightning.callbacks.export: ckpt is ignored for LoRA and embeddings")
@@ -273,7 +274,7 @@ def require_keys(config: JsonMapping, *keys: str) -> None:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _list_unused_validation_keys(callbacks: schema.Callbacks, data: JsonMapping) -> Iterator[str]:
+def _make_validation_messages(callbacks: schema.Callbacks, data: JsonMapping) -> Iterator[str]:
     """Yield messages on validation keys that have no effect."""
     has_interval = callbacks.validate_steps or callbacks.validate_epochs
     if not data.get("validation"):

@@ -18,7 +18,7 @@ from ldm.train.tasks.criterion import LOSS_TYPES
 
 __all__ = ["is_sgm_model", "translate_training"]
 
-PARAMS = "model.params"
+SECTION = "model.params"
 # name of a class or parameter -> ours
 WEIGHTING_NAMES = {
     "EpsWeighting": "eps", "VWeighting": "v", "EDMWeighting": "edm", "UnitWeighting": "unit",
@@ -41,7 +41,7 @@ SAMPLER_NAMES = {
 SCHEDULER_NAMES = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization": "karras"}
 # guidance scale; None = the guider's parameter `scale`
 GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}
-SAMPLER_PARAMETERS = (
+SAMPLER_PARAMS = (
     "num_steps", "discretization_config", "guider_config", "verbose", "device", *STEP_NOISE_OPTIONS,
 )  # fmt: skip
 
@@ -60,7 +60,7 @@ def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
     sections: dict[str, JsonObject] = {"trainer": {}, "optimizer": {}, "callbacks": {}}
     sections["objective"] = _translate_objective(params)
     if params.get("input_key", "jpg") != "jpg":
-        raise ValueError(f"{PARAMS}.input_key: must be `jpg`, the batch key of images")
+        raise ValueError(f"{SECTION}.input_key: must be `jpg`, the batch key of images")
     if params.get("optimizer_config"):
         sections["optimizer"] = _translate_optimizer(params["optimizer_config"])
     if params.get("use_ema") and params.get("ema_decay_rate") is not None:
@@ -75,14 +75,14 @@ def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
 def _translate_objective(params: JsonMapping) -> JsonObject:
     # Configs from before November 2023 have the weighting here.
     weighting = get_section(params, "denoiser_config.params").get("weighting_config")
-    weighting_where = f"{PARAMS}.denoiser_config.params.weighting_config"
+    weighting_path = f"{SECTION}.denoiser_config.params.weighting_config"
     objective: JsonObject = {}
     if params.get("loss_fn_config"):
-        where = f"{PARAMS}.loss_fn_config"
+        where = f"{SECTION}.loss_fn_config"
         _, loss_params = read_spec(params["loss_fn_config"], ("StandardDiffusionLoss",), where)
         if "loss_weighting_config" in loss_params:
             weighting = loss_params.pop("loss_weighting_config")
-            weighting_where = f"{where}.params.loss_weighting_config"
+            weighting_path = f"{where}.params.loss_weighting_config"
         sigma_sampler = loss_params.pop("sigma_sampler_config", None)
         if sigma_sampler is not None:
             objective["noise_levels"] = _translate_sigma_sampler(
@@ -97,8 +97,8 @@ def _translate_objective(params: JsonMapping) -> JsonObject:
             raise ValueError(f"{where}: `batch2model_keys` is for video models, not supported")
         check_names("parameter", loss_params, (), where)
     if weighting is not None:
-        name, options = read_spec(weighting, WEIGHTING_NAMES, weighting_where)
-        check_names("parameter", options, ("sigma_data",), weighting_where)
+        name, options = read_spec(weighting, WEIGHTING_NAMES, weighting_path)
+        check_names("parameter", options, ("sigma_data",), weighting_path)
         objective |= {"weighting": WEIGHTING_NAMES[name], **options}
     return objective
 
@@ -113,23 +113,23 @@ def _translate_sigma_sampler(config: JsonMapping, where: str) -> JsonObject | No
 
 
 def _translate_optimizer(config: JsonMapping) -> JsonObject:
-    name, params = read_spec(config, OPTIMIZERS, f"{PARAMS}.optimizer_config")
+    name, params = read_spec(config, OPTIMIZERS, f"{SECTION}.optimizer_config")
     if name == "Adam":  # equals AdamW without weight decay
         params.setdefault("weight_decay", 0.0)
         if params["weight_decay"]:
             raise ValueError(
-                f"{PARAMS}.optimizer_config: Adam with weight_decay (L2) is not supported, AdamW "
+                f"{SECTION}.optimizer_config: Adam with weight_decay (L2) is not supported, AdamW "
                 "has decoupled weight decay"
             )
     return {"name": OPTIMIZERS[name], **params}
 
 
 def _translate_sampler(config: JsonMapping) -> JsonObject:
-    where = f"{PARAMS}.sampler_config"
+    where = f"{SECTION}.sampler_config"
     name, params = read_spec(config, SAMPLER_NAMES, where)
     if name == "LinearMultistepSampler" and params.get("order") == 4:  # the order of our `lms`
         del params["order"]
-    check_names(f"parameter of {name}", params, SAMPLER_PARAMETERS, where)
+    check_names(f"parameter of {name}", params, SAMPLER_PARAMS, where)
     sampling: JsonObject = {"sampler": SAMPLER_NAMES[name], "scale": 1.0}  # 1: no guider
     if params.get("num_steps"):
         sampling["steps"] = params["num_steps"]

@@ -49,7 +49,7 @@ def drop_nulls(section: JsonMapping) -> JsonObject:
 
 
 def check_specs(section: JsonMapping, where: str) -> None:
-    """Raise for keys other than `target` and `params` in the specs of a section; none is read."""
+    """Raise for keys other than `target` and `params` in specs, as nothing reads them."""
     if "target" in section:
         check_names("key", section, SPEC_KEYS, where)
     for key, value in section.items():

@@ -17,17 +17,17 @@ from ldm.runtime.ranks import get_rank_and_world_size
 if TYPE_CHECKING:
     from ldm.train.config.settings import Devices
 
-__all__ = ["count_processes", "launch", "run_on_first_rank"]
+__all__ = ["count_processes", "launch", "run_on_main_process"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PROGRAM = "ldm.train.command"  # the module that torchrun starts
-NODES_ERROR = """\
-{nodes} nodes are started by torchrun on each of them
+MODULE = "ldm.train.command"  # the module that torchrun starts
+MULTI_NODE_ERROR = """\
+a run on {nodes} nodes is started by torchrun on each of them
 hint: torchrun --nnodes {nodes} --nproc-per-node {count} --rdzv-backend c10d --rdzv-endpoint \
-HOST:29500 -m {program} …"""
+HOST:29500 -m {module} …"""
 
 
 def count_processes(devices: "Devices", nproc_per_node: int = 0) -> int:
@@ -57,13 +57,15 @@ def launch(devices: "Devices", nproc_per_node: int, argv: Sequence[str]) -> None
         return
     import torch
 
-    available, indices = torch.cuda.device_count(), _list_gpus(devices.gpus)
+    num_available, indices = torch.cuda.device_count(), _list_gpus(devices.gpus)
     count = nproc_per_node or max(1, len(indices))
     if devices.num_nodes > 1:
-        raise ValueError(NODES_ERROR.format(nodes=devices.num_nodes, count=count, program=PROGRAM))
-    if available:
+        raise ValueError(
+            MULTI_NODE_ERROR.format(nodes=devices.num_nodes, count=count, module=MODULE)
+        )
+    if num_available:
         if devices.gpus is not None:
-            _set_visible_devices(indices, available)
+            _set_visible_devices(indices, num_available)
     elif len(indices) > 1 and not nproc_per_node:
         raise ValueError(
             f"{len(indices)} GPUs requested, none available\nhint: --nproc {len(indices)} starts "
@@ -72,11 +74,11 @@ def launch(devices: "Devices", nproc_per_node: int, argv: Sequence[str]) -> None
     elif indices:
         log.info("no GPU available, training on the CPU")
     if count > 1:
-        _replace_process(["--standalone", f"--nproc-per-node={count}", "-m", "--", PROGRAM, *argv])
+        _replace_process(["--standalone", f"--nproc-per-node={count}", "-m", "--", MODULE, *argv])
 
 
-def run_on_first_rank(function: Callable[[Sequence[str]], T]) -> T:
-    """Call a function on the first process, and return its result on all.
+def run_on_main_process(function: Callable[[Sequence[str]], T]) -> T:
+    """Call a function on the main process, and return its result on all.
 
     Args:
         function: Takes the ids of the torchruns that started the processes. When processes are
@@ -89,8 +91,8 @@ def run_on_first_rank(function: Callable[[Sequence[str]], T]) -> T:
     from ldm.train.distributed import parallel
 
     ranks = parallel.connect(pick_device(None))
-    torchrun_ids = sorted({*ranks.gather_texts(torchrun_id)} - {""})
-    result = ranks.run_on_first(lambda: function(torchrun_ids))
+    torchrun_ids = sorted({*ranks.all_gather_texts(torchrun_id)} - {""})
+    result = ranks.run_on_main_process(lambda: function(torchrun_ids))
     if ranks.heartbeat is not None:
         ranks.heartbeat.stop()  # the run has a heartbeat of its own
     return result
@@ -103,11 +105,11 @@ def _get_torchrun_id() -> str:
     # Process ids repeat in other containers and after a reboot: add start time and boot id.
     try:
         # Field 22 is the start time; field 2, a name in parentheses, may contain spaces.
-        start = Path(f"/proc/{parent}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
-        start += " " + Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+        start_time = Path(f"/proc/{parent}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
+        start_time += " " + Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     except (OSError, IndexError):  # not Linux
-        start = ""
-    return f"{run_id} {platform.node()} {parent} {start}" if run_id else ""
+        start_time = ""
+    return f"{run_id} {platform.node()} {parent} {start_time}" if run_id else ""
 
 
 def _list_gpus(gpus: list[int] | int | None) -> list[int]:
@@ -121,13 +123,13 @@ def _list_gpus(gpus: list[int] | int | None) -> list[int]:
     return list(range(gpus or 0))
 
 
-def _set_visible_devices(indices: Sequence[int], available: int) -> None:
-    """Hide the other GPUs from this process and its children."""
-    if any(index >= available for index in indices):
-        raise ValueError(f"GPU {max(indices)} requested, {available} available, counted from 0")
+def _set_visible_devices(indices: Sequence[int], num_available: int) -> None:
+    """Hide all GPUs but these from this process and its children."""
+    if any(index >= num_available for index in indices):
+        raise ValueError(f"GPU {max(indices)} requested, {num_available} available, counted from 0")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(index) for index in range(available)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[index] for index in indices)
+    device_names = visible.split(",") if visible else [str(index) for index in range(num_available)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(device_names[index] for index in indices)
 
 
 def _replace_process(arguments: Sequence[str]) -> None:

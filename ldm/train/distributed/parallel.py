@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 SHARDED_BLOCKS = (ResBlock, TransformerBlock)  # separately, so that one is gathered at a time
 START_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
-# Long, as ranks may be busy; the heartbeat detects dead ones.
+# Long, as ranks may be busy; the heartbeat detects lost ones.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
@@ -66,7 +66,7 @@ class Ranks:
     heartbeat: "Heartbeat | None" = None
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
@@ -82,15 +82,15 @@ class Ranks:
         sums = self.all_reduce_sum(list(values.values()))
         return {key: total / self.world_size for key, total in zip(values, sums, strict=True)}
 
-    def run_on_first(self, function: Callable[[], T]) -> T:
-        """Call `function` on the first process, and return its result on all.
+    def run_on_main_process(self, function: Callable[[], T]) -> T:
+        """Call `function` on the main process, and return its result on all.
 
         Raises:
             ValueError, OSError: On all processes, if `function` does.
         """
         results: list[T | ValueError | OSError | None]
         try:
-            results = [function()] if self.is_first else [None]
+            results = [function()] if self.is_main_process else [None]
         except (ValueError, OSError) as error:
             results = [error]
         if self.world_size > 1:
@@ -99,28 +99,28 @@ class Ranks:
             raise results[0]
         return results[0]  # type: ignore[return-value]
 
-    def gather_texts(self, text: str) -> list[str]:
-        """Return the texts of all processes, on all."""
+    def all_gather_texts(self, text: str) -> list[str]:
+        """Return the texts of all processes by rank, on all processes."""
         texts = [text] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(texts, text)
         return texts
 
     @contextmanager
-    def first_before_others(self) -> Iterator[None]:
-        """Let the first process run the block alone, then the others, which find its files."""
-        if not self.is_first:
+    def main_process_first(self) -> Iterator[None]:
+        """Run the context on the main process first, then on the others, which find its files."""
+        if not self.is_main_process:
             self.all_reduce_max([0.0])
         yield
-        if self.is_first:
+        if self.is_main_process:
             self.all_reduce_max([0.0])
 
     def disconnect(self) -> None:
-        """Disconnect this process from the others, once all have come here."""
+        """Disconnect this process from the others, once all have called this."""
         if self.heartbeat is not None:
             dist.barrier()  # busy processes send heartbeats until here
             self.heartbeat.stop()
-            dist.barrier()  # the first one, which all watch, leaves last
+            dist.barrier()  # the main one, which all watch, leaves last
             dist.destroy_process_group()
             self.heartbeat = None
             self.rank = 0
@@ -158,7 +158,7 @@ def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
             backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
         )
     ranks = Ranks(rank, world_size)
-    session = ranks.run_on_first(lambda: uuid4().hex)
+    session = ranks.run_on_main_process(lambda: uuid4().hex)
     ranks.heartbeat = Heartbeat(rank, world_size, timeout, session=session)
     ranks.heartbeat.start()
     return ranks
@@ -222,19 +222,19 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         # rank -> number of its last heartbeat, and when it was received
-        last = dict.fromkeys(self.watched_ranks, (0, time.monotonic()))
+        last_beats = dict.fromkeys(self.watched_ranks, (0, time.monotonic()))
         while not self.stop_event.wait(self.timeout / 10):
             try:
                 self.store.add(str(self.rank), 1)
                 counts = {other: self.store.add(str(other), 0) for other in self.watched_ranks}
             except Exception:  # torch's store raises various errors when its server is gone
-                self._exit("the connection to the first process is lost")
+                self._exit("the connection to the main process is lost")
                 return
             now = time.monotonic()
             for other, count in counts.items():
-                if count != last[other][0]:
-                    last[other] = (count, now)
-                elif now - last[other][1] > self.timeout:
+                if count != last_beats[other][0]:
+                    last_beats[other] = (count, now)
+                elif now - last_beats[other][1] > self.timeout:
                     self._exit(f"process {other} has been silent for {self.timeout:g} s")
 
     def stop(self) -> None:

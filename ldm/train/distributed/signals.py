@@ -10,7 +10,7 @@ from types import FrameType
 __all__ = ["SignalHandler"]
 
 # SIGBREAK: Ctrl+Break on Windows, where there is no SIGUSR1
-ACTIONS = {"SIGTERM": "stop", "SIGINT": "stop", "SIGBREAK": "stop", "SIGUSR1": "save"}
+SIGNAL_ACTIONS = {"SIGTERM": "stop", "SIGINT": "stop", "SIGBREAK": "stop", "SIGUSR1": "save"}
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
@@ -21,8 +21,8 @@ class SignalHandler:
         self.pending_actions: list[str] = []
         self.previous_handlers: dict[int, Handler] = {}
 
-    def take(self) -> set[str]:
-        """Return the actions requested since the last call, "stop" and "save"."""
+    def take_actions(self) -> set[str]:
+        """Return and clear the requested actions, "stop" and "save"."""
         count = len(self.pending_actions)  # a signal may add one at any moment
         actions = set(self.pending_actions[:count])
         del self.pending_actions[:count]
@@ -30,7 +30,7 @@ class SignalHandler:
 
     def __enter__(self) -> "SignalHandler":
         for number in signal.valid_signals():
-            if isinstance(number, signal.Signals) and number.name in ACTIONS:
+            if isinstance(number, signal.Signals) and number.name in SIGNAL_ACTIONS:
                 self.previous_handlers[number] = signal.signal(number, self._receive)
         return self
 
@@ -39,7 +39,7 @@ class SignalHandler:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        action = ACTIONS[signal.Signals(number).name]
+        action = SIGNAL_ACTIONS[signal.Signals(number).name]
         if action == "stop":
             signal.signal(number, self.previous_handlers[number])
         self.pending_actions.append(action)

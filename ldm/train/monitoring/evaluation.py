@@ -31,7 +31,7 @@ SECTION = "lightning.callbacks.evaluation"
 
 
 class Evaluator:
-    """Scores a run; all files are opened in advance, so that a wrong one ends the run early.
+    """Computes metrics of a run; opens all files in advance, so that a wrong one ends it early.
 
     Raises:
         ConfigError: The model is not a text-to-image model, a prompt has options, or there is
@@ -45,15 +45,15 @@ class Evaluator:
         model = run.model
         if not isinstance(model, LatentDiffusion) or find_family(model.conditioner) != "text":
             raise ConfigError(f"{SECTION}: only {FAMILIES['text'].title} can be evaluated")
-        sources = draw_prompts(read_prompts(options.prompts), options.count, run.seed)
-        self.prompts = [source.text for source in sources]
+        prompts = draw_prompts(read_prompts(options.prompts), options.count, run.seed)
+        self.prompts = [prompt.text for prompt in prompts]
         for prompt in self.prompts:
             if has_options(prompt, TASK) or split_tags(prompt)[1]:
                 raise ConfigError(f"{SECTION}.prompts: `{prompt}` has options or LoRAs of its own")
         self.reference: ImageSet | None = None
         self.extractor: InceptionExtractor | None = None
         self.judge: CLIPJudge | None = None
-        if not run.ranks.is_first:  # the others never score
+        if not run.ranks.is_main_process:  # the others compute no metrics
             return
         if options.reference is not None:
             side = model.image_size * model.downscale
@@ -66,22 +66,23 @@ class Evaluator:
             raise ConfigError(f"{SECTION} needs `reference`, a folder of images, or `clip`, a file")
 
     def __call__(self) -> dict[str, float]:
-        """Sample images with the EMA weights, and return their scores by name.
+        """Sample images with the EMA weights, and return their metrics by name.
 
-        The first process samples and scores; others return {}, but sample if weights are sharded.
+        The main process samples and evaluates; others return {}, but sample if weights are sharded.
         """
         run = self.run
-        if not (run.ranks.is_first or is_sharded(run.task.trainable)):
+        if not (run.ranks.is_main_process or is_sharded(run.task.trainable)):
             return {}
-        scores: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         ema = run.state.ema
         weights = ema.apply_to(run.task.trainable, enabled=bool(ema.decay))
         with weights, eval_mode(run.model):
             for scale in self.options.scales:
-                scores |= {f"eval/{n}_scale_{scale:g}": v for n, v in self._score(scale).items()}
-        return scores
+                values = self._compute_metrics(scale)
+                metrics |= {f"eval/{name}_scale_{scale:g}": v for name, v in values.items()}
+        return metrics
 
-    def _score(self, scale: float) -> dict[str, float]:
+    def _compute_metrics(self, scale: float) -> dict[str, float]:
         run, model = self.run, self.run.model
         assert isinstance(model, LatentDiffusion)
         options = run.settings.callbacks.sampling

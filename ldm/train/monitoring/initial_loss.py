@@ -25,7 +25,7 @@ __all__ = ["NUM_SAMPLES", "BaselineComparison", "check_initial_loss", "compare_w
 
 log = logging.getLogger(__name__)
 
-NUM_SAMPLES = 16  # that the training loop passes, from the training data
+NUM_SAMPLES = 16  # of the training data, which the training loop passes
 # Maximum of loss / baseline loss. Measured on the demo model, which predicts v:
 #     correct                     0.22
 #     taken for eps, for x0       1.7, 6
@@ -41,7 +41,7 @@ class BaselineComparison:
     """Losses of a model and of the baseline on one batch.
 
     Args:
-        parameterization: That of the config.
+        parameterization: The config's prediction type, "eps", "v", "x0" or "edm".
         ratios: Loss / baseline loss if the prediction is taken for eps, for v, and for x0.
         std: Standard deviation of the latents.
     """
@@ -99,16 +99,16 @@ def check_initial_loss(
             problem = find_autoencoder_problem(model, image)
         else:
             generator = torch.Generator().manual_seed(seed)
-            result = compare_with_baseline(
+            comparison = compare_with_baseline(
                 model, samples, generator, batch_size=batch_size, timesteps=timesteps
             )
             log.info(
                 "the model predicts %s: initial loss %.3f, trivial baseline %.3f",
-                result.parameterization,
-                result.loss,
-                result.baseline_loss,
+                comparison.parameterization,
+                comparison.loss,
+                comparison.baseline_loss,
             )
-            problem = result.find_problem()
+            problem = comparison.find_problem()
     if problem:
         raise ValueError(problem + HINT)
 
@@ -122,7 +122,7 @@ def compare_with_baseline(
     batch_size: int = NUM_SAMPLES,
     timesteps: Sequence[int] | None = None,
 ) -> BaselineComparison:
-    """Compare losses of a model and of the baseline; arguments as `check_initial_loss`."""
+    """Compare losses of a model and of the baseline; arguments as of `check_initial_loss`."""
     t = draw_timesteps(model.schedule, len(samples), generator, timestep_range=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
@@ -132,7 +132,7 @@ def compare_with_baseline(
     ]
     z, noise, prediction = (torch.cat(values) for values in zip(*outputs, strict=True))
     losses: dict[str, float] = {}
-    baselines: dict[str, float] = {}
+    baseline_losses: dict[str, float] = {}
     # The noisy latents up to a factor, which the baseline fits anyway.
     x = z + model.schedule.t_to_sigma(t).to(z).view(-1, 1, 1, 1) * noise
     configured = model.parameterization
@@ -140,10 +140,10 @@ def compare_with_baseline(
     for name in names:
         target = replace(model.denoiser, parameterization=name).target(z, noise, t)
         losses[name] = float((prediction - target).square().mean())
-        baselines[name] = float(_compute_baseline_loss(x, target))
-    ratios = {name: losses[name] / baselines[name] for name in losses}
+        baseline_losses[name] = float(_compute_baseline_loss(x, target))
+    ratios = {name: losses[name] / baseline_losses[name] for name in losses}
     return BaselineComparison(
-        configured, losses[configured], baselines[configured], ratios, float(z.std())
+        configured, losses[configured], baseline_losses[configured], ratios, float(z.std())
     )
 
 
@@ -176,12 +176,12 @@ def find_autoencoder_problem(model: AutoencoderKL, image: Tensor) -> str | None:
     """
     image = image.to(model.quant_conv.weight.device)
     reconstruction = model.decode(model.encode(image).mode()).float()
-    error = float((reconstruction - image).square().mean())
-    baseline = float((image - image.mean((2, 3), keepdim=True)).square().mean())
-    log.info("initial reconstruction MSE %.4f, MSE of mean colors %.4f", error, baseline)
-    if error <= MAX_LOSS_RATIO * baseline:
+    mse = float((reconstruction - image).square().mean())
+    baseline_mse = float((image - image.mean((2, 3), keepdim=True)).square().mean())
+    log.info("initial reconstruction MSE %.4f, MSE of mean colors %.4f", mse, baseline_mse)
+    if mse <= MAX_LOSS_RATIO * baseline_mse:
         return None
     return (
         "the autoencoder is hardly better than mean colors: are its weights loaded? "
-        f"(reconstruction MSE {error:.3f}, MSE of mean colors {baseline:.3f})"
+        f"(reconstruction MSE {mse:.3f}, MSE of mean colors {baseline_mse:.3f})"
     )

@@ -1,4 +1,4 @@
-"""Progress bar and loggers of a run; only the first process logs.
+"""Progress bar and loggers of a run; only the main process logs.
 
 csv           log.csv, a row per logged step
 tensorboard   tensorboard/, skipped with a message if the package is not installed
@@ -27,7 +27,7 @@ __all__ = ["CsvLogger", "LoggerCollection", "ProgressBar", "read_table"]
 log = logging.getLogger(__name__)
 
 # Numbers in the progress bar, with their formats.
-FORMATS = {
+BAR_FORMATS = {
     "loss": "loss {:.4f}",
     "lr": "lr {:.2e}",
     "images_per_second": "{:.3g} images/s",
@@ -36,7 +36,7 @@ FORMATS = {
 
 
 class Logger:
-    """Base of the loggers of scalars and images; its methods do nothing."""
+    """Base class of loggers of scalars and images; its methods do nothing."""
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers by name."""
@@ -102,16 +102,16 @@ class CsvLogger(Logger):
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
         self.path = path
         self.columns, rows = read_table(path)
-        earlier = [row for row in rows if int(row["step"]) <= start_step]
-        if len(earlier) < len(rows):
-            _write_table(path, self.columns, earlier)
+        kept_rows = [row for row in rows if int(row["step"]) <= start_step]
+        if len(kept_rows) < len(rows):
+            _write_table(path, self.columns, kept_rows)
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": str(step), **{key: f"{value:.6g}" for key, value in values.items()}}
-        new = [key for key in row if key not in self.columns]
-        if new:
+        new_columns = [key for key in row if key not in self.columns]
+        if new_columns:
             _, rows = read_table(self.path)
-            self.columns += new
+            self.columns += new_columns
             _write_table(self.path, self.columns, [*rows, row])
             return
         with self.path.open("a", encoding="utf-8", newline="") as file:
@@ -194,33 +194,33 @@ class ProgressBar:
             unit="step",
             dynamic_ncols=True,
             mininterval=1 if sys.stderr.isatty() else 30,
-            disable=not ranks.is_first,
+            disable=not ranks.is_main_process,
         )
         self._reset()
 
-    def update(self, step: int, losses: Mapping[str, Tensor], lr: float, images: int) -> None:
+    def update(self, step: int, losses: Mapping[str, Tensor], lr: float, num_images: int) -> None:
         """Count a step, and log means since the last logged step if the interval is over.
 
         Args:
             losses: Scalars, which are logged; other tensors are ignored.
-            images: Number of images of the step, on all processes together.
+            num_images: Number of images of the step, on all processes together.
         """
         self.bar.update()
         for name, value in losses.items():
             if not value.ndim:
                 self.sums[name] = self.sums.get(name, torch.zeros(())) + value.detach()
-        self.images += images
-        self.steps += 1
+        self.num_images += num_images
+        self.num_steps += 1
         if step % self.log_every and step != self.bar.total:
             return
-        means = {name: float(v) / self.steps for name, v in self.sums.items()}
+        means = {name: float(v) / self.num_steps for name, v in self.sums.items()}
         means = self.ranks.all_reduce_mean(means)
         means |= {
             "lr": lr,
-            "images_per_second": self.images / (time.monotonic() - self.start_time),
+            "images_per_second": self.num_images / (time.monotonic() - self.start_time),
             "memory_gib": _get_peak_memory_gib(self.device),
         }
-        texts = [form.format(means[name]) for name, form in FORMATS.items() if name in means]
+        texts = [text.format(means[name]) for name, text in BAR_FORMATS.items() if name in means]
         self.bar.set_postfix_str(", ".join(texts), refresh=False)
         self.loggers.log_scalars(step, means)
         self._reset()
@@ -230,8 +230,8 @@ class ProgressBar:
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.images = 0
-        self.steps = 0
+        self.num_images = 0
+        self.num_steps = 0
         self.start_time = time.monotonic()
 
 
@@ -243,8 +243,8 @@ def _get_peak_memory_gib(device: torch.device) -> float:
         import resource
     except ImportError:  # Windows
         return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes; ru_maxrss is in KiB, but not on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    unit_bytes = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: KiB, but not on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**30
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -2,9 +2,9 @@
 
     images/train/samples_gs-001000_e-000002_b-001000.png   and .txt, its prompts
 
-An image is shown before each sample if the model is conditioned on images, or is trained on a range
-of timesteps only: sampling then starts from that image with noise. Grids of an autoencoder show
-images above their reconstructions.
+The input image is shown to the left of each sample if the model is conditioned on images, or is
+trained on a range of timesteps only: sampling then starts from that image with noise. Grids of an
+autoencoder show images above their reconstructions.
 """
 
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ DEFAULT_SAMPLING = {"steps": 20, "scale": 3.0}  # defaults of `callbacks.samplin
 def draw_samples(run: Run) -> list[Path]:
     """Sample labelled grids for the training data, and for validation data if there is any.
 
-    The first process samples and writes; if weights are sharded, all processes must sample.
+    The main process samples and writes; if weights are sharded, all processes must sample.
 
     Returns:
         The files; [] on other processes.
     """
     options = run.settings.callbacks
-    if not options.images or not (run.ranks.is_first or is_sharded(run.task.trainable)):
+    if not options.images or not (run.ranks.is_main_process or is_sharded(run.task.trainable)):
         return []
     sources = {"train": run.source}
     if run.validation_source is not None:
@@ -60,9 +60,9 @@ def draw_samples(run: Run) -> list[Path]:
             with weights, eval_mode(run.model):
                 grids.append((f"{label}, step {run.state.step}", _draw_grid(run, samples)))
         state = run.state
-        name = f"samples_gs-{state.step:06}_e-{run.epoch:06}_b-{state.position:06}.png"
+        name = f"samples_gs-{state.step:06}_e-{run.epoch:06}_b-{state.batches_consumed:06}.png"
         path = run.folder / "images" / split / name
-        if run.ranks.is_first:
+        if run.ranks.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             _stack_labelled_grids(grids).save(path)
             if "txt" in samples[0]:
@@ -120,7 +120,7 @@ def sample_images(
 def _stack_labelled_grids(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Stack (label, grid) pairs, each grid below its label."""
     font = ImageFont.load_default(size=12)
-    width = max(max(grid.width, int(font.getlength(text)) + 8) for text, grid in grids)
+    width = max(max(grid.width, int(font.getlength(label)) + 8) for label, grid in grids)
     stacked = Image.new(
         "RGB", (width, sum(grid.height + LABEL_HEIGHT for _, grid in grids)), "white"
     )

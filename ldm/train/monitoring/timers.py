@@ -26,12 +26,12 @@ class Trigger:
 
     def is_due(self, step: int) -> bool:
         """Return whether the action is due now; if so, count the minutes from now again."""
-        is_time = time.monotonic() - self.last_due_time >= 60 * self.minutes
-        is_early = self.early and step & (step - 1) == 0  # a power of two
-        is_step = self.steps is not None and self.steps > 0 and step % self.steps == 0
-        if is_time or is_early or is_step:
+        is_due_by_time = time.monotonic() - self.last_due_time >= 60 * self.minutes
+        is_due_early = self.early and step & (step - 1) == 0  # powers of two
+        is_due_by_steps = self.steps is not None and self.steps > 0 and step % self.steps == 0
+        if is_due := is_due_by_time or is_due_early or is_due_by_steps:
             self.last_due_time = time.monotonic()
-        return is_time or is_early or is_step
+        return is_due
 
 
 class StepTimer:

@@ -45,7 +45,7 @@ class TimestepLosses:
         self.weights = torch.zeros(num_bins)  # numbers of samples, halved by each `write`
         self.csv_logger: CsvLogger | None = None
         self.curves: dict[int, Tensor] = {}
-        if ranks.is_first:
+        if ranks.is_main_process:
             self.csv_logger = CsvLogger(folder / "timesteps.csv", start_step=start_step)
             self._read_curves(self.csv_logger.path)
 

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 __all__ = ["AdamW"]
 
-REGISTER_SIZE = 32  # a multiple of the elements that a vector register holds
+REGISTER_SIZE = 32  # elements; a multiple of what a vector register holds
 
 
 class AdamW(torch.optim.AdamW):
@@ -37,13 +37,12 @@ class AdamW(torch.optim.AdamW):
                     continue
                 *elementwise, step = tensors
                 flat = [_flatten(x, like=tensors[0]) for x in elementwise]
-                end = (
-                    flat[0].numel() // REGISTER_SIZE * REGISTER_SIZE
-                )  # of the elements that fill registers
+                n = flat[0].numel()
+                end = n - n % REGISTER_SIZE  # of the elements that fill registers
                 if end:
                     updates.append([*(x[:end] for x in flat), step])
                     step = step.clone()  # the kernel increments the step once per update
-                if end < flat[0].numel():
+                if end < n:
                     copies = [F.pad(x[end:], (0, REGISTER_SIZE - len(x[end:]))) for x in flat]
                     updates.append([*copies, step])
                     padded += [(x[end:], copy) for x, copy in zip(flat, copies, strict=True)]
@@ -83,8 +82,8 @@ class AdamW(torch.optim.AdamW):
 
 def _fits_kernel(weight: Tensor, gradient: Tensor) -> bool:
     """Return whether no padding is needed: all registers are full, and the layouts are equal."""
-    is_whole = not isinstance(weight, DTensor) and weight.numel() % REGISTER_SIZE == 0
-    return is_whole and weight.stride() == gradient.stride()
+    is_aligned = not isinstance(weight, DTensor) and weight.numel() % REGISTER_SIZE == 0
+    return is_aligned and weight.stride() == gradient.stride()
 
 
 def _flatten(x: Tensor, like: Tensor) -> Tensor:

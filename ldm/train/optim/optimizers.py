@@ -23,16 +23,15 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # singular values conver
 NEWTON_SCHULZ_STEPS = 5
 MIN_SIDE = 16  # matrices with a smaller side are updated by AdamW
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
-# Class of an optimizer -> possible keys of a parameter's state.
+# Class of an optimizer -> keys that the state of a parameter may have.
 STATE_KEYS = {
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},
     "AdamW8bit": {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"},
     "Adafactor": {"step", "row_var", "col_var", "variance"},
     "Muon": {"step", "mean", "square"},
 }
-Options = JsonObject
-Group = JsonObject  # a parameter group with its options
-Moments = dict[str, Tensor]
+ParameterGroup = JsonObject  # with its options
+ParameterState = dict[str, Tensor]
 
 
 def make_optimizer(
@@ -60,7 +59,7 @@ def make_optimizer(
             is_large = p.ndim >= 2 and min(p.shape[0], math.prod(p.shape[1:])) >= MIN_SIDE
             groups[is_large and "embedding" not in n].append(p)
         return Muon(
-            [{"params": ps, "matrix": matrix} for matrix, ps in groups.items()], lr, **options
+            [{"params": ps, "matrix": is_matrix} for is_matrix, ps in groups.items()], lr, **options
         )
     if all(p.device.type == "cpu" for p in parameters):
         return AdamW(parameters, lr, **options)
@@ -68,7 +67,7 @@ def make_optimizer(
 
 
 def _make_adamw8bit(
-    parameters: list[nn.Parameter], lr: float, options: Options
+    parameters: list[nn.Parameter], lr: float, options: JsonObject
 ) -> torch.optim.Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -99,7 +98,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Group],
+        params: Iterable[ParameterGroup],
         lr: float,
         *,
         momentum: float = 0.95,
@@ -148,7 +147,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return result
 
 
-def _compute_muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
+def _compute_muon_update(grad: Tensor, state: ParameterState, group: ParameterGroup) -> Tensor:
     """Compute Muon's update; a sharded gradient is gathered, and its update sharded again."""
     if not state:
         state["mean"] = torch.zeros_like(grad)
@@ -167,7 +166,7 @@ def _compute_muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
     return sharded
 
 
-def _compute_adam_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
+def _compute_adam_update(grad: Tensor, state: ParameterState, group: ParameterGroup) -> Tensor:
     if not state:
         state["step"] = torch.tensor(0.0)
         state["mean"] = torch.zeros_like(grad)

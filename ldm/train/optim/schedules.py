@@ -82,13 +82,13 @@ def build_lr_multiplier(scheduler_config: JsonMapping) -> Callable[[int], float]
             f"{SCHEDULER_CONFIG_KEY}: the lists of {name} must be equally long, one value per cycle"
         )
     cycles = list(zip(*values, strict=True))
-    ends = list(accumulate(length for *_, length in cycles))
+    cycle_ends = list(accumulate(length for *_, length in cycles))
 
     def compute_multiplier(step: int) -> float:
         # A cycle includes its last step; after the last cycle, its final value is kept.
-        k = min(bisect_left(ends, step), len(ends) - 1)
+        k = min(bisect_left(cycle_ends, step), len(cycle_ends) - 1)
         warmup, f_min, f_max, f_start, length = cycles[k]
-        n = min(step - (ends[k] - length), length)
+        n = min(step - (cycle_ends[k] - length), length)
         if n < warmup:
             return float(f_start + (f_max - f_start) * n / warmup)
         if name == LINEAR:

@@ -46,7 +46,7 @@ NUM_STATISTICS_IMAGES = 256  # from which an autoencoder's latents are normalize
 def export(run: Run, base_path: Path | None = None) -> list[Path]:
     """Write BASE_PATH.safetensors and/or BASE_PATH.ckpt, by the options of `lightning.callbacks`.
 
-    All processes call this, as weights may be sharded; the first writes.
+    All processes call this, as weights may be sharded; the main process writes.
 
     Args:
         base_path: Path without suffix; None = checkpoints/last.
@@ -60,20 +60,20 @@ def export(run: Run, base_path: Path | None = None) -> list[Path]:
     has_ema = options.weights != "raw" and bool(run.state.ema.decay)
     if isinstance(run.task, AdaptationTask):
         path = base_path.with_name(f"{base_path.name}.safetensors")
-        if run.ranks.is_first:
+        if run.ranks.is_main_process:
             with run.state.ema.apply_to(run.task.trainable, enabled=has_ema):
                 run.task.write(path, _make_metadata(run))
-        return [path] if run.ranks.is_first else []
+        return [path] if run.ranks.is_main_process else []
     state = _gather_weights(run, ema=has_ema and options.weights == "ema")
     if has_ema and options.weights == "both":
         state |= _gather_ema_weights(run)
-    if not run.ranks.is_first:
+    if not run.ranks.is_main_process:
         return []
-    float32 = [n for n, value in state.items() if value.dtype == torch.float32 and value.ndim]
-    if float32 and options.dtype == "half":
-        names = ", ".join(f"`{name}`" for name in float32[:3])
+    float32_names = [n for n, v in state.items() if v.dtype == torch.float32 and v.ndim]
+    if float32_names and options.dtype == "half":
+        names = ", ".join(f"`{name}`" for name in float32_names[:3])
         message = "%d tensors stay in float32, their values are too large for half precision: %s"
-        log.warning(message, len(float32), names)
+        log.warning(message, len(float32_names), names)
     paths = [base_path.with_name(f"{base_path.name}.{suffix}") for suffix in options.export]
     for path in paths:
         write_checkpoint(path, state | _make_buffers(run, state), _make_metadata(run))
@@ -96,8 +96,8 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
         ValueError: The monitored loss is not among them.
     """
     options = run.settings.callbacks
-    count = options.save_top_k  # -1: all
-    if not (count and losses):
+    max_exports = options.save_top_k  # -1: all
+    if not (max_exports and losses):
         return []
     monitor = resolve_monitor(options.monitor, losses)
     value = losses[monitor]
@@ -105,14 +105,14 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
 
     def is_among_best() -> bool:
         best = _list_best_exports(run.checkpoints, loss_name)
-        is_full = 0 < count <= len(best)
-        return math.isfinite(value) and (not is_full or value < best[count - 1][0])
+        is_full = 0 < max_exports <= len(best)
+        return math.isfinite(value) and (not is_full or value < best[max_exports - 1][0])
 
-    if not run.ranks.run_on_first(is_among_best):
+    if not run.ranks.run_on_main_process(is_among_best):
         return []
     paths = export(run, run.checkpoints / f"{_make_step_name(run)}-{loss_name}={value:.6f}")
-    if run.ranks.is_first and count > 0:
-        for _, path in _list_best_exports(run.checkpoints, loss_name)[count:]:
+    if run.ranks.is_main_process and max_exports > 0:
+        for _, path in _list_best_exports(run.checkpoints, loss_name)[max_exports:]:
             for file in path.parent.glob(f"{path.name}[.-]*"):
                 file.unlink()
     return paths
@@ -155,7 +155,7 @@ def _gather_weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
     dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
     with run.state.ema.apply_to(run.task.trainable, enabled=ema):
         weights = run.task.get_weights_to_export(_load_statistics_images(run))
-        weights = gather_shards(weights, keep=run.ranks.is_first)
+        weights = gather_shards(weights, keep=run.ranks.is_main_process)
         return {
             name: _cast_if_possible(name, value, dtype).to("cpu", copy=True)
             for name, value in restore_names(weights).items()

@@ -40,19 +40,19 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
     is_partial = not params.get("ckpt_path") or params.get("load_only_unet")
     # A first stage that a whole model would overwrite is not read: its file may be missing by now.
     if first_stage.get("ckpt_path") and (is_partial or params.get("ignore_keys")):
-        _load(model.get_submodule("autoencoder"), first_stage, "autoencoder.")
+        _load_checkpoint(model.get_submodule("autoencoder"), first_stage, "autoencoder.")
     if not params.get("ckpt_path"):
         if params.get("finetune_keys"):
             raise ValueError("`finetune_keys` needs a `ckpt_path` to start from")
         return False
     widened_keys = params.get("finetune_keys", [legacy.INPUT_CONV]) or ()
     if not isinstance(model, LatentDiffusion):
-        _load(model, params, "autoencoder.", widened_keys)
+        _load_checkpoint(model, params, "autoencoder.", widened_keys)
         return True
     if params.get("load_only_unet"):
-        weights = _load(model.unet, params, "unet.", widened_keys)
+        weights = _load_checkpoint(model.unet, params, "unet.", widened_keys)
     else:
-        weights = _load(model, params, "", widened_keys)
+        weights = _load_checkpoint(model, params, "", widened_keys)
     prediction = weights.prediction_type
     if prediction.kind not in (None, model.parameterization):
         log.warning(
@@ -78,7 +78,7 @@ def set_scale_by_std(model: LatentDiffusion, images: Tensor, generator: torch.Ge
         model.scale_factor = 1 / float(model.encode(images.to(model.device), generator).std())
 
 
-def _load(
+def _load_checkpoint(
     module: nn.Module, params: JsonMapping, prefix: str, widened_keys: Sequence[str] = ()
 ) -> Weights:
     """Load the weights in `ckpt_path`; return all that the file contains.
@@ -90,42 +90,47 @@ def _load(
     path = resolve_checkpoint(params["ckpt_path"])
     weights = identify_weights(open_checkpoint(path if path.is_dir() else find_file(path)))
     state = select_prefix(weights.state, prefix) or weights.state
-    current = module.state_dict()
-    ignored = tuple(params.get("ignore_keys") or ())
-    state = {n: v for n, v in state.items() if not n.startswith(ignored)}
+    current_state = module.state_dict()
+    ignored_prefixes = tuple(params.get("ignore_keys") or ())
+    state = {n: v for n, v in state.items() if not n.startswith(ignored_prefixes)}
     for name in rename_weights(dict.fromkeys(widened_keys, torch.empty(0))):
         name = name.removeprefix(prefix)
-        if name in state and name in current and _has_fewer_inputs(state[name], current[name]):
-            # With zeros, new input channels have no effect yet.
-            widened = torch.zeros_like(current[name])
-            widened[:, : state[name].shape[1]] = state[name]
-            state[name] = widened
+        if name in state and name in current_state:
+            state[name] = _add_input_channels(state[name], current_state[name])
     if params.get("make_it_fit"):
         state = {
-            n: resize_weight(v, current[n].shape) if n in current else v for n, v in state.items()
+            n: resize_weight(v, current_state[n].shape) if n in current_state else v
+            for n, v in state.items()
         }
     # Ignored weights keep their current values, which `match_weights` requires to be given.
-    state = {n: v for n, v in current.items() if n.startswith(ignored)} | state
+    state = {n: v for n, v in current_state.items() if n.startswith(ignored_prefixes)} | state
     module.load_state_dict(match_weights(module, state, params["ckpt_path"]))
     return weights
 
 
-def _has_fewer_inputs(old: Tensor, new: Tensor) -> bool:
-    """Return whether weights (out, in, …) have equal shapes, but `old` has fewer input channels."""
-    is_same_otherwise = old.shape[:1] + old.shape[2:] == new.shape[:1] + new.shape[2:]
-    return is_same_otherwise and old.shape[1:2] < new.shape[1:2]
+def _add_input_channels(weight: Tensor, like: Tensor) -> Tensor:
+    """Append zeros to a weight (out, in, …) if it is like another but for fewer input channels.
+
+    With zeros, the new channels have no effect yet.
+    """
+    is_same_otherwise = weight.shape[:1] + weight.shape[2:] == like.shape[:1] + like.shape[2:]
+    if not is_same_otherwise or weight.shape[1:2] >= like.shape[1:2]:
+        return weight
+    widened = torch.zeros_like(like)
+    widened[:, : weight.shape[1]] = weight
+    return widened
 
 
-def resize_weight(old: Tensor, shape: torch.Size) -> Tensor:
+def resize_weight(weight: Tensor, shape: torch.Size) -> Tensor:
     """Resize a weight (out, in, …) or bias (out,) by repeating outputs and inputs.
 
     An input that occurs n times is divided by n + 1, as in the original.
     """
-    if old.shape == shape:
-        return old
-    new = old[torch.arange(shape[0]) % len(old)]
+    if weight.shape == shape:
+        return weight
+    resized = weight[torch.arange(shape[0]) % len(weight)]
     if len(shape) == 1:
-        return new
-    inputs = torch.arange(shape[1]) % old.shape[1]
+        return resized
+    inputs = torch.arange(shape[1]) % weight.shape[1]
     repeats = inputs.bincount()[inputs] + 1
-    return new[:, inputs] / repeats.view(-1, *(1,) * (len(shape) - 2))
+    return resized[:, inputs] / repeats.view(-1, *(1,) * (len(shape) - 2))

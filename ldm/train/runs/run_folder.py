@@ -24,7 +24,7 @@ from ldm.train.request import TrainRequest
 __all__ = [
     "ExistingRun",
     "find_run",
-    "link_name",
+    "link_newest_run",
     "list_states",
     "prepare_folder",
     "read_config",
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
 STATE_PATTERN = "checkpoints/state-*"
-SECTIONS = ("model", "data", "lightning")
+CONFIG_SECTIONS = ("model", "data", "lightning")
 LAUNCH_FILE = ".launch.json"  # which torchruns started the run, and the state that they resumed
 
 
@@ -84,41 +84,41 @@ def list_states(checkpoints: Path) -> list[Path]:
     return sorted(path.parent for path in checkpoints.glob("state-*/run.json"))
 
 
-def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObject:
+def read_config(request: TrainRequest, existing_run: ExistingRun | None) -> JsonObject:
     """Read the config of the existing run, updated by files, then by overrides."""
     from ldm.loading.config import format_yaml, parse_yaml
     from ldm.train.config.renamed_keys import rename_keys
 
-    saved = _find_configs(existing.folder) if existing else []
+    saved = _find_configs(existing_run.folder) if existing_run else []
     files: list[str | Path] = [*saved, *request.configs]
     if not files:
-        folder = existing.folder if existing else request.logdir
+        folder = existing_run.folder if existing_run else request.logdir
         raise ValueError(f"`{folder}` has no configs/*-project.yaml, give the config with --base")
     texts = [_read_config_text(file) for file in files]
     for path in (Path(file).expanduser() for file in files):
         if path.is_dir():  # its weights are the initial ones, whatever the other files say
             overlay = {"model": {"params": {"ckpt_path": str(path.resolve())}}}
             texts.append(format_yaml(overlay))
-    where, sections = " + ".join(map(str, files)), SECTIONS[1:]
+    where, sections = " + ".join(map(str, files)), CONFIG_SECTIONS[1:]
     config = parse_yaml(
         texts, request.overrides, where=where, sections=sections, rename=rename_keys
     )
     # Other sections may hold values for `${…}` references; an existing run has no references.
     text = "\n".join([*texts, *request.overrides])
     for key in config:
-        is_used = key in SECTIONS or re.search(rf"\$\{{{re.escape(key)}[.}}]", text)
-        if not (existing or is_used):
-            raise unknown_name("section", key, SECTIONS, where)
-    return {key: config[key] for key in SECTIONS if key in config}
+        is_used = key in CONFIG_SECTIONS or re.search(rf"\$\{{{re.escape(key)}[.}}]", text)
+        if not (existing_run or is_used):
+            raise unknown_name("section", key, CONFIG_SECTIONS, where)
+    return {key: config[key] for key in CONFIG_SECTIONS if key in config}
 
 
 def prepare_folder(
-    request: TrainRequest, existing: ExistingRun | None, torchrun_ids: Sequence[str] = ()
+    request: TrainRequest, existing_run: ExistingRun | None, torchrun_ids: Sequence[str] = ()
 ) -> Path:
     """Return the folder of the existing or new run; save the ids of its torchruns there."""
-    folder = existing.folder if existing else _make_new_folder(request)
+    folder = existing_run.folder if existing_run else _make_new_folder(request)
     if torchrun_ids and request.train:
-        state = existing.state.name if existing and existing.state else None
+        state = existing_run.state.name if existing_run and existing_run.state else None
         states = [path.name for path in list_states(folder / "checkpoints")]
         launch = {"starters": [*torchrun_ids], "from": state, "states": states}
         (folder / LAUNCH_FILE).write_text(json.dumps(launch), "utf-8")
@@ -154,7 +154,7 @@ def save_config(folder: Path, config: JsonMapping) -> None:
         (folder / "configs" / f"{now}-{name}.yaml").write_text(text, "utf-8")
 
 
-def link_name(request: TrainRequest, folder: Path) -> None:
+def link_newest_run(request: TrainRequest, folder: Path) -> None:
     """Link LOGDIR/NAME to the folder of a run, if it is the newest of that name."""
     newest = _list_runs(request.logdir, request.name)[:1]
     if [folder.resolve()] == [path.resolve() for path in newest]:

@@ -23,7 +23,7 @@ from ldm.loading.files.pickles import list_pickle_imports
 from ldm.runtime.files import flush_to_disk
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.runs.run_folder import list_states
-from ldm.train.state import State
+from ldm.train.state import State, TensorSpecs
 
 __all__ = ["StateFolder"]
 
@@ -37,7 +37,6 @@ TRUSTED_GLOBALS = re.compile(
     r"|torch\.(Size|b?float\d+|u?int\d+|bool|serialization\._get_layout)"
     r"|pathlib(\._local)?\.(Posix|Windows)?Path"
 )
-Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,12 @@ class StateFolder:
         """
         path = self.folder / f"state-{state.step:08}"
         temporary = self.folder / f".{path.name}.part"
-        self.ranks.run_on_first(lambda: _create_temporary_folder(temporary))
+        self.ranks.run_on_main_process(lambda: _create_temporary_folder(temporary))
         try:
             self._write(state, temporary)
-            self.ranks.run_on_first(lambda: self._commit(state, temporary, path))
+            self.ranks.run_on_main_process(lambda: self._commit(state, temporary, path))
         except OSError:
-            if self.ranks.is_first:
+            if self.ranks.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         state.is_saved = True
@@ -77,9 +76,9 @@ class StateFolder:
         Raises:
             ValueError: `path` is not a state, is damaged, or belongs to another model.
         """
-        saved = _read_shapes(path)
-        tensors = state.get_tensors_to_load(saved)
-        _check_shapes(path, {n: (v.shape, v.dtype) for n, v in tensors.items()}, saved)
+        saved_specs = _read_specs(path)
+        tensors = state.get_tensors_to_load(saved_specs)
+        _check_specs(path, {n: (v.shape, v.dtype) for n, v in tensors.items()}, saved_specs)
         is_single_process = self.ranks.world_size == 1
         try:
             with warnings.catch_warnings():
@@ -117,8 +116,8 @@ class StateFolder:
         for saved in states:
             if saved not in kept:
                 saved.replace(saved.with_name(f".{saved.name}.gone"))
-        for deleted in (*self.folder.glob(".state-*.old"), *self.folder.glob(".state-*.gone")):
-            shutil.rmtree(deleted, ignore_errors=True)
+        for obsolete in (*self.folder.glob(".state-*.old"), *self.folder.glob(".state-*.gone")):
+            shutil.rmtree(obsolete, ignore_errors=True)
 
 
 def _create_temporary_folder(temporary: Path) -> None:
@@ -134,7 +133,7 @@ def _create_temporary_folder(temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _read_shapes(path: Path) -> Shapes:
+def _read_specs(path: Path) -> TensorSpecs:
     """Read shape and dtype of all tensors in a state."""
     index = path / METADATA_FILE
     if not index.exists() or not (path / NUMBERS_FILE).exists():
@@ -144,22 +143,22 @@ def _read_shapes(path: Path) -> Shapes:
     for name in list_pickle_imports(index, "bare"):
         if not TRUSTED_GLOBALS.fullmatch(name):
             raise ValueError(f"`{index}` is refused: it would call `{name}`")
-    shapes: Shapes = {}
+    specs: dict[str, tuple[torch.Size, torch.dtype]] = {}
     for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"`{index}` is refused: `{name}` is not a tensor")
-        shapes[name] = (entry.size, entry.properties.dtype)
-    return shapes
+        specs[name] = (entry.size, entry.properties.dtype)
+    return specs
 
 
-def _check_shapes(path: Path, expected: Shapes, saved: Shapes) -> None:
+def _check_specs(path: Path, expected: TensorSpecs, saved: TensorSpecs) -> None:
     if unexpected := sorted(saved.keys() - expected.keys()):
         raise ValueError(
             f"`{path}` is of another model or optimizer: `{unexpected[0]}` is unexpected"
         )
     for name, (shape, _) in expected.items():
         if name not in saved:
-            raise ValueError(f"`{path}` is of another model or trainer: `{name}` is missing")
+            raise ValueError(f"`{path}` is of another model or optimizer: `{name}` is missing")
         if saved[name][0] != shape:
             raise ValueError(
                 f"`{path}` is of another model: `{name}` has the shape {list(saved[name][0])} "

@@ -68,7 +68,7 @@ def build_autoencoder_task(
         params: `model.params`; the file `ckpt_path` may have the state of the loss: `loss.…`.
         objective: `lightning.objective`, keyword arguments of the task; `perceptual` is
             {ckpt_path: files of LPIPS}.
-        load_weights: Whether to load LPIPS; False if only sizes matter.
+        load_weights: Whether to load LPIPS; False = random weights.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     config = instantiate(spec, where="model.params.lossconfig")
