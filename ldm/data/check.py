@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain, islice
 from os.path import splitdrive
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -40,6 +40,7 @@ ASPECT_RATIOS = {  # name -> maximum of width / height
 BAR_WIDTH = 40  # of the longest bar, in characters
 
 T = TypeVar("T")
+LoadSample = Callable[[], Sample]  # raises UnreadableSample
 
 
 @dataclass
@@ -111,17 +112,18 @@ def check_data(
         MissingFile: A folder or file is missing.
     """
     report = DataReport(Buckets(size, step))
-    loaders = _iter_loaders(data)
+    samples = _iter_samples(data)
     total = len(data) if isinstance(data, ImageFolder) else None
     bar = tqdm(total=total, unit="image", dynamic_ncols=True, mininterval=1)
     # Opening an image changes the warning filters; threads would not restore them in order.
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        while chunk := list(islice(loaders, CHUNK_SIZE)):
-            for loader, result in zip(chunk, pool.map(_measure_sample, chunk), strict=True):
+        while chunk := list(islice(samples, CHUNK_SIZE)):
+            results = pool.map(_measure_sample, (load for _, load in chunk))
+            for (name, _), result in zip(chunk, results, strict=True):
                 if isinstance(result, UnreadableSample):
-                    report.unreadable_samples.append((loader.name, str(result)))
+                    report.unreadable_samples.append((name, str(result)))
                 else:
-                    report.add(loader.name, *result)
+                    report.add(name, *result)
                 bar.update()
     return report
 
@@ -146,26 +148,20 @@ def open_folder(paths: Sequence[str]) -> ImageFolder | None:
     return folder
 
 
-class Loader(NamedTuple):
-    """Name of a sample, and the function that loads it."""
-
-    name: str
-    load: Callable[[], Sample]
-
-
-def _iter_loaders(data: ImageFolder | Sequence[str]) -> Iterator[Loader]:
+def _iter_samples(data: ImageFolder | Sequence[str]) -> Iterator[tuple[str, LoadSample]]:
+    """Yield the name of each sample, and a function that loads it."""
     if isinstance(data, ImageFolder):
         for index in range(len(data)):
-            yield Loader(data.get_name(index), partial(data.load, index))
+            yield data.get_name(index), partial(data.load, index)
     else:
         for raw in chain.from_iterable(map(read_shard, expand_patterns(data))):
-            yield Loader(get_sample_name(raw), partial(decode_sample, raw))
+            yield get_sample_name(raw), partial(decode_sample, raw)
 
 
-def _measure_sample(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
+def _measure_sample(load: LoadSample) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
     """Return size, digest and captions of a sample, or the error of reading it."""
     try:
-        sample = loader.load()
+        sample = load()
     except UnreadableSample as error:
         return error
     image: Image.Image = sample["image"]

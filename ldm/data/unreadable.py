@@ -29,10 +29,10 @@ class UnreadableFiles:
         self.num_samples = None if samples is None else int(samples)  # in an epoch
         # Files listed before this session may be repaired: they count only if found again.
         self.previously_listed = self._read_list()
-        self.names: set[str] = set()  # listed in this session, by any process
+        self.listed: set[str] = set()  # listed in this session, by any process
         # Samples of an epoch by name; None = one each.
         self.name_counts: Counter[str] | None = None
-        self.num_unreadable = 0  # samples of an epoch with one of `names`
+        self.num_unreadable = 0  # samples of an epoch in `listed` files
         self.num_tried = 0  # samples that this process has tried to read
         self.num_failed = 0  # those of them that were unreadable
 
@@ -46,7 +46,7 @@ class UnreadableFiles:
             ValueError: More than the allowed fraction of all samples is unreadable; if their number
                 is unknown, significantly more than that of the samples that this process has read.
         """
-        if not self.names.issuperset(names):
+        if not self.listed.issuperset(names):
             self._update_list(names)
             self._count_unreadable()
         self.num_failed += len(names)
@@ -67,13 +67,13 @@ class UnreadableFiles:
         )
 
     def _update_list(self, names: Sequence[str]) -> None:
-        """Append new names to the list, and add those of other processes to `names`."""
+        """Append new names to the list, and add those of other processes to `listed`."""
         listed = self._read_list()
-        new = [name for name in dict.fromkeys(names) if name not in listed]
+        new_names = [name for name in dict.fromkeys(names) if name not in listed]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(f"{name}\n" for name in new)
-        self.names.update(names, self._read_list() - self.previously_listed)
+            file.writelines(f"{name}\n" for name in new_names)
+        self.listed.update(names, self._read_list() - self.previously_listed)
 
     def _read_list(self) -> set[str]:
         if not self.path.exists():
@@ -88,4 +88,4 @@ class UnreadableFiles:
             if self.name_counts is not None:
                 self.num_samples = self.name_counts.total()
         counts = self.name_counts
-        self.num_unreadable = sum(1 if counts is None else counts[name] for name in self.names)
+        self.num_unreadable = sum(1 if counts is None else counts[name] for name in self.listed)

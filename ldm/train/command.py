@@ -201,8 +201,8 @@ def _train_or_export(
         with suppress(OSError):  # it is not empty
             folder.rmdir()
         raise
-    if existing_run and existing_run.state:
-        run.resume(existing_run.state)
+    if existing_run and existing_run.state_path:
+        run.resume(existing_run.state_path)
     if run.ranks.is_main_process and request.train:
         run_folder.save_config(folder, settings.config)
     if request.train:

@@ -98,7 +98,7 @@ def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> No
 
 
 def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
-    """Log how many photos of a folder have no caption, if the model reads captions."""
+    """Log how many photos of a folder have no caption, if the model is conditioned on text."""
     if model.conditioner.text is None or not isinstance(images, ImageFolder):
         return
     if isinstance(images.transform, PhotoTransform):

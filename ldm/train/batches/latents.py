@@ -3,7 +3,7 @@
 An entry is one variant of an image (an emoji on a background, a photo with a random crop and flip):
 mean and standard deviation of the posterior, from which latents are sampled in each epoch; inputs
 of the model's encoders that are slow to compute (their `cache_key`s: a mask with its masked latent,
-a depth map, a low-resolution image); and sizes that the model reads. Keys depend on the bytes of
+a depth map, a low-resolution image); and sizes for micro-conditioning. Keys depend on the bytes of
 the image, on the transform and on the weights (see `TensorStore`), so that entries of a folder
 remain valid when it is packed into shards.
 """
@@ -103,7 +103,7 @@ class LatentCache:
         fields = self.transform.make_row_fields(
             row, rng, self.get_variant_name(file_digest, variant)
         )
-        # Sizes depend on the crop: only cached ones, those that the model reads, are valid.
+        # Sizes depend on the crop: only cached ones, those of the model's conditioning, are valid.
         fields = {k: v for k, v in fields.items() if k in tensors or k not in SIZE_KEYS}
         return {**tensors, **fields}
 
@@ -315,5 +315,5 @@ def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -
 
 
 def _list_size_keys(model: LatentDiffusion) -> list[str]:
-    """Return the batch keys of the sizes that a model reads; they depend on the crop."""
+    """Return the batch keys of a model's micro-conditioning; its sizes depend on the crop."""
     return [key for key in SIZE_KEYS if key in model.conditioner.keys]

@@ -219,11 +219,12 @@ def read_settings(config: JsonMapping) -> Settings:
             f"lightning.trainer has no limit: {DEFAULT_MAX_EPOCHS} epochs, as in Lightning"
         )
 
-    def read(schema_class: type[T], section: str) -> T:
+    def validate(schema_class: type[T], section: str) -> T:
         where, keys = f"lightning.{section}", lightning.KNOWN_KEYS.get(section, ())
         return validate_section(schema_class, values[section], where, suggested_keys=keys)
 
-    trainer, callbacks = read(schema.Trainer, "trainer"), read(schema.Callbacks, "callbacks")
+    trainer = validate(schema.Trainer, "trainer")
+    callbacks = validate(schema.Callbacks, "callbacks")
     if trainer.strategy == "hsdp" and not trainer.shard_size:
         raise ValueError("lightning.trainer: `strategy: hsdp` needs `shard_size`")
     if trainer.strategy != "hsdp" and trainer.shard_size:  # older configs may have it
@@ -243,9 +244,9 @@ def read_settings(config: JsonMapping) -> Settings:
         trainer=trainer,
         optimizer=_read_optimizer(values["optimizer"]),
         objective=(
-            read(schema.AutoencoderObjective, "objective")
+            validate(schema.AutoencoderObjective, "objective")
             if is_autoencoder
-            else read(schema.DiffusionObjective, "objective")
+            else validate(schema.DiffusionObjective, "objective")
         ),
         callbacks=callbacks,
         devices=Devices(
@@ -253,9 +254,9 @@ def read_settings(config: JsonMapping) -> Settings:
             lightning_trainer.get("num_nodes", 1),
             needs_gpu=lightning_trainer.get("accelerator") in ("gpu", "cuda"),
         ),
-        lora=read(schema.Lora, "lora") if values["lora"] else None,
+        lora=validate(schema.Lora, "lora") if values["lora"] else None,
         textual_inversion=(
-            read(schema.TextualInversion, "textual_inversion")
+            validate(schema.TextualInversion, "textual_inversion")
             if values["textual_inversion"]
             else None
         ),

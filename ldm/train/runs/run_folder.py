@@ -45,7 +45,7 @@ class ExistingRun:
     """The folder of an existing run, and the state to resume from; None if it has none yet."""
 
     folder: Path
-    state: Path | None
+    state_path: Path | None
 
 
 def find_run(request: TrainRequest, torchrun_ids: Sequence[str] = ()) -> ExistingRun | None:
@@ -118,9 +118,13 @@ def prepare_folder(
     """Return the folder of the existing or new run; save the ids of its torchruns there."""
     folder = existing_run.folder if existing_run else _make_new_folder(request)
     if torchrun_ids and request.train:
-        state = existing_run.state.name if existing_run and existing_run.state else None
+        state_path = existing_run.state_path if existing_run else None
         states = [path.name for path in list_states(folder / "checkpoints")]
-        launch = {"starters": [*torchrun_ids], "from": state, "states": states}
+        launch = {
+            "starters": [*torchrun_ids],
+            "from": state_path and state_path.name,
+            "states": states,
+        }
         (folder / LAUNCH_FILE).write_text(json.dumps(launch), "utf-8")
     return folder
 

@@ -85,11 +85,11 @@ def build_autoencoder_task(
         raise ValueError("lightning.objective.perceptual must be {ckpt_path: a file or several}")
     if not load_weights:
         return AdversarialTask(model, config, perceptual=LPIPS(), **options)
-    initial = _read_loss_state(params)
+    loss_state = _read_loss_state(params)
     path = perceptual["ckpt_path"]
-    network = read_lpips(path) if path else build_lpips(initial)
+    network = read_lpips(path) if path else build_lpips(loss_state)
     task = AdversarialTask(model, config, perceptual=network, **options)
-    task.load_loss_state(initial)
+    task.load_loss_state(loss_state)
     return task
 
 
