@@ -118,13 +118,9 @@ def prepare_folder(
     """Return the folder of the existing or new run; save the ids of its torchruns there."""
     folder = existing_run.folder if existing_run else _make_new_folder(request)
     if torchrun_ids and request.train:
-        state_path = existing_run.state_path if existing_run else None
+        state = existing_run.state_path if existing_run else None
         states = [path.name for path in list_states(folder / "checkpoints")]
-        launch = {
-            "starters": [*torchrun_ids],
-            "from": state_path and state_path.name,
-            "states": states,
-        }
+        launch = {"starters": [*torchrun_ids], "from": state and state.name, "states": states}
         (folder / LAUNCH_FILE).write_text(json.dumps(launch), "utf-8")
     return folder
 
