@@ -56,14 +56,14 @@ class BatchSource(ABC):
 
     @abstractmethod
     def get_batches_per_epoch(self, batch_size: int) -> Fraction | None:
-        """Return batches per epoch, a fraction if it ends within a batch; None = unknown."""
+        """Return the batches per epoch, a fraction if epochs end within batches; None = unknown."""
 
     @abstractmethod
     def load_fixed_samples(self, n: int) -> list[Sample]:
         """Return n fixed samples with images ("jpg") of one size, for grids and statistics."""
 
     def count_names(self) -> Counter[str] | None:
-        """Count how often each sample name is in an epoch; None if the names are unknown."""
+        """Count how often each sample name occurs in an epoch; None if the names are unknown."""
         return None
 
 

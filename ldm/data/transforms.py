@@ -147,7 +147,7 @@ class Transform(ABC):
 
 
 class PhotoTransform(Transform):
-    """Scale and crop an image to a square or to the nearest bucket; its `text` is the caption.
+    """Scale and crop an image to a square or the nearest bucket; its caption is the row's `text`.
 
     Args:
         crop: Position of the crop if aspect ratios differ, "centre" or "random".

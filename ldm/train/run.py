@@ -61,7 +61,7 @@ class Run:
 
     @property
     def batch_size(self) -> int:
-        """Samples per batch, of which each process has `accumulate_grad_batches` in a step."""
+        """Samples per batch; a step has `accumulate_grad_batches` batches of each process."""
         return self.settings.loader.batch_size
 
     @property

@@ -42,7 +42,7 @@ def build_transform(options: JsonMapping) -> Transform:
 
 
 def check_images(spec: JsonMapping, where: str, *, allow_commands: bool = False) -> None:
-    """Raise the errors of `open_images` that are known before images are read.
+    """Raise the errors of `open_images` that can be detected before images are read.
 
     Raises:
         ConfigError: The options of the transform cannot be combined.

@@ -30,7 +30,7 @@ __all__ = ["check_data", "open_batches"]
 
 
 def check_data(data: Data, *, allow_commands: bool = False) -> None:
-    """Raise errors of the data that are known before a model is built, see `check_images`."""
+    """Raise errors that can be detected before a model is built, see `check_images`."""
     specs = {"train": data.train, "validation": data.validation}
     if data.prior:
         specs["prior"] = {"transform": data.prior.transform}  # its folder may be created

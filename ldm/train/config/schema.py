@@ -608,11 +608,7 @@ def validate_section(
         # Of the errors of a union, prefer those about values to those about types, and inner ones.
         problem = min(
             error.errors(),
-            key=lambda p: (
-                p["type"] != UNKNOWN_KEY,
-                p["type"].endswith("_type"),
-                -len(p["loc"]),
-            ),
+            key=lambda p: (p["type"] != UNKNOWN_KEY, p["type"].endswith("_type"), -len(p["loc"])),
         )
     names = [str(name) for name in problem["loc"] if str(name).isidentifier()]
     if problem["type"] == UNKNOWN_KEY:

@@ -141,7 +141,7 @@ class TensorBoardLogger(Logger):
 
 
 class WandbLogger(Logger):
-    """A run on Weights & Biases; with `mode: offline` it stays in the folder."""
+    """A run on Weights & Biases, or with `mode: offline` only in the folder."""
 
     def __init__(self, folder: Path, options: JsonMapping, config: JsonMapping) -> None:
         try:
@@ -170,7 +170,7 @@ class ProgressBar:
 
     Args:
         max_steps: Number of steps of the whole run; None = unknown, as it ends by time.
-        log_every: Interval of logging, in steps; between, losses stay on their device, so that the
+        log_every: Interval of logging, in steps; in between, losses stay on their device, so that the
             CPU does not wait for a GPU.
     """
 

@@ -98,10 +98,8 @@ def _load_checkpoint(
         if name in state and name in current_state:
             state[name] = _add_input_channels(state[name], current_state[name])
     if params.get("make_it_fit"):
-        state = {
-            n: resize_weight(v, current_state[n].shape) if n in current_state else v
-            for n, v in state.items()
-        }
+        for name in state.keys() & current_state.keys():
+            state[name] = resize_weight(state[name], current_state[name].shape)
     # Ignored weights keep their current values, which `match_weights` requires to be given.
     state = {n: v for n, v in current_state.items() if n.startswith(ignored_prefixes)} | state
     module.load_state_dict(match_weights(module, state, params["ckpt_path"]))
@@ -109,10 +107,7 @@ def _load_checkpoint(
 
 
 def _add_input_channels(weight: Tensor, like: Tensor) -> Tensor:
-    """Append zeros to a weight (out, in, …) if it is like another but for fewer input channels.
-
-    With zeros, the new channels have no effect yet.
-    """
+    """Append zeros, which have no effect, to a weight (out, in, …) with fewer input channels."""
     is_same_otherwise = weight.shape[:1] + weight.shape[2:] == like.shape[:1] + like.shape[2:]
     if not is_same_otherwise or weight.shape[1:2] >= like.shape[1:2]:
         return weight
