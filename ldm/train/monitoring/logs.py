@@ -170,8 +170,8 @@ class ProgressBar:
 
     Args:
         max_steps: Number of steps of the whole run; None = unknown, as it ends by time.
-        log_every: Interval of logging, in steps; in between, losses stay on their device, so that the
-            CPU does not wait for a GPU.
+        log_every: Interval of logging, in steps; in between, losses stay on their device, so that
+            the CPU does not wait for a GPU.
     """
 
     def __init__(
