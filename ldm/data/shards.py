@@ -48,7 +48,7 @@ __all__ = [
     "Shards",
     "decode_sample",
     "expand_patterns",
-    "find_image",
+    "find_image_key",
     "get_sample_name",
     "parse_metadata",
     "read_shard",
@@ -205,7 +205,7 @@ class Shards(BatchSource):
         if buckets is None:
             return 0
         try:
-            return buckets.find_nearest(*read_size(BytesIO(find_image(raw)[1])))
+            return buckets.find_nearest(*read_size(BytesIO(raw[find_image_key(raw)])))
         except ValueError:  # unreadable: any bucket will do
             return buckets.find_nearest(1, 1)
 
@@ -265,8 +265,8 @@ def decode_sample(raw: RawSample) -> Sample:
     """
     name = get_sample_name(raw)
     try:
-        suffix, data = find_image(raw)
-        return {**parse_metadata(raw), "image": decode_srgb(data, f"{name}.{suffix}")}
+        key = find_image_key(raw)
+        return {**parse_metadata(raw), "image": decode_srgb(raw[key], f"{name}.{key}")}
     except ValueError as error:
         raise UnreadableSample(name, str(error)) from error
 
@@ -276,13 +276,13 @@ def get_sample_name(raw: RawSample) -> str:
     return f"{Path(raw['__url__']).name}/{raw['__key__']}".rstrip("/")
 
 
-def find_image(raw: RawSample) -> tuple[str, bytes]:
-    """Return (suffix, bytes) of the image file in a sample."""
+def find_image_key(raw: RawSample) -> str:
+    """Return the key of the image file in a sample, its suffix without the dot."""
     if "__error__" in raw:
         raise FileFormatError(raw["__error__"])
-    for suffix in IMAGE_KEYS:
-        if suffix in raw:
-            return suffix, raw[suffix]
+    for key in IMAGE_KEYS:
+        if key in raw:
+            return key
     raise FileFormatError(f"`{raw['__key__']}` has no image, only {', '.join(sorted(raw))}")
 
 

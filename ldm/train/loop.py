@@ -143,8 +143,9 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
             with _suppress_and_log("log"):
                 progress.update(state.step, losses, lr, run.batch_size * state.batches_per_step)
             for name in due_actions:
+                _, action = actions[name]
                 with _suppress_and_log(name):
-                    actions[name][1]()
+                    action()
             timer.start()
         save_state(run)
         export(run)

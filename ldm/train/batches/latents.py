@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.data.dataset import ImageDataset, Sample, SampleDataset, UnreadableSample
-from ldm.data.shards import RawSample, Shards, find_image, get_sample_name, parse_metadata
+from ldm.data.shards import RawSample, Shards, find_image_key, get_sample_name, parse_metadata
 from ldm.data.source import collate, to_device
 from ldm.data.transforms import SIZE_KEYS, Transform
 from ldm.imaging.reading import decode_srgb
@@ -182,7 +182,7 @@ class LatentDataset(SampleDataset):
             if file_digest:
                 load = partial(self._load_image, index)
                 inputs = self.cache.iter_inputs(load, file_digest, self._get_bucket_size(index))
-                yield from (item for item in inputs if item[0] not in self.cache.store)
+                yield from ((k, v) for k, v in inputs if k not in self.cache.store)
 
     def _digest_file(self, index: int) -> str:
         """Return the digest of the file of a sample, "" if it cannot be read."""
@@ -251,15 +251,15 @@ def _iter_shard_inputs(shards: Shards, cache: LatentCache) -> Iterator[tuple[str
     """Yield (key, input) of all variants of the samples in shards."""
     for raw in shards.read_raw_samples():
         with suppress(ValueError):  # reported when the sample is read
-            file_digest = digest(find_image(raw)[1])
+            file_digest = digest(raw[find_image_key(raw)])
             load = partial(_decode_image, raw)
             yield from cache.iter_inputs(load, file_digest, shards.get_bucket_size(raw))
 
 
 def _decode_image(raw: RawSample) -> Image.Image:
-    suffix, data = find_image(raw)
+    key = find_image_key(raw)
     try:
-        return decode_srgb(data, f"{get_sample_name(raw)}.{suffix}")
+        return decode_srgb(raw[key], f"{get_sample_name(raw)}.{key}")
     except ValueError as error:
         raise UnreadableSample(get_sample_name(raw), str(error)) from error
 
@@ -267,7 +267,7 @@ def _decode_image(raw: RawSample) -> Image.Image:
 def _make_shard_sample(cache: LatentCache, shards: Shards, raw: RawSample, rng: Random) -> Sample:
     name = get_sample_name(raw)
     try:
-        file_digest, row = digest(find_image(raw)[1]), parse_metadata(raw)
+        file_digest, row = digest(raw[find_image_key(raw)]), parse_metadata(raw)
     except ValueError as error:
         raise UnreadableSample(name, str(error)) from error
     return cache.load_sample(name, file_digest, shards.get_bucket_size(raw), row, rng)

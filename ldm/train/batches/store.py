@@ -94,10 +94,10 @@ class TensorStore:
         ) as bar:
             missing = self._select_missing(items)
             for batch in _group_batches(missing, batch_size, lambda item: group(item[1])):
-                batch_group = group(batch[0][1])
+                inputs = [value for _, value in batch]
+                batch_group = group(inputs[0])
                 entries = pending.setdefault(batch_group, [])
-                computed = compute([value for _, value in batch])
-                for (key, _), entry in zip(batch, computed, strict=True):
+                for (key, _), entry in zip(batch, compute(inputs), strict=True):
                     if entry is None:
                         num_failed += 1
                     else:
@@ -126,8 +126,8 @@ class TensorStore:
         if not entries:  # all of a group have failed
             return
         keys = [key for key, _ in entries]
-        names = entries[0][1]
-        tensors = {name: torch.stack([entry[name] for _, entry in entries]) for name in names}
+        _, first_entry = entries[0]
+        tensors = {n: torch.stack([entry[n] for _, entry in entries]) for n in first_entry}
         path = self.folder / f"{self.prefix}-{digest(keys)[:16]}.pt"
         with write_atomically(path, sync=True) as temporary:
             torch.save({"keys": keys, **tensors}, temporary)

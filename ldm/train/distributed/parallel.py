@@ -221,8 +221,9 @@ class Heartbeat(threading.Thread):
         self.store = dist.PrefixStore(f"heartbeat/{session}", store)
 
     def run(self) -> None:
-        # rank -> number of its last heartbeat, and when it was received
-        last_beats = dict.fromkeys(self.watched_ranks, (0, time.monotonic()))
+        # Number and time of the last heartbeat of each rank.
+        last_counts = dict.fromkeys(self.watched_ranks, 0)
+        last_times = dict.fromkeys(self.watched_ranks, time.monotonic())
         while not self.stop_event.wait(self.timeout / 10):
             try:
                 self.store.add(str(self.rank), 1)
@@ -232,9 +233,9 @@ class Heartbeat(threading.Thread):
                 return
             now = time.monotonic()
             for other, count in counts.items():
-                if count != last_beats[other][0]:
-                    last_beats[other] = (count, now)
-                elif now - last_beats[other][1] > self.timeout:
+                if count != last_counts[other]:
+                    last_counts[other], last_times[other] = count, now
+                elif now - last_times[other] > self.timeout:
                     self._exit(f"process {other} has been silent for {self.timeout:g} s")
 
     def stop(self) -> None:

@@ -32,11 +32,11 @@ class AdamW(torch.optim.AdamW):
             updates: list[list[Tensor]] = []
             padded: list[tuple[Tensor, Tensor]] = []  # (remainder, its padded copy)
             for tensors in self._iter_tensors(group):
-                if _fits_kernel(*tensors[:2]):
+                weight, gradient, mean, square, step = tensors
+                if _fits_kernel(weight, gradient):
                     updates.append(tensors)
                     continue
-                *elementwise, step = tensors
-                flat = [_flatten(x, like=tensors[0]) for x in elementwise]
+                flat = [_flatten(x, like=weight) for x in (weight, gradient, mean, square)]
                 n = flat[0].numel()
                 end = n - n % REGISTER_SIZE  # of the elements that fill registers
                 if end:

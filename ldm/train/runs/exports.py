@@ -104,9 +104,9 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
     loss_name = monitor.removeprefix("val/").replace("/", "_")  # for file names
 
     def is_among_best() -> bool:
-        best = _list_best_exports(run.checkpoints, loss_name)
-        is_full = 0 < max_exports <= len(best)
-        return math.isfinite(value) and (not is_full or value < best[max_exports - 1][0])
+        best_losses = [loss for loss, _ in _list_best_exports(run.checkpoints, loss_name)]
+        is_full = 0 < max_exports <= len(best_losses)
+        return math.isfinite(value) and (not is_full or value < best_losses[max_exports - 1])
 
     if not run.ranks.run_on_main_process(is_among_best):
         return []

@@ -99,7 +99,7 @@ class StateFolder:
                 dcp.save(state.get_tensors(), storage_writer=writer, no_dist=is_single_process)
         except (CheckpointException, RuntimeError) as error:  # RuntimeError: a disk is full
             failures = error.failures if isinstance(error, CheckpointException) else {}
-            cause = next((failure[0] for failure in failures.values()), error)
+            cause = next((exception for exception, _ in failures.values()), error)
             raise OSError(f"the state could not be written to `{self.folder}`: {cause}") from None
 
     def _commit(self, state: State, temporary: Path, path: Path) -> None:

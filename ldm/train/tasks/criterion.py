@@ -66,7 +66,7 @@ class Criterion(nn.Module):
     def compute_weights(self, t: Tensor) -> Tensor:
         """Compute the weights (B,) float32 of the errors at timesteps t."""
         sigma = self.schedule.t_to_sigma(t)
-        c_out = get_scalings(self.parameterization, sigma, self.model_sigma_data)[1]
+        _, c_out = get_scalings(self.parameterization, sigma, self.model_sigma_data)
         # Weights are for the denoised latent's error, which is |c_out| times the prediction's.
         if self.min_snr_gamma is not None:
             weights = (sigma**-2).clamp(max=self.min_snr_gamma) * c_out**2
