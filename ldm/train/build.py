@@ -13,7 +13,7 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.blocks import CheckpointedLayer
 from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.schema import CriterionOptions, Trainer, list_keys
+from ldm.train.config.schema import CriterionOptions, TrainerOptions, list_keys
 from ldm.train.config.settings import Settings
 from ldm.train.distributed.parallel import LossModule, Ranks, is_sharded, shard
 from ldm.train.optim.ema import EMA
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-def configure_model(model: nn.Module, trainer: Trainer) -> None:
+def configure_model(model: nn.Module, trainer: TrainerOptions) -> None:
     """Apply the settings that affect time and memory of a step, but not its result.
 
     `gradient_checkpointing`: see `set_gradient_checkpointing`; None = as the model's config says.

@@ -325,7 +325,7 @@ def _check_trainer_options(trainer_options: dict[str, str], spellings: dict[str,
     from ldm.train.config import lightning, schema
     from ldm.train.config.renamed_keys import RENAMED_TRAINER_KEYS
 
-    known = [*schema.list_keys(schema.Trainer), *lightning.KNOWN_KEYS["trainer"]]
+    known = [*schema.list_keys(schema.TrainerOptions), *lightning.KNOWN_KEYS["trainer"]]
     for name in trainer_options:
         if name not in known and name not in RENAMED_TRAINER_KEYS:
             if name in FOREIGN_OPTIONS:

@@ -11,7 +11,7 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonObject
 from ldm.train.build import build_task, configure_model, set_gradient_checkpointing
-from ldm.train.config.schema import Trainer
+from ldm.train.config.schema import TrainerOptions
 from ldm.train.config.settings import read_settings
 from ldm.train.tasks.diffusion import DiffusionTask
 from loading.tinyfamilies import make_small_config
@@ -114,7 +114,7 @@ def test_the_autoencoder_can_save_memory_too() -> None:
 def test_channels_last_gives_the_same_gradients() -> None:
     """Tolerance: other kernels sum in another order. Dropout is off: it draws in memory order."""
     plain, converted = build_model().eval(), build_model().eval()
-    configure_model(converted, Trainer(channels_last=True))
+    configure_model(converted, TrainerOptions(channels_last=True))
     assert converted.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
     actual, expected = compute_gradients(converted, False), compute_gradients(plain, False)
     for name, value in expected.items():
@@ -129,7 +129,7 @@ def test_a_compiled_model_keeps_its_names_and_its_gradients(
     """Tolerance: fused operations round less often. Dropout is off: it draws other numbers."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # others may be half written
     plain, compiled = build_model().eval(), build_model().eval()
-    configure_model(compiled, Trainer(compile=True))
+    configure_model(compiled, TrainerOptions(compile=True))
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     actual, expected = compute_gradients(compiled, False), compute_gradients(plain, False)
     for name, value in expected.items():

@@ -25,7 +25,7 @@ from ldm.train.batches.contexts import cache_contexts, digest_encoder
 from ldm.train.batches.latents import cache_latents, digest_model
 from ldm.train.batches.sources import open_batches
 from ldm.train.batches.store import TensorStore
-from ldm.train.config.schema import Data
+from ldm.train.config.schema import DataOptions
 from ldm.train.tasks.diffusion import DiffusionTask
 from loading.lorahelp import build_tiny_model
 
@@ -350,7 +350,7 @@ def test_a_config_enables_both_caches(
     source_path = str(photos) if location == "root" else pack_photos(photos, tmp_path)
     train: Any = {location: source_path, "transform": {"name": "photo", "size": 16}}
     caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
-    data = Data(batch_size=3, train=train, **caches)
+    data = DataOptions(batch_size=3, train=train, **caches)
     source, _ = open_batches(model, data, 0)
     batch = next(source.iter_batches(3, workers=1))
     assert batch["z"].shape == (3, 4, 4, 4)
@@ -358,7 +358,7 @@ def test_a_config_enables_both_caches(
     assert source.load_fixed_samples(1)[0]["jpg"].shape == (3, 16, 16)
     train["transform"] |= {"tags": {}}
     with pytest.raises(ValueError, match="only photos without `tags`"):
-        open_batches(model, Data(batch_size=3, train=train, **caches), 0)
+        open_batches(model, DataOptions(batch_size=3, train=train, **caches), 0)
 
 
 def test_caches_of_version_0_1_are_found_again() -> None:

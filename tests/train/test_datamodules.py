@@ -6,7 +6,7 @@ import pytest
 
 from ldm.loading.config import parse_yaml, read_yaml
 from ldm.train.config.datamodules import read_data, translate_data_module
-from ldm.train.config.schema import Data
+from ldm.train.config.schema import DataOptions
 
 FOLDER = "{root: images, transform: {name: photo, size: 32}}"
 # As in v2-inpainting-inference.yaml, but for the addresses.
@@ -82,13 +82,14 @@ def parse(text: str) -> dict[str, Any]:
 
 def test_the_data_module_of_tar_files_is_translated(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    assert read_data(parse(WEB)) == Data(**parse(WEB_TRANSLATION))
+    assert read_data(parse(WEB)) == DataOptions(**parse(WEB_TRANSLATION))
     assert "filter_word_list is ignored: captions are NOT filtered" in caplog.text
     assert "data.params.train.postprocess.mode is ignored" in caplog.text
 
 
 def test_the_data_module_of_sgm_is_translated() -> None:
-    assert read_data(translate_data_module(parse(STABLE))) == Data(**parse(STABLE_TRANSLATION))
+    translated = translate_data_module(parse(STABLE))
+    assert read_data(translated) == DataOptions(**parse(STABLE_TRANSLATION))
     with pytest.raises(ValueError, match=r"data: `sgm.data.mnist.MNISTLoader` cannot be read"):
         read_data(translate_data_module(parse("{target: sgm.data.mnist.MNISTLoader}")))
     with pytest.raises(ValueError, match="data.params.train: `x` should be a mapping"):
@@ -99,7 +100,7 @@ def test_our_own_data_section_is_read_as_it_is(caplog: pytest.LogCaptureFixture)
     caplog.set_level("INFO")
     text = f"batch_size: 4, train: {FOLDER}, validation: {FOLDER}"
     data = parse(f"{{target: main.DataModuleFromConfig, params: {{wrap: true, {text}}}}}")
-    assert read_data(data) == Data(**parse(f"{{{text}}}"))
+    assert read_data(data) == DataOptions(**parse(f"{{{text}}}"))
     assert caplog.messages == ["data.params.wrap is ignored: samples depend on their index only"]
 
 

@@ -297,10 +297,10 @@ def test_the_scheduler_of_the_model_is_used_unless_the_optimizer_has_one() -> No
 
 
 SECTIONS = {
-    "trainer": schema.Trainer,
-    "callbacks": schema.Callbacks,
-    "lora": schema.Lora,
-    "textual_inversion": schema.TextualInversion,
+    "trainer": schema.TrainerOptions,
+    "callbacks": schema.CallbackOptions,
+    "lora": schema.LoraOptions,
+    "textual_inversion": schema.TextualInversionOptions,
 }
 
 
@@ -358,7 +358,7 @@ def test_the_schema_has_the_keywords_of_tasks() -> None:
         (schema.EmojiOptions, EmojiTransform, {"name"}),
         (schema.BucketOptions, Buckets, {"size"}),
         (schema.TagOptions, TagShuffle, set()),
-        (schema.NoiseLevels, LogNormal, set()),
+        (schema.LogNormalOptions, LogNormal, set()),
     ],
 )
 def test_the_schema_has_the_keywords_of_data(

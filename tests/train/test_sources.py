@@ -14,7 +14,7 @@ from ldm.data.pack import write_shards
 from ldm.loading.config import instantiate, read_yaml
 from ldm.train.batches.sources import check_data, open_batches
 from ldm.train.config.datamodules import read_data
-from ldm.train.config.schema import Data
+from ldm.train.config.schema import DataOptions
 
 ROOT = Path(__file__).parents[2]
 EMOJI = ROOT / "tests/data/emoji"
@@ -22,7 +22,7 @@ TRAIN = {"root": EMOJI, "split": "train", "transform": {"name": "emoji", "size":
 SHARDS = {"shards": "x-*.tar", "transform": {"name": "emoji", "size": 16}}
 
 
-def make_data(**params: Any) -> Data:
+def make_data(**params: Any) -> DataOptions:
     return read_data({"params": {"batch_size": 4, "train": TRAIN, **params}})
 
 

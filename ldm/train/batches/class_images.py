@@ -21,7 +21,7 @@ from ldm.pipelines.families import FAMILIES, find_family
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import write_atomically
 from ldm.train.batches.images import open_images
-from ldm.train.config.schema import ClassImages
+from ldm.train.config.schema import ClassImageOptions
 from ldm.train.distributed.parallel import eval_mode
 
 __all__ = ["open_class_images", "sample_class_images"]
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 GUIDANCE_SCALE = 5.0
 
 
-def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> ImageFolder:
+def open_class_images(model: LatentDiffusion, data: ClassImageOptions, seed: int) -> ImageFolder:
     """Open the class images; missing ones are sampled from the model first."""
     sample_class_images(model, data.root, data.prompt, data.count)
     spec = {"root": data.root, "transform": data.transform, "fields": {"text": data.prompt}}

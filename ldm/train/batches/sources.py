@@ -24,12 +24,12 @@ from ldm.train.batches.images import (
     warn_of_missing_captions,
 )
 from ldm.train.batches.latents import cache_latents
-from ldm.train.config.schema import Data
+from ldm.train.config.schema import DataOptions
 
 __all__ = ["check_data", "open_batches"]
 
 
-def check_data(data: Data, *, allow_commands: bool = False) -> None:
+def check_data(data: DataOptions, *, allow_commands: bool = False) -> None:
     """Raise errors that can be detected before a model is built, see `check_images`."""
     specs = {"train": data.train, "validation": data.validation}
     if data.prior:
@@ -42,7 +42,7 @@ def check_data(data: Data, *, allow_commands: bool = False) -> None:
 
 
 def open_batches(
-    model: nn.Module, data: Data, seed: int, *, allow_commands: bool = False
+    model: nn.Module, data: DataOptions, seed: int, *, allow_commands: bool = False
 ) -> tuple[BatchSource, BatchSource | None]:
     """Open the training data, and the validation data if there is any, as sources of batches.
 
@@ -85,7 +85,7 @@ def open_batches(
     return source, None if validation is None else _to_source(validation, seed)
 
 
-def _check_conditions(model: LatentDiffusion, data: Data) -> None:
+def _check_conditions(model: LatentDiffusion, data: DataOptions) -> None:
     """Raise ConfigError if the model reads a conditioning image that a transform does not make."""
     transforms = {
         "train": data.train["transform"],

@@ -16,7 +16,7 @@ from ldm.data.former_options import rename_options
 from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import (
-    Data,
+    DataOptions,
     EmojiOptions,
     FolderOptions,
     HubOptions,
@@ -76,7 +76,7 @@ ORIGINAL_DATASETS = {  # class -> {argument: our key}
 }  # fmt: skip
 
 
-def read_data(section: JsonMapping) -> Data:
+def read_data(section: JsonMapping) -> DataOptions:
     """Read a data section; ignored keys are logged."""
     target = section.get("target", "main.DataModuleFromConfig")
     items = (section.get("params") or {}).items()
@@ -86,7 +86,7 @@ def read_data(section: JsonMapping) -> Data:
         params = _translate_web_module(params)
     elif target != "main.DataModuleFromConfig":
         raise _unsupported_target("data", target)
-    data = validate_section(Data, params, "data.params")
+    data = validate_section(DataOptions, params, "data.params")
     if data.prior and "shards" in data.train:
         raise ValueError("data.params: `prior` needs a folder or a hub, not `shards`")
     splits: JsonObject = {

@@ -17,7 +17,7 @@ from typing import Any
 
 from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.schema import LightningTrainer, list_keys
+from ldm.train.config.schema import LightningTrainerArguments, list_keys
 from ldm.train.config.sgm import is_sgm_model, translate_training
 from ldm.train.config.specs import SPEC_KEYS, drop_nulls, get_section, read_spec
 
@@ -85,7 +85,7 @@ BEST_CHECKPOINT_KEYS = ("save_top_k", "monitor")
 DEFAULT_SAVE_TOP_K = 3  # the original's, if the model has a `monitor`
 CHECKPOINT_INTERVAL = 10_000  # steps, the original's default
 KNOWN_KEYS = {
-    "trainer": (*IGNORED_TRAINER_ARGUMENTS, *list_keys(LightningTrainer)),
+    "trainer": (*IGNORED_TRAINER_ARGUMENTS, *list_keys(LightningTrainerArguments)),
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *BUILT_IN_CALLBACKS),
 }
 
@@ -165,7 +165,7 @@ def _translate_trainer(result: _Translation) -> None:
     for key in [key for key in trainer if key in IGNORED_TRAINER_ARGUMENTS]:
         del trainer[key]
         result.add_ignored("lightning.trainer", [key], IGNORED_TRAINER_ARGUMENTS[key])
-    arguments = {key: trainer.pop(key, None) for key in list_keys(LightningTrainer)}
+    arguments = {key: trainer.pop(key, None) for key in list_keys(LightningTrainerArguments)}
     for key in ("max_steps", "max_epochs"):
         if trainer.get(key) == -1:  # unlimited, for Lightning
             trainer[key] = None

@@ -36,27 +36,27 @@ from ldm.train.tasks.diffusion import LEGACY_TRAINING
 __all__ = [
     "OPTIMIZER_OPTIONS",
     "AutoencoderObjective",
-    "CachedLatents",
-    "CachedTexts",
-    "Callbacks",
-    "ClassImages",
+    "CallbackOptions",
+    "ClassImageOptions",
     "CriterionOptions",
-    "Data",
+    "DataOptions",
     "DiffusionObjective",
     "EmojiOptions",
-    "Evaluation",
+    "EvaluationOptions",
     "FolderOptions",
     "HubOptions",
-    "LightningTrainer",
+    "LatentCacheOptions",
+    "LightningTrainerArguments",
     "LoaderOptions",
-    "Lora",
-    "Model",
+    "LoraOptions",
+    "ModelConfig",
     "ModelParams",
-    "Optimizer",
+    "OptimizerOptions",
     "PhotoOptions",
     "ShardOptions",
-    "TextualInversion",
-    "Trainer",
+    "TextCacheOptions",
+    "TextualInversionOptions",
+    "TrainerOptions",
     "list_keys",
     "parse_duration",
     "validate_section",
@@ -166,7 +166,7 @@ class Section(BaseModel):
     model_config = STRICT
 
 
-class Trainer(Section):
+class TrainerOptions(Section):
     """Length of a run, precision, parallelism and memory."""
 
     # The run ends after this many steps, epochs, or seconds of training (including those before it
@@ -202,7 +202,7 @@ class Trainer(Section):
     sanity: Bool = True
 
 
-class Optimizer(Section):
+class OptimizerOptions(Section):
     """Optimizer, learning rate schedule and EMA; `options` are keywords of the optimizer."""
 
     name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
@@ -250,7 +250,7 @@ OPTIMIZER_OPTIONS: dict[str, type] = {
 
 
 @with_config(STRICT)
-class Sampling(TypedDict, total=False):
+class GridSamplingOptions(TypedDict, total=False):
     """Sampling options of the image grids."""
 
     steps: Count
@@ -269,7 +269,7 @@ class Sampling(TypedDict, total=False):
     legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], TO_LIST]
 
 
-class Evaluation(Section):
+class EvaluationOptions(Section):
     """Evaluation of generated images with metrics, with EMA weights; see docs/evaluation.md."""
 
     steps: Steps  # interval of evaluations
@@ -283,7 +283,7 @@ class Evaluation(Section):
     clip: NonEmptyStr | None = None  # file; null: `open-clip-g`, if it is on this machine
 
 
-class Callbacks(Section):
+class CallbackOptions(Section):
     """What a run logs, saves, samples, validates and exports, and how often."""
 
     log_every: CountOrInf = 20  # interval of log lines, in steps
@@ -301,7 +301,7 @@ class Callbacks(Section):
     images: Annotated[int, Field(ge=0), TO_INTEGER] = 16
     # prompts of the image grids; null: the first captions of the data
     prompts: Annotated[list[str], TO_LIST] | None = None
-    sampling: Sampling = {}
+    sampling: GridSamplingOptions = {}
     validate_steps: Steps | None = None
     validate_epochs: Positive | None = None
     validate_batches: Count = 8
@@ -310,7 +310,7 @@ class Callbacks(Section):
     monitor: NonEmptyStr | None = (
         None  # validation loss; null: val/loss_ema, or val/loss without EMA
     )
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationOptions | None = None
     export: Annotated[list[Literal["safetensors", "ckpt"]], TO_LIST] = ["safetensors"]
     export_steps: Steps | None = None  # interval of checkpoints/trainstep_checkpoints/*, all kept
     weights: Literal["ema", "raw", "both"] = "ema"
@@ -330,7 +330,7 @@ class CriterionOptions(TypedDict, total=False):
 
 
 @with_config(STRICT)
-class NoiseLevels(TypedDict, total=False):
+class LogNormalOptions(TypedDict, total=False):
     """Keywords of `LogNormal`: mean and standard deviation of ln sigma."""
 
     mean: float
@@ -346,7 +346,7 @@ class DiffusionObjective(CriterionOptions, total=False):
     prior_loss_weight: Nonnegative
     weighting: Annotated[str, _one_of(WEIGHTINGS)] | None
     sigma_data: Positive
-    noise_levels: NoiseLevels | None
+    noise_levels: LogNormalOptions | None
     timesteps: Annotated[tuple[int, int], TO_TUPLE] | None
     noise_bias: Positive
     noise_offset: Nonnegative
@@ -373,7 +373,7 @@ class AutoencoderObjective(TypedDict, total=False):
     perceptual: JsonObject | None
 
 
-class Lora(Section):
+class LoraOptions(Section):
     """A LoRA to train for a frozen model."""
 
     rank: Count = 8
@@ -383,7 +383,7 @@ class Lora(Section):
     ]
 
 
-class TextualInversion(Section):
+class TextualInversionOptions(Section):
     """A token embedding to train for a frozen model."""
 
     token: NonEmptyStr
@@ -391,7 +391,7 @@ class TextualInversion(Section):
     init: NonEmptyStr | None = None  # words of the initial vectors; null: the mean of all tokens
 
 
-class Dropout(BaseModel):
+class DropoutOptions(BaseModel):
     """An entry of the original's `ucg_training`: probability of dropping a condition.
 
     `val`, which replaces the condition, can only be the empty text.
@@ -407,7 +407,7 @@ class ModelParams(CriterionOptions, total=False):
     """Training options that the original reads from `model.params`."""
 
     embedding_dropout: Probability
-    ucg_training: dict[str, Dropout]
+    ucg_training: dict[str, DropoutOptions]
     use_ema: Bool
     scheduler_config: JsonObject
     # The original's other values are not supported.
@@ -415,7 +415,7 @@ class ModelParams(CriterionOptions, total=False):
     unet_trainable: Literal["all", True]
 
 
-class Model(Section):
+class ModelConfig(Section):
     """`model:` of a config."""
 
     base_learning_rate: Nonnegative | None = None
@@ -435,7 +435,7 @@ class LoaderOptions(BaseModel):
     num_workers: Annotated[int, Field(ge=0), TO_INTEGER] = 0
 
 
-class CachedLatents(Section):
+class LatentCacheOptions(Section):
     """Latents of images, encoded once before training."""
 
     cache: ExpandedPath
@@ -445,7 +445,7 @@ class CachedLatents(Section):
     precision: Annotated[Literal["16", "32"], BeforeValidator(str)] = "16"
 
 
-class CachedTexts(Section):
+class TextCacheOptions(Section):
     """Contexts of captions, encoded once before training."""
 
     cache: ExpandedPath
@@ -540,7 +540,7 @@ class ShardOptions(TypedDict, total=False):
     length: Count
 
 
-class ClassImages(Section):
+class ClassImageOptions(Section):
     """Class images of DreamBooth; missing ones are sampled from the model before training."""
 
     root: ExpandedPath
@@ -549,20 +549,20 @@ class ClassImages(Section):
     transform: JsonObject
 
 
-class Data(LoaderOptions):
+class DataOptions(LoaderOptions):
     """`data.params`; `train` and `validation` are FolderOptions, HubOptions or ShardOptions."""
 
     model_config = STRICT
     batch_size: Count
     train: JsonObject
     validation: JsonObject | None = None
-    latents: CachedLatents | None = None
-    texts: CachedTexts | None = None
-    prior: ClassImages | None = None
+    latents: LatentCacheOptions | None = None
+    texts: TextCacheOptions | None = None
+    prior: ClassImageOptions | None = None
 
 
 @with_config(ALLOW_EXTRA)
-class LightningTrainer(TypedDict, total=False):
+class LightningTrainerArguments(TypedDict, total=False):
     """Arguments of Lightning's Trainer that are translated to ours."""
 
     accelerator: Annotated[str, _one_of(ACCELERATORS)]

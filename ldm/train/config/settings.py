@@ -63,19 +63,19 @@ class Settings:
     """
 
     config: JsonMapping
-    model: schema.Model
+    model: schema.ModelConfig
     loader: schema.LoaderOptions
-    trainer: schema.Trainer
-    optimizer: schema.Optimizer
+    trainer: schema.TrainerOptions
+    optimizer: schema.OptimizerOptions
     objective: JsonMapping
-    callbacks: schema.Callbacks
+    callbacks: schema.CallbackOptions
     devices: Devices = Devices()
-    lora: schema.Lora | None = None
-    textual_inversion: schema.TextualInversion | None = None
+    lora: schema.LoraOptions | None = None
+    textual_inversion: schema.TextualInversionOptions | None = None
     messages: tuple[str, ...] = ()
 
     @cached_property
-    def data(self) -> schema.Data:
+    def data(self) -> schema.DataOptions:
         """All of `data.params`, read on first use, as it is missing if only a model is built."""
         return read_data(self.config["data"])
 
@@ -186,10 +186,10 @@ def read_settings(config: JsonMapping) -> Settings:
     check_names("key", data_module, SPEC_KEYS, "data")
     if data_module:
         config = {**config, "data": translate_data_module(data_module)}
-    model = _read_section(schema.Model, config, "model", suggested_keys=["params.ckpt_path"])
+    model = _read_section(schema.ModelConfig, config, "model", suggested_keys=["params.ckpt_path"])
     _read_section(schema.ModelParams, config, "model.params")
     loader = _read_section(schema.LoaderOptions, config, "data.params")
-    lightning_trainer = _read_section(schema.LightningTrainer, config, "lightning.trainer")
+    lightning_trainer = _read_section(schema.LightningTrainerArguments, config, "lightning.trainer")
     known = [*LIGHTNING_SECTIONS, *lightning.LIGHTNING_ONLY_SECTIONS]
     check_names("section", get_section(config, "lightning"), known, "lightning")
     sections, messages = lightning.translate(config)
@@ -223,8 +223,8 @@ def read_settings(config: JsonMapping) -> Settings:
         where, keys = f"lightning.{section}", lightning.KNOWN_KEYS.get(section, ())
         return validate_section(schema_class, values[section], where, suggested_keys=keys)
 
-    trainer = validate(schema.Trainer, "trainer")
-    callbacks = validate(schema.Callbacks, "callbacks")
+    trainer = validate(schema.TrainerOptions, "trainer")
+    callbacks = validate(schema.CallbackOptions, "callbacks")
     if trainer.strategy == "hsdp" and not trainer.shard_size:
         raise ValueError("lightning.trainer: `strategy: hsdp` needs `shard_size`")
     if trainer.strategy != "hsdp" and trainer.shard_size:  # older configs may have it
@@ -254,9 +254,9 @@ def read_settings(config: JsonMapping) -> Settings:
             lightning_trainer.get("num_nodes", 1),
             needs_gpu=lightning_trainer.get("accelerator") in ("gpu", "cuda"),
         ),
-        lora=validate(schema.Lora, "lora") if values["lora"] else None,
+        lora=validate(schema.LoraOptions, "lora") if values["lora"] else None,
         textual_inversion=(
-            validate(schema.TextualInversion, "textual_inversion")
+            validate(schema.TextualInversionOptions, "textual_inversion")
             if values["textual_inversion"]
             else None
         ),
@@ -275,15 +275,15 @@ def require_keys(config: JsonMapping, *keys: str) -> None:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _make_validation_messages(callbacks: schema.Callbacks, data: JsonMapping) -> Iterator[str]:
+def _make_validation_messages(options: schema.CallbackOptions, data: JsonMapping) -> Iterator[str]:
     """Yield messages on validation keys that have no effect."""
-    has_interval = callbacks.validate_steps or callbacks.validate_epochs
+    has_interval = options.validate_steps or options.validate_epochs
     if not data.get("validation"):
-        if has_interval or callbacks.save_top_k:
+        if has_interval or options.save_top_k:
             yield "no validation: data.params.validation is missing"
-    elif callbacks.save_top_k and not has_interval:
+    elif options.save_top_k and not has_interval:
         yield "no validation: validate_steps and validate_epochs are missing"
-    if callbacks.monitor and not callbacks.save_top_k:
+    if options.monitor and not options.save_top_k:
         yield "lightning.callbacks.monitor is ignored, as `save_top_k` is 0"
 
 
@@ -294,12 +294,12 @@ def _read_section(
     return validate_section(schema_class, values, where, suggested_keys=suggested_keys)
 
 
-def _read_optimizer(values: JsonMapping) -> schema.Optimizer:
+def _read_optimizer(values: JsonMapping) -> schema.OptimizerOptions:
     """Read the optimizer; keys that are not common to all optimizers are its `options`."""
-    where, common_keys = "lightning.optimizer", schema.list_keys(schema.Optimizer)
+    where, common_keys = "lightning.optimizer", schema.list_keys(schema.OptimizerOptions)
     common_keys.remove("options")
     common = {key: value for key, value in values.items() if key in common_keys}
-    optimizer = validate_section(schema.Optimizer, common, where)
+    optimizer = validate_section(schema.OptimizerOptions, common, where)
     options: JsonObject = validate_section(
         schema.OPTIMIZER_OPTIONS[optimizer.name],
         {key: value for key, value in values.items() if key not in common_keys},
@@ -314,7 +314,7 @@ def _read_optimizer(values: JsonMapping) -> schema.Optimizer:
     return optimizer.model_copy(update={"options": options})
 
 
-def _build_schedule(optimizer: schema.Optimizer, lr: float) -> LearningRateSchedule:
+def _build_schedule(optimizer: schema.OptimizerOptions, lr: float) -> LearningRateSchedule:
     return LearningRateSchedule(
         lr, optimizer.lr_warmup_steps, optimizer.lr_scheduler, optimizer.scheduler_config
     )

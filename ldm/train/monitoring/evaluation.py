@@ -20,7 +20,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
 from ldm.pipelines.families import FAMILIES, find_family
 from ldm.runtime.errors import ConfigError
-from ldm.train.config.schema import Evaluation
+from ldm.train.config.schema import EvaluationOptions
 from ldm.train.distributed.parallel import eval_mode, is_sharded
 from ldm.train.monitoring.samples import DEFAULT_SAMPLING
 from ldm.train.run import Run
@@ -39,7 +39,7 @@ class Evaluator:
         ValueError, OSError: A file cannot be read.
     """
 
-    def __init__(self, run: Run, options: Evaluation) -> None:
+    def __init__(self, run: Run, options: EvaluationOptions) -> None:
         self.run = run
         self.options = options
         model = run.model

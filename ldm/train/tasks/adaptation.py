@@ -42,10 +42,10 @@ class AdaptationTask(Task):
 
     Args:
         task: Task whose loss is used; its model is frozen.
-        lora: Fields of `config.schema.Lora`; None = no LoRA.
-        textual_inversion: Fields of `config.schema.TextualInversion`; None = no textual inversion.
-            Each text encoder has its own vectors, initially the embeddings of the words `init`, or
-            the mean of all token embeddings.
+        lora: Fields of `config.schema.LoraOptions`; None = no LoRA.
+        textual_inversion: Fields of `config.schema.TextualInversionOptions`; None = no textual
+            inversion. Each text encoder has its own vectors, initially the embeddings of the words
+            `init`, or the mean of all token embeddings.
     """
 
     def __init__(
