@@ -47,7 +47,7 @@ def test_a_row_of_the_log_is_the_mean_over_its_steps(tmp_path: Path) -> None:
     progress = ProgressBar(loggers, Ranks(), torch.device("cpu"), **options)
     for step, loss in enumerate((7.0, 1.0, 2.0, 3.0, 6.0), start=4):
         losses = {"loss": torch.tensor(loss), "loss_per_sample": torch.ones(2)}
-        progress.update(step, losses, 1e-3, images=2)
+        progress.update(step, losses, 1e-3, num_images=2)
     progress.close()
     first, second = read_rows(tmp_path / "log.csv")  # step, loss, lr, images per second, memory
     assert first[:3] == ["4", "7", "0.001"]
