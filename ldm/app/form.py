@@ -1,4 +1,4 @@
-"""Define the fields of the page, and convert their values to those of options.
+"""Define the fields of the page, and convert their values to values of options.
 
 Each option with a label is a field; its component and bounds follow from the option. All tasks
 share prompts and settings; the tab of a task has its images and own options. Exceptions: image and
@@ -137,7 +137,7 @@ FIELDS = {
     "seed": Field("Textbox", {"value": "-1", "info": "-1 = random"}),
     "width": _number(8),
     "height": _number(8),
-    "eta": _textbox("default: that of the sampler, 0 … 1"),
+    "eta": _textbox("0 … 1; default: by sampler"),
     "s_tmin": _number(0.01),
     "s_tmax": _number(0.01, value=0, info="0: no limit"),
     "s_noise": _number(0.001),
@@ -163,8 +163,8 @@ FIELDS = {
     "refiner": _dropdown("", NO_ADDON),
     "refiner_start": Field("Slider", {"minimum": 0.05, "maximum": 0.95, "step": 0.05,
                                       "value": 0.8, "visible": False}),
-    "original_size": _textbox("default: that of the image"),
-    "target_size": _textbox("default: that of the image"),
+    "original_size": _textbox("default: size of the image"),
+    "target_size": _textbox("default: size of the image"),
     "crop": _textbox("0,0"),
     "aesthetic_score": _textbox("6"),
     "negative_original_size": _textbox("as above"),

@@ -196,7 +196,7 @@ class FormEvents:
 
         Args:
             defaults: The defaults that DEFAULTED_FIELDS were set to last. Those of filled fields
-                are dropped, so that a value of the image that equals one is not taken for a
+                are dropped, so that a value of the image that equals one is not mistaken for a
                 default, which the image's LoRAs may change.
         """
         values = get_field_values(info) if info else {}

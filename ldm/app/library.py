@@ -292,7 +292,7 @@ class Library:
                 names = ", ".join(self.loras) or "none, as the folder loras of the models is empty"
                 raise ArgumentError(f"no LoRA `{name}`; available: {names}", "lora")
             _check_weight(name, weight)
-            file = self.loras[name][0]
+            file, _ = self.loras[name]
             if file in files:
                 raise ArgumentError(f"the LoRA `{name}` is selected twice", "lora")
             files[file] = weight

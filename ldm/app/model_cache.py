@@ -44,11 +44,12 @@ class ModelCache:
         A cached model is reused for other LoRAs, see `set_loras`.
         """
         loras = tuple(options.pop("loras", ()))
-        files = (ckpt, config, options.get("vae"), *options.get("embeddings", ()))
-        stats = [list_file_stats(file) for file in files]
+        ckpt_stats = list_file_stats(ckpt)
+        files = (config, options.get("vae"), *options.get("embeddings", ()))
+        stats = (ckpt_stats, *map(list_file_stats, files))
         base = options.get("base")  # identified by its provenance, as its repr is not unique
         key_options = options | ({} if base is None else {"base": base.provenance})
-        key = (str(config), str(ckpt), tuple(stats), repr(sorted(key_options.items())))
+        key = (str(config), str(ckpt), stats, repr(sorted(key_options.items())))
         cached = self._models.get(key)
         # LoRAs are merged into weights, which the returned model may share with others.
         for other in self._models.values():
@@ -57,7 +58,7 @@ class ModelCache:
         if cached is not None:
             self._models[key] = self._models.pop(key)
         else:
-            self._models[key] = self._load_new(config, ckpt, stats[0], options)
+            self._models[key] = self._load_new(config, ckpt, ckpt_stats, options)
         model = self._models[key]
         if loras or model.merged is not None:
             set_loras(model, loras)
@@ -67,11 +68,11 @@ class ModelCache:
         self,
         config: str | Path | None,
         ckpt: str | Path | None,
-        stats: Sequence[tuple[str, int, int]],
+        ckpt_stats: Sequence[tuple[str, int, int]],
         options: dict[str, Any],
     ) -> LatentDiffusion:
-        nbytes = sum(size for _, size, _ in stats)
-        while self._models and self.nbytes + nbytes > self.max_bytes:
+        file_bytes = sum(size for _, size, _ in ckpt_stats)
+        while self._models and self.nbytes + file_bytes > self.max_bytes:
             self._models.pop(next(iter(self._models)))
         # Return the memory of evicted models to the device; torch would keep it reserved.
         if torch.cuda.is_available():

@@ -48,7 +48,8 @@ def _merge(args: Namespace) -> None:
     check_target(args)
     limits = make_rank_limits(args)
     files = [parse_lora(text) for text in args.files]
-    model = build_model_of_lora(files[0][0], args.model)
+    first_file, _ = files[0]
+    model = build_model_of_lora(first_file, args.model)
     with tqdm(unit="layer", disable=None) as bar:
         joined = join_loras(files, model, limits, progress=bar.update)
     layers = joined.lora.layers.values()

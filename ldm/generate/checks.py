@@ -238,7 +238,7 @@ def _find_family(path: Path | None, weights: Weights | None) -> _Family | None:
         return None
     published = weights.family
     name = next(key for key, family in FAMILIES.items() if family.function == published.task)
-    if published.has_vision_tower:  # its task is also that of unCLIP
+    if published.has_vision_tower:  # its task is the same as for unCLIP
         name = "variation"
     return _Family(name, published.title, published.is_sdxl)
 

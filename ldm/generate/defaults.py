@@ -19,7 +19,7 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
     """Return the sampling options of a request, with defaults for scale, steps, sampler and eta.
 
     Args:
-        defaults: Defaults of the model; its scale may be None, which means that of the task.
+        defaults: Defaults of the model; a scale of None stands for the default of the task.
     """
     sampling = request.sampling
     sampler = sampling.sampler or defaults.sampler

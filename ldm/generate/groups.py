@@ -160,7 +160,7 @@ class Sampling:
     sampler: str | None = option(None, "--sampler", choices=tuple(SAMPLERS), metavar="NAME",
         shortcuts={"--plms": "plms", "--dpm": "dpm", "--dpm_solver": "dpm"},
         label="Sampling method",
-        help=f"{', '.join(SAMPLERS)} (default: ddim, or that of a few-step model)")
+        help=f"{', '.join(SAMPLERS)} (default: ddim, or the sampler of a few-step model)")
     scheduler: str | None = option(None, "--scheduler", "--spacing", "--grid-spacing",
         choices=tuple(SCHEDULERS), metavar="NAME", label="Schedule type",
         help=f"spacing of the noise levels: {', '.join(SCHEDULERS)} (default: the sampler's own)")
@@ -255,7 +255,7 @@ class Sampling:
         " (default: %(default)s)")
     legacy: tuple[str, ...] = option((), "--legacy", parse=parse_legacy, const=SCRIPT_QUIRKS,
         metavar="NAMES", help="reproduce quirks of the original: names of "
-        + ",".join(QUIRKS) + "; without a value those of its scripts")
+        + ",".join(QUIRKS) + "; without a value the quirks of its scripts")
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ __all__ = [
     "DEPTH_SUFFIX", "FolderInputs", "ImageInputs", "PreparedImageTask", "RGBDInputs", "fit_image",
 ]  # fmt: skip
 
-DEPTH_SUFFIX = "_depth"  # of the stem of a depth file, after that of its image
+DEPTH_SUFFIX = "_depth"  # X.png has the depth X_depth.png
 
 
 @dataclass(frozen=True)

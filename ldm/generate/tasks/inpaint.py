@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MASK_SUFFIX = "_mask"  # of the stem of a mask file, after that of its image
+MASK_SUFFIX = "_mask"  # X.png has the mask X_mask.png
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ TASK = Task(
     ldm inpaint --ckpt 512-inpainting-ema.ckpt --indir pairs --outdir painted
 
 White, or the transparent part of the image, is repainted; all other pixels stay as they are. A
-text-to-image model works as well: the unmasked part is then fixed at every step.
+text-to-image model works, too: the unmasked part is then replaced before every step.
 """,
     inputs=InpaintInputs,
     prepare=InpaintTask,
