@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.convert import plan_conversion
-from ldm.loading.diffusers.files import write_texts
+from ldm.loading.diffusers.files import write_text_files
 from ldm.loading.legacy import translate_config
 from ldm.nets.blocks import timestep_embedding
 
@@ -40,7 +40,7 @@ Call = Callable[..., Tensor]
 def write_configs(file: Path) -> None:
     """Write the folder of configs and tokenizers that diffusers needs to load a single file."""
     folder = file.with_suffix("")
-    write_texts(folder, plan_conversion(file, folder, config=CONFIG).texts)
+    write_text_files(folder, plan_conversion(file, folder, config=CONFIG).text_files)
 
 
 def build_ours(name: str) -> tuple[nn.Module, Call]:

@@ -18,7 +18,7 @@ from ldm.generate.tasks import TASKS
 from ldm.loading import legacy
 from ldm.loading.addons.lora import read_loras
 from ldm.loading.build import build_on_meta
-from ldm.loading.diffusers.layout import INDEX
+from ldm.loading.diffusers.layout import MODEL_INDEX
 from ldm.loading.find_variant import find_variant, supports_variants
 from ldm.loading.model_config import has_defaults, read_config
 from ldm.loading.published import find_on_disk, read_published_files
@@ -100,7 +100,7 @@ def list_checkpoints(folder: str | Path) -> dict[str, Path]:
     if not root.is_dir():
         raise MissingFile(f"no folder `{folder}`", "models")
     files = list(filter(Path.is_file, list_files(root)))
-    folders = {file.parent for file in files if file.name == INDEX}
+    folders = {file.parent for file in files if file.name == MODEL_INDEX}
     weights = (file for file in files if file.suffix.lower() in CHECKPOINT_SUFFIXES)
     paths = {file for file in weights if folders.isdisjoint(file.parents)} | folders - {root}
     addons = {name for names in ADDON_FOLDERS.values() for name in names}

@@ -28,7 +28,7 @@ from ldm.loading.diffusers.files import (
     build_folder,
     get_weights_path,
     is_diffusers_folder,
-    write_texts,
+    write_text_files,
 )
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.families import CONFIG_DIR, LATENT_UPSCALER
@@ -141,7 +141,7 @@ def plan_conversion(
         ema: Whether to replace raw weights by their EMA.
         prune: Whether to leave EMA weights out of a file; a folder has none.
         variant: Variant in the file names of folders, such as `fp16`, which also sets the dtype if
-            the source is a file; None = see `read_component`.
+            the source is a file; None = see `read_component_state`.
         clip_stats: See `load`.
         vae: Checkpoint whose autoencoder is used instead; None = the source's.
         text_encoder: Checkpoint whose text encoder is used instead, and whose autoencoder if the
@@ -237,7 +237,7 @@ def convert(
         return target
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        write_texts(temporary, conversion.texts)
+        write_text_files(temporary, conversion.texts)
         for path, state in conversion.weights.items():
             write(temporary / path, state, conversion.metadata if path == EXTRA_WEIGHTS else {})
         _replace_folder(target, temporary)

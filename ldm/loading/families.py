@@ -27,17 +27,8 @@ from ldm.loading.files.checkpoint import to_ema_name
 from ldm.loading.weight_names import UNET_PREFIX, select_prefix, to_original_name
 
 __all__ = [
-    "CONFIG_DIR",
-    "FAMILIES",
-    "IMAGE_CONV",
-    "LATENT_UPSCALER",
-    "PREDICTION_TYPES",
-    "Detection",
-    "Family",
-    "PredictionType",
-    "detect_family",
-    "detect_prediction_type",
-    "probe_prediction_type",
+    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES", "Detection",
+    "Family", "PredictionType", "detect_family", "detect_prediction_type", "probe_prediction_type",
 ]  # fmt: skip
 
 CONFIG_DIR = "configs/stable-diffusion"

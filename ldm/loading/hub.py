@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ldm.loading.diffusers.layout import EXTRA_WEIGHTS, INDEX, read_json
+from ldm.loading.diffusers.layout import EXTRA_WEIGHTS, MODEL_INDEX, read_json
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
 from ldm.runtime.hashes import JsonCache, cache_sha256, get_cache_folder, get_sha256
 
@@ -272,16 +272,16 @@ def _list_folder_files(
     These are the files of a diffusers folder that a pipeline reads, its index first, or the only
     checkpoint of the repository.
     """
-    if "config.json" in sizes and INDEX not in sizes:
+    if "config.json" in sizes and MODEL_INDEX not in sizes:
         return ["config.json", *_choose_weights("", sizes, file_variant)]
-    if INDEX not in sizes:
+    if MODEL_INDEX not in sizes:
         files = [name for name in sizes if name.endswith(WEIGHT_SUFFIXES) and "/" not in name]
         files = [name for name in files if name.endswith(WEIGHT_SUFFIXES[0])] or files
         if len(files) != 1:
             raise DownloadError(f"`{repo}` is not a diffusers folder{_format_examples(sizes)}")
         return files
-    index = read_json(download_file(repo, INDEX, commit=commit))
-    names = [INDEX, *(name for name in sizes if name == EXTRA_WEIGHTS)]
+    index = read_json(download_file(repo, MODEL_INDEX, commit=commit))
+    names = [MODEL_INDEX, *(name for name in sizes if name == EXTRA_WEIGHTS)]
     for component, entry in index.items():
         if isinstance(entry, list) and entry[-1:] != [None] and component not in UNUSED_COMPONENTS:
             names += [

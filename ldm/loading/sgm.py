@@ -20,7 +20,9 @@ from ldm.diffusion.schedule import Schedule, betas_from_sigmas, make_betas
 from ldm.runtime.errors import ConfigError, check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["DIFFUSION_ENGINE", "check_params", "name_encoders", "translate_engine"]
+__all__ = [
+    "DIFFUSION_ENGINE", "SDXL_IMAGE_SIZE", "check_params", "name_encoders", "translate_engine",
+]  # fmt: skip
 
 DIFFUSION_ENGINE = "sgm.models.diffusion.DiffusionEngine"
 REQUIRED_KEYS = ("network_config", "denoiser_config", "first_stage_config")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.loading.autoencoders import SDXL_PATTERN, SDXL_SCALE_FACTOR
 from ldm.loading.build import fill_weights, meta_device
-from ldm.loading.diffusers.files import read_component
+from ldm.loading.diffusers.files import read_component_state
 from ldm.loading.diffusers.layout import read_json
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.matching import check_weights
@@ -70,7 +70,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
     if path.is_dir():
         if not config.is_file() or read_json(config).get("_class_name") != CLASS_NAME:
             return None
-        state = read_component(path, None)
+        state = read_component_state(path, None)
     else:
         state = read_checkpoint(path).state
     if not _is_tiny(state):

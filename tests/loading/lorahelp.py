@@ -14,7 +14,7 @@ from ldm.encoders.text import CLIPText, OpenCLIPText, TextEncoder
 from ldm.loading.addons.lora import read_changes
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.diffusers.encoders import make_text_config, make_tokenizer_files
-from ldm.loading.diffusers.files import write_texts
+from ldm.loading.diffusers.files import write_text_files
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_text_encoder, locate_unet
 from ldm.loading.diffusers.networks import make_unet_config
 from ldm.model import LatentDiffusion
@@ -166,7 +166,7 @@ def build_transformers_tokenizer(encoder: TextEncoder, folder: Path):
     """A tokenizer of transformers from the files that we write."""
     from transformers import CLIPTokenizer
 
-    write_texts(folder, make_tokenizer_files(encoder))
+    write_text_files(folder, make_tokenizer_files(encoder))
     return CLIPTokenizer.from_pretrained(folder)
 
 

@@ -13,7 +13,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import networks
 from ldm.loading.diffusers.folder_configs import make_folder_configs, make_original_config
-from ldm.loading.diffusers.layout import INDEX
+from ldm.loading.diffusers.layout import MODEL_INDEX
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.legacy import translate_config
 from ldm.runtime.errors import FileFormatError
@@ -71,7 +71,7 @@ def iter_components(model, spec):
     files, state = make_folder_configs(model, spec), model.state_dict()
     located = set()
     for component, locations in locate_weights(model).items():
-        path = f"{component}/config.json" if INDEX in files else "config.json"
+        path = f"{component}/config.json" if MODEL_INDEX in files else "config.json"
         yield component, files[path], convert_to_diffusers(locations, state)
         located |= locations.keys()
     assert all(name.startswith(NOT_IN_DIFFUSERS) for name in state.keys() - located)
@@ -123,6 +123,6 @@ def test_configs_survive_the_round_trip_through_diffusers(name):
 
 
 def test_a_folder_without_an_autoencoder_is_refused():
-    files = {INDEX: {}, "unet/config.json": {}, "depth_estimator/config.json": {}}
+    files = {MODEL_INDEX: {}, "unet/config.json": {}, "depth_estimator/config.json": {}}
     with pytest.raises(FileFormatError, match="`the folder` has no `vae/config.json`: download"):
         make_original_config(files)

@@ -131,7 +131,7 @@ def test_a_folder_cannot_have_another_range_of_sigmas(model, tmp_path):
     config = make_tiny_config()
     config["model"]["params"]["schedule"]["params"]["sigma_max"] = 10.0
     save_model(model, tmp_path / "x2.safetensors", {"ldm.config": format_yaml(config)})
-    with pytest.raises(ConfigError, match=r"has sigmas 0.02917 … 14.61 only"):
+    with pytest.raises(ConfigError, match=r"supports only sigmas 0.02917 … 14.61"):
         convert(plan_conversion(tmp_path / "x2.safetensors", tmp_path / "folder"))
 
 

@@ -16,7 +16,7 @@ from ldm.encoders.image import VISION_CONFIGS, VISION_DEFAULTS
 from ldm.encoders.towers import CLIP
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.diffusers.encoders import get_tower_config, is_openai_clip
-from ldm.loading.diffusers.files import read_network
+from ldm.loading.diffusers.files import read_network_checkpoint
 from ldm.loading.diffusers.layout import read_json
 from ldm.loading.diffusers.locations import (
     convert_from_diffusers,
@@ -84,7 +84,7 @@ def get_clip_name(clip: CLIP) -> str:
 def _build_clip(path: str | Path) -> tuple[CLIP, dict[str, Tensor], bool]:
     """Return a CLIP on the meta device, its weights, and whether these are memory-mapped."""
     path = resolve_checkpoint(path)
-    file, config_path = read_network(path), path / "config.json"
+    file, config_path = read_network_checkpoint(path), path / "config.json"
     state, is_unclip = file.state, False
     if TRANSFORMERS_PROJECTION in state:
         state = _to_open_clip_names(state)

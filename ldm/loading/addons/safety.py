@@ -9,7 +9,7 @@ from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.towers import VisionTower
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.diffusers.encoders import get_tower_config
-from ldm.loading.diffusers.files import read_network
+from ldm.loading.diffusers.files import read_network_checkpoint
 from ldm.loading.diffusers.layout import read_json
 from ldm.loading.diffusers.locations import convert_from_diffusers, locate_vision_tower
 from ldm.loading.files.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ def load_safety_checker(
         FileFormatError, WeightsMismatch: It is another model, or damaged.
     """
     path = find_safety_checker(path)
-    file, config_path = read_network(path), path / "config.json"
+    file, config_path = read_network_checkpoint(path), path / "config.json"
     _check_type(file)
     if heads is None and config_path.is_file():
         config = get_tower_config(read_json(config_path), "vision")

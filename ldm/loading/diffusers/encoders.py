@@ -17,29 +17,20 @@ from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "get_tower_config",
-    "is_openai_clip",
-    "make_depth_config",
-    "make_processor_config",
-    "make_text_files",
-    "make_tokenizer_files",
-    "make_vision_config",
-    "parse_depth_config",
-    "parse_sdxl_text_config",
-    "parse_text_config",
-    "parse_vision_config",
-    "read_added_tokens",
+    "get_tower_config", "is_openai_clip", "make_depth_config", "make_processor_config",
+    "make_text_files", "make_tokenizer_files", "make_vision_config", "parse_depth_config",
+    "parse_sdxl_text_config", "parse_text_config", "parse_vision_config", "read_added_tokens",
 ]  # fmt: skip
 
 Config = JsonMapping  # of transformers
 
-# The only supported value of options of transformers' DPT.
+# Options of transformers' DPT with only one supported value.
 DEPTH_REQUIRED_VALUES = {
     "head_in_index": -1, "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
     "readout_type": "project", "neck_ignore_stages": [0, 1], "is_hybrid": True,
 }  # fmt: skip
 ACTIVATIONS = ("quick_gelu", "gelu")
-# Common options of image processors; 3 is PIL's bicubic filter.
+# Common options of image processors; filter 3 is PIL's bicubic.
 PROCESSOR_DEFAULTS = {
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True,
@@ -60,7 +51,7 @@ PROCESSOR_OPTIONS = {
 def make_text_config(encoder: TextEncoder) -> JsonObject:
     """Return transformers' config of a text encoder, with only the blocks that are run.
 
-    Those of SDXL have all blocks, as diffusers' pipeline reads the penultimate hidden state.
+    SDXL's have all blocks, as diffusers' pipeline reads the penultimate hidden state.
     """
     class_name = "CLIPTextModel"
     block: OpenCLIPBlock | CLIPBlock
@@ -105,29 +96,29 @@ def make_text_files(encoder: TextEncoder, component: str = "text_encoder") -> Js
 
 
 def parse_sdxl_text_config(config: Config, *, pooled: bool) -> JsonObject:
-    """Return the parameters of SDXL's CLIPText, or with `pooled` of its OpenCLIPText."""
+    """Return the parameters of SDXL's CLIPText, or of its OpenCLIPText if `pooled`."""
     layers = config["num_hidden_layers"]
     if not pooled:
         return {"layer_idx": layers - 1, **_parse_openai_arch(config)}
     width, embed_dim = config["hidden_size"], config["projection_dim"]
-    name = _find_size_name(width, config["num_attention_heads"], layers)
+    name = _find_arch_name(width, config["num_attention_heads"], layers)
     uses_quick_gelu = is_openai_clip(config, "text_encoder_2/config.json")
-    has_usual_widths = embed_dim == width and config["intermediate_size"] == 4 * width
-    if name is not None and has_usual_widths and not uses_quick_gelu:
+    has_default_widths = embed_dim == width and config["intermediate_size"] == 4 * width
+    if name is not None and has_default_widths and not uses_quick_gelu:
         return {"arch": name}
     arch = {"embed_dim": embed_dim, "text_cfg": _make_text_cfg(config, layers)}
     return {"arch": arch | ({"quick_gelu": True} if uses_quick_gelu else {})}
 
 
 def _parse_openai_arch(config: Config) -> JsonObject:
-    """Return the parameter `arch` of CLIPText: sizes that differ from those of ViT-L/14."""
+    """Return the parameter `arch` of CLIPText: keys that differ from the config of ViT-L/14."""
     defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
     arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
     return {"arch": arch} if arch else {}
 
 
-def _find_size_name(width: int, heads: int, layers: int) -> str | None:
-    """Return open_clip's first name of a size: ViT-H-14, not ViT-g-14 of the same text tower."""
+def _find_arch_name(width: int, heads: int, layers: int) -> str | None:
+    """Return open_clip's name of a text tower; of several the first: ViT-H-14, not ViT-g-14."""
     size = TextSize(width, heads, layers)
     return next((name for name, other in TEXT_SIZES.items() if other == size), None)
 
@@ -146,30 +137,30 @@ def parse_text_config(config: Config) -> JsonObject:
     """Return the parameters of our text encoder: CLIPText for quick GELU, else OpenCLIPText.
 
     A folder usually does not contain OpenCLIP's last block, which Stable Diffusion 2 does not use:
-    our encoder has one block more then, and `layer: penultimate`. If the folder has all blocks of a
-    known size, `layer` is `last`.
+    our encoder then has one block more, and `layer: penultimate`. If the folder has all blocks of a
+    known architecture, it has `layer: last`.
     """
     if is_openai_clip(config, "text_encoder/config.json"):
         return _parse_openai_arch(config)
     width, heads = config["hidden_size"], config["num_attention_heads"]
     layers = config["num_hidden_layers"]
     params: JsonObject = {"freeze": True, "layer": "last"}
-    name = _find_size_name(width, heads, layers)
+    name = _find_arch_name(width, heads, layers)
     if name is None:
         params["layer"] = "penultimate"
         layers += 1
-        name = _find_size_name(width, heads, layers)
+        name = _find_arch_name(width, heads, layers)
     if name is not None:
         return params if name == "ViT-H-14" else params | {"arch": name}
     return params | {"arch": {"embed_dim": width, "text_cfg": _make_text_cfg(config, layers)}}
 
 
 def make_tokenizer_files(encoder: TextEncoder) -> JsonObject:
-    """Return the files of CLIP's tokenizer (JSON or text by name) with the encoder's padding."""
+    """Return the files of CLIP's tokenizer, by name, with the padding token of an encoder."""
     ids, ranks = tokenizer.load_vocabulary()
-    # open_clip has other names for these tokens; transformers uses CLIP's for its models, too.
+    # transformers uses CLIP's names of these tokens also for open_clip's models.
     start, end = tokenizer.CLIP.start, tokenizer.CLIP.end
-    tokens = {number: token for token, number in ids.items()}
+    tokens = {token_id: token for token, token_id in ids.items()}
     pad = tokens.get(encoder.tokenizer_variant.pad, end)
     specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     tokenizer_config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": encoder.length}
@@ -183,8 +174,8 @@ def make_tokenizer_files(encoder: TextEncoder) -> JsonObject:
 
 def read_added_tokens(files: JsonMapping, folder: str) -> dict[str, int]:
     """Return the ids of a tokenizer's added tokens, from files of any version of transformers."""
-    table = files.get(f"{folder}/tokenizer_config.json", {}).get("added_tokens_decoder", {})
-    tokens = {entry["content"]: int(number) for number, entry in table.items()}
+    decoder = files.get(f"{folder}/tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    tokens = {entry["content"]: int(token_id) for token_id, entry in decoder.items()}
     entries = files.get(f"{folder}/tokenizer.json", {}).get("added_tokens", [])
     tokens |= {entry["content"]: int(entry["id"]) for entry in entries}
     return tokens | dict(files.get(f"{folder}/added_tokens.json", {}))
@@ -229,10 +220,10 @@ def parse_vision_config(config: Config) -> JsonObject:
 
 
 def make_processor_config(class_name: str, size: int) -> JsonObject:
-    """Return the config of an image processor in PROCESSOR_OPTIONS, which resizes to a square."""
-    sizes = {"height": size, "width": size}
+    """Return the config of an image processor, which resizes to a square of `size` pixels."""
     options = PROCESSOR_DEFAULTS | PROCESSOR_OPTIONS[class_name]
-    return options | {"image_processor_type": class_name, "size": sizes}
+    square = {"height": size, "width": size}
+    return options | {"image_processor_type": class_name, "size": square}
 
 
 def make_depth_config(encoder: MiDaSDepth) -> JsonObject:
@@ -242,7 +233,7 @@ def make_depth_config(encoder: MiDaSDepth) -> JsonObject:
     vit: Any = dpt.pretrained["model"]
     cnn, block = vit.patch_embed.backbone, vit.blocks[0]
     channels = [stage["num_chs"] for stage in cnn.feature_info][1:]
-    patches = round((vit.pos_embed.shape[1] - 1) ** 0.5)  # along a side
+    patches_per_side = round((vit.pos_embed.shape[1] - 1) ** 0.5)
     return (
         DEPTH_REQUIRED_VALUES
         | {
@@ -253,10 +244,10 @@ def make_depth_config(encoder: MiDaSDepth) -> JsonObject:
             "num_hidden_layers": len(vit.blocks),
             "num_attention_heads": block.attn.num_heads,
             "layer_norm_eps": block.norm1.eps,
-            "image_size": 16 * patches,
+            "image_size": 16 * patches_per_side,
             "patch_size": 16,
             "backbone_out_indices": [2, 5, *dpt.hooks],  # the first two are stages, not blocks
-            "backbone_featmap_shape": [1, channels[-1], patches, patches],
+            "backbone_featmap_shape": [1, channels[-1], patches_per_side, patches_per_side],
             "neck_hidden_sizes": [*channels[:2], vit.embed_dim, vit.embed_dim],
             "fusion_hidden_size": len(dpt.scratch["layer1_rn"].get_parameter("weight")),
             "backbone_config": {
@@ -291,7 +282,7 @@ def parse_depth_config(config: Config) -> JsonObject:
 
 
 def get_tower_config(config: Config, tower: Literal["text", "vision"]) -> JsonObject:
-    """Return the section of a tower in the config of a transformers' CLIPModel."""
+    """Return the section of a tower in the config of transformers' CLIPModel."""
     # Older versions of transformers wrote both; the second one takes precedence.
     return (config.get(f"{tower}_config") or {}) | (config.get(f"{tower}_config_dict") or {})
 

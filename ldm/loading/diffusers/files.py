@@ -2,8 +2,8 @@
 
 A folder that we write also contains `original.safetensors`: the tensors that diffusers does not
 have (the last block of OpenCLIP's text encoder, projections, noise schedule), under their original
-names, with the YAML in its metadata. diffusers ignores it; with it the conversion back is lossless.
-Without it unused weights become zeros, and the noise schedule is computed.
+names, with the YAML in its metadata. diffusers ignores this file, which makes the conversion back
+lossless. Without it unused weights become zeros, and the noise schedule is computed.
 """
 
 import json
@@ -24,18 +24,18 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.encoders import read_added_tokens
 from ldm.loading.diffusers.folder_configs import (
-    NORMALIZER,
-    Files,
+    NORMALIZER_CONFIG,
+    FolderFiles,
     make_folder_configs,
     make_original_config,
 )
 from ldm.loading.diffusers.layout import (
     EXTRA_WEIGHTS,
-    INDEX,
-    REMEDY,
-    SCHEDULER,
-    UNET,
-    VAE,
+    MISSING_FILES_REMEDY,
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    UNET_CONFIG,
+    VAE_CONFIG,
     read_json,
 )
 from ldm.loading.diffusers.locations import (
@@ -61,16 +61,17 @@ from ldm.runtime.errors import FileFormatError, MissingFile, errors_as
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "PIPELINE_KEY", "build_folder", "get_weights_path", "is_diffusers_folder", "read_component",
-    "read_folder", "read_folder_config", "read_folder_metadata", "read_network", "write_texts",
+    "PIPELINE_KEY", "build_folder", "get_weights_path", "is_diffusers_folder",
+    "read_component_state", "read_folder", "read_folder_config", "read_folder_metadata",
+    "read_network_checkpoint", "write_text_files",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-PIPELINE_KEY = "ldm.pipeline"  # in the metadata: the class of a folder's pipeline
-# Stems of files of weights, of diffusers and of transformers.
-WEIGHTS_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-# JSONs of components that are read.
+PIPELINE_KEY = "ldm.pipeline"  # metadata key of the class of a folder's pipeline
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"  # of weights files
+WEIGHTS_STEMS = (DIFFUSERS_STEM, TRANSFORMERS_STEM, "pytorch_model")  # the last: a .bin
+# Names of the JSON files that are read of a component.
 CONFIG_NAMES = (
     "config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json",
     "tokenizer.json", "added_tokens.json",
@@ -78,7 +79,7 @@ CONFIG_NAMES = (
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TRANSFORMERS_COMPONENTS = (*TOKENIZERS, "image_encoder", "depth_estimator")
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
-# A file of weights, or the index of several shards.
+# A weights file, one shard of several, or the index of the shards.
 WEIGHTS_FILE = re.compile(
     rf"(?P<stem>{'|'.join(WEIGHTS_STEMS)})(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?"
     r"\.(?P<suffix>safetensors|bin)(?P<index>\.index(?:\.(?P<index_variant>\w+))?\.json)?"
@@ -88,9 +89,9 @@ Components = dict[str, dict[str, Tensor]]  # weights by component, under diffuse
 
 
 def is_diffusers_folder(path: str | Path) -> bool:
-    """Return whether a path is the folder of a pipeline, or of an autoencoder only."""
+    """Return whether a path is the folder of a pipeline or of an AutoencoderKL."""
     path = Path(path).expanduser()
-    if (path / INDEX).is_file():
+    if (path / MODEL_INDEX).is_file():
         return True
     config = path / "config.json"
     return config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
@@ -100,7 +101,7 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
     """Return the weights of a folder under the original's names, with config and added tokens.
 
     Args:
-        file_variant: See `read_component`; at least one component must have it.
+        file_variant: See `read_component_state`; at least one component must have it.
     """
     path = Path(path).expanduser()
     files = _read_configs(path)
@@ -117,12 +118,12 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
     prefixes = get_component_prefixes(model)
     added_tokens: dict[str, list[Tensor]] = {}
     state = rename_weights(extra.state)
-    folders = {name: path / name if INDEX in files else path for name in locations}
-    if file_variant and not any(file_variant in _find_weights(f) for f in folders.values()):
+    folders = {name: path / name if MODEL_INDEX in files else path for name in locations}
+    if file_variant and not any(file_variant in _find_weights_files(f) for f in folders.values()):
         message = f"no weights of variant `{file_variant}` in `{path}`: leave out `variant`"
         raise MissingFile(message, "variant")
     for component, folder in folders.items():
-        component_state = read_component(folder, file_variant)
+        component_state = read_component_state(folder, file_variant)
         if component in TOKENIZERS:
             added = _pop_added_tokens(component_state, token_ids[component])
             for token, vectors in added.items():
@@ -131,7 +132,7 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
             ids, table = state[TOKEN_IDS], state.pop(TOKEN_TABLE)
             for name in component_state:
                 if name.endswith(TOKEN_EMBEDDING):
-                    component_state[name] = _compact_rows(component_state[name], ids, table)
+                    component_state[name] = _compact_vocabulary(component_state[name], ids, table)
         state |= {f"{prefixes[component]}{name}": v for name, v in component_state.items()}
     dtype = next((v.dtype for v in component_state.values() if v.is_floating_point()), None)
     located = {name for names in locations.values() for name in names}
@@ -140,10 +141,10 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
         state[name] = torch.zeros(value.shape, dtype=dtype) if value.is_meta else value
     state = match_weights(model, state, path, f"`{path}` does not fit its own configs")
     buffers = make_buffers(model) if isinstance(model, LatentDiffusion) else {}
-    if NORMALIZER in files:
-        folder = (path / NORMALIZER).parent
+    if NORMALIZER_CONFIG in files:
+        folder = (path / NORMALIZER_CONFIG).parent
         with errors_as(FileFormatError, f"`{folder}` has damaged statistics"):
-            buffers |= _convert_statistics(read_component(folder, file_variant))
+            buffers |= _convert_statistics(read_component_state(folder, file_variant))
     return Checkpoint(
         path=path,
         format="diffusers",
@@ -156,26 +157,28 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
 
 
 def read_folder_config(path: Path) -> JsonObject:
-    """Return the config of a folder; only its JSONs are read."""
+    """Return the config of a folder, with the original's keys; weights are not read."""
     return make_original_config(_read_configs(path), str(path))
 
 
 def read_folder_metadata(path: Path) -> tuple[dict[str, str], bool]:
-    """Return the metadata of a folder, and whether its UNet embeds the guidance scale."""
-    files = _read_files(path, [path / name for name in (INDEX, UNET, VAE, SCHEDULER)])
-    return _collect_metadata(files), bool(files.get(UNET, {}).get("time_cond_proj_dim"))
+    """Return (metadata of a folder, whether its UNet embeds the guidance scale)."""
+    files = _read_json_files(
+        path, [path / name for name in (MODEL_INDEX, UNET_CONFIG, VAE_CONFIG, SCHEDULER_CONFIG)]
+    )
+    return _collect_metadata(files), bool(files.get(UNET_CONFIG, {}).get("time_cond_proj_dim"))
 
 
 def build_folder(
     file: Checkpoint, raw: JsonMapping, clip_stats: str | Path | None = None
-) -> tuple[Files, Components]:
-    """Return (JSONs and texts by path, tensors by component) of a folder to write.
+) -> tuple[FolderFiles, Components]:
+    """Return (text files by path, tensors by component) of a folder to write.
 
     Tensors that diffusers does not have are in component "", under the original's names.
 
     Args:
-        file: The weights, with the original's names.
-        raw: Config of the file.
+        file: Weights under the original's names.
+        raw: Config of the weights, with the original's keys.
         clip_stats: See `load_clip_statistics`.
     """
     non_weights = _select_non_weights(file.state)
@@ -194,67 +197,67 @@ def build_folder(
         extra = {name: value for name, value in extra.items() if name not in locations}
     if TOKEN_IDS in state:
         text, name = components["text_encoder"], f"text_model.{TOKEN_EMBEDDING}"
-        text[name] = _expand_rows(text[name], state[TOKEN_IDS])
+        text[name] = _expand_vocabulary(text[name], state[TOKEN_IDS])
         extra[TOKEN_TABLE] = state[TOKEN_TABLE]
     if not isinstance(model, LatentDiffusion):
         return files, {**components, "": restore_names(extra, sgm=False)}
-    if NORMALIZER in files:
+    if NORMALIZER_CONFIG in files:
         buffers = select_buffers(file.state)
         load_clip_statistics(model.conditioner, file.path, clip_stats, buffers)
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
-        components[Path(NORMALIZER).parts[0]] = {"mean": mean, "std": std}
+        components[Path(NORMALIZER_CONFIG).parts[0]] = {"mean": mean, "std": std}
     is_sgm = has_sgm_names(state)
     return files, {**components, "": restore_names(extra, non_weights, sgm=is_sgm)}
 
 
-def get_weights_path(component: str, files: Files, file_variant: str | None = None) -> str:
+def get_weights_path(component: str, files: FolderFiles, file_variant: str | None = None) -> str:
     """Return the path of a component's weights in a folder.
 
     Args:
         component: Name of the component; "" for EXTRA_WEIGHTS.
-        files: The JSONs of the folder by path.
-        file_variant: Variant in the file name, such as `fp16`; None = none.
+        files: The text files of the folder.
+        file_variant: Variant in the file name, such as `fp16`; None = no variant.
     """
     if not component:
         return EXTRA_WEIGHTS
-    stem = WEIGHTS_STEMS[1] if component in TRANSFORMERS_COMPONENTS else WEIGHTS_STEMS[0]
+    stem = TRANSFORMERS_STEM if component in TRANSFORMERS_COMPONENTS else DIFFUSERS_STEM
     name = f"{stem}.{file_variant}.safetensors" if file_variant else f"{stem}.safetensors"
-    return f"{component}/{name}" if INDEX in files else name
+    return f"{component}/{name}" if MODEL_INDEX in files else name
 
 
-def write_texts(folder: Path, files: Files) -> None:
-    """Write the JSONs and texts of a folder."""
+def write_text_files(folder: Path, files: FolderFiles) -> None:
+    """Write the JSON and text files of a folder."""
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         if not isinstance(content, str):
-            indent = None if path.endswith("vocab.json") else 2  # 49408 entries: half a second
+            indent = None if path.endswith("vocab.json") else 2  # 49408 lines take half a second
             content = json.dumps(content, indent=indent) + "\n"
         (folder / path).write_text(content, "utf-8")
 
 
-def _read_configs(path: Path) -> Files:
+def _read_configs(path: Path) -> FolderFiles:
     candidates = [file for name in CONFIG_NAMES for file in sorted(path.glob(f"*/{name}"))]
-    return _read_files(path, [*candidates, path / INDEX, path / "config.json"])
+    return _read_json_files(path, [*candidates, path / MODEL_INDEX, path / "config.json"])
 
 
-def _read_files(path: Path, candidates: Iterable[Path]) -> Files:
+def _read_json_files(path: Path, candidates: Iterable[Path]) -> FolderFiles:
     return {f.relative_to(path).as_posix(): read_json(f) for f in candidates if f.is_file()}
 
 
-def _collect_metadata(files: Files) -> dict[str, str]:
-    """Return metadata from a folder's JSONs: classes, prediction type, options of the VAE."""
-    vae_config: JsonMapping = files.get(VAE) or files.get("config.json") or {}
+def _collect_metadata(files: FolderFiles) -> dict[str, str]:
+    """Return metadata from JSON files: class names, prediction type, options of the VAE."""
+    vae_config: JsonMapping = files.get(VAE_CONFIG) or files.get("config.json") or {}
     keys = {SCALE_KEY: "scaling_factor", UPCAST_KEY: "force_upcast"}
     options = {k: json.dumps(vae_config[name]) for k, name in keys.items() if name in vae_config}
-    scheduler: JsonMapping = files.get(SCHEDULER, {})
+    scheduler: JsonMapping = files.get(SCHEDULER_CONFIG, {})
     scheduler_class = str(scheduler.get("_class_name", ""))
-    texts = {
-        PIPELINE_KEY: files.get(INDEX, {}).get("_class_name"),
+    metadata = {
+        PIPELINE_KEY: files.get(MODEL_INDEX, {}).get("_class_name"),
         SCHEDULER_KEY: scheduler_class,
     }
     if not scheduler_class.startswith("EDM"):  # its "epsilon" means EDM's preconditioning
-        texts[f"{MODELSPEC_PREFIX}prediction_type"] = scheduler.get("prediction_type")
-    return options | {key: str(text) for key, text in texts.items() if text}
+        metadata[f"{MODELSPEC_PREFIX}prediction_type"] = scheduler.get("prediction_type")
+    return options | {key: str(value) for key, value in metadata.items() if value}
 
 
 def _build_model(
@@ -263,7 +266,7 @@ def _build_model(
     """Return (model on the meta device, translated config).
 
     Args:
-        non_weights: Buffers, which may contain the scale factor.
+        non_weights: Buffers; `scale_factor` among them replaces the config's.
     """
     spec = translate_config(raw, where=where, skipped=[])
     model = build_on_meta(spec, where=where)
@@ -273,7 +276,7 @@ def _build_model(
 
 
 def _select_non_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that are not weights, except for losses: buffers and markers."""
+    """Return buffers and marker tensors: all NON_WEIGHTS except losses and position ids."""
     return {
         name: value
         for name, value in state.items()
@@ -281,25 +284,25 @@ def _select_non_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _read_extra_weights(path: Path, files: Files) -> Checkpoint | None:
+def _read_extra_weights(path: Path, files: FolderFiles) -> Checkpoint | None:
     """Return `original.safetensors`, unless it is missing or belongs to another model."""
     if not (path / EXTRA_WEIGHTS).is_file():
         return None
     extra = read_checkpoint(path / EXTRA_WEIGHTS)
     if _has_same_config(extra, files):
         return extra
-    log.warning("`%s` belongs to another model than the folder: ignored", path / EXTRA_WEIGHTS)
+    log.warning("`%s` is ignored: it belongs to another model", path / EXTRA_WEIGHTS)
     return None
 
 
-def _has_same_config(extra: Checkpoint, files: Files) -> bool:
-    """Return whether the YAML in `original.safetensors` agrees with the folder's JSONs."""
+def _has_same_config(extra: Checkpoint, files: FolderFiles) -> bool:
+    """Return whether the YAML in `original.safetensors` agrees with the folder's configs."""
     if CONFIG_KEY not in extra.metadata:
         return False
     raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
     non_weights = _select_non_weights(extra.state)
-    written = make_folder_configs(*_build_model(raw, EXTRA_WEIGHTS, non_weights))
-    for path, config in written.items():
+    expected_files = make_folder_configs(*_build_model(raw, EXTRA_WEIGHTS, non_weights))
+    for path, config in expected_files.items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
             continue
         if path not in files:
@@ -311,40 +314,44 @@ def _has_same_config(extra: Checkpoint, files: Files) -> bool:
     return True
 
 
-def read_component(folder: Path, file_variant: str | None = None) -> dict[str, Tensor]:
+def read_component_state(folder: Path, file_variant: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a component, from one file or several shards.
 
     Args:
-        file_variant: Variant in the file names, such as `fp16`; None, or one that the component
-            does not have = files without one, else fp16, else the first other, `non_ema` last.
+        file_variant: Variant in the file names, such as `fp16`. If it is None or the component does
+            not have it: files without a variant, else fp16, else any other, `non_ema` last.
     """
-    variants = _find_weights(folder)
+    variants = _find_weights_files(folder)
     if not variants:
         listed = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
-        raise MissingFile(f"no weights in `{folder}`, only {listed}: {REMEDY}")
-    chosen = file_variant or ""
-    if chosen not in variants:
-        chosen = min(
+        raise MissingFile(f"no weights in `{folder}`, only {listed}: {MISSING_FILES_REMEDY}")
+    selected = file_variant or ""
+    if selected not in variants:
+        selected = min(
             variants, key=lambda name: (name != "", name == "non_ema", name != "fp16", name)
         )
         if file_variant is None:
-            log.info("`%s` has variants %s, using %s", folder, ", ".join(sorted(variants)), chosen)
+            log.info(
+                "`%s` has variants %s, using %s", folder, ", ".join(sorted(variants)), selected
+            )
         else:
-            log.warning("`%s` has no variant %s, using %s", folder, file_variant, chosen or "none")
-    best = min(variants[chosen], key=_rank_file)
-    files = [best[0]]
+            log.warning(
+                "`%s` has no variant %s, using %s", folder, file_variant, selected or "none"
+            )
+    best = min(variants[selected], key=_rank_file)
+    path = folder / best.string
+    names = [path.name]
     if best["index"]:
-        # Only the names: an index that was downloaded must not lead to other folders.
-        with errors_as(FileFormatError, f"`{folder / best[0]}` is damaged"):
-            weight_map = read_json(folder / best[0])["weight_map"]
-            files = sorted({Path(name).name for name in weight_map.values()})
+        # Without folders: an index that was downloaded must not refer to files elsewhere.
+        with errors_as(FileFormatError, f"`{path}` is damaged"):
+            names = sorted({Path(name).name for name in read_json(path)["weight_map"].values()})
     elif best["shard"]:
-        files = [match[0] for match in variants[chosen] if match["shard"]]
-    return {k: v for name in files for k, v in read_checkpoint(folder / name).state.items()}
+        names = [match.string for match in variants[selected] if match["shard"]]
+    return {k: v for name in names for k, v in read_checkpoint(folder / name).state.items()}
 
 
-def _find_weights(folder: Path) -> dict[str, list[re.Match[str]]]:
-    """Return the files of a component's weights by variant; "" = without one."""
+def _find_weights_files(folder: Path) -> dict[str, list[re.Match[str]]]:
+    """Return the matches of WEIGHTS_FILE in a folder by variant; "" = without a variant."""
     variants: dict[str, list[re.Match[str]]] = {}
     names = sorted(file.name for file in folder.glob("*"))
     for match in filter(None, map(WEIGHTS_FILE.fullmatch, names)):
@@ -358,15 +365,15 @@ def _rank_file(match: re.Match[str]) -> tuple[bool, bool, int, bool]:
     return bool(match["shard"]), is_pickle, WEIGHTS_STEMS.index(match["stem"]), bool(match["index"])
 
 
-def read_network(path: Path) -> Checkpoint:
-    """Return the weights of one network, from a file or from the folder of a component."""
+def read_network_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint of one network, from a file or from the folder of a component."""
     if path.is_dir():
-        return Checkpoint(path, "diffusers", read_component(path), memory_mapped=True)
+        return Checkpoint(path, "diffusers", read_component_state(path), memory_mapped=True)
     return read_checkpoint(path)
 
 
 def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[str, Tensor]:
-    """Remove the rows of added tokens from a text encoder; return vectors (n, D) by token."""
+    """Remove added tokens from a text encoder's table; return their vectors (n, D) by token."""
     name = next((name for name in state if name.endswith(TOKEN_EMBEDDING)), None)
     if name is None or len(state[name]) <= VOCAB_SIZE:
         return {}
@@ -383,18 +390,18 @@ def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[
 
 
 def _convert_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return mean and standard deviation of embeddings as buffers; {} if they are 0 and 1."""
+    """Return mean and standard deviation of CLIP's embeddings as buffers; {} if 0 and 1."""
     if not state["mean"].any() and bool((state["std"] == 1).all()):
         return {}
     return {f"noise_augmentor.data_{key}": state[key].flatten() for key in ("mean", "std")}
 
 
-def _expand_rows(table: Tensor, ids: Tensor) -> Tensor:
-    """Expand a compact token embedding to CLIP's vocabulary.
+def _expand_vocabulary(table: Tensor, ids: Tensor) -> Tensor:
+    """Expand the token embedding of a compact vocabulary to CLIP's vocabulary.
 
     Args:
         table: (n + 1, D); row 0 is for all tokens that are not in the compact vocabulary.
-        ids: (n,) ids in CLIP's vocabulary of the other rows; larger ones mark unused rows.
+        ids: (n,) ids in CLIP's vocabulary of the other rows; VOCAB_SIZE or more = an unused row.
     Returns:
         (VOCAB_SIZE, D).
     """
@@ -404,8 +411,8 @@ def _expand_rows(table: Tensor, ids: Tensor) -> Tensor:
     return table[rows]
 
 
-def _compact_rows(embedding: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-    """Invert `_expand_rows`; unused rows are taken from `table`."""
+def _compact_vocabulary(embedding: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """Invert `_expand_vocabulary`; `table` (n + 1, D) has the values of unused rows."""
     is_token, is_unknown = ids < VOCAB_SIZE, torch.ones(VOCAB_SIZE, dtype=torch.bool)
     is_unknown[ids[is_token]] = False
     compact = table.clone()

@@ -1,7 +1,7 @@
-"""Convert between a model's config and the JSONs of a diffusers folder, `model_index.json` …
+"""Convert between a model's config and the JSON files of a diffusers folder.
 
 `make_original_config` fills the published YAML of the family with the folder's parameters, so that
-programs for the original's configs can read it.
+programs for the original's configs can read the result.
 """
 
 import logging
@@ -33,18 +33,18 @@ from ldm.pipelines.families import is_sdxl
 from ldm.runtime.errors import FileFormatError, WrongFamily
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["Files", "make_folder_configs", "make_original_config"]
+__all__ = ["FolderFiles", "make_folder_configs", "make_original_config"]
 
 log = logging.getLogger(__name__)
 
-Files = JsonObject  # path in the folder -> JSON, or text
+FolderFiles = JsonObject  # path in the folder -> content: JSON, or text
 
-IMAGE = "image_encoder/config.json"
-DEPTH = "depth_estimator/config.json"
-PROCESSOR = "feature_extractor/preprocessor_config.json"
-NORMALIZER = "image_normalizer/config.json"
-EMBEDDING_NOISE = "image_noising_scheduler/scheduler_config.json"
-LOW_RES_NOISE = "low_res_scheduler/scheduler_config.json"
+IMAGE_ENCODER_CONFIG = "image_encoder/config.json"
+DEPTH_CONFIG = "depth_estimator/config.json"
+PROCESSOR_CONFIG = "feature_extractor/preprocessor_config.json"
+NORMALIZER_CONFIG = "image_normalizer/config.json"
+EMBEDDING_NOISE_CONFIG = "image_noising_scheduler/scheduler_config.json"
+LOW_RES_NOISE_CONFIG = "low_res_scheduler/scheduler_config.json"
 
 # Entries of the index for a pipeline without its safety checker.
 NO_SAFETY_CHECKER = {
@@ -58,8 +58,8 @@ class _Pipeline(NamedTuple):
 
     Args:
         name: Class of diffusers.
-        openai_config: Name of the YAML with OpenAI's CLIP as encoder; None = no such family.
-        open_clip_config: Name of the YAML with OpenCLIP; None = no such family.
+        openai_config: Name of the YAML for OpenAI's CLIP as encoder; None = no such family.
+        open_clip_config: Name of the YAML for OpenCLIP as encoder; None = no such family.
         has_safety_checker: Whether it has a safety checker, which our folders do not contain.
     """
 
@@ -69,8 +69,8 @@ class _Pipeline(NamedTuple):
     has_safety_checker: bool = True
 
 
-# By the encoder that identifies the pipeline, "text" if there is no other. masked = inpainting,
-# lowres = x4 upscaler, image = unCLIP, rgbd = LDM3D (-SR), variations = image instead of a prompt.
+# By the encoder besides the text encoder, "text" if there is none. masked = inpainting, lowres = x4
+# upscaler, image = unCLIP, rgbd = LDM3D (-SR), variations = an image instead of a prompt.
 # fmt: off
 PIPELINES = {
     "text": _Pipeline("StableDiffusionPipeline", "v1-inference", "v2-inference"),
@@ -87,20 +87,20 @@ PIPELINES = {
 }
 # fmt: on
 # Components that only one pipeline has.
-PIPELINE_OF_COMPONENT = {
+PIPELINE_BY_COMPONENT = {
     "depth_estimator": "depth",
     "low_res_scheduler": "lowres",
     "image_normalizer": "image",
 }
-# Side in latent pixels at which SD 2's v models were trained; their original YAML says 64.
-V_MODEL_SIZE = 96
+# Side in latent pixels of SD 2's v-prediction models in training; their original YAML says 64.
+V_PREDICTION_LATENT_SIZE = 96
 
 
-def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
-    """Return all files of a folder except weights, for a model and its translated config."""
+def make_folder_configs(model: nn.Module, spec: JsonMapping) -> FolderFiles:
+    """Return the configs and tokenizer files of a folder, for a model and its translated config."""
     params = spec["params"]
     if not isinstance(model, LatentDiffusion):
-        # The image size, for diffusers the size of tiles, is unknown: Stable Diffusion's.
+        # diffusers takes sample_size for the size of tiles; 512 is Stable Diffusion's.
         return {"config.json": networks.make_vae_config(params, None, 512)}
     vae = params["autoencoder"]["params"]
     if "ddconfig" not in vae:
@@ -111,12 +111,12 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
         return make_upscaler_folder_configs(model, spec)
     side = _get_training_size(model)
     height, width = model.latent_size
-    files: Files = {
-        layout.UNET: networks.make_unet_config(
-            model.unet, side if height == width else [height, width]
-        ),
-        layout.VAE: networks.make_vae_config(vae, model.scale_factor, side * model.downscale),
-        layout.SCHEDULER: schedulers.make_ddim_config(
+    sample_size = side if height == width else [height, width]
+    image_size = side * model.downscale
+    files: FolderFiles = {
+        layout.UNET_CONFIG: networks.make_unet_config(model.unet, sample_size),
+        layout.VAE_CONFIG: networks.make_vae_config(vae, model.scale_factor, image_size),
+        layout.SCHEDULER_CONFIG: schedulers.make_ddim_config(
             params["schedule"]["params"]["betas"],
             model.parameterization,
             zero_snr=model.schedule.zero_snr,
@@ -126,17 +126,18 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     files |= _make_encoder_configs(model, params["conditioner"]["params"], pipeline_key)
     pipeline = PIPELINES[pipeline_key]
     extras = dict(NO_SAFETY_CHECKER if pipeline.has_safety_checker else {})
-    if PROCESSOR in files:
-        extras["feature_extractor"] = ("transformers", files[PROCESSOR]["image_processor_type"])
+    if PROCESSOR_CONFIG in files:
+        class_name = files[PROCESSOR_CONFIG]["image_processor_type"]
+        extras["feature_extractor"] = ("transformers", class_name)
     if pipeline_key in ("lowres", "rgbd"):
         encoder = model.conditioner.get(LowRes if pipeline_key == "lowres" else RGBDLatent)
         extras["max_noise_level"] = encoder.max_noise_level
-    return files | {layout.INDEX: layout.make_index(pipeline.name, files, extras)}
+    return files | {layout.MODEL_INDEX: layout.make_index(pipeline.name, files, extras)}
 
 
-def make_original_config(files: Files, folder: str = "the folder") -> JsonObject:
+def make_original_config(files: FolderFiles, folder: str = "the folder") -> JsonObject:
     """Return the config with the original's keys; `folder` is its path for messages."""
-    if layout.INDEX not in files:
+    if layout.MODEL_INDEX not in files:
         raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")
         autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]
         autoencoder["params"] = networks.parse_vae_config(files["config.json"])
@@ -146,40 +147,47 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
     if is_upscaler_folder(files):
         return make_upscaler_original_config(files, folder)
     pipeline_key = _find_folder_pipeline(files)
-    encoder = IMAGE if pipeline_key in ("image", "variations") else layout.TEXT
-    layout.check_files(files, folder, layout.UNET, layout.VAE, layout.SCHEDULER, encoder)
+    has_image_encoder = pipeline_key in ("image", "variations")
+    encoder = IMAGE_ENCODER_CONFIG if has_image_encoder else layout.TEXT_CONFIG
+    paths = (layout.UNET_CONFIG, layout.VAE_CONFIG, layout.SCHEDULER_CONFIG)
+    layout.check_files(files, folder, *paths, encoder)
+    unet_config, vae_config, scheduler_config = (files[path] for path in paths)
     if pipeline_key == "image":
-        layout.check_files(files, folder, EMBEDDING_NOISE)
+        layout.check_files(files, folder, EMBEDDING_NOISE_CONFIG)
     is_openai = encoders.is_openai_clip(files[encoder], encoder)
     pipeline = PIPELINES[pipeline_key]
     template = pipeline.openai_config if is_openai else pipeline.open_clip_config
     if template is None:
-        name = files[layout.INDEX]["_class_name"]
+        name = files[layout.MODEL_INDEX]["_class_name"]
         raise WrongFamily(f"no original config matches `{name}` with the encoder in {encoder}")
     raw = read_yaml(f"{CONFIG_DIR}/{template}.yaml")
     params = raw["model"]["params"]
-    unet = networks.parse_unet_config(files[layout.UNET])
+    unet = networks.parse_unet_config(unet_config)
     params["unet_config"]["params"] = unet
-    params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(files[layout.VAE])
-    params |= schedulers.parse_noise_schedule(files[layout.SCHEDULER], layout.SCHEDULER)
-    params["parameterization"] = schedulers.parse_prediction_type(files[layout.SCHEDULER])
-    scheduler = schedulers.parse_scheduler(files[layout.SCHEDULER], "leading")
+    params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(vae_config)
+    params |= schedulers.parse_noise_schedule(scheduler_config, layout.SCHEDULER_CONFIG)
+    params["parameterization"] = schedulers.parse_prediction_type(scheduler_config)
+    scheduler = schedulers.parse_scheduler(scheduler_config, "leading")
     if scheduler == "trailing":  # of few-step models
         params["defaults"] = {"scheduler": scheduler}
     elif scheduler != "leading":
         message = "%s: its timestep spacing is ignored, select it by the scheduler `%s`"
-        log.warning(message, layout.SCHEDULER, scheduler)
-    params["scale_factor"] = files[layout.VAE].get("scaling_factor", networks.DEFAULT_SCALE_FACTOR)
+        log.warning(message, layout.SCHEDULER_CONFIG, scheduler)
+    params["scale_factor"] = vae_config.get("scaling_factor", networks.DEFAULT_SCALE_FACTOR)
     params["image_size"] = unet["image_size"] or params["image_size"]
     params["channels"] = unet["out_channels"]
-    if layout.TEXT in files:
-        params["cond_stage_config"]["params"] = encoders.parse_text_config(files[layout.TEXT])
+    if layout.TEXT_CONFIG in files:
+        text_encoder = encoders.parse_text_config(files[layout.TEXT_CONFIG])
+        params["cond_stage_config"]["params"] = text_encoder
     _set_encoder_params(files, params, pipeline_key)
     return raw
 
 
-def _make_encoder_configs(model: LatentDiffusion, specs: JsonMapping, pipeline_key: str) -> Files:
-    conditioner, files = model.conditioner, Files()
+def _make_encoder_configs(
+    model: LatentDiffusion, specs: JsonMapping, pipeline_key: str
+) -> FolderFiles:
+    files: FolderFiles = {}
+    conditioner = model.conditioner
     image = conditioner.find(ImageEmbedding)
     tower = None if image is None else image.clip.model.visual
     if pipeline_key == "variations":
@@ -187,39 +195,42 @@ def _make_encoder_configs(model: LatentDiffusion, specs: JsonMapping, pipeline_k
     else:
         files |= encoders.make_text_files(conditioner.get(TextEncoder))
     if tower is not None:
-        files[IMAGE] = encoders.make_vision_config(tower)
-        files[PROCESSOR] = encoders.make_processor_config("CLIPImageProcessor", tower.image_size)
+        files[IMAGE_ENCODER_CONFIG] = encoders.make_vision_config(tower)
+        size = tower.image_size
+        files[PROCESSOR_CONFIG] = encoders.make_processor_config("CLIPImageProcessor", size)
     if image is not None:
-        name = layout.CLASSES["image_normalizer"][1]
-        files[NORMALIZER] = {"_class_name": name, "embedding_dim": image.noise.width}
-        files[EMBEDDING_NOISE] = _make_noise_config(specs["image"]["params"]["noise"])
-    if pipeline_key in ("lowres", "rgbd"):  # diffusers' pipeline of rgbd requires it, but unused
-        files[LOW_RES_NOISE] = _make_noise_config(specs[pipeline_key])
+        name = layout.COMPONENT_CLASSES["image_normalizer"][1]
+        files[NORMALIZER_CONFIG] = {"_class_name": name, "embedding_dim": image.noise.width}
+        files[EMBEDDING_NOISE_CONFIG] = _make_noise_config(specs["image"]["params"]["noise"])
+    if pipeline_key in ("lowres", "rgbd"):  # unused by rgbd, but required by its pipeline
+        files[LOW_RES_NOISE_CONFIG] = _make_noise_config(specs[pipeline_key])
     if pipeline_key == "depth":
-        files[DEPTH] = encoders.make_depth_config(conditioner.get(MiDaSDepth))
-        size = files[DEPTH]["image_size"]
-        files[PROCESSOR] = encoders.make_processor_config("DPTImageProcessor", size)
+        files[DEPTH_CONFIG] = encoders.make_depth_config(conditioner.get(MiDaSDepth))
+        size = files[DEPTH_CONFIG]["image_size"]
+        files[PROCESSOR_CONFIG] = encoders.make_processor_config("DPTImageProcessor", size)
     return files
 
 
-def _set_encoder_params(files: Files, params: JsonObject, pipeline_key: str) -> None:
+def _set_encoder_params(files: FolderFiles, params: JsonObject, pipeline_key: str) -> None:
     """Set parameters of a config from the encoders' files."""
     if pipeline_key == "depth":
-        params["depth_stage_config"]["params"] = encoders.parse_depth_config(files[DEPTH])
+        params["depth_stage_config"]["params"] = encoders.parse_depth_config(files[DEPTH_CONFIG])
     if pipeline_key in ("lowres", "rgbd"):
         low_res = params["low_scale_config"].setdefault("params", {})
-        low_res["max_noise_level"] = files[layout.INDEX].get("max_noise_level", 350)
+        low_res["max_noise_level"] = files[layout.MODEL_INDEX].get("max_noise_level", 350)
     if pipeline_key == "lowres":
-        noise = schedulers.parse_noise_schedule(files[LOW_RES_NOISE], LOW_RES_NOISE)
-        low_res["noise_schedule_config"] = noise
-    if pipeline_key == "variations":
-        params["cond_stage_config"]["params"] = encoders.parse_vision_config(files[IMAGE])
+        config = files[LOW_RES_NOISE_CONFIG]
+        noise_schedule = schedulers.parse_noise_schedule(config, LOW_RES_NOISE_CONFIG)
+        low_res["noise_schedule_config"] = noise_schedule
+    if pipeline_key in ("image", "variations"):
+        key = "embedder_config" if pipeline_key == "image" else "cond_stage_config"
+        params[key]["params"] = encoders.parse_vision_config(files[IMAGE_ENCODER_CONFIG])
     if pipeline_key == "image":
-        params["embedder_config"]["params"] = encoders.parse_vision_config(files[IMAGE])
-        betas = schedulers.parse_noise_schedule(files[EMBEDDING_NOISE], EMBEDDING_NOISE)
+        config = files[EMBEDDING_NOISE_CONFIG]
+        noise_schedule = schedulers.parse_noise_schedule(config, EMBEDDING_NOISE_CONFIG)
         params["noise_aug_config"]["params"] |= {
-            "timestep_dim": files[IMAGE]["projection_dim"],
-            "noise_schedule_config": betas,
+            "timestep_dim": files[IMAGE_ENCODER_CONFIG]["projection_dim"],
+            "noise_schedule_config": noise_schedule,
         }
 
 
@@ -227,25 +238,25 @@ def _find_model_pipeline(model: LatentDiffusion) -> str:
     """Return the key in PIPELINES for the encoders of a model."""
     if isinstance(model.conditioner.text, CLIPImage):
         return "variations"
-    names = model.conditioner.encoders
-    keys = names.keys() - {"text", "level"}  # the level comes with lowres or rgbd
-    if len(keys) > 1 or not keys <= PIPELINES.keys() or "text" not in names:
-        raise WrongFamily(f"diffusers has no pipeline for {', '.join(names) or 'no condition'}")
+    encoders = model.conditioner.encoders
+    keys = encoders.keys() - {"text", "level"}  # the level is an addition to lowres or rgbd
+    if len(keys) > 1 or not keys <= PIPELINES.keys() or "text" not in encoders:
+        raise WrongFamily(f"diffusers has no pipeline for {', '.join(encoders) or 'no condition'}")
     if keys:
         return keys.pop()
     return "text" if model.autoencoder.in_channels == 3 else "text-rgbd"
 
 
-def _find_folder_pipeline(files: Files) -> str:
+def _find_folder_pipeline(files: FolderFiles) -> str:
     """Return the key in PIPELINES for the components of a folder."""
     components = {path.split("/")[0] for path in files}
-    is_rgbd = files.get(layout.VAE, {}).get("in_channels", 3) != 3
-    channels = files.get(layout.UNET, {}).get("in_channels", 4)
+    is_rgbd = files.get(layout.VAE_CONFIG, {}).get("in_channels", 3) != 3
+    channels = files.get(layout.UNET_CONFIG, {}).get("in_channels", 4)
     # LDM3D-SR has a low-resolution scheduler, which may be missing as it is unused; its UNet has
     # the channels of a second latent.
     if is_rgbd and ("low_res_scheduler" in components or channels == 8):
         return "rgbd"
-    for component, pipeline_key in PIPELINE_OF_COMPONENT.items():
+    for component, pipeline_key in PIPELINE_BY_COMPONENT.items():
         if component in components:
             return pipeline_key
     if "image_encoder" in components and "text_encoder" not in components:
@@ -253,9 +264,9 @@ def _find_folder_pipeline(files: Files) -> str:
     missing = {"unet", "vae", "text_encoder", "scheduler"} - components
     if missing or "text_encoder_2" in components:
         reason = f"no {', '.join(sorted(missing))}" if missing else "`text_encoder_2`"
-        name = files[layout.INDEX].get("_class_name")
+        name = files[layout.MODEL_INDEX].get("_class_name")
         raise FileFormatError(f"`{name}` is not a supported pipeline (it has {reason})")
-    if files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS:
+    if files[layout.UNET_CONFIG].get("in_channels") == layout.INPAINTING_CHANNELS:
         return "masked"
     return "text-rgbd" if is_rgbd else "text"
 
@@ -264,11 +275,11 @@ def _get_training_size(model: LatentDiffusion) -> int:
     """Return the side in latent pixels at which a model was trained."""
     family = detect_family(model.state_dict())
     if family is not None and family.name == "sd2" and model.parameterization == "v":
-        return max(model.image_size, V_MODEL_SIZE)
+        return max(model.image_size, V_PREDICTION_LATENT_SIZE)
     return model.image_size
 
 
-def _make_noise_config(spec: JsonMapping) -> Files:
+def _make_noise_config(spec: JsonMapping) -> FolderFiles:
     """Return the scheduler config for the noise that is added to a condition."""
     params = dict((spec.get("params") or {}).get("noise_schedule_config") or {})
     params["name"] = params.pop("beta_schedule", "linear")

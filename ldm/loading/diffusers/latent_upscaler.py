@@ -1,7 +1,7 @@
 """Convert configs of the x2 latent upscaler from and to diffusers folders.
 
-diffusers supports only the published layout of the network, and no noise added to the latent that
-is upscaled.
+diffusers supports only the published layout of the network, and adds no noise to the latent that is
+upscaled.
 """
 
 import torch
@@ -10,11 +10,11 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.text import TextEncoder
 from ldm.loading.diffusers import encoders, networks, schedulers
 from ldm.loading.diffusers.layout import (
-    INDEX,
-    SCHEDULER,
-    TEXT,
-    UNET,
-    VAE,
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    TEXT_CONFIG,
+    UNET_CONFIG,
+    VAE_CONFIG,
     check_files,
     make_index,
 )
@@ -38,10 +38,10 @@ UNET_KEYS = frozenset({
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "dropout",
     "block_out_channels", "layers_per_block", "cross_attention_dim", "time_cond_proj_dim",
 })  # fmt: skip
-# Type of a block by whether it has cross-attention.
+# Class of a block by whether it has cross-attention.
 DOWN_BLOCKS = {False: "KDownBlock2D", True: "KCrossAttnDownBlock2D"}
 UP_BLOCKS = {False: "KUpBlock2D", True: "KCrossAttnUpBlock2D"}
-PREDICTION_TYPES = ("sample", "original_sample")  # both are x0
+X0_PREDICTION_TYPES = ("sample", "original_sample")  # diffusers' names of x0
 INTERPOLATIONS = ("log_linear", "linear")
 # Stable Diffusion's betas, whose sigmas have the range of the published continuous schedule.
 SD_BETAS: JsonObject = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012}
@@ -50,35 +50,35 @@ PIPELINE_CLASS = "StableDiffusionLatentUpscalePipeline"
 
 def is_upscaler_folder(files: JsonMapping) -> bool:
     """Return whether a folder contains the x2 latent upscaler, by its UNet."""
-    return bool(files.get(UNET, {}).get("time_embedding_type") == "fourier")
+    return bool(files.get(UNET_CONFIG, {}).get("time_embedding_type") == "fourier")
 
 
 def make_upscaler_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
-    """Return all files of a folder except weights, for a model and its config."""
+    """Return the configs and tokenizer files of a folder, for a model and its translated config."""
     params = spec["params"]
     side = max(model.latent_size)
     files: JsonObject = {
-        UNET: _make_unet_config(model),
-        VAE: networks.make_vae_config(
+        UNET_CONFIG: _make_unet_config(model),
+        VAE_CONFIG: networks.make_vae_config(
             params["autoencoder"]["params"], model.scale_factor, side * model.downscale
         ),
-        SCHEDULER: _make_scheduler_config(model, params["schedule"]["params"]),
+        SCHEDULER_CONFIG: _make_scheduler_config(model, params["schedule"]["params"]),
         **encoders.make_text_files(model.conditioner.get(TextEncoder)),
     }
-    return files | {INDEX: make_index(PIPELINE_CLASS, files, {})}
+    return files | {MODEL_INDEX: make_index(PIPELINE_CLASS, files, {})}
 
 
 def make_upscaler_original_config(files: JsonMapping, folder: str) -> JsonObject:
     """Return the config of a folder, with our keys; `folder` is its path for messages."""
-    check_files(files, folder, VAE, SCHEDULER, TEXT)
-    raw = build_upscaler_config(_parse_unet_config(files[UNET]))
+    check_files(files, folder, VAE_CONFIG, SCHEDULER_CONFIG, TEXT_CONFIG)
+    raw = build_upscaler_config(_parse_unet_config(files[UNET_CONFIG]))
     params = raw["model"]["params"]
-    params["autoencoder"]["params"] = networks.parse_vae_config(files[VAE])
-    params["scale_factor"] = files[VAE].get("scaling_factor", params["scale_factor"])
+    params["autoencoder"]["params"] = networks.parse_vae_config(files[VAE_CONFIG])
+    params["scale_factor"] = files[VAE_CONFIG].get("scaling_factor", params["scale_factor"])
     text = params["conditioner"]["params"]["text"]["params"]
-    text |= encoders.parse_text_config(files[TEXT])
-    text["layer_idx"] = files[TEXT]["num_hidden_layers"]
-    _set_schedule(params, files[SCHEDULER])
+    text |= encoders.parse_text_config(files[TEXT_CONFIG])
+    text["layer_idx"] = files[TEXT_CONFIG]["num_hidden_layers"]
+    _set_schedule(params, files[SCHEDULER_CONFIG])
     return raw
 
 
@@ -105,8 +105,8 @@ def _make_unet_config(model: LatentDiffusion) -> JsonObject:
         "out_channels": unet.input_channels + 1,
         "block_out_channels": list(unet.channels),
         "layers_per_block": unet.depths[0],
-        "down_block_types": [DOWN_BLOCKS[attends] for attends in has_cross_attention],
-        "up_block_types": [UP_BLOCKS[attends] for attends in reversed(has_cross_attention)],
+        "down_block_types": [DOWN_BLOCKS[is_cross] for is_cross in has_cross_attention],
+        "up_block_types": [UP_BLOCKS[is_cross] for is_cross in reversed(has_cross_attention)],
         "cross_attention_dim": unet.cross_cond_dim,
         "time_cond_proj_dim": unet.mapping_cond_dim,
         "dropout": unet.dropout_rate,
@@ -115,9 +115,9 @@ def _make_unet_config(model: LatentDiffusion) -> JsonObject:
 
 def _parse_unet_config(config: JsonMapping) -> JsonObject:
     """Return the arguments of LatentUpscalerUNet."""
-    networks.validate_config(config, UNET, UNET_REQUIRED_VALUES, UNET_KEYS)
+    networks.validate_config(config, UNET_CONFIG, UNET_REQUIRED_VALUES, UNET_KEYS)
     channels, down_blocks = config["block_out_channels"], config["down_block_types"]
-    networks.check_blocks(UNET, down_blocks, DOWN_BLOCKS.values())
+    networks.check_blocks(UNET_CONFIG, down_blocks, DOWN_BLOCKS.values())
     latent_channels, levels = config["in_channels"] // 2, len(channels)
     return {
         "input_channels": latent_channels,
@@ -125,7 +125,7 @@ def _parse_unet_config(config: JsonMapping) -> JsonObject:
         "mapping_out": 2 * channels[0],
         "mapping_cond_dim": config["time_cond_proj_dim"],
         "cross_cond_dim": config["cross_attention_dim"],
-        "depths": [networks.read_uniform(config, "layers_per_block", UNET, 2)] * levels,
+        "depths": [networks.read_uniform(config, "layers_per_block", UNET_CONFIG, 2)] * levels,
         "channels": channels,
         "self_attn_depths": [level == levels - 1 for level in range(levels)],
         "cross_attn_depths": [block == DOWN_BLOCKS[True] for block in down_blocks],
@@ -137,15 +137,15 @@ def _parse_unet_config(config: JsonMapping) -> JsonObject:
 def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
     is_discrete = isinstance(model.schedule, Schedule)
     if not is_discrete:
-        expected = Schedule(make_betas(**SD_BETAS)).sigmas[[0, -1]]
-        if not torch.allclose(model.schedule.sigmas[[0, -1]], expected, rtol=1e-4):
-            low, high = expected.tolist()
-            raise ConfigError(f"diffusers' upscaler has sigmas {low:.4g} … {high:.4g} only")
+        supported = Schedule(make_betas(**SD_BETAS)).sigmas[[0, -1]]
+        if not torch.allclose(model.schedule.sigmas[[0, -1]], supported, rtol=1e-4):
+            low, high = supported.tolist()
+            raise ConfigError(f"diffusers' upscaler supports only sigmas {low:.4g} … {high:.4g}")
     betas = schedule.get("betas", {"params": SD_BETAS})
     return {
         "_class_name": "EulerDiscreteScheduler",
         **schedulers.make_noise_schedule_config(betas),
-        "prediction_type": PREDICTION_TYPES[0],
+        "prediction_type": X0_PREDICTION_TYPES[0],
         "interpolation_type": "linear" if is_discrete else "log_linear",
         "timestep_spacing": "linspace",
         "use_karras_sigmas": False,
@@ -153,22 +153,22 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
 
 
 def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
-    """Set the noise schedule in our config from a scheduler's; its default is linear."""
+    """Set the noise schedule in our config from that of a scheduler."""
     prediction_type = config.get("prediction_type")
-    check_name("prediction_type", prediction_type, PREDICTION_TYPES, SCHEDULER)
+    check_name("prediction_type", prediction_type, X0_PREDICTION_TYPES, SCHEDULER_CONFIG)
     interpolation = config.get("interpolation_type", "linear")
-    check_name("interpolation_type", interpolation, INTERPOLATIONS, SCHEDULER)
+    check_name("interpolation_type", interpolation, INTERPOLATIONS, SCHEDULER_CONFIG)
     for key in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(key):
-            raise ConfigError(f"{SCHEDULER}: `{key}` is not supported here")
-    betas = schedulers.parse_noise_schedule(config, SCHEDULER)
+            raise ConfigError(f"{SCHEDULER_CONFIG}: `{key}` is not supported here")
+    betas = schedulers.parse_noise_schedule(config, SCHEDULER_CONFIG)
     betas["name"] = betas.pop("beta_schedule")
     if interpolation == "linear":
-        target = f"{Schedule.__module__}."
+        module = Schedule.__module__
         params["schedule"] = {
-            "target": f"{target}Schedule",
+            "target": f"{module}.Schedule",
             "params": {
-                "betas": {"target": f"{target}make_betas", "params": betas},
+                "betas": {"target": f"{module}.make_betas", "params": betas},
                 "log_time": True,
                 "quantize_time": False,
             },
@@ -176,5 +176,4 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
         params["defaults"]["params"]["scheduler"] = "normal"
         return
     sigmas = Schedule(make_betas(**betas)).sigmas
-    sigma_range = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
-    params["schedule"]["params"] = sigma_range
+    params["schedule"]["params"] = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}

@@ -1,4 +1,4 @@
-"""Files of a diffusers folder, and the classes that its index names. Does not import torch."""
+"""Paths of files in a diffusers folder, and its index of classes. Does not import torch."""
 
 import json
 from pathlib import Path
@@ -8,21 +8,22 @@ from ldm.runtime.files import read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "CLASSES", "EXTRA_WEIGHTS", "INDEX", "INPAINTING_CHANNELS", "NO_COMPONENT", "REMEDY",
-    "SCHEDULER", "TEXT", "TEXT_2", "UNET", "VAE", "check_files", "make_index", "read_json",
+    "COMPONENT_CLASSES", "EXTRA_WEIGHTS", "INPAINTING_CHANNELS", "MISSING_FILES_REMEDY",
+    "MODEL_INDEX", "NO_COMPONENT", "SCHEDULER_CONFIG", "TEXT_2_CONFIG", "TEXT_CONFIG",
+    "UNET_CONFIG", "VAE_CONFIG", "check_files", "make_index", "read_json",
 ]  # fmt: skip
 
-INDEX = "model_index.json"
+MODEL_INDEX = "model_index.json"
 EXTRA_WEIGHTS = "original.safetensors"  # of ours: tensors that diffusers does not have
-UNET = "unet/config.json"
-VAE = "vae/config.json"
-SCHEDULER = "scheduler/scheduler_config.json"
-TEXT = "text_encoder/config.json"
-TEXT_2 = "text_encoder_2/config.json"
+UNET_CONFIG = "unet/config.json"
+VAE_CONFIG = "vae/config.json"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+TEXT_CONFIG = "text_encoder/config.json"
+TEXT_2_CONFIG = "text_encoder_2/config.json"
 
-VERSION = "0.35.0"  # of diffusers, as written into the index
+DIFFUSERS_VERSION = "0.35.0"  # written into the index
 # (package, class) by component, as in the index.
-CLASSES = {
+COMPONENT_CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
@@ -35,17 +36,17 @@ CLASSES = {
     "low_res_scheduler": ("diffusers", "DDPMScheduler"),
     "depth_estimator": ("transformers", "DPTForDepthEstimation"),
 }
-NO_COMPONENT = (None, None)  # in place of the class of a component that a folder does not have
-INPAINTING_CHANNELS = 9  # of the UNet's input: latent, mask, and latent of the masked image
-REMEDY = "download the complete folder again"  # of missing files, for messages
-MAX_JSON = 1 << 24  # bytes
+NO_COMPONENT = (None, None)  # in the index, instead of (package, class) of a missing component
+INPAINTING_CHANNELS = 9  # input channels of the UNet: latent, mask, latent of the masked image
+MISSING_FILES_REMEDY = "download the complete folder again"
+MAX_JSON_BYTES = 1 << 24
 
 
 def check_files(files: JsonMapping, folder: str, *paths: str) -> None:
     """Raise FileFormatError unless a folder has these files; `folder` is its path for messages."""
     for path in paths:
         if path not in files:
-            raise FileFormatError(f"`{folder}` has no `{path}`: {REMEDY}")
+            raise FileFormatError(f"`{folder}` has no `{path}`: {MISSING_FILES_REMEDY}")
 
 
 def make_index(class_name: str, files: JsonMapping, extras: JsonMapping) -> JsonObject:
@@ -56,12 +57,12 @@ def make_index(class_name: str, files: JsonMapping, extras: JsonMapping) -> Json
         files: The other files, by path.
         extras: Entries besides the components that have files.
     """
-    components = {path.split("/")[0] for path in files} & CLASSES.keys()
+    components = {path.split("/")[0] for path in files} & COMPONENT_CLASSES.keys()
     return {
         "_class_name": class_name,
-        "_diffusers_version": VERSION,
-        **{component: CLASSES[component] for component in sorted(components)},
-        "scheduler": ("diffusers", files[SCHEDULER]["_class_name"]),
+        "_diffusers_version": DIFFUSERS_VERSION,
+        **{component: COMPONENT_CLASSES[component] for component in sorted(components)},
+        "scheduler": ("diffusers", files[SCHEDULER_CONFIG]["_class_name"]),
         **extras,
     }
 
@@ -73,7 +74,7 @@ def read_json(path: Path) -> JsonObject:
         FileFormatError: It is damaged, too long, or not an object.
     """
     size = path.stat().st_size
-    if size > MAX_JSON:
+    if size > MAX_JSON_BYTES:
         raise FileFormatError(f"`{path}`: {size} bytes is too much for a config")
     try:
         content = json.loads(read_text(path))

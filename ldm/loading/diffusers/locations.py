@@ -1,12 +1,12 @@
-"""Map each tensor of ours to its location in the components of a diffusers folder.
+"""Map each of our tensors to its location in the components of a diffusers folder.
 
     unet.input_blocks.1.0.in_layers.2.weight         unet: down_blocks.0.resnets.0.conv1.weight
     autoencoder.encoder.mid.attn_1.q.weight          vae: ….to_q.weight, a matrix
     conditioner.text.model.….attn.in_proj_weight     text_encoder: three tensors
-    conditioner.text.model.logit_scale               nowhere
+    conditioner.text.model.logit_scale               none
 
-One mapping serves both directions: our names come from a model on the meta device, so only ours are
-converted to diffusers' names (keys), never the reverse.
+One mapping serves both directions: our names come from a model on the meta device, so only our
+names are converted to diffusers' names (keys), never the reverse.
 """
 
 import re
@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2")
-# Prefix of our names by component; text encoders are added for a model.
+# Component -> prefix of our names; `get_component_prefixes` adds text encoders.
 OUR_PREFIXES = {
     "unet": "unet.", "vae": "autoencoder.",
     "image_encoder": "conditioner.image.clip.", "depth_estimator": "conditioner.depth.",
@@ -55,7 +55,7 @@ VAE_RULES = (  # (pattern, replacement), as for `replace_all`
     (r"(attentions\.\d+)\.([qkv])\b", r"\1.to_\2"),
     (r"(attentions\.\d+)\.proj_out\b", r"\1.to_out.0"),
 )
-# Layers of the autoencoder's attention: name -> name before diffusers 0.15, still found in folders.
+# Layers of the autoencoder's attention: diffusers' name -> its name before diffusers 0.15.
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 VISION_TOWER_RULES = (
     (r"^class_embedding", "embeddings.class_embedding"),
@@ -102,8 +102,8 @@ UPSCALER_OUTER_LAYERS = {
     "mapping.0": "time_embedding.linear_1", "mapping.2": "time_embedding.linear_2",
     "mapping_cond": "time_embedding.cond_proj",
 }  # fmt: skip
-# By type of a block (residual block, self-attention or cross-attention): our layer -> diffusers'
-# layers, of which our layer is the concatenation.
+# By type of block (residual block, self-attention or cross-attention): our layer -> diffusers'
+# layers; our layer is the concatenation of several.
 UPSCALER_BLOCK_LAYERS = {
     "resnets": {
         "main.0.mapper": "norm1.linear", "main.2": "conv1", "main.4.mapper": "norm2.linear",
@@ -118,7 +118,7 @@ UPSCALER_BLOCK_LAYERS = {
         "kv_proj": "attn2.to_k attn2.to_v", "out_proj": "attn2.to_out.0",
     },
 }  # fmt: skip
-# Type of a block by a weight in it.
+# Weight in a block -> type of block.
 UPSCALER_BLOCK_TYPES = {
     "main.2.weight": "resnets", "qkv_proj.weight": "self", "kv_proj.weight": "cross"
 }  # fmt: skip
@@ -127,18 +127,18 @@ Form = Literal["same", "matrix", "vector", "transposed"]
 
 @dataclass(frozen=True)
 class Location:
-    """The location of a tensor of ours in a component: one tensor, or several to concatenate.
+    """The location of one of our tensors in a component: one tensor, or several to concatenate.
 
     Args:
         keys: Names of diffusers' tensors.
-        form: What our tensor is in diffusers: "matrix" for a 1x1 convolution, "vector" for a
-            column, "transposed" for a matrix that is multiplied from the other side, or "same".
+        form: What diffusers stores: "matrix" for our 1x1 convolution, "vector" for our column
+            (n, 1), "transposed" for the transpose of our matrix, or "same".
     """
 
     keys: tuple[str, ...]
     form: Form = "same"
 
-    def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def to_diffusers(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Return diffusers' keys and tensors, which are views of our tensor."""
         if self.form == "matrix":
             value = value.flatten(1)
@@ -148,7 +148,7 @@ class Location:
             value = value.T
         return zip(self.keys, value.chunk(len(self.keys)), strict=True)
 
-    def join(self, component_state: Mapping[str, Tensor]) -> Tensor:
+    def from_diffusers(self, component_state: Mapping[str, Tensor]) -> Tensor:
         """Return our tensor from diffusers' tensors; a copy only if there are several."""
         tensors = [component_state[key] for key in self.keys]
         value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
@@ -160,12 +160,12 @@ class Location:
 def convert_to_diffusers(
     locations: Mapping[str, Location], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return views of our tensors under diffusers' names, without those that have no location."""
+    """Return views of our tensors under diffusers' names; those without a location are left out."""
     return {
         key: tensor
         for name, value in state.items()
         if name in locations
-        for key, tensor in locations[name].split(value)
+        for key, tensor in locations[name].to_diffusers(value)
     }
 
 
@@ -177,14 +177,14 @@ def convert_from_diffusers(
     1x1 convolutions stay matrices, which `match_weights` reshapes.
     """
     return {
-        name: location.join(component_state)
+        name: location.from_diffusers(component_state)
         for name, location in locations.items()
         if all(key in component_state for key in location.keys)
     }
 
 
 def get_component_prefixes(model: nn.Module) -> dict[str, str]:
-    """Return the prefix of our names by component, for a model or a part of one."""
+    """Return the prefix of our names by component, for a model or a component of one."""
     if isinstance(model, AutoencoderKL):
         return {"vae": ""}
     if isinstance(model, UNet | LatentUpscalerUNet):
@@ -202,7 +202,7 @@ def get_component_prefixes(model: nn.Module) -> dict[str, str]:
 
 
 def get_text_component(encoder: TextEncoder) -> str:
-    """Return the component of a text encoder: the second for SDXL's OpenCLIP."""
+    """Return the component of a text encoder: "text_encoder_2" for SDXL's OpenCLIP."""
     has_pooled_output = isinstance(encoder, OpenCLIPText) and encoder.always_return_pooled
     return "text_encoder_2" if has_pooled_output else "text_encoder"
 
@@ -239,18 +239,18 @@ def locate_unet(names: Iterable[str]) -> dict[str, Location]:
 def _locate_upscaler(names: Sequence[str]) -> dict[str, Location]:
     """Locate the tensors of the x2 latent upscaler, from names in the order of the blocks.
 
-    diffusers has no embedding of noise levels.
+    The embedding of noise levels has no location: diffusers does not have it.
     """
     blocks: dict[str, tuple[str, str]] = {}  # our prefix -> type, diffusers' prefix
-    resnets: Counter[str] = Counter()  # by level
+    num_resnets: Counter[str] = Counter()  # by level
     for name in names:
         match = UPSCALER_LAYER.match(name)
         if match and (block_type := UPSCALER_BLOCK_TYPES.get(name[match.end() :])):
             level = f"{'down' if match[1] == 'd' else 'up'}_blocks.{match[2]}"
             group = "resnets" if block_type == "resnets" else "attentions"
             if group == "resnets":  # attentions have the index of the resnet before them
-                resnets[level] += 1
-            blocks[match[0]] = block_type, f"{level}.{group}.{resnets[level] - 1}"
+                num_resnets[level] += 1
+            blocks[match[0]] = block_type, f"{level}.{group}.{num_resnets[level] - 1}"
     locations: dict[str, Location] = {}
     for name in names:
         match = UPSCALER_LAYER.match(name)
@@ -269,11 +269,11 @@ def _locate_upscaler(names: Sequence[str]) -> dict[str, Location]:
 def locate_vae(names: Iterable[str]) -> dict[str, Location]:
     """Locate the autoencoder's tensors."""
     names = list(names)
-    levels = len({match[0] for name in names if (match := re.match(r"decoder\.up\.\d+", name))})
+    num_levels = len({match[0] for name in names if (match := re.match(r"decoder\.up\.\d+", name))})
     locations = {}
     for name in names:
         # Our decoder's levels are counted from the full resolution, diffusers' from the latent's.
-        key = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
+        key = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{num_levels - 1 - int(m[1])}", name)
         key = replace_all(VAE_RULES, key)
         is_matrix = re.search(r"\.to_\w+(\.0)?\.weight$", key)
         locations[name] = Location((key,), "matrix" if is_matrix else "same")

@@ -21,7 +21,7 @@ BLOCK_RULES = (
     (r"^\.skip_connection\b", ".conv_shortcut"),
     (r"^\.op\b", ".conv"),
 )
-# diffusers' prefix by ours, outside of the numbered blocks, see `_map_blocks`.
+# Our prefix -> diffusers', outside of the numbered blocks, see `_map_blocks`.
 PREFIXES = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -36,14 +36,14 @@ PREFIXES = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-# Other prefixes in UNets without transformers in the first level: SDXL's.
+# Prefixes that differ for SDXL, whose UNet has no transformers in the first level.
 SDXL_PREFIXES = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
 FIRST_TRANSFORMER = "input_blocks.1.1."
 BLOCK_LAYER = re.compile(r"(in|out)put_blocks\.(\d+)\.(\d+)\.(in_layers|proj_in|op|conv)\b.*")
-BLOCK_TYPES = {"in_layers": "resnets", "proj_in": "attentions"}  # by the name of one layer
+BLOCK_TYPES = {"in_layers": "resnets", "proj_in": "attentions"}  # by a layer of the block
 TEXT_RULES = (
     (r"transformer\.resblocks\.", "text_model.encoder.layers."),
     (r"token_embedding|positional_embedding", r"text_model.embeddings.\g<0>"),
@@ -57,7 +57,7 @@ TEXT_RULES = (
 
 
 def rename_unet_layers(names: Iterable[str]) -> dict[str, str]:
-    """Return diffusers' name by our name, for all layers (or weights) of a UNet."""
+    """Map our names of all layers (or weights) of a UNet to diffusers' names."""
     names = list(names)
     is_sdxl = not any(name.startswith(FIRST_TRANSFORMER) for name in names)
     prefixes = {**PREFIXES, **(SDXL_PREFIXES if is_sdxl else {}), **_map_blocks(names)}
@@ -69,7 +69,7 @@ def rename_unet_layers(names: Iterable[str]) -> dict[str, str]:
 
 
 def rename_text_layers(names: Iterable[str]) -> dict[str, str]:
-    """Return the name in transformers' CLIP by our name, for layers (or weights) of a text encoder.
+    """Map our names of layers (or weights) of a text encoder to those of transformers' CLIP.
 
     OpenCLIP's fused `attn.in_proj` keeps its name: transformers has q_proj, k_proj and v_proj.
     """
@@ -92,23 +92,23 @@ def replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
 
 
 def _map_blocks(names: Iterable[str]) -> dict[str, str]:
-    """Return diffusers' prefix of blocks by ours, such as `input_blocks.4.1`.
+    """Map our prefixes of blocks, such as `input_blocks.4.1`, to diffusers' prefixes.
 
     A down- or upsampler ends each level but the last.
     """
     matches = {match.groups() for match in map(BLOCK_LAYER.fullmatch, names) if match}
     prefixes = {}
-    for direction, their_direction in (("in", "down"), ("out", "up")):
-        level, resnets = 0, 0
-        blocks = [(int(n), int(k), layer) for d, n, k, layer in matches if d == direction]
-        for n, k, layer in sorted(blocks):
-            prefix = f"{direction}put_blocks.{n}.{k}"
+    for side, direction in (("in", "down"), ("out", "up")):
+        level, num_resnets = 0, 0
+        blocks = [(int(i), int(j), layer) for name, i, j, layer in matches if name == side]
+        for i, j, layer in sorted(blocks):
+            prefix = f"{side}put_blocks.{i}.{j}"
             if layer in BLOCK_TYPES:
                 if layer == "in_layers":  # an attention has the index of the resnet before it
-                    resnets += 1
-                block = f"{BLOCK_TYPES[layer]}.{resnets - 1}"
-                prefixes[prefix] = f"{their_direction}_blocks.{level}.{block}"
+                    num_resnets += 1
+                block = f"{BLOCK_TYPES[layer]}.{num_resnets - 1}"
+                prefixes[prefix] = f"{direction}_blocks.{level}.{block}"
             else:
-                prefixes[prefix] = f"{their_direction}_blocks.{level}.{their_direction}samplers.0"
-                level, resnets = level + 1, 0
+                prefixes[prefix] = f"{direction}_blocks.{level}.{direction}samplers.0"
+                level, num_resnets = level + 1, 0
     return prefixes

@@ -6,7 +6,7 @@ An option that is not supported on both sides raises ConfigError.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ldm.loading.diffusers.layout import UNET, VAE
+from ldm.loading.diffusers.layout import UNET_CONFIG, VAE_CONFIG
 from ldm.nets.autoencoder import AutoencoderConfig
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError
@@ -19,7 +19,7 @@ __all__ = [
 
 Config = JsonMapping
 
-# REQUIRED_VALUES: the only supported value of diffusers' options. KEYS: options with several
+# REQUIRED_VALUES: options of diffusers with only one supported value. KEYS: options with several
 # supported values. All others must be null or false.
 UNET_REQUIRED_VALUES = {
     "flip_sin_to_cos": True, "freq_shift": 0,
@@ -51,7 +51,7 @@ UNET_BLOCKS = CROSS_ATTENTION_BLOCKS | {"DownBlock2D", "UpBlock2D"}
 VAE_BLOCKS = frozenset({"DownEncoderBlock2D", "AttnDownEncoderBlock2D"})
 RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
 DEFAULT_SCALE_FACTOR = 0.18215  # scaling_factor of a VAE that has none in its config
-RESOLUTION = 256  # as in original configs; it only determines which levels have attention
+RESOLUTION = 256  # as in original configs; only determines which levels have attention
 
 
 def make_unet_config(
@@ -60,8 +60,8 @@ def make_unet_config(
     """Return the config of a UNet.
 
     Args:
-        sample_size: Side of the latent, or [height, width].
-        size_embed_dim: Dimension of the embedding of each size of SDXL; None = not SDXL.
+        sample_size: Side of the latent, or [height, width], latent pixels.
+        size_embed_dim: Dimension of SDXL's embedding of each size; None = not SDXL.
     """
     head_dim, model_channels = unet.num_head_channels, unet.model_channels
     depth = unet.transformer_depth
@@ -88,7 +88,7 @@ def make_unet_config(
     channels = [model_channels * mult for mult in unet.channel_mult]
     has_attention = [2**level in unet.attention_resolutions for level in range(len(channels))]
     heads = [unet.num_heads if head_dim == -1 else max(1, n // head_dim) for n in channels]
-    prefixes = ["CrossAttn" if attends else "" for attends in has_attention]
+    prefixes = ["CrossAttn" if has_attn else "" for has_attn in has_attention]
     config = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
@@ -122,7 +122,7 @@ def make_unet_config(
     if unet.transformer_depth_middle == 0:
         config["mid_block_type"] = MIDDLE_BLOCK_WITHOUT_ATTENTION
     if unet.transformer_depth_output is not None:
-        config |= _make_depths_by_block(unet, has_attention)
+        config |= _make_depths_by_level(unet, has_attention)
     if unet.time_cond_proj_dim is not None:
         config["time_cond_proj_dim"] = unet.time_cond_proj_dim
     return config
@@ -130,12 +130,12 @@ def make_unet_config(
 
 def parse_unet_config(config: Config) -> JsonObject:
     """Return the parameters of our UNet."""
-    validate_config(config, UNET, UNET_REQUIRED_VALUES, UNET_KEYS)
+    validate_config(config, UNET_CONFIG, UNET_REQUIRED_VALUES, UNET_KEYS)
     channels, down_blocks = config["block_out_channels"], config["down_block_types"]
-    check_blocks(UNET, [*down_blocks, *config["up_block_types"]], UNET_BLOCKS)
+    check_blocks(UNET_CONFIG, [*down_blocks, *config["up_block_types"]], UNET_BLOCKS)
     if any(n % channels[0] for n in channels):
         raise ConfigError(
-            f"{UNET}: `block_out_channels: {channels}` must be multiples of the first"
+            f"{UNET_CONFIG}: `block_out_channels: {channels}` must be multiples of the first"
         )
     params: JsonObject = {
         "image_size": config.get("sample_size"),
@@ -145,20 +145,20 @@ def parse_unet_config(config: Config) -> JsonObject:
         "attention_resolutions": [
             2**level for level, block in enumerate(down_blocks) if block in CROSS_ATTENTION_BLOCKS
         ],
-        "num_res_blocks": read_uniform(config, "layers_per_block", UNET, 2),
+        "num_res_blocks": read_uniform(config, "layers_per_block", UNET_CONFIG, 2),
         "channel_mult": [n // channels[0] for n in channels],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection")),
-        "context_dim": read_uniform(config, "cross_attention_dim", UNET),
+        "context_dim": read_uniform(config, "cross_attention_dim", UNET_CONFIG),
         "use_checkpoint": True,
         "legacy": False,
         **_parse_heads(config, channels),
         **_parse_class_embedding(config),
     }
     only_cross = config.get("only_cross_attention") or False
-    by_level = only_cross if isinstance(only_cross, list) else [only_cross] * len(channels)
-    if any(by_level):
-        params["disable_self_attentions"] = by_level
+    disabled = only_cross if isinstance(only_cross, list) else [only_cross] * len(channels)
+    if any(disabled):
+        params["disable_self_attentions"] = disabled
     middle_only_cross = config.get("mid_block_only_cross_attention")
     if middle_only_cross or (middle_only_cross is None and only_cross is True):
         params["disable_middle_self_attn"] = True
@@ -173,8 +173,8 @@ def make_vae_config(params: Config, scale_factor: float | None, sample_size: int
 
     Args:
         params: Parameters of our AutoencoderKL.
-        scale_factor: None = unknown, for an autoencoder without a model.
-        sample_size: Side of the image in pixels.
+        scale_factor: None = unknown, as for an autoencoder without a model.
+        sample_size: Side of the image, pixels.
     """
     ddconfig = AutoencoderConfig.from_ddconfig(params["ddconfig"])
     embed_dim, z_channels = params["embed_dim"], ddconfig.z_channels
@@ -208,9 +208,9 @@ def make_vae_config(params: Config, scale_factor: float | None, sample_size: int
 
 def parse_vae_config(config: Config) -> JsonObject:
     """Return the parameters of our AutoencoderKL."""
-    validate_config(config, VAE, VAE_REQUIRED_VALUES, VAE_KEYS)
+    validate_config(config, VAE_CONFIG, VAE_REQUIRED_VALUES, VAE_KEYS)
     channels, down_blocks = config["block_out_channels"], config["down_block_types"]
-    check_blocks(VAE, down_blocks, VAE_BLOCKS)
+    check_blocks(VAE_CONFIG, down_blocks, VAE_BLOCKS)
     embed_dim = config["latent_channels"]
     has_attention = [block.startswith("Attn") for block in down_blocks]
     ddconfig = {
@@ -221,8 +221,10 @@ def parse_vae_config(config: Config) -> JsonObject:
         "out_ch": config.get("out_channels", 3),
         "ch": channels[0],
         "ch_mult": [n // channels[0] for n in channels],
-        "num_res_blocks": read_uniform(config, "layers_per_block", VAE, 1),
-        "attn_resolutions": [RESOLUTION >> i for i, attends in enumerate(has_attention) if attends],
+        "num_res_blocks": read_uniform(config, "layers_per_block", VAE_CONFIG, 1),
+        "attn_resolutions": [
+            RESOLUTION >> level for level, has_attn in enumerate(has_attention) if has_attn
+        ],
         "dropout": 0.0,
     }
     if not config.get("mid_block_add_attention", True):
@@ -237,8 +239,8 @@ def validate_config(
 
     Args:
         where: Path of the config in the folder, for messages.
-        required: The only supported value by key.
-        keys: Keys with any value; all others must be null or false. None = ignore all others.
+        required: The only supported value, by key.
+        keys: Keys that may have any value; others must be null or false. None = ignore others.
     """
     for key, value in config.items():
         if key in required:
@@ -250,7 +252,7 @@ def validate_config(
 
 
 def read_uniform(config: Config, key: str, where: str, default: int = 0) -> int:
-    """Return an option that may be a list of numbers, one per level or side, if these are equal.
+    """Return an option that is a number, or a list of equal numbers (one per level or side).
 
     Raises:
         ConfigError: The numbers differ.
@@ -263,21 +265,21 @@ def read_uniform(config: Config, key: str, where: str, default: int = 0) -> int:
 
 
 def _check_options(network: str, unsupported: Mapping[str, object]) -> None:
-    """Raise ConfigError for the first option, named as in `unsupported`, that is used."""
+    """Raise ConfigError for the first option of `unsupported` whose value is true."""
     for option, is_used in unsupported.items():
         if is_used:
             raise ConfigError(f"diffusers' {network} does not support {option}")
 
 
 def check_blocks(where: str, blocks: Sequence[str], supported: Collection[str]) -> None:
-    """Raise ConfigError unless all types of blocks are supported."""
+    """Raise ConfigError unless all classes of blocks are supported."""
     for block in blocks:
         if block not in supported:
             raise ConfigError(f"{where}: blocks `{block}` are not supported")
 
 
-def _make_depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObject:
-    """Return the transformer depths of a UNet whose up blocks differ from its down blocks."""
+def _make_depths_by_level(unet: UNet, has_attention: Sequence[bool]) -> JsonObject:
+    """Return transformer depths per level, for a UNet whose up levels differ from down levels."""
     down_depths, depths = unet.transformer_depth, unet.transformer_depth_output
     if not isinstance(unet.num_res_blocks, int) or isinstance(down_depths, int) or depths is None:
         raise ConfigError("diffusers' UNet does not support these transformer depths")
@@ -286,8 +288,8 @@ def _make_depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObje
     down_levels = zip(down_depths, has_attention, strict=True)
     up_levels = zip(up_depths, reversed(has_attention), strict=True)
     return {
-        "transformer_layers_per_block": [n if attends else 1 for n, attends in down_levels],
-        "reverse_transformer_layers_per_block": [n if attends else 1 for n, attends in up_levels],
+        "transformer_layers_per_block": [n if has_attn else 1 for n, has_attn in down_levels],
+        "reverse_transformer_layers_per_block": [n if has_attn else 1 for n, has_attn in up_levels],
     }
 
 
@@ -296,10 +298,10 @@ def _parse_depths(config: Config, num_res_blocks: int) -> JsonObject:
     middle = config.get("mid_block_type", MIDDLE_BLOCK)
     if middle is None:
         raise ConfigError(
-            f"{UNET}: a UNet without a middle block, such as KOALA's, is not supported"
+            f"{UNET_CONFIG}: a UNet without a middle block, such as KOALA's, is not supported"
         )
     if middle not in (MIDDLE_BLOCK, MIDDLE_BLOCK_WITHOUT_ATTENTION):
-        raise ConfigError(f"{UNET}: `mid_block_type: {middle}` is not supported")
+        raise ConfigError(f"{UNET_CONFIG}: `mid_block_type: {middle}` is not supported")
     params: JsonObject = {"transformer_depth_middle": 0} if middle != MIDDLE_BLOCK else {}
     depths = config.get("transformer_layers_per_block", 1)
     reverse = config.get("reverse_transformer_layers_per_block")
@@ -338,7 +340,7 @@ def _parse_heads(config: Config, channels: Sequence[int]) -> dict[str, int]:
     if len(set(heads)) == 1:
         return {"num_heads": heads[0]}
     raise ConfigError(
-        f"{UNET}: {heads} heads for channels {channels} can be expressed neither as "
+        f"{UNET_CONFIG}: {heads} heads for channels {channels} can be expressed neither as "
         "num_heads nor as num_head_channels"
     )
 
@@ -347,10 +349,10 @@ def _parse_class_embedding(config: Config) -> JsonObject:
     class_type = config.get("class_embed_type")
     addition = config.get("addition_embed_type")
     if addition not in (None, "text_time"):
-        raise ConfigError(f"{UNET}: `addition_embed_type: {addition}` is not supported")
+        raise ConfigError(f"{UNET_CONFIG}: `addition_embed_type: {addition}` is not supported")
     if class_type == "projection" or addition:
         channels = config["projection_class_embeddings_input_dim"]
         return {"num_classes": "sequential", "adm_in_channels": channels}
     if class_type is not None:
-        raise ConfigError(f"{UNET}: `class_embed_type: {class_type}` is not supported")
+        raise ConfigError(f"{UNET_CONFIG}: `class_embed_type: {class_type}` is not supported")
     return {"num_classes": config["num_class_embeds"]} if config.get("num_class_embeds") else {}

@@ -6,19 +6,15 @@ from typing import Any
 from torch import Tensor
 
 from ldm.diffusion.schedule import make_betas
-from ldm.loading.diffusers.layout import SCHEDULER
+from ldm.loading.diffusers.layout import SCHEDULER_CONFIG
 from ldm.loading.families import PREDICTION_TYPES
 from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "get_timestep_spacing",
-    "make_ddim_config",
-    "make_noise_schedule_config",
-    "parse_noise_schedule",
-    "parse_prediction_type",
-    "parse_scheduler",
-    "to_prediction_type",
+    "get_timestep_spacing", "make_ddim_config", "make_noise_schedule_config",
+    "parse_noise_schedule", "parse_prediction_type", "parse_scheduler",
+    "to_diffusers_prediction_type",
 ]  # fmt: skip
 
 # diffusers' beta_schedule -> the original's; other noise schedules are written as lists of betas.
@@ -27,8 +23,8 @@ BETA_SCHEDULES = {
     "linear": "sqrt_linear",
     "squaredcos_cap_v2": "squaredcos_cap_v2",
 }
-# diffusers' timestep_spacing -> our scheduler.
-SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "time_uniform"}
+# diffusers' timestep_spacing, or option for the spacing of sigmas -> our scheduler.
+TIMESTEP_SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "time_uniform"}
 SIGMA_SPACINGS = {
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
@@ -42,7 +38,7 @@ def make_ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = Fals
     """Return the config of a DDIMScheduler with the timesteps of our default sampler.
 
     Args:
-        betas: As in a translated config: {"params": arguments of `make_betas`}, or a tensor.
+        betas: {"params": arguments of `make_betas`}, as in a translated config, or a tensor.
     """
     config = {
         "_class_name": "DDIMScheduler",
@@ -51,13 +47,13 @@ def make_ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = Fals
         "set_alpha_to_one": zero_snr,
         "steps_offset": 1,
         "timestep_spacing": "trailing" if zero_snr else "leading",
-        "prediction_type": to_prediction_type(parameterization),
+        "prediction_type": to_diffusers_prediction_type(parameterization),
     }
     return config | ({"rescale_betas_zero_snr": True} if zero_snr else {})
 
 
 def make_noise_schedule_config(betas: Any) -> JsonObject:
-    """Return the options of the noise schedule only; `betas` as in `make_ddim_config`."""
+    """Return only a scheduler's options of the noise schedule; `betas` as in `make_ddim_config`."""
     if not isinstance(betas, Tensor):
         params = dict(betas.get("params") or {})
         name = params.get("name", "linear")
@@ -75,7 +71,7 @@ def make_noise_schedule_config(betas: Any) -> JsonObject:
 
 
 def parse_noise_schedule(config: JsonMapping, where: str) -> JsonObject:
-    """Return the original's parameters for the noise schedule in the config of a scheduler."""
+    """Return the original's parameters of the noise schedule in the config of a scheduler."""
     if betas := config.get("trained_betas"):
         params = {"timesteps": len(betas), "given_betas": betas}
     else:
@@ -91,24 +87,26 @@ def parse_noise_schedule(config: JsonMapping, where: str) -> JsonObject:
 
 
 def parse_prediction_type(config: JsonMapping) -> str:
-    """Return the prediction type: "eps", "v" or "x0"."""
-    return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, SCHEDULER)
+    """Return the prediction type in the config of a scheduler as "eps", "v" or "x0"."""
+    return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, SCHEDULER_CONFIG)
 
 
-def to_prediction_type(parameterization: str) -> str:
-    """Return diffusers' name of what a network predicts: "eps", "v" or "x0"."""
+def to_diffusers_prediction_type(parameterization: str) -> str:
+    """Convert "eps", "v" or "x0" to diffusers' `prediction_type`."""
     return _find_key(parameterization, PREDICTION_TYPES)
 
 
 def parse_scheduler(config: JsonMapping, default: str) -> str:
-    """Return the name of our scheduler with a config's spacing of timesteps or sigmas."""
-    name = _read_name(config, "timestep_spacing", default, SPACINGS, SCHEDULER)
+    """Return our name of a scheduler by its config's spacing of timesteps or sigmas."""
+    name = _read_name(config, "timestep_spacing", default, TIMESTEP_SPACINGS, SCHEDULER_CONFIG)
     return next((ours for key, ours in SIGMA_SPACINGS.items() if config.get(key)), name)
 
 
 def get_timestep_spacing(scheduler: str | None) -> str:
-    """Return diffusers' timestep_spacing for a scheduler; "trailing" is close to `sgm_uniform`."""
-    return next((spacing for spacing, name in SPACINGS.items() if name == scheduler), "trailing")
+    """Return diffusers' `timestep_spacing` for our scheduler; that of `sgm_uniform` is trailing."""
+    return next(
+        (spacing for spacing, name in TIMESTEP_SPACINGS.items() if name == scheduler), "trailing"
+    )
 
 
 def _find_key(value: str, names: Mapping[str, str]) -> str:

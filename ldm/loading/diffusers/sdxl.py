@@ -14,6 +14,7 @@ from ldm.loading.diffusers import encoders, layout, networks, schedulers
 from ldm.loading.diffusers.locations import get_text_component
 from ldm.loading.families import SDXL_CONFIG_DIR
 from ldm.loading.legacy import AUTOENCODER_CONFIG
+from ldm.loading.sgm import SDXL_IMAGE_SIZE
 from ldm.model import LatentDiffusion
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError
@@ -23,24 +24,23 @@ __all__ = ["is_sdxl_folder", "make_sdxl_folder_configs", "make_sdxl_original_con
 
 log = logging.getLogger(__name__)
 
-SCORE_KEY = "aesthetic_score"  # batch key
+AESTHETIC_SCORE_KEY = "aesthetic_score"  # batch key
 TARGET_PREFIX = "sgm.modules.diffusionmodules."
-# sgm's class by prediction type.
-SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "x0": "X0Scaling", "edm": "EDMScaling"}
+# sgm's class of the denoiser's scaling, by prediction type.
+SCALING_CLASSES = {"eps": "EpsScaling", "v": "VScaling", "x0": "X0Scaling", "edm": "EDMScaling"}
 DEFAULT_SCHEDULER_CLASS = "EulerDiscreteScheduler"
 SCHEDULER_CLASSES = {
     "euler_a": "EulerAncestralDiscreteScheduler", "lcm": "LCMScheduler", "tcd": "TCDScheduler",
 }  # fmt: skip
-DEFAULT_IMAGE_SIZE = 128  # default side in latent pixels
 
 
 def is_sdxl_folder(files: JsonMapping) -> bool:
     """Return whether a folder contains SDXL, by its UNet."""
-    return bool(files.get(layout.UNET, {}).get("addition_embed_type") == "text_time")
+    return bool(files.get(layout.UNET_CONFIG, {}).get("addition_embed_type") == "text_time")
 
 
 def make_sdxl_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
-    """Return all files of a folder except weights, for a model and its translated config."""
+    """Return the configs and tokenizer files of a folder, for a model and its translated config."""
     params, conditioner = spec["params"], model.conditioner
     text_encoders = {get_text_component(e): e for e in conditioner.find_all(TextEncoder)}
     embed_dims = {encoder.outdim for encoder in conditioner.find_all(SizeEmbedding)}
@@ -49,8 +49,12 @@ def make_sdxl_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonO
             "SDXL in diffusers needs a pooled text encoder, and size embeddings of one dimension"
         )
     assert isinstance(model.unet, UNet)
-    is_refiner, is_inpainting = SCORE_KEY in conditioner.keys, "masked" in conditioner.keys
+    is_refiner, is_inpainting = (
+        AESTHETIC_SCORE_KEY in conditioner.keys,
+        "masked" in conditioner.keys,
+    )
     side = max(model.latent_size)
+    unet = networks.make_unet_config(model.unet, side, size_embed_dim=embed_dims.pop())
     vae = networks.make_vae_config(
         params["autoencoder"]["params"], model.scale_factor, side * model.downscale
     )
@@ -59,9 +63,9 @@ def make_sdxl_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonO
         if values is not None:
             vae[key] = [round(value, 6) for value in values.flatten().tolist()]
     files: JsonObject = {
-        layout.UNET: networks.make_unet_config(model.unet, side, size_embed_dim=embed_dims.pop()),
-        layout.VAE: vae,
-        layout.SCHEDULER: _make_scheduler_config(model, params["schedule"]["params"]),
+        layout.UNET_CONFIG: unet,
+        layout.VAE_CONFIG: vae,
+        layout.SCHEDULER_CONFIG: _make_scheduler_config(model, params["schedule"]["params"]),
     }
     for component, encoder in text_encoders.items():
         files |= encoders.make_text_files(encoder, component)
@@ -72,41 +76,44 @@ def make_sdxl_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonO
     if is_refiner or is_inpainting:
         extras["requires_aesthetics_score"] = is_refiner
     class_name = _get_pipeline_class(is_refiner, is_inpainting)
-    return files | {layout.INDEX: layout.make_index(class_name, files, extras)}
+    return files | {layout.MODEL_INDEX: layout.make_index(class_name, files, extras)}
 
 
 def make_sdxl_original_config(files: JsonMapping, folder: str) -> JsonObject:
-    """Return a config of `generative-models`; `folder` is the folder's path, for messages."""
-    index = files[layout.INDEX]
-    layout.check_files(files, folder, layout.VAE, layout.SCHEDULER, layout.TEXT_2)
+    """Return a config of sgm (`generative-models`); `folder` is its path, for messages."""
+    index = files[layout.MODEL_INDEX]
+    paths = (layout.VAE_CONFIG, layout.SCHEDULER_CONFIG, layout.TEXT_2_CONFIG)
+    layout.check_files(files, folder, *paths)
+    unet_config, text_config = files[layout.UNET_CONFIG], files.get(layout.TEXT_CONFIG)
     needs_score = bool(index.get("requires_aesthetics_score", False))
-    is_inpainting = files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS
+    is_inpainting = unet_config.get("in_channels") == layout.INPAINTING_CHANNELS
     if not needs_score:
-        layout.check_files(files, folder, layout.TEXT)
+        layout.check_files(files, folder, layout.TEXT_CONFIG)
     name = "sd_xl_inpaint" if is_inpainting else "sd_xl_base"
-    if layout.TEXT not in files:
+    if text_config is None:
         name = "sd_xl_refiner"
     raw = read_yaml(f"{SDXL_CONFIG_DIR}/{name}.yaml")
     params = raw["model"]["params"]
-    params["network_config"]["params"] = networks.parse_unet_config(files[layout.UNET])
+    params["network_config"]["params"] = networks.parse_unet_config(unet_config)
     side = params["network_config"]["params"].pop("image_size", None)
-    if side not in (None, DEFAULT_IMAGE_SIZE):
+    if side not in (None, SDXL_IMAGE_SIZE):
         params["image_size"] = side
-    _set_autoencoder(params, files[layout.VAE])
-    _set_schedule(params, files[layout.SCHEDULER])
+    _set_autoencoder(params, files[layout.VAE_CONFIG])
+    _set_schedule(params, files[layout.SCHEDULER_CONFIG])
     conditioner = params["conditioner_config"]["params"]
     for embedder in conditioner["emb_models"]:
         target = embedder["target"].rpartition(".")[2]
         if target == "FrozenCLIPEmbedder":
-            embedder["params"] |= encoders.parse_sdxl_text_config(files[layout.TEXT], pooled=False)
+            embedder["params"] |= encoders.parse_sdxl_text_config(text_config, pooled=False)
         elif target == "FrozenOpenCLIPEmbedder2":
-            embedder["params"] |= encoders.parse_sdxl_text_config(files[layout.TEXT_2], pooled=True)
+            config = files[layout.TEXT_2_CONFIG]
+            embedder["params"] |= encoders.parse_sdxl_text_config(config, pooled=True)
         else:
-            embedder["params"]["outdim"] = files[layout.UNET]["addition_time_embed_dim"]
-    if needs_score and layout.TEXT in files:
-        conditioner["emb_models"][-1]["input_key"] = SCORE_KEY
+            embedder["params"]["outdim"] = unet_config["addition_time_embed_dim"]
+    if needs_score and text_config is not None:
+        conditioner["emb_models"][-1]["input_key"] = AESTHETIC_SCORE_KEY
     uses_zeros = index.get("force_zeros_for_empty_prompt", True)
-    if uses_zeros != (layout.TEXT in files):  # which is the default of `sgm.translate_engine`
+    if uses_zeros != (text_config is not None):  # the default of `sgm.translate_engine`
         conditioner["force_uc_zero_embeddings"] = ["txt"] if uses_zeros else []
     return raw
 
@@ -133,19 +140,20 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
         discretization = params["sampler_config"]["params"]["discretization_config"]["params"]
         discretization |= {k: config[k] for k in ("sigma_min", "sigma_max") if k in config}
     else:
-        scaling = SCALINGS[prediction_type]
-        betas = schedulers.parse_noise_schedule(config, layout.SCHEDULER)
+        scaling = SCALING_CLASSES[prediction_type]
+        betas = schedulers.parse_noise_schedule(config, layout.SCHEDULER_CONFIG)
         if betas.pop("rescale_betas_zero_snr", False):
             params["rescale_betas_zero_snr"] = True
         if "given_betas" not in betas and betas.pop("beta_schedule") != "linear":
-            raise ConfigError(f"{layout.SCHEDULER}: `beta_schedule` of SDXL must be scaled_linear")
+            where = layout.SCHEDULER_CONFIG
+            raise ConfigError(f"{where}: `beta_schedule` of SDXL must be scaled_linear")
         betas["num_timesteps"] = betas.pop("timesteps")
         denoiser = params["denoiser_config"]["params"]
         denoiser["num_idx"] = betas["num_timesteps"]
         denoiser["discretization_config"]["params"] = betas
         defaults["scheduler"] = schedulers.parse_scheduler(config, "leading")
         if defaults["scheduler"] == "leading" and config.get("steps_offset", 1) != 1:
-            log.warning("%s: `steps_offset` is ignored, it is always 1", layout.SCHEDULER)
+            log.warning("%s: `steps_offset` is ignored, it is always 1", layout.SCHEDULER_CONFIG)
     spec: JsonObject = {"target": f"{TARGET_PREFIX}denoiser_scaling.{scaling}"}
     if scaling == "EDMScaling" and "sigma_data" in config:
         spec["params"] = {"sigma_data": config["sigma_data"]}
@@ -160,7 +168,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
     """Return the config of a scheduler for the model's default sampler, with its spacing."""
     prediction_type = "epsilon"  # of EDM, too
     if model.parameterization != "edm":
-        prediction_type = schedulers.to_prediction_type(model.parameterization)
+        prediction_type = schedulers.to_diffusers_prediction_type(model.parameterization)
     if isinstance(model.schedule, ContinuousSchedule):
         return {
             "_class_name": "EDMEulerScheduler",
