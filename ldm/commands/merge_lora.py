@@ -43,13 +43,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _merge(args: Namespace) -> None:
     from tqdm import tqdm
 
-    from ldm.loading.addons.lora_tools import build_model_of_lora, join_loras
+    from ldm.loading.addons.lora_tools import build_model_for_lora, join_loras
 
     check_target(args)
     limits = make_rank_limits(args)
     files = [parse_lora(text) for text in args.files]
     first_file, _ = files[0]
-    model = build_model_of_lora(first_file, args.model)
+    model = build_model_for_lora(first_file, args.model)
     with tqdm(unit="layer", disable=None) as bar:
         joined = join_loras(files, model, limits, progress=bar.update)
     layers = joined.lora.layers.values()

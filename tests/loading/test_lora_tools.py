@@ -11,7 +11,7 @@ from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_tools import (
     RankLimits,
-    build_model_of_lora,
+    build_model_for_lora,
     compute_svd,
     extract_lora,
     join_loras,
@@ -104,6 +104,7 @@ def test_extraction_follows_kohyas_rule(folder):
 )
 def test_limits_select_the_rank(limits, count):
     assert RankLimits(**limits).count_kept(torch.tensor([4.0, 3.0, 2.0, 1.0])) == count
+    assert RankLimits(**limits).count_kept(torch.empty(0)) == 0  # a LyCORIS layer of zeros
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8)])
@@ -252,7 +253,7 @@ def test_the_family_of_a_file_is_recognised(tmp_path):
     state = {f"{name}.lora_down.weight": torch.ones(2, 768)}
     state[f"{name}.lora_up.weight"] = torch.ones(320, 2)
     write_checkpoint(tmp_path / "x.safetensors", state)
-    model = build_model_of_lora(tmp_path / "x.safetensors")
+    model = build_model_for_lora(tmp_path / "x.safetensors")
     assert list(read_lora(tmp_path / "x.safetensors", model).layers) == [name]
 
 

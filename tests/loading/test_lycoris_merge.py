@@ -13,7 +13,7 @@ from tinyfamilies import write_family
 
 from ldm.commands.convert import main as convert
 from ldm.loading.addons.lora_targets import list_lycoris_targets
-from ldm.loading.addons.lora_tools import build_model_of_lora
+from ldm.loading.addons.lora_tools import build_model_for_lora
 from ldm.loading.files.checkpoint import write_checkpoint
 
 RANK = 4
@@ -149,7 +149,7 @@ def test_convert_merges_all_kinds_into_unet_and_towers_as_lycoris_does(
     write_family(family, base)
     assert convert([str(base), str(tmp_path / "theirs")]) == 0
     networks = load_diffusers_networks(tmp_path / "theirs", towers.values())
-    targets = list_lycoris_targets(build_model_of_lora(file, base))
+    targets = list_lycoris_targets(build_model_for_lora(file, base))
     names = {layer.kohya_name: layer.diffusers_name for layer in targets}
     layers = {kohya: get_layer(networks, name) for kohya, name in names.items()}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}

@@ -1,8 +1,8 @@
 """Extract LoRAs from two models, join several into one, or reduce their rank.
 
-extract   W_tuned - W_base = U S V;  up = U S, down = V, cut to a rank
-join      up = [w1 up1, w2 up2], down = [down1; down2]: exact, the ranks add up; then cut as above
-          LyCORIS (LoHa, LoKr, Tucker LoCon, differences): w1 delta1 + w2 delta2 = U S V
+extract   W_tuned - W_base = U S Vh;  up = U S, down = Vh, truncated to a rank
+join      up = [w1 up1, w2 up2], down = [down1; down2]: exact, the ranks add up; then truncated
+          LyCORIS (LoHa, LoKr, Tucker LoCon, differences): w1 delta1 + w2 delta2 = U S Vh
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.addons.lora_weights import LoRAWeightLike
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
-from ldm.loading.convert import fill_lora_parts
+from ldm.loading.convert import fill_lora_components
 from ldm.loading.families import FAMILIES
 from ldm.loading.merge import ModelFile, check_compatible, read_model_file
 from ldm.model import LatentDiffusion
@@ -26,11 +26,11 @@ from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, sum_additions
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingArgument, WeightsMismatch
 
 __all__ = [
-    "ExtractedLoRA", "JoinedLoRA", "RankLimits", "build_model_of_lora", "compute_svd",
+    "ExtractedLoRA", "JoinedLoRA", "RankLimits", "build_model_for_lora", "compute_svd",
     "extract_lora", "join_loras",
 ]  # fmt: skip
 
-ROUNDING_ERROR = 1e-7  # of singular values, relative to the largest
+SVD_RTOL = 1e-7  # singular values below this, relative to the largest, are set to 0
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class RankLimits:
     """Limits for the singular values that a layer keeps: the strictest applies; None = no limit.
 
     Args:
-        rank: Maximum number of values.
+        rank: Maximum number of singular values.
         sum_fraction: Fraction of their sum to keep, above 0 to 1 (kohya's `sv_cumulative`).
         square_fraction: Fraction of the sum of their squares to keep, above 0 to 1: 1 - squared
             relative error (kohya's `sv_fro`).
-        ratio: Keep values of at least the largest divided by this, at least 1 (kohya's `sv_ratio`).
+        ratio: Largest / smallest value to keep, at least 1 (kohya's `sv_ratio`).
     """
 
     rank: int | None = None
@@ -67,19 +67,18 @@ class RankLimits:
         """Whether any limit is set."""
         return self != NO_LIMITS
 
-    def count_kept(self, values: Tensor) -> int:
-        """Return the number of singular values (n,), descending, to keep: at least 1."""
-        counts = [len(values) if self.rank is None else self.rank]
-        for fraction, terms in (
-            (self.sum_fraction, values),
-            (self.square_fraction, values.square()),
-        ):
+    def count_kept(self, s: Tensor) -> int:
+        """Return how many of n singular values (n,), descending, to keep: at least 1 if n > 0."""
+        if not len(s):
+            return 0
+        counts = [len(s) if self.rank is None else self.rank]
+        for fraction, terms in ((self.sum_fraction, s), (self.square_fraction, s.square())):
             if fraction is not None:
                 sums = terms.cumsum(0)
                 counts.append(int((sums < fraction * sums[-1]).sum()) + 1)
         if self.ratio is not None:
-            counts.append(int((values >= values[0] / self.ratio).sum()))
-        return max(1, min(len(values), *counts))
+            counts.append(int((s >= s[0] / self.ratio).sum()))
+        return max(1, min(len(s), *counts))
 
 
 NO_LIMITS = RankLimits()
@@ -91,9 +90,9 @@ class JoinedLoRA:
 
     Args:
         lora: The layers.
-        other_tensors: Tensors by their names in files: additions to norms and biases, textual
+        other_tensors: Other tensors by name in files: additions to norms and biases, textual
             inversions.
-        total_rank: Sum of the layers' ranks before they were limited.
+        total_rank: Sum of the layers' ranks before limits.
         retained_fraction: Fraction of the sum of squared singular values that the limits keep.
     """
 
@@ -109,9 +108,9 @@ class ExtractedLoRA:
 
     Args:
         lora: The layers.
-        model: The base model; only the weights that LoRAs change are loaded.
-        retained_fraction: Fraction of the squared difference of the layers that it reproduces.
-        other_weights: Names of other weights that differ between the models.
+        model: The base model, of which only UNet and text encoders are loaded.
+        retained_fraction: Fraction of the sum of squared differences that the LoRA reproduces.
+        other_weights: Names of weights that differ between the models, but are not in the LoRA.
     """
 
     lora: LoRA
@@ -139,7 +138,7 @@ def extract_lora(
     Args:
         limits: Limits for linear layers and 1 x 1 convolutions.
         conv_limits: Limits for larger convolutions; None = these are left out.
-        clamp_quantile: Quantile to which the weights of a layer are clamped; 1 = no clamping.
+        clamp_quantile: Quantile to which the weights of a layer are clamped; 1 = not clamped.
         ema: Whether to use EMA weights of files that have them.
         config: The YAML of both models; None finds it as `load` does.
         progress: Called with 1 for each layer.
@@ -150,39 +149,40 @@ def extract_lora(
     if not 0.5 < clamp_quantile <= 1:
         message = f"clamp_quantile {clamp_quantile}: must be above 0.5 and at most 1"
         raise ArgumentError(message, "clamp_quantile")
-    models = [read_model_file(path, config, ema=ema) for path in (tuned, base)]
-    check_compatible(models[1], models[0])
-    differing = _list_differing_weights(*models)
-    networks = [_fill_mapped(model, models[1]) for model in models]
+    files = [read_model_file(path, config, ema=ema) for path in (tuned, base)]
+    check_compatible(files[1], files[0])
+    differing = _list_differing_weights(*files)
+    models = [_fill_memory_mapped(file, files[1]) for file in files]
     layers: dict[str, LoRALayer] = {}
     squared_error = squared_delta = 0.0
-    for new, old in zip(*map(list_lora_targets, networks), strict=True):
+    for tuned_layer, base_layer in zip(*map(list_lora_targets, models), strict=True):
         progress(1)
-        weights = (new.target.weight, old.target.weight)
+        weights = (tuned_layer.target.weight, base_layer.target.weight)
         layer_limits = conv_limits if weights[0][0, 0].numel() > 1 else limits
         if layer_limits is None:
             continue
         delta = weights[0].float() - weights[1].float()
-        for model, weight in zip(models, weights, strict=True):
-            model.release(weight)
+        for file, weight in zip(files, weights, strict=True):
+            file.release(weight)
         if not delta.any():
             continue
-        up, values, down = compute_svd(delta.flatten(1))
-        count = layer_limits.count_kept(values)
-        up, down = up[:, :count] * values[:count], down[:count]
+        u, s, vh = compute_svd(delta.flatten(1))
+        rank = layer_limits.count_kept(s)
+        up, down = u[:, :rank] * s[:rank], vh[:rank]
         if clamp_quantile < 1:
             limit = _compute_quantile(torch.cat([up.flatten(), down.flatten()]), clamp_quantile)
             up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
         squared_error += float((delta.flatten(1) - (up @ down).to(delta)).square().sum())
         squared_delta += float(delta.square().sum())
-        layers[old.kohya_name] = build_lora_layer(old.target, down.float(), up.float())
+        layer = build_lora_layer(base_layer.target, down.float(), up.float())
+        layers[base_layer.kohya_name] = layer
     if not layers:
         raise WeightsMismatch(f"no layer of `{tuned}` and `{base}` differs that a LoRA can change")
     targets = [layer.target for layer in layers.values()]
-    changed = {id(target.layer.get_parameter(target.parameter_name)) for target in targets}
-    names = {name for name, value in networks[1].named_parameters() if id(value) in changed}
-    others = tuple(name for name in differing if name not in names)
-    return ExtractedLoRA(LoRA(layers), networks[1], 1 - squared_error / squared_delta, others)
+    changed_ids = {id(target.layer.get_parameter(target.parameter_name)) for target in targets}
+    changed = {name for name, value in models[1].named_parameters() if id(value) in changed_ids}
+    others = tuple(name for name in differing if name not in changed)
+    return ExtractedLoRA(LoRA(layers), models[1], 1 - squared_error / squared_delta, others)
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def join_loras(
 
     Args:
         model: Model whose layers they change; it may be on the meta device.
-        limits: Limits of each layer's rank; additions to norms and biases stay whole.
+        limits: Limits of each layer's rank; they do not apply to additions to norms and biases.
         progress: Called with 1 for each layer.
 
     Raises:
@@ -222,39 +222,39 @@ def join_loras(
             additions.setdefault(change.target, []).append(change)
         other_tensors |= read_bundled_embeddings(path)
     layers: dict[str, LoRALayer] = {}
-    total_rank, retained, total = 0, 0.0, 0.0
+    total_rank, retained_squares, total_squares = 0, 0.0, 0.0
     for target, target_additions in additions.items():
         progress(1)
         if target.weight.dim() == 1:
-            name = f"{names[target]}.{_get_vector_role(target)}"
+            name = f"{names[target]}.{_get_1d_role(target)}"
             other_tensors[name] = sum_additions(target_additions)
             continue
-        up, values, down = _decompose_sum(target_additions, is_limited=limits.is_limited)
-        count = min(limits.count_kept(values), int(values.count_nonzero()))
-        if count:
-            up, down = up[:, :count] * values[:count], down[:count]
+        u, s, vh = _decompose_sum(target_additions, is_limited=limits.is_limited)
+        rank = min(limits.count_kept(s), int(s.count_nonzero()))
+        if rank:
+            up, down = u[:, :rank] * s[:rank], vh[:rank]
             layers[names[target]] = build_lora_layer(target, down.float(), up.float())
-        total_rank += len(values)
-        retained += float(values[:count].square().sum())
-        total += float(values.square().sum())
+        total_rank += len(s)
+        retained_squares += float(s[:rank].square().sum())
+        total_squares += float(s.square().sum())
     if not layers and not other_tensors:
         raise WeightsMismatch("all layers of the LoRA are zero")
-    return JoinedLoRA(LoRA(layers), other_tensors, total_rank, retained / total if total else 1.0)
+    retained_fraction = retained_squares / total_squares if total_squares else 1.0
+    return JoinedLoRA(LoRA(layers), other_tensors, total_rank, retained_fraction)
 
 
-def build_model_of_lora(path: str | Path, base: str | Path | None = None) -> LatentDiffusion:
+def build_model_for_lora(path: str | Path, base: str | Path | None = None) -> LatentDiffusion:
     """Return the model that a LoRA file is for, on the meta device.
 
     Args:
-        base: Checkpoint of the model; None recognises SD 1, SD 2, SDXL and its refiner by the
-            LoRA.
+        base: Checkpoint of the model; None = recognize SD 1, SD 2, SDXL or its refiner by the LoRA.
     """
     if base is not None:
         return read_model_file(base, None, ema=False).model
     name = find_lora_family(path)
     family = next((family for family in FAMILIES if family.title == name), None)
     if family is None:
-        message = f"`{path}`: the family of the LoRA is not recognised\nhint: pass a model"
+        message = f"`{path}`: the family of the LoRA is not recognized\nhint: pass a model"
         raise MissingArgument(message, "model")
     model = build_on_meta(read_yaml(family.get_config_path(None)))
     assert isinstance(model, LatentDiffusion)
@@ -262,61 +262,61 @@ def build_model_of_lora(path: str | Path, base: str | Path | None = None) -> Lat
 
 
 def compute_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the singular value decomposition U (m, k), S (k,), V (k, n), in float64.
+    """Compute the singular value decomposition U (m, k), S (k,), Vh (k, n), in float64.
 
     Uses the eigenvectors of A A^T or A^T A, the smaller one: exact enough for float32 weights, and
     several times as fast as `torch.linalg.svd` for the long rows of convolutions.
     """
     matrix = matrix.double()
     if matrix.shape[0] > matrix.shape[1]:
-        u, values, v = compute_svd(matrix.T)
-        return v.T, values, u.T
-    squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
-    values, u = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    is_zero = values <= ROUNDING_ERROR * values[0]
-    values = values.masked_fill(is_zero, 0)
-    v = u.T @ matrix / values.masked_fill(is_zero, 1)[:, None]
-    return u, values, v.masked_fill(is_zero[:, None], 0)
+        u, s, vh = compute_svd(matrix.T)
+        return vh.T, s, u.T
+    eigenvalues, eigenvectors = torch.linalg.eigh(matrix @ matrix.T)
+    s, u = eigenvalues.flip(0).clamp(min=0).sqrt(), eigenvectors.flip(1)
+    is_zero = s <= SVD_RTOL * s[0]
+    s = s.masked_fill(is_zero, 0)
+    vh = u.T @ matrix / s.masked_fill(is_zero, 1)[:, None]
+    return u, s, vh.masked_fill(is_zero[:, None], 0)
 
 
 def _decompose_sum(
     additions: Sequence[Addition], *, is_limited: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (m, k), S (k,), V (k, n) whose product is the sum of the additions.
+    """Return U (m, k), S (k,), Vh (k, n) whose product is the sum of the additions.
 
     Plain LoRAs are decomposed only if ranks are limited; else S is 1.
     """
     plain = [addition for addition in additions if isinstance(addition, LoRALayer)]
     if len(plain) < len(additions):
-        u, values, v = compute_svd(sum_additions(additions).flatten(1))
-        count = int(values.count_nonzero())
-        return u[:, :count], values[:count], v[:count]
+        u, s, vh = compute_svd(sum_additions(additions).flatten(1))
+        rank = int(s.count_nonzero())
+        return u[:, :rank], s[:rank], vh[:rank]
     up = torch.cat([a.lora_up.weight.flatten(1).double() * float(a.scale) for a in plain], 1)
     down = torch.cat([a.lora_down.weight.flatten(1).double() for a in plain])
     if not is_limited:
         return up, torch.ones(len(down)), down
-    left, r_up = torch.linalg.qr(up)
-    right, r_down = torch.linalg.qr(down.T)
-    u, values, v = compute_svd(r_up @ r_down.T)
-    return left @ u, values, v @ right.T
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, s, vh = compute_svd(r_up @ r_down.T)
+    return q_up @ u, s, vh @ q_down.T
 
 
-def _get_vector_role(target: Target) -> str:
-    """Return the name in files for an addition to a bias, or to the weight of a norm."""
+def _get_1d_role(target: Target) -> str:
+    """Return the role in files of an addition to a bias, or to the weight of a norm."""
     if not isinstance(target.layer, (nn.GroupNorm, nn.LayerNorm)):
         return "diff_b"
     return "w_norm" if target.name == "weight" else "b_norm"
 
 
-def _fill_mapped(model: ModelFile, base: ModelFile) -> LatentDiffusion:
-    """Return the model with the weights that LoRAs change, memory-mapped.
+def _fill_memory_mapped(file: ModelFile, base: ModelFile) -> LatentDiffusion:
+    """Return the model of a file with UNet and text encoders, memory-mapped.
 
-    Text encoders that its file does not contain are taken from the base.
+    Text encoders that the file does not contain are taken from the base.
     """
-    names = base.names.keys() | model.names.keys()
-    state = {name: (model if name in model else base)[name] for name in names}
-    fill_lora_parts(model.model, state, model.file.path)
-    return model.model
+    names = base.names.keys() | file.names.keys()
+    state = {name: (file if name in file else base)[name] for name in names}
+    fill_lora_components(file.model, state, file.file.path)
+    return file.model
 
 
 def _list_differing_weights(tuned: ModelFile, base: ModelFile) -> list[str]:
@@ -331,7 +331,7 @@ def _list_differing_weights(tuned: ModelFile, base: ModelFile) -> list[str]:
 
 
 def _compute_quantile(values: Tensor, q: float) -> float:
-    """Compute a quantile like `torch.quantile`, which is limited to 16 million numbers."""
+    """Compute a quantile as `torch.quantile`, which is limited to 16 million numbers."""
     position = q * (len(values) - 1)
     below = values.kthvalue(int(position) + 1).values
     above = values.kthvalue(min(int(position) + 2, len(values))).values
