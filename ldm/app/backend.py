@@ -50,7 +50,7 @@ from ldm.imaging.output import OutputFolder, get_depth_path
 from ldm.imaging.reading import open_image
 from ldm.loading.addons.embeddings import load_embeddings
 from ldm.loading.addons.lora import set_loras
-from ldm.loading.addons.safety import COMPONENT, load_safety_checker
+from ldm.loading.addons.safety import SAFETY_CHECKER, load_safety_checker
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
@@ -113,7 +113,7 @@ class Backend:
         loras = self.library.find_lora_files(parse_lora(str(text)) for text in lora_texts)
         addons = self.library.find_addon_files(values)
         ignored = {"lora", *get_options(UpscalerOptions if entry.is_sdxl else SDXL)}
-        if COMPONENT not in addons:
+        if SAFETY_CHECKER not in addons:
             ignored.add("unsafe")
         if "refiner" not in addons and entry.family != "refiner":
             ignored |= {"aesthetic_score", "negative_aesthetic_score"}

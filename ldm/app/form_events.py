@@ -25,7 +25,7 @@ from ldm.diffusion.names import SAMPLERS
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parse_parameters
 from ldm.imaging.reading import read_size
-from ldm.loading.addons.safety import COMPONENT
+from ldm.loading.addons.safety import SAFETY_CHECKER
 from ldm.loading.find_variant import supports_variants
 from ldm.runtime.types import JsonObject
 
@@ -91,7 +91,7 @@ class FormEvents:
         """Return an update of a list of add-ons, whose first entry stands for none."""
         names = self.library.list_addons(kind)
         # The other lists are in accordions, which are hidden or closed.
-        kwargs: JsonObject = {"visible": bool(names)} if kind in ("vae", COMPONENT) else {}
+        kwargs: JsonObject = {"visible": bool(names)} if kind in ("vae", SAFETY_CHECKER) else {}
         no_addon = MODEL_VAE if kind == "vae" else NO_ADDON
         choices = [no_addon, *((name, name) for name in names)]
         return gr.update(choices=choices, value=selected if selected in names else "", **kwargs)

@@ -22,9 +22,9 @@ from ldm.generate.options import Value
 from ldm.generate.tasks import Task
 from ldm.loading.addons.embeddings import list_embedding_files, read_embeddings
 from ldm.loading.addons.lora_weights import LoRAWeight
-from ldm.loading.addons.safety import COMPONENT
+from ldm.loading.addons.safety import SAFETY_CHECKER
 from ldm.loading.files.checkpoint import compute_short_hash
-from ldm.loading.find_variant import detect_variant_of_loras
+from ldm.loading.find_variant import detect_first_lora_variant
 from ldm.loading.inspection import inspect_checkpoint
 from ldm.loading.tiny_autoencoder import is_for_sdxl, load_preview
 from ldm.model import Defaults, LatentDiffusion
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 MAX_LORA_WEIGHT = 10
 # Files that a run may add to a model: option -> title for messages
-ADDONS = {"vae": "VAE", "refiner": "refiner", "upscaler": "upscaler", COMPONENT: "safety checker"}
+ADDONS = {"vae": "VAE", "refiner": "refiner", "upscaler": "upscaler", SAFETY_CHECKER: "safety checker"}
 ADDON_FAMILIES = {"refiner": "refiner", "upscaler": "latent-upscaling"}  # option -> family
 WILDCARD_FOLDER = "wildcards"  # subfolder of the models folder, in lower case
 
@@ -148,14 +148,14 @@ class Library:
             models = read_catalogue(self.folder).models.items()
             family = ADDON_FAMILIES[kind]
             return {name: entry.path for name, entry in models if entry.family == family}
-        if kind != COMPONENT:
+        if kind != SAFETY_CHECKER:
             return list_addons(self.folder, kind)
         folders = {
-            f"{name}/{COMPONENT}": path / COMPONENT
+            f"{name}/{SAFETY_CHECKER}": path / SAFETY_CHECKER
             for name, path in list_checkpoints(self.folder).items()
-            if (path / COMPONENT).is_dir()
+            if (path / SAFETY_CHECKER).is_dir()
         }
-        return list_addons(self.folder, COMPONENT) | folders
+        return list_addons(self.folder, SAFETY_CHECKER) | folders
 
     def find_recorded_addon(self, kind: str, info: JsonMapping) -> str:
         """Return the name of an image's refiner or upscaler; "" = none, or not available here."""
@@ -212,7 +212,7 @@ class Library:
         files = tuple(self.loras[lora] for lora in loras if lora in self.loras)
         with suppress(ArgumentError):  # an invalid tag; Generate reports the error
             files = add_tagged_loras(prompt, files, self.list_lora_files)
-        variant = detect_variant_of_loras(files)
+        variant = detect_first_lora_variant(files)
         defaults = Defaults() if entry is None else entry.defaults
         if variant is not None:
             defaults = variant.defaults

@@ -11,7 +11,7 @@ from ldm.encoders.text import TextEncoder
 from ldm.generate.checks import check_checkpoints, check_depth, log_advice
 from ldm.generate.defaults import log_variant
 from ldm.generate.request import Request
-from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
+from ldm.loading.addons.safety import SAFETY_CHECKER, find_safety_checker, load_safety_checker
 from ldm.loading.find_variant import select_file_variant
 from ldm.loading.load import load as load_from_files
 from ldm.loading.published import find_by_sha256, resolve_checkpoint
@@ -135,7 +135,7 @@ def find_requested_checker(request: Request) -> Path | None:
     if name != OWN_CHECKER:
         return find_safety_checker(name) if name else None
     folder = Path(request.model.ckpt or "").expanduser()
-    if request.model.ckpt is None or not (folder / COMPONENT).is_dir():
+    if request.model.ckpt is None or not (folder / SAFETY_CHECKER).is_dir():
         model = f"`{folder.name}`" if request.model.ckpt else "the demo model"
         raise MissingFile(f"{model} contains no safety checker", "safety_checker")
     return find_safety_checker(folder)

@@ -144,7 +144,7 @@ def test_clip_is_read_out_of_unclip_checkpoints(clip_weights, tmp_path):
         assert torch.equal(CLIPJudge(load_clip(tmp_path / name)).embed_texts(PROMPTS), expected)
     without = {name: value for name, value in split.items() if "embedder" in name}
     torch.save({"state_dict": without}, tmp_path / "no-text.ckpt")
-    with pytest.raises(FileFormatError, match=re.escape("image and text tower")):
+    with pytest.raises(FileFormatError, match=re.escape("vision and text tower")):
         check_clip(tmp_path / "no-text.ckpt")
 
 

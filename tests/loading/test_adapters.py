@@ -242,7 +242,7 @@ def test_a_layer_under_two_names_is_read_from_that_of_diffusers(file, caplog):
             is_other = torch.equal(layer.lora_up.weight, up)
             assert is_other == ("output_blocks" in name), name
             assert is_other or torch.equal(layer.compute_delta(), expected[name].compute_delta())
-    assert "layers twice: those under the original's names are ignored" in caplog.text
+    assert "layers twice: their tensors under original names are ignored" in caplog.text
 
 
 def test_a_lora_of_the_base_model_fits_an_inpainting_model(file):
@@ -432,7 +432,7 @@ def test_damaged_metadata_and_integer_weights_are_refused(file):
         with pytest.raises(FileFormatError, match="alpha in its metadata or .* is damaged"):
             read_lora(file, build_tiny_model())
     write_checkpoint(file, {name: value.to(torch.int8) for name, value in state.items()})
-    with pytest.raises(FileFormatError, match="quantised LoRAs are not supported"):
+    with pytest.raises(FileFormatError, match="quantized LoRAs are not supported"):
         read_lora(file, build_tiny_model())
 
 
@@ -567,10 +567,10 @@ def test_alpha_may_have_any_numeric_type_but_not_be_nan(tmp_path, file):
         (["lora_unet_conv_in.on_input"], "has only `on_input`"),
         (["lora_unet_conv_in.lora_mid.weight"], "has only `mid`"),
         (["unet.conv_in.lora_magnitude_vector.weight"], "has only `magnitude`"),
-        (["lora_unet_conv_in.oft_diag"], "unsupported kind: OFT in another format"),
-        (["unet.conv_in.lora_B.bias"], "unsupported kind: LoRA with biases"),
-        (["x.modules_to_save.default.weight"], "unsupported kind: LoRA with fully trained layers"),
-        (["out.2.bias"], "is not a LoRA file: 1 of its 1 keys is not recognised"),
+        (["lora_unet_conv_in.oft_diag"], "unsupported type: OFT in another format"),
+        (["unet.conv_in.lora_B.bias"], "unsupported type: LoRA with biases"),
+        (["x.modules_to_save.default.weight"], "unsupported type: LoRA with fully trained layers"),
+        (["out.2.bias"], "is not a LoRA file: 1 of its 1 keys is not recognized"),
         (["betas", "lora_unet_conv_in.alpha"], "kind of LoRA: 1 of its 2 keys .*: `betas`"),
     ],
 )

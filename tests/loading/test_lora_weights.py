@@ -122,7 +122,7 @@ def test_only_the_rank_of_plain_loras_can_be_cut(file, tmp_path):
     changes = dict(read_changes(file, model, "1:dyn=1"))
     torch.testing.assert_close(changes[name].compute_delta(), delta, rtol=0, atol=1e-6)
     save_file({f"{name}.diff": torch.zeros_like(delta)}, tmp_path / "diff.safetensors")
-    with pytest.raises(ValueError, match="is not a plain LoRA: its rank cannot be cut"):
+    with pytest.raises(ValueError, match="is not a plain LoRA: its rank cannot be truncated"):
         load_loras(model, [(tmp_path / "diff.safetensors", "1:dyn=1")])
 
 

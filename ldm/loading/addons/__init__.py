@@ -1,1 +1,1 @@
-"""Files with weights besides a model's: LoRA, embeddings, MiDaS, Karlo, LPIPS, CLIP and others."""
+"""Load weights other than a model's own: LoRA, embeddings, MiDaS, Karlo, LPIPS, CLIP and others."""

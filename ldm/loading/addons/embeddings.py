@@ -3,11 +3,11 @@
 The file is called a textual inversion; a token with its vectors is an embedding.
 
     A1111        {"string_to_param": {"*": (n, D)}, …} in a .pt, {"emb_params": (n, D)}: the token
-                 is the name of the file, unless it has several. In a .png: base64 of JSON, in a
+                 is the name of the file, unless there are several. In a .png: JSON in base64, in a
                  text chunk
     diffusers    {"<token>": (D,) or (n, D)} in a .bin or .safetensors; SDXL: a file per encoder
     SDXL         {"clip_l": (n, 768), "clip_g": (n, 1280)}: kohya, A1111, ComfyUI
-    in LoRAs     the same with the prefix `bundle_emb.TOKEN.`
+    in LoRAs     any of these with the prefix `bundle_emb.TOKEN.`
 
 The width D determines the text encoder. In a prompt a token stands for all of its n vectors. Gal
 et al. 2022 (arXiv:2208.01618).
@@ -27,6 +27,7 @@ from ldm.encoders.text import TextEncoder
 from ldm.imaging.reading import open_image
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
 from ldm.loading.modelspec import make_modelspec
+from ldm.loading.weight_names import select_prefix
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, FileFormatError, WeightsMismatch, WrongFamily
 from ldm.runtime.files import list_files
@@ -44,16 +45,16 @@ PNG_TEXT_KEY = "sd-ti-embedding"  # text chunk of A1111's PNGs
 TENSOR_KEY = "TORCHTENSOR"  # A1111's key of a tensor in JSON
 MAX_TOKENS = 76  # a file with more tensors is not a textual inversion
 STRING_TO_PARAM_PREFIX = "string_to_param."
-ONLY_TOKEN_KEY = "emb_params"  # vectors of the only token, which is named after the file
-SDXL_KEYS = ("clip_l", "clip_g")  # likewise, for each text encoder of SDXL
+SINGLE_TOKEN_KEY = "emb_params"  # vectors of a single token, which is named after the file
+SDXL_KEYS = ("clip_l", "clip_g")  # the same, for each text encoder of SDXL
 # Keys of diffusers' training script.
 DIFFUSERS_SDXL_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
-TOKEN_KEY = "ldm.token"  # metadata: the only token, if it is not named after the file
-BUNDLE_PREFIX = "bundle_emb."  # of tensors of embeddings in LoRA files
+TOKEN_KEY = "ldm.token"  # metadata key of a single token, if it is not named after the file
+BUNDLE_PREFIX = "bundle_emb."  # of embeddings in LoRA files
 BUNDLE_KEY = re.compile(
     rf"{re.escape(BUNDLE_PREFIX)}(?:(?P<token>.+?)\.)?(?P<key>string_to_param\..*|[^.]+)"
 )
-# Names of model families, by the width of their last text encoder.
+# Title of a family by the width of its last text encoder.
 FAMILY_BY_WIDTH = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
 
 
@@ -65,15 +66,15 @@ def load_embeddings(
     `model.provenance` records the files.
 
     Args:
-        strict: Whether to raise an error for a file that does not fit; if not, or in a folder, it
-            is skipped.
+        strict: Whether to raise an error for a file that does not fit; False = skip it with a
+            warning, as is always done for the files in a folder.
 
     Raises:
         FileFormatError: A file is not a textual inversion.
         WeightsMismatch: A file is for another text encoder.
         WrongFamily: The model has no text encoder.
     """
-    entries, added = [], []
+    entries, added_tokens = [], []
     for path in map(Path, paths):
         if not (candidates := list_embedding_files(path)):
             log.warning("`%s` has no textual inversions", path)
@@ -87,12 +88,12 @@ def load_embeddings(
                 log.warning("skipped: %s", str(error).splitlines()[0])
                 continue
             words = [token.lower() for token in tokens]
-            added += words
-            digest = compute_short_hash(file)
-            entries.append({"path": str(file.resolve()), "words": words, "hash": digest})
+            added_tokens += words
+            short_hash = compute_short_hash(file)
+            entries.append({"path": str(file.resolve()), "words": words, "hash": short_hash})
     if entries:
         model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *entries]
-    _warn_about_missing_vectors(model, added)
+    _warn_about_missing_vectors(model, added_tokens)
 
 
 def check_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
@@ -105,13 +106,13 @@ def check_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> Non
 def add_embeddings(
     model: LatentDiffusion, tokens: Mapping[str, Sequence[Tensor]], file: Path
 ) -> None:
-    """Add tokens to the text encoders whose width is that of their vectors.
+    """Add tokens to the text encoders that have the width of their vectors.
 
     Args:
         tokens: Vectors (n, D) for one or two text encoders, by token.
-        file: The file that they are from, for messages.
+        file: File with the tokens, for messages.
     Raises:
-        WeightsMismatch: They are for another text encoder.
+        WeightsMismatch: The vectors are for another text encoder.
         WrongFamily: The model has no text encoder.
     """
     if not tokens:
@@ -120,10 +121,10 @@ def add_embeddings(
     encoders = model.conditioner.find_all(TextEncoder)
     for token, vectors_by_encoder in tokens.items():
         by_width = {vectors.shape[1]: vectors for vectors in vectors_by_encoder}
-        fitting = [encoder for encoder in encoders if encoder.width in by_width]
-        if any(token.lower() in encoder.added_embeddings for encoder in fitting):
-            log.warning("`%s` replaces `%s`, which another file had added", file, token)
-        for encoder in fitting:
+        matching = [encoder for encoder in encoders if encoder.width in by_width]
+        if any(token.lower() in encoder.added_embeddings for encoder in matching):
+            log.warning("`%s` replaces `%s` of another file", file, token)
+        for encoder in matching:
             encoder.added_embeddings[token.lower()] = by_width[encoder.width]
     log.info("`%s` adds %s", file, ", ".join(f"`{token}`" for token in tokens))
 
@@ -137,7 +138,7 @@ def _check_tokens(
         raise WrongFamily("this model has no text encoder: embeddings cannot be added")
     widths = [encoder.width for encoder in encoders]
     for token, vectors_by_encoder in tokens.items():
-        # The last vectors show the family: CLIP-L's, the first of SDXL, also fit SD 1.
+        # The last vectors show the family: the first of SDXL, for CLIP-L, also fit SD 1.
         width = vectors_by_encoder[-1].shape[1]
         if width not in widths:
             expected = " or ".join(map(str, widths))
@@ -197,7 +198,7 @@ def _read_png(path: Path) -> dict[str, list[Tensor]]:
 
 
 def _read_png_text(path: Path) -> str:
-    """Return the text chunk of a PNG with A1111's textual inversion; "" if there is none."""
+    """Return A1111's text chunk of a PNG with a textual inversion; "" if it has none."""
     if path.suffix.lower() != PNG_SUFFIX:
         return ""
     try:
@@ -231,11 +232,11 @@ def write_embeddings(
     A1111 reads files of one token in either format, and names the token after the file.
 
     Args:
-        tokens: Vectors (n, D) by token; for SDXL those for CLIP-L (n, 768) and bigG (n, 1280).
-        metadata: Further entries of the file's metadata; None = none.
-        model: Model that they were trained for, for the metadata; None = unknown.
+        tokens: Vectors (n, D) by token; for SDXL (n, 768) of CLIP-L and (n, 1280) of bigG.
+        metadata: Additional metadata of the file; None = no additions.
+        model: Model that the tokens were trained for, for the metadata; None = unknown.
     Raises:
-        ArgumentError: One of several tokens is for SDXL: such a file can contain only one.
+        ArgumentError: Several tokens for SDXL, of which a file can contain only one.
     """
     state: dict[str, Tensor] = {}
     metadata = {"modelspec.trigger_phrase": ", ".join(tokens), **(metadata or {})}
@@ -248,10 +249,8 @@ def write_embeddings(
         if len(vectors_by_encoder) > 1:
             if len(tokens) > 1:
                 listed = ", ".join(f"`{name}`" for name in tokens)
-                message = (
-                    f"a file contains only one token of SDXL, got {listed}: write one file each"
-                )
-                raise ArgumentError(message, "tokens")
+                message = f"a file can contain only one token of SDXL, got {listed}"
+                raise ArgumentError(f"{message}: write one file for each", "tokens")
             entries[TOKEN_KEY] = token
     write_checkpoint(path, state, entries)
 
@@ -260,21 +259,17 @@ def _parse_tokens(state: Mapping[str, Tensor], name: str, path: Path) -> dict[st
     """Return a file's vectors (n, D) by token; `name` is the token if the file has none."""
     state = {DIFFUSERS_SDXL_KEYS.get(key, key): value for key, value in state.items()}
     sdxl_vectors = [state[key] for key in SDXL_KEYS if key in state]
-    params = {
-        n.removeprefix(STRING_TO_PARAM_PREFIX): v
-        for n, v in state.items()
-        if n.startswith(STRING_TO_PARAM_PREFIX)
-    }
+    params = select_prefix(state, STRING_TO_PARAM_PREFIX)
     if sdxl_vectors:
         tokens = {name: sdxl_vectors}
-    elif ONLY_TOKEN_KEY in state:
-        tokens = {name: [state[ONLY_TOKEN_KEY]]}
+    elif SINGLE_TOKEN_KEY in state:
+        tokens = {name: [state[SINGLE_TOKEN_KEY]]}
     elif len(params) == 1:
         tokens = {name: list(params.values())}
     else:
         tokens = {token: [value] for token, value in (params or state).items()}
-    values = [value for vectors_by_encoder in tokens.values() for value in vectors_by_encoder]
-    if len(tokens) > MAX_TOKENS or any(value.dim() not in (1, 2) for value in values):
+    all_vectors = [vectors for by_encoder in tokens.values() for vectors in by_encoder]
+    if len(tokens) > MAX_TOKENS or any(vectors.dim() not in (1, 2) for vectors in all_vectors):
         raise FileFormatError(
             f"`{path}` is not a textual inversion: its tensors are not vectors of tokens"
         )

@@ -18,17 +18,17 @@ REMEDY = "FID needs TensorFlow's weights of 2015-12-05: `ldm download fid-incept
 
 
 def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> Inception:
-    """Load the network in float32.
+    """Load the Inception network in float32.
 
     Raises:
-        FileFormatError: It is another network, such as torchvision's Inception.
+        FileFormatError: The file contains another network, such as torchvision's Inception.
     """
     file = read_checkpoint(resolve_checkpoint(path))
-    head = file.state.get("fc.weight")
-    if "Mixed_7c.branch_pool.conv.weight" not in file.state or head is None:
+    fc_weight = file.state.get("fc.weight")
+    if "Mixed_7c.branch_pool.conv.weight" not in file.state or fc_weight is None:
         raise FileFormatError(f"`{path}` is not an Inception network: {REMEDY}")
-    if len(head) != NUM_CLASSES:
-        raise FileFormatError(f"`{path}` is an Inception of {len(head)} classes: {REMEDY}")
+    if len(fc_weight) != NUM_CLASSES:
+        raise FileFormatError(f"`{path}` is an Inception of {len(fc_weight)} classes: {REMEDY}")
     with meta_device():
         net = Inception()
     expected = net.state_dict()

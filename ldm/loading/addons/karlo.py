@@ -22,17 +22,18 @@ def load_prior(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Prior:
-    """Load the Karlo prior; its sizes, except for `heads`, are inferred from the weights."""
+    """Load the Karlo prior; its config, except for `heads`, is inferred from the weights."""
     file = read_checkpoint(path)
     state = {name.removeprefix("model."): value for name, value in file.state.items()}
     if TEXT_PROJECTION not in state or "positional_embedding" not in state:
         raise FileFormatError(f"`{path}` is not the file of a Karlo prior")
     width, clip_dim = state[TEXT_PROJECTION].shape
     layers = {name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")}
+    num_positions = state["positional_embedding"].shape[1]  # text tokens, and 4 others
     with meta_device():
         prior = Prior(
             clip_dim=clip_dim,
-            text_ctx=state["positional_embedding"].shape[1] - 4,
+            text_ctx=num_positions - 4,
             xf_width=width,
             xf_layers=len(layers),
             xf_heads=heads,

@@ -1,7 +1,7 @@
 """Load LoRA and LyCORIS files into a model, replace and remove them.
 
-Target layers are the linear layers and convolutions (LoCon) of UNet and text encoders; of LyCORIS
-(see `nets/lycoris.py`) also norms and biases.
+Target layers are linear layers and convolutions (LoCon) of UNet and text encoders; those of LyCORIS
+(see `nets/lycoris.py`) are also norms, and include biases.
 """
 
 import logging
@@ -27,7 +27,7 @@ from ldm.loading.addons.lora_files import (
     read_layers,
 )
 from ldm.loading.addons.lora_targets import (
-    UNET_PREFIX,
+    KOHYA_UNET_PREFIX,
     TargetLayer,
     list_lycoris_targets,
     map_aliases,
@@ -38,7 +38,7 @@ from ldm.loading.blocks import BASE, list_blocks
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.layout import INPAINTING_CHANNELS
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint
-from ldm.loading.find_variant import detect_variant_of_loras, warn_if_distilled
+from ldm.loading.find_variant import detect_first_lora_variant, warn_if_distilled
 from ldm.loading.variants import is_variant_fixed, set_variant
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import (
@@ -65,7 +65,7 @@ INPUT_CONV = "input_blocks.0.0"
 
 
 class LoRAFile(NamedTuple):
-    """A file or folder of a LoRA, its weight, and the changes to a model with that weight."""
+    """A LoRA file or folder, its weight, and the changes that it makes to a model."""
 
     path: Path
     weight: LoRAWeight
@@ -116,15 +116,15 @@ def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
 
 
 def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeightLike]]) -> None:
-    """Replace the LoRAs of a model by others, or by the same with other weights.
+    """Replace the LoRAs of a model by others, or by the same LoRAs with other weights.
 
-    The result is bit-identical to a model loaded with these `loras`, without loading it again, and
-    has the same defaults. The original weights of changed layers stay in memory.
+    The result is bit-identical to a model loaded with these `loras`, and has the same defaults, but
+    the model is not loaded again. The original weights of changed layers stay in memory.
 
     Args:
         files: (file, weight) pairs, the weight as in `ldm.load`; an empty list removes all LoRAs.
     Raises:
-        ArgumentError: The model was loaded with `loras`, which cannot be removed; or the sum of
+        ArgumentError: The model was loaded with `loras`, which cannot be removed; or a sum of
             weights is too large for its dtype, and the model then has no LoRAs.
         ValueError, FileNotFoundError: As `ldm.load`; the model is unchanged.
     """
@@ -140,7 +140,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
         return
     loras = read_loras(model, pairs)
     merged = model.merged = model.merged or MergedChanges()
-    unload_all()  # offloaded parts: their weights are changed on the CPU
+    unload_all()  # the weights of offloaded components are changed on the CPU
     for encoder in model.conditioner.find_all(TextEncoder):
         for token in merged.tokens:
             encoder.added_embeddings.pop(token, None)
@@ -153,7 +153,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
     merged.tokens, merged.loras = _record_loras(model, loras), requested
     if is_variant_fixed(model):
         return
-    if variant := detect_variant_of_loras(pairs):
+    if variant := detect_first_lora_variant(pairs):
         merged.restore_defaults = set_variant(model, variant)
     else:
         warn_if_distilled(pairs)
@@ -165,9 +165,9 @@ def read_changes(
     """Return (kohya's name of the layer, change) for all changes by a file or folder.
 
     Raises:
-        ArgumentError: The weight does not fit this UNet or this kind of file.
-        FileFormatError: It is not a LoRA file, or of an unsupported kind.
-        WeightsMismatch: It does not fit the model.
+        ArgumentError: The weight does not fit this UNet or this type of file.
+        FileFormatError: The file is not a LoRA, or of an unsupported type.
+        WeightsMismatch: The LoRA does not fit the model.
     """
     weight = LoRAWeight.parse(weight)
     targets = {layer.kohya_name: layer for layer in list_lycoris_targets(model)}
@@ -185,10 +185,10 @@ def read_changes(
             unknown.append(name)
             continue
         layer = targets[name]
-        is_in_unet = name.startswith(UNET_PREFIX)
+        is_in_unet = name.startswith(KOHYA_UNET_PREFIX)
         strength = block_weights[blocks.get_block(layer.original_name) if is_in_unet else BASE]
         if weight.rank is not None:
-            tensors = _cut_rank(tensors, weight.rank, path)
+            tensors = _truncate_rank(tensors, weight.rank, path)
         try:
             for change in _build_changes(layer, tensors, strength):
                 changes.append((name, change))
@@ -206,7 +206,7 @@ def _read_modification_time(path: Path) -> int:
 
 
 def _record_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str]:
-    """Record LoRAs in `provenance`, add the tokens in their files, and return these."""
+    """Record LoRAs in `provenance`, add the tokens in their files, and return these tokens."""
     _warn_about_order(files)
     provenance, tokens = [], []
     for path, weight, _ in files:
@@ -244,16 +244,16 @@ def _warn_about_order(files: Sequence[LoRAFile]) -> None:
 def _build_changes(
     layer: TargetLayer, tensors: LayerTensors, strength: float
 ) -> list[WeightChange]:
-    """Build the changes of a layer's weight and bias; raise ValueError if shapes do not fit."""
-    for_bias = {role: value for role, value in tensors.items() if role in BIAS_ROLES}
-    for_weight = {role: value for role, value in tensors.items() if role not in BIAS_ROLES}
-    if layer.original_name == INPUT_CONV and "down" in for_weight:
-        for_weight["down"] = _pad_channels(for_weight["down"], layer.target)
+    """Build the changes of a layer's weight and bias; raise ValueError if a shape does not fit."""
+    bias_tensors = {role: value for role, value in tensors.items() if role in BIAS_ROLES}
+    weight_tensors = {role: value for role, value in tensors.items() if role not in BIAS_ROLES}
+    if layer.original_name == INPUT_CONV and "down" in weight_tensors:
+        weight_tensors["down"] = _pad_channels(weight_tensors["down"], layer.target)
     changes = []
-    if for_weight.keys() - {"alpha"}:
-        changes.append(_build_change(layer.target, for_weight, strength))
-    if for_bias:
-        changes.append(_build_change(layer.target._replace(name="bias"), for_bias, strength))
+    if weight_tensors.keys() - {"alpha"}:
+        changes.append(_build_change(layer.target, weight_tensors, strength))
+    if bias_tensors:
+        changes.append(_build_change(layer.target._replace(name="bias"), bias_tensors, strength))
     return changes
 
 
@@ -268,10 +268,11 @@ def _build_change(target: Target, tensors: LayerTensors, strength: float) -> Wei
     return layer
 
 
-def _cut_rank(tensors: LayerTensors, rank: int, path: str | Path) -> LayerTensors:
-    """Return a layer of a plain LoRA reduced to its first ranks, with the same alpha / rank."""
+def _truncate_rank(tensors: LayerTensors, rank: int, path: str | Path) -> LayerTensors:
+    """Return a layer of a plain LoRA with only its first ranks, and with the same alpha / rank."""
     if not LORA_ROLES <= tensors.keys() <= {*LORA_ROLES, "alpha"}:
-        raise ArgumentError(f"`{path}` is not a plain LoRA: its rank cannot be cut (dyn)", "lora")
+        message = f"`{path}` is not a plain LoRA: its rank cannot be truncated (dyn)"
+        raise ArgumentError(message, "lora")
     down, up = tensors["down"], tensors["up"]
     alpha = float(tensors.get("alpha", torch.tensor(len(down))))
     rank = min(rank, len(down))
@@ -288,15 +289,15 @@ def build_lora_layer(
     """Build a layer of a plain LoRA, which can be merged or attached.
 
     Args:
-        down: (rank, C_in), or with a kernel; any shape with the same number of elements.
-        up: (C_out, rank), likewise.
-        alpha: None = the rank, so that the scale is 1.
+        down: (rank, C_in, …), of the target's shape (C_out, C_in, …) or with as many elements.
+        up: (C_out, rank), or with as many elements.
+        alpha: None = the rank, so that alpha / rank is 1.
     Raises:
         ValueError: The shapes do not fit the target.
     """
     rank, shape = len(down), target.weight.shape
-    counts = rank * shape[1:].numel(), rank * shape[0]
-    if len(shape) < 2 or len(up) != shape[0] or (down.numel(), up.numel()) != counts:
+    numels = rank * shape[1:].numel(), rank * shape[0]
+    if len(shape) < 2 or len(up) != shape[0] or (down.numel(), up.numel()) != numels:
         raise ValueError(f"its tensors do not fit a weight of shape {tuple(shape)}")
     with meta_device():
         layer = LoRALayer(target, rank)
@@ -310,11 +311,11 @@ def build_lora_layer(
 
 
 def _pad_channels(down: Tensor, target: Target) -> Tensor:
-    """Pad input channels with zeros, if the model is an inpainting model and the LoRA is not."""
-    channels = target.weight.shape[1]
-    if channels != INPAINTING_CHANNELS or down.dim() != 4:
+    """Pad input channels with zeros, for a LoRA of a text-to-image model in an inpainting model."""
+    in_channels = target.weight.shape[1]
+    if in_channels != INPAINTING_CHANNELS or down.dim() != 4:
         return down
-    return F.pad(down, (0, 0, 0, 0, 0, max(channels - down.shape[1], 0)))
+    return F.pad(down, (0, 0, 0, 0, 0, max(in_channels - down.shape[1], 0)))
 
 
 def _make_mismatch_error(

@@ -9,9 +9,9 @@
     peft        base_model.model.….lora_A.weight, with alpha in the `adapter_config.json` beside it
     ComfyUI     the original's names: `input_blocks.1.1.….to_q.lora_A.weight`
 
-Layers have diffusers' names (`loading/diffusers/names.py`) or the original's, with dots or `_`;
-here they have kohya's. The only text encoder of SDXL's refiner may have the names of the first or
-the second text encoder. For a folder all LoRA files in it are read (peft: one per network).
+Files have diffusers' names of layers (`loading/diffusers/names.py`) or the original's, with dots or
+`_`; this module uses kohya's. The text encoder of SDXL's refiner may have the names of the first or
+the second text encoder. Of a folder all LoRA files are read (peft: one per component).
 """
 
 import hashlib
@@ -57,17 +57,17 @@ LORA_KEY = re.compile(
     )""",
     re.VERBOSE,
 )
-IA3_KEY = re.compile(r"(.+)\.(weight)")  # of (IA)^3, beside `on_input`
-# name in some files -> role
+IA3_KEY = re.compile(r"(.+)\.(weight)")  # of (IA)^3, if there is an `on_input` of the layer
+# Name in some files -> role.
 ROLE_ALIASES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
-BIAS_ROLES = ("diff_b", "b_norm")  # changes of the bias
-LORA_ROLES = {"down", "up"}  # of a plain LoRA, beside alpha
-DOWN_ROLES = ("down", "A")  # names of the first matrix, (rank, C_in, …)
-INPUT_ROLES = ("down", "hada_w1_b", "diff")  # of shape (…, C_in)
-LayerTensors = dict[str, Tensor]  # of one layer, by their role
+BIAS_ROLES = ("diff_b", "b_norm")  # of changes of a bias
+LORA_ROLES = {"down", "up"}  # of a plain LoRA, which may also have alpha
+DOWN_NAMES = ("down", "A")  # of the first matrix, (rank, C_in, …)
+INPUT_ROLES = ("down", "hada_w1_b", "diff")  # of tensors (…, C_in)
+LayerTensors = dict[str, Tensor]  # tensors of one layer, by role
 ORIGINAL_BLOCKS = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks)[._]")
-FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
-UNSUPPORTED_TYPES = {  # by a pattern in names of tensors that LORA_KEY does not match
+FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # stems, of diffusers and of peft
+UNSUPPORTED_TYPES = {  # by pattern in names of tensors that LORA_KEY does not match
     "lora_embedding": "LoRA of an embedding",
     "oft_(R|diag)|boft": "OFT in another format",
     "ia3_": "(IA)^3 of peft",
@@ -75,8 +75,8 @@ UNSUPPORTED_TYPES = {  # by a pattern in names of tensors that LORA_KEY does not
     r"lora_\w+\.bias$": "LoRA with biases",
     r"\.modules_to_save\.": "LoRA with fully trained layers",
 }
-# Family by a pattern in names of layers; only transformers of SDXL have several blocks.
-FAMILY_BY_NAME = {
+# Pattern in names of layers -> family; only transformers of SDXL have several blocks.
+FAMILY_PATTERNS = {
     r"lora_te2_|text_encoder_2\.|add_embedding|_\d_transformer_blocks_[1-9]": SDXL.title,
     r"double_blocks|single_(transformer_)?blocks|^transformer\.|joint_blocks": "Flux or SD 3",
 }
@@ -90,10 +90,10 @@ def list_lora_files(path: str | Path) -> list[Path]:
     path = Path(path).expanduser()
     if not path.is_dir():
         return [path]
-    if (export := path / "checkpoints/last.safetensors").is_file():
-        return [export]
-    for ending in (".safetensors", ".bin"):
-        files = [*path.glob(f"*{ending}"), *path.glob(f"*/*{ending}")]
+    if (last := path / "checkpoints/last.safetensors").is_file():
+        return [last]
+    for suffix in (".safetensors", ".bin"):
+        files = [*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")]
         if files := sorted(file for file in files if file.stem in FOLDER_FILES):
             return files
     raise MissingFile(f"`{path}` contains no `{'` or `'.join(FOLDER_FILES)}`.safetensors", "loras")
@@ -105,14 +105,14 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Layer
     Layers of rank 0 are left out.
 
     Args:
-        aliases: kohya's name by other names, from `map_aliases`; other layers keep their name.
+        aliases: Other name of a layer -> kohya's, from `map_aliases`; unknown names are kept.
     Raises:
-        FileFormatError: It is not a LoRA, of an unsupported type, incomplete or not finite.
+        FileFormatError: The file is not a LoRA, of an unsupported type, incomplete or not finite.
     """
     layers: dict[str, LayerTensors] = {}
     under_original_names: dict[str, LayerTensors] = {}
     unknown = []
-    # Files in peft's folders name layers without the component, which is the name of the folder.
+    # In a peft folder, the folder of a file has the name of the component, and layers do not.
     prefix = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
     for key, value in file.state.items():
         match = LORA_KEY.fullmatch(key)
@@ -126,7 +126,7 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Layer
         elif not key.startswith(BUNDLE_PREFIX):
             unknown.append(key)
     if duplicates := under_original_names.keys() & layers.keys():
-        message = "`%s` has %d layers twice: those under the original's names are ignored"
+        message = "`%s` has %d layers twice: their tensors under original names are ignored"
         log.warning(message, file.path, len(duplicates))
     layers = under_original_names | layers
     _check_keys(file, layers, unknown)
@@ -143,7 +143,7 @@ def add_alphas(
     """Add the missing alpha of layers, from the metadata of diffusers or the config of peft.
 
     Raises:
-        FileFormatError: These are damaged, or the LoRA needs a base model that peft changed.
+        FileFormatError: Metadata or config are damaged, or peft changed the base model.
     """
     path = file.path.with_name("adapter_config.json")
     has_metadata = ADAPTER_METADATA_KEY in file.metadata
@@ -172,13 +172,13 @@ def _check_initialization(path: Path, config: JsonMapping) -> None:
     initialization = str(config.get("init_lora_weights")).lower()
     if initialization.startswith(BASE_CHANGING_INITS):
         raise FileFormatError(
-            f"`{path}` is of an unsupported kind: LoRA from `{initialization}`, which changes the "
-            "base model, too: save it with peft's `path_initial_model_for_weight_conversion`"
+            f"`{path}` is of an unsupported type: LoRA from `{initialization}`, which also changes "
+            "the base model: save it with peft's `path_initial_model_for_weight_conversion`"
         )
 
 
 def _add_alpha(tensors: LayerTensors, config: JsonMapping, name: str) -> None:
-    """Add the alpha of one layer; `name` is that in peft's patterns."""
+    """Add the alpha of one layer; `name` is matched with peft's patterns."""
     alpha = _match_pattern(
         config, "alpha_pattern", name, config.get("lora_alpha", config.get("alpha"))
     )
@@ -186,29 +186,29 @@ def _add_alpha(tensors: LayerTensors, config: JsonMapping, name: str) -> None:
     if alpha is None:
         return
     if rank is not None:
-        # rsLoRA divides by the root of the rank.
+        # rsLoRA scales by alpha / sqrt(rank).
         factor = rank**0.5 if config.get("use_rslora") else 1
         tensors["alpha"] = torch.tensor(float(alpha) * factor)
     elif "lokr_w1" in tensors:  # two full matrices: peft scales their product, LyCORIS does not
-        scale = float(alpha) / float(_match_pattern(config, "rank_pattern", name, config.get("r")))
-        tensors["lokr_w1"] = tensors["lokr_w1"].float() * scale
+        rank_in_config = _match_pattern(config, "rank_pattern", name, config.get("r"))
+        tensors["lokr_w1"] = tensors["lokr_w1"].float() * (float(alpha) / float(rank_in_config))
 
 
-def _match_pattern(config: JsonMapping, patterns: str, name: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a name, as peft does."""
-    values = config.get(patterns) or {}
-    matching = (value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", name))
+def _match_pattern(config: JsonMapping, key: str, name: str, default: Any) -> Any:
+    """Return the value of the first pattern under a key that matches the end of a name, as peft."""
+    patterns = (config.get(key) or {}).items()
+    matching = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", name))
     return next(matching, default)
 
 
 def find_ranks(file: Checkpoint) -> set[int]:
     """Return the ranks of the layers of a plain LoRA."""
     matches = ((LORA_KEY.fullmatch(name), value) for name, value in file.state.items())
-    return {len(value) for match, value in matches if match and match[2] in DOWN_ROLES}
+    return {len(value) for match, value in matches if match and match[2] in DOWN_NAMES}
 
 
 def find_lora_family(path: str | Path) -> str | None:
-    """Return the title of the family that a LoRA was trained for; None if it is not recognised."""
+    """Return the title of the family that a LoRA was trained for; None if it is not recognized."""
     layers: dict[str, LayerTensors] = {}
     for file in list_lora_files(path):
         layers |= read_layers(read_checkpoint(file), {})
@@ -216,26 +216,25 @@ def find_lora_family(path: str | Path) -> str | None:
 
 
 def guess_family(layers: Mapping[str, LayerTensors]) -> str | None:
-    """Return the family by the cross-attention dimension, else by the names of the layers."""
+    """Return the title of a family by the context dimension, else by the names of the layers."""
     for name, tensors in layers.items():
         matrices = (value for role, value in tensors.items() if role in INPUT_ROLES)
         context_dim = next((value.shape[1] for value in matrices if value.dim() > 1), None)
         if normalize_layer_name(name).endswith("attn2_to_k") and context_dim in BASE_MODELS:
             return BASE_MODELS[context_dim].title
-    names = "\n".join(text for name in layers for text in (name, normalize_layer_name(name)))
-    return next(
-        (f for pattern, f in FAMILY_BY_NAME.items() if re.search(pattern, names, re.M)), None
-    )
+    names = "\n".join(n for name in layers for n in (name, normalize_layer_name(name)))
+    matches = (f for pattern, f in FAMILY_PATTERNS.items() if re.search(pattern, names, re.M))
+    return next(matches, None)
 
 
 def read_bundled_embeddings(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of textual inversions in a LoRA file or folder, by their names there."""
+    """Return the tensors of textual inversions in a LoRA file or folder, by name in the file."""
     files = map(read_checkpoint, list_lora_files(path))
     return {k: v for file in files for k, v in file.state.items() if k.startswith(BUNDLE_PREFIX)}
 
 
 def compute_a1111_hash(path: Path) -> str:
-    """Return A1111's hash of a LoRA: 12 hex digits of the SHA-256 of its tensors, or of a .pt."""
+    """Return A1111's hash of a LoRA: 12 hex digits of the SHA-256 of its tensors, or of its .pt."""
     digest = read_checkpoint(path).metadata.get("sshs_model_hash")
     if not digest and path.suffix == ".safetensors":
         with path.open("rb") as file:
@@ -248,22 +247,22 @@ def write_lora(
     lora: LoRA,
     path: str | Path,
     model: LatentDiffusion,
-    style: Literal["kohya", "diffusers"] = "kohya",
+    lora_format: Literal["kohya", "diffusers"] = "kohya",
     metadata: Mapping[str, str | int] | None = None,
     other_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a LoRA file, with its base model in the metadata, but without its strength.
 
     Args:
-        style: "kohya" opens in A1111, ComfyUI and diffusers. "diffusers" folds alpha / rank into
-            `up`, as not every version of diffusers reads alpha.
-        metadata: Further entries of the file; None = no others.
-        other_tensors: Tensors besides the layers, by their names in the file; None = none.
+        lora_format: "kohya" opens in A1111, ComfyUI and diffusers. "diffusers" folds alpha / rank
+            into `up`, as not every version of diffusers reads alpha.
+        metadata: Additional metadata; None = no additions.
+        other_tensors: Tensors besides the layers, by name in the file; None = no others.
     """
     entries: dict[str, str | int] = {}
-    if style == "kohya":
+    if lora_format == "kohya":
         state = {name: value.detach().cpu() for name, value in lora.state_dict().items()}
-        entries = _describe_network(lora, model)
+        entries = _make_kohya_metadata(lora, model)
     else:
         names = {layer.kohya_name: layer.diffusers_name for layer in list_lora_targets(model)}
         state = {}
@@ -277,8 +276,8 @@ def write_lora(
     write_checkpoint(path, state, make_modelspec(model, Path(path).stem, "lora", entries))
 
 
-def _describe_network(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:
-    """Return the metadata that kohya's scripts read."""
+def _make_kohya_metadata(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:
+    """Return the metadata of a LoRA that kohya's scripts read."""
     entries: dict[str, str | int] = {"ss_network_module": "networks.lora"}
     rank_alphas = {(layer.rank, float(layer.alpha)) for layer in lora.layers.values()}
     if rank_alphas:
@@ -292,22 +291,22 @@ def _describe_network(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int
 
 
 def _check_keys(file: Checkpoint, layers: Mapping[str, LayerTensors], unknown: list[str]) -> None:
-    """Raise FileFormatError for a file without layers, or with keys that are not recognised."""
+    """Raise FileFormatError for a file without layers, or with keys that are not recognized."""
     for pattern, title in UNSUPPORTED_TYPES.items():
         if any(re.search(pattern, key) for key in unknown):
-            raise FileFormatError(f"`{file.path}` is of an unsupported kind: {title}")
+            raise FileFormatError(f"`{file.path}` is of an unsupported type: {title}")
     if not (unknown or layers):
         raise FileFormatError(f"`{file.path}` has no LoRA layers")
     if unknown:
         examples = ", ".join(f"`{key}`" for key in unknown[:3])
-        problem = "is of an unsupported kind of LoRA" if layers else "is not a LoRA file"
+        problem = "is an unsupported type of LoRA" if layers else "is not a LoRA file"
         verb = "is" if len(unknown) == 1 else "are"
         count = f"{len(unknown)} of its {len(file.state)} keys {verb}"
-        raise FileFormatError(f"`{file.path}` {problem}: {count} not recognised: {examples}")
+        raise FileFormatError(f"`{file.path}` {problem}: {count} not recognized: {examples}")
 
 
 def _check_layers(path: Path, layers: Mapping[str, LayerTensors]) -> None:
-    """Raise FileFormatError for layers that are incomplete, not finite, or integers."""
+    """Raise FileFormatError for layers that are incomplete, not finite, or quantized."""
     incomplete = [name for name, tensors in layers.items() if not _is_complete_layer(tensors)]
     if incomplete:
         roles = ", ".join(f"`{role}`" for role in layers[incomplete[0]])
@@ -325,7 +324,7 @@ def _check_layers(path: Path, layers: Mapping[str, LayerTensors]) -> None:
     for name, tensors in layers.items():
         for role, value in tensors.items():
             if role not in ("alpha", "on_input") and not value.is_floating_point():
-                message = f"`{name}` is of {value.dtype}: quantised LoRAs are not supported"
+                message = f"`{name}` is of {value.dtype}: quantized LoRAs are not supported"
                 raise FileFormatError(f"`{path}`: {message}")
 
 

@@ -1,4 +1,4 @@
-"""List the layers of a model that LoRA and LyCORIS files may change, with their names in files."""
+"""List the layers of a model that LoRA and LyCORIS may change, with their names in files."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -16,12 +16,14 @@ from ldm.nets.lora import TEXT_PROJECTION, Target
 from ldm.pipelines.families import is_sdxl
 from ldm.runtime.errors import WeightsMismatch
 
-__all__ = ["UNET_PREFIX", "TargetLayer", "list_lora_targets", "list_lycoris_targets", "map_aliases"]
+__all__ = [
+    "KOHYA_UNET_PREFIX", "TargetLayer", "list_lora_targets", "list_lycoris_targets", "map_aliases",
+]  # fmt: skip
 
 LayerTypes = tuple[type[nn.Module], ...]
 LORA_LAYERS = (nn.Linear, nn.Conv2d, FusedAttention)
-UNET_PREFIX = "lora_unet_"
-QKV = (".q_proj", ".k_proj", ".v_proj")  # layers in files for OpenCLIP's fused attention
+KOHYA_UNET_PREFIX = "lora_unet_"
+QKV_SUFFIXES = (".q_proj", ".k_proj", ".v_proj")  # of names for OpenCLIP's fused attention
 
 
 class TargetLayer(NamedTuple):
@@ -29,9 +31,9 @@ class TargetLayer(NamedTuple):
 
     Args:
         target: The weight in the model.
-        original_name: Our name in the UNet; in text encoders, prefixed with diffusers' component.
+        original_name: Our name in the UNet; for text encoders, prefixed with diffusers' component.
         diffusers_name: `unet.down_blocks.0.…` or `text_encoder.text_model.…`.
-        kohya_name: `lora_unet_…` or `lora_te_…`, by which `LoRA.layers` names it.
+        kohya_name: `lora_unet_…` or `lora_te_…`, the key in `LoRA.layers`.
     """
 
     target: Target
@@ -46,49 +48,51 @@ def list_lora_targets(model: LatentDiffusion) -> list[TargetLayer]:
 
 
 def list_lycoris_targets(model: LatentDiffusion) -> list[TargetLayer]:
-    """List LoRA's target layers, and those of LyCORIS files only: norms, text projections."""
+    """List the target layers of LyCORIS: those of LoRA, norms, and text projections."""
     types = (*LORA_LAYERS, nn.GroupNorm, nn.LayerNorm)
     layers = [*_list_unet_targets(model, types), *_list_text_targets(model, types)]
     return [*layers, *_list_projections(model)]
 
 
 def map_aliases(targets: Iterable[TargetLayer], model: LatentDiffusion) -> dict[str, str]:
-    """Return kohya's name of each layer by its other names after `normalize_layer_name`."""
-    names = {
+    """Map other names of each layer, after `normalize_layer_name`, to kohya's name."""
+    aliases = {
         normalize_layer_name(name): layer.kohya_name
         for layer in targets
         for name in (layer.original_name, layer.diffusers_name)
     }
     if len(model.conditioner.find_all(TextEncoder)) == 1:
         # Files name the refiner's only text encoder as the first or as the second one.
-        names |= {alias.removeprefix(SECOND_TEXT_PREFIX): kohya for alias, kohya in names.items()}
-    return names
+        aliases |= {alias.removeprefix(SECOND_TEXT_PREFIX): n for alias, n in aliases.items()}
+    return aliases
 
 
 def _list_unet_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[TargetLayer]:
     if isinstance(model.unet, LatentUpscalerUNet):
         raise WeightsMismatch("the x2 latent upscaler does not support LoRAs", "lora")
-    for original, diffusers in rename_unet_layers(_list_layers(model.unet, types)).items():
-        # kohya trains SDXL in a UNet with the original's names.
-        kohya = UNET_PREFIX + _flatten_name(original if is_sdxl(model) else diffusers)
-        target = Target(model.unet.get_submodule(original))
-        yield TargetLayer(target, original, f"unet.{diffusers}", kohya)
+    names = rename_unet_layers(_list_layer_names(model.unet, types))
+    for original_name, diffusers_name in names.items():
+        # kohya's scripts train SDXL in a UNet with the original's names.
+        trained_name = original_name if is_sdxl(model) else diffusers_name
+        kohya_name = KOHYA_UNET_PREFIX + trained_name.replace(".", "_")
+        target = Target(model.unet.get_submodule(original_name))
+        yield TargetLayer(target, original_name, f"unet.{diffusers_name}", kohya_name)
 
 
 def _list_text_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[TargetLayer]:
     for prefix, encoder in _list_text_encoders(model):
         component = get_text_component(encoder)
-        names = _list_layers(encoder, types)
+        names = _list_layer_names(encoder, types)
         names = [name for name in names if not name.startswith(encoder.unused_weights)]
-        for original, diffusers in rename_text_layers(names).items():
-            layer = encoder.get_submodule(original)
+        for original_name, diffusers_name in rename_text_layers(names).items():
+            layer = encoder.get_submodule(original_name)
             is_fused = isinstance(layer, FusedAttention)
-            for qkv_index, suffix in enumerate(QKV) if is_fused else [(None, "")]:
+            for qkv_index, suffix in enumerate(QKV_SUFFIXES) if is_fused else [(None, "")]:
                 yield TargetLayer(
                     Target(layer, qkv_index),
-                    f"{component}.{original}{suffix}",
-                    f"{component}.{diffusers}{suffix}",
-                    prefix + _flatten_name(diffusers + suffix),
+                    f"{component}.{original_name}{suffix}",
+                    f"{component}.{diffusers_name}{suffix}",
+                    prefix + f"{diffusers_name}{suffix}".replace(".", "_"),
                 )
 
 
@@ -107,9 +111,5 @@ def _list_text_encoders(model: LatentDiffusion) -> Iterator[tuple[str, TextEncod
         yield f"lora_te{number}_" if len(encoders) > 1 else "lora_te_", encoder
 
 
-def _list_layers(network: nn.Module, types: LayerTypes) -> list[str]:
+def _list_layer_names(network: nn.Module, types: LayerTypes) -> list[str]:
     return [name for name, layer in network.named_modules() if isinstance(layer, types)]
-
-
-def _flatten_name(name: str) -> str:
-    return name.replace(".", "_")

@@ -4,7 +4,7 @@
     0.5:1                   0.5 for the text encoders, 1 for the UNet
     0.5:1:8                 the same, with the first 8 ranks only
     te=0.5:unet=1:dyn=8     the same, in any order; te defaults to 1, unet to te
-    1:lbw=1,0,0,0,1,…       times a block weight (lora-block-weight), see `Blocks.parse_weights`
+    1:lbw=1,0,0,0,1,…       multiplied by block weights, see `Blocks.parse_weights`
 
 Does not import torch, as the command line uses it.
 """
@@ -31,11 +31,11 @@ class LoRAWeight:
     """The weight of one LoRA: the factor of its changes.
 
     Args:
-        text: For the text encoders.
-        unet: For the UNet.
+        text: Weight for the text encoders.
+        unet: Weight for the UNet.
         rank: Number of ranks to use, the first ones; None = all.
-        blocks: Block weights, which multiply the others, as `Blocks.parse_weights` reads them;
-            BASE applies to the text encoders. "" for 1 everywhere.
+        blocks: Block weights that multiply `unet`, or for BASE `text`, in the syntax of
+            `Blocks.parse_weights`; "" = 1 for all blocks.
     """
 
     text: float = 1.0
@@ -87,7 +87,7 @@ class LoRAWeight:
         return ":".join([*words, *([f"lbw={self.blocks}"] if self.blocks else [])])
 
     def to_json(self) -> float | str:
-        """Return the number, if it is the same everywhere, else the text."""
+        """Return a number, if it is the weight of all layers, else the text that `parse` reads."""
         is_number = self == LoRAWeight(self.text, self.text)
         return self.text if is_number else str(self)
 
@@ -107,7 +107,7 @@ LoRAWeightLike = float | str | LoRAWeight  # what `LoRAWeight.parse` takes
 
 
 def split_weight(argument: str) -> tuple[str, str]:
-    """Split NAME[:WEIGHT] into (name, weight, or ""); a colon may also be part of the name."""
+    """Split NAME[:WEIGHT] into (name, weight or ""); the name may contain colons."""
     match = NAME_AND_WEIGHT.fullmatch(argument)
     assert match is not None or not argument
     return (match[1], match[2].removeprefix(":")) if match else ("", "")

@@ -1,6 +1,6 @@
 """Load LPIPS from local files; nothing is downloaded.
 
-These are a training checkpoint of an original autoencoder (`loss.perceptual_loss.*`), or two files:
+They are a training checkpoint of an original autoencoder (`loss.perceptual_loss.*`), or two files:
 the linear layers of the package lpips, and VGG16 of torchvision.
 """
 
@@ -19,11 +19,11 @@ from ldm.runtime.files import find_file
 
 __all__ = ["LPIPS_FILES", "build_lpips", "read_lpips"]
 
-LPIPS_FILES = (
+LPIPS_FILES = (  # for messages
     "a training checkpoint of an autoencoder with `loss.perceptual_loss.*` (kl-f8), or the two "
     "files [`vgg.pth` of the package lpips, `vgg16-397923af.pth` of torchvision]"
 )
-PREFIX = "perceptual_loss."
+LPIPS_PREFIX = "perceptual_loss."
 TORCHVISION_LAYER = re.compile(r"features\.(\d+)\.(weight|bias)")
 SLICE_STARTS = (4, 9, 16, 23)  # index of the first layer of VGG's slices 2 to 5
 
@@ -38,16 +38,16 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
     state: dict[str, Tensor] = {}
     for path in paths:
         content = read_checkpoint(find_file(path)).state
-        state |= select_loss_state(content) or {PREFIX + name: v for name, v in content.items()}
+        state |= select_loss_state(content) or {LPIPS_PREFIX + n: v for n, v in content.items()}
     if (net := build_lpips(state)) is None:
         names = ", ".join(f"`{path}`" for path in paths)
         raise FileFormatError(f"{names}: weights of LPIPS are missing, it needs {LPIPS_FILES}")
     return net
 
 
-def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
-    """Return LPIPS from the state of a loss (see `select_loss_state`); None if any are missing."""
-    state = {_to_our_name(name): v for name, v in select_prefix(losses, PREFIX).items()}
+def build_lpips(loss_state: Mapping[str, Tensor]) -> LPIPS | None:
+    """Return LPIPS from the result of `select_loss_state`; None if weights are missing."""
+    state = {_to_our_name(name): v for name, v in select_prefix(loss_state, LPIPS_PREFIX).items()}
     if not state:
         return None
     net = LPIPS()

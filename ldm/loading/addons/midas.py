@@ -18,9 +18,9 @@ from ldm.runtime.files import find_file
 __all__ = ["MIDAS_FILE", "add_depth_network", "read_midas"]
 
 MIDAS_FILE = "midas_models/dpt_hybrid-midas-501f0c75.pt"
-PREFIX = "conditioner.depth."
-# Of weights that dpt_hybrid has, unlike MiDaS's other networks.
-HYBRID_PREFIX = f"{PREFIX}model.pretrained.model.patch_embed.backbone."
+DEPTH_PREFIX = "conditioner.depth."
+# Of weights that only dpt_hybrid has, not MiDaS's other networks.
+DPT_HYBRID_PREFIX = f"{DEPTH_PREFIX}model.pretrained.model.patch_embed.backbone."
 NETWORK_PREFIXES = ("pretrained.", "scratch.")
 
 
@@ -36,12 +36,12 @@ def add_depth_network(
         model_state: State dict of the model, for names and shapes.
         state: Weights of the checkpoint.
         ckpt: Path of the checkpoint.
-        midas: File with the depth network, used instead of the checkpoint's; None = that of the
-            checkpoint, else the file of MIDAS_FILE.
+        midas: File of a depth network that replaces the checkpoint's; None = that of the
+            checkpoint, else the file MIDAS_FILE.
     Returns:
         Whether weights were added.
     """
-    expected = {name: v for name, v in model_state.items() if name.startswith(PREFIX)}
+    expected = {name: v for name, v in model_state.items() if name.startswith(DEPTH_PREFIX)}
     if not expected or (midas is None and expected.keys() & state.keys()):
         return False
     path = find_near_checkpoint(ckpt, MIDAS_FILE) if midas is None else find_file(midas)
@@ -51,24 +51,24 @@ def add_depth_network(
             f"hint: put `{Path(MIDAS_FILE).name}` beside it, or pass the file",
             "midas",
         )
-    network = {name: value for name, value in read_midas(path).items() if name in expected}
-    check_weights(expected, network, f"`{path}` does not fit the depth network")
-    state |= network
+    depth_state = {name: value for name, value in read_midas(path).items() if name in expected}
+    check_weights(expected, depth_state, f"`{path}` does not fit the depth network")
+    state |= depth_state
     return True
 
 
 def read_midas(path: str | Path) -> dict[str, Tensor]:
     """Read the depth network from a file of MiDaS or of a depth model, under our names."""
-    network = {}
+    depth_state = {}
     for name, value in read_checkpoint(path).state.items():
         name = name.removeprefix("depth_model.").removeprefix("model.")
         if name.startswith(NETWORK_PREFIXES):
-            network[f"{PREFIX}model.{name}"] = value
-    if not network:
+            depth_state[f"{DEPTH_PREFIX}model.{name}"] = value
+    if not depth_state:
         raise FileFormatError(f"`{path}` is not a file of MiDaS")
-    if not any(name.startswith(HYBRID_PREFIX) for name in network):
+    if not any(name.startswith(DPT_HYBRID_PREFIX) for name in depth_state):
         raise FileFormatError(
             f"`{path}` is another network of MiDaS; depth models need dpt_hybrid "
             f"(`{Path(MIDAS_FILE).name}`)"
         )
-    return network
+    return depth_state

@@ -18,11 +18,11 @@ from ldm.loading.published import resolve_checkpoint
 from ldm.loading.weights import identify_weights
 from ldm.runtime.errors import FileFormatError, MissingFile
 
-__all__ = ["COMPONENT", "find_safety_checker", "load_safety_checker"]
+__all__ = ["SAFETY_CHECKER", "find_safety_checker", "load_safety_checker"]
 
-COMPONENT = "safety_checker"  # its folder in the folder of a pipeline
-MARKER = "concept_embeds"
-HEAD_WIDTH = 64  # of CLIP ViT-L
+SAFETY_CHECKER = "safety_checker"  # its component in a diffusers folder
+CONCEPT_EMBEDS = "concept_embeds"  # a weight that no other network has
+HEAD_WIDTH = 64  # features per attention head of CLIP ViT-L
 
 
 def find_safety_checker(path: str | Path) -> Path:
@@ -31,14 +31,14 @@ def find_safety_checker(path: str | Path) -> Path:
     Args:
         path: The file or folder itself, a published name, or the folder of a pipeline with one.
     Raises:
-        MissingFile: There is none.
+        MissingFile: The path has no safety checker.
     """
     local_path = resolve_checkpoint(path)
-    if (local_path / COMPONENT).is_dir():
-        local_path /= COMPONENT
+    if (local_path / SAFETY_CHECKER).is_dir():
+        local_path /= SAFETY_CHECKER
     has_config = (local_path / "config.json").is_file()
     if not local_path.exists() or (local_path.is_dir() and not has_config):
-        raise MissingFile(f"no safety checker in `{path}`", COMPONENT)
+        raise MissingFile(f"no safety checker in `{path}`", SAFETY_CHECKER)
     return local_path
 
 
@@ -52,32 +52,32 @@ def load_safety_checker(
         heads: Attention heads of CLIP's vision tower; None = from the folder's config, else one per
             64 features.
     Raises:
-        FileFormatError, WeightsMismatch: It is another model, or damaged.
+        FileFormatError, WeightsMismatch: The file is another model, or damaged.
     """
     path = find_safety_checker(path)
     file, config_path = read_network_checkpoint(path), path / "config.json"
-    _check_type(file)
+    _check_is_safety_checker(file)
     if heads is None and config_path.is_file():
         config = get_tower_config(read_json(config_path), "vision")
         heads = config.get("num_attention_heads")
     state = {_to_current_name(name): value for name, value in file.state.items()}
     state.pop("vision_model.embeddings.position_ids", None)
-    summary = f"`{path}` is not a complete safety checker"
+    mismatch_message = f"`{path}` is not a complete safety checker"
     with meta_device():
-        checker = _build_checker(state, heads, summary)
+        checker = _build_checker(state, heads, mismatch_message)
     expected = checker.state_dict()
     locations = locate_vision_tower(expected)
     weights = convert_from_diffusers(locations, state)
     converted = {key for name in weights for key in locations[name].keys}
     weights |= {name: value for name, value in state.items() if name not in converted}
-    check_weights(expected, weights, summary)
+    check_weights(expected, weights, mismatch_message)
     fill_weights(checker, weights, device=device, memory_mapped=file.memory_mapped)
     return checker.eval().requires_grad_(False)
 
 
-def _check_type(file: Checkpoint) -> None:
+def _check_is_safety_checker(file: Checkpoint) -> None:
     """Raise FileFormatError if a file is not a safety checker."""
-    if any(name.endswith(MARKER) for name in file.state):
+    if any(name.endswith(CONCEPT_EMBEDS) for name in file.state):
         return
     family = identify_weights(file).family
     title = family.title if family else guess_file_type(file.state) or "another model"
@@ -85,25 +85,27 @@ def _check_type(file: Checkpoint) -> None:
 
 
 def _to_current_name(name: str) -> str:
-    """Return a name without the prefixes of older versions of transformers, or of a component."""
-    name = name.removeprefix(f"{COMPONENT}.")
+    """Return a name without prefixes of a component and of older versions of transformers."""
+    name = name.removeprefix(f"{SAFETY_CHECKER}.")
     return name.removeprefix("vision_model.") if name.startswith("vision_model.vision_") else name
 
 
-def _build_checker(state: dict[str, Tensor], heads: int | None, summary: str) -> SafetyChecker:
-    """Build the checker with sizes inferred from its weights."""
+def _build_checker(
+    state: dict[str, Tensor], heads: int | None, mismatch_message: str
+) -> SafetyChecker:
+    """Build the checker with a config inferred from its weights."""
     try:
         width = len(state["vision_model.embeddings.class_embedding"])
-        patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-        positions = len(state["vision_model.embeddings.position_embedding.weight"])
+        patch_size = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+        num_positions = len(state["vision_model.embeddings.position_embedding.weight"])
         hidden = len(state["vision_model.encoder.layers.0.mlp.fc1.bias"])
         embed_dim = len(state["visual_projection.weight"])
-        num_concepts, num_special = len(state[MARKER]), len(state["special_care_embeds"])
+        num_concepts, num_special = len(state[CONCEPT_EMBEDS]), len(state["special_care_embeds"])
     except KeyError as error:
-        raise FileFormatError(f"{summary}: `{error.args[0]}` is missing") from error
+        raise FileFormatError(f"{mismatch_message}: `{error.args[0]}` is missing") from error
     visual = VisionTower(
-        image_size=patch * round((positions - 1) ** 0.5),
-        patch_size=patch,
+        image_size=patch_size * round((num_positions - 1) ** 0.5),
+        patch_size=patch_size,
         width=width,
         layers=len({name.split(".")[3] for name in state if ".encoder.layers." in name}),
         heads=heads or max(width // HEAD_WIDTH, 1),
