@@ -1,7 +1,7 @@
 """Find the scale factor of an autoencoder, and whether it works in float16.
 
-Shapes do not show it: they are the same for SD 1, SD 2 and SDXL, but latents are scaled by 0.18215
-or 0.13025, and SDXL's autoencoder overflows in float16, except for a corrected version.
+Shapes do not show either: they are the same for SD 1, SD 2 and SDXL, but latents are scaled by
+0.18215 or 0.13025, and SDXL's autoencoder overflows in float16, except for a corrected version.
 """
 
 import re
@@ -14,10 +14,10 @@ from ldm.runtime.hashes import find_cached_sha256
 __all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale_factor", "works_in_float16"]
 
 SCALE_FACTOR, SDXL_SCALE_FACTOR = 0.18215, 0.13025  # scale factors of SD 1 and 2, and of SDXL
-# Metadata keys of options in the VAE's config of a diffusers folder.
+# Metadata keys of options of the VAE in a diffusers folder.
 SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
 FIXED_VAE = "sdxl-vae-fp16"  # published name of the corrected autoencoder
-# Patterns in lower-case file names: a corrected autoencoder; one of SDXL; one of SD 1 or 2.
+# Patterns in lower-case file names: the corrected autoencoder; others of SDXL; those of SD 1 or 2.
 FIXED_VAE_PATTERN = re.compile(r"fp16.?(vae.?)?fix|fix(ed)?.?fp16")
 SDXL_PATTERN = re.compile("xl")
 SD_PATTERN = re.compile(r"ft-?_?(mse|ema)|kl-?_?f8|840000|560000|sd[-_]?v[12]")
@@ -29,20 +29,20 @@ def find_scale_factor(file: Checkpoint, family: Family | None) -> tuple[float | 
     Returns (None, "") if it is unknown.
 
     Args:
-        family: Of the whole model in the file; None = a file of an autoencoder only.
+        family: Family of the whole model in the file; None = the file of an autoencoder.
     """
     if SCALE_KEY in file.metadata:
         return float(file.metadata[SCALE_KEY]), "by its config"
     if family is not None:
         return SDXL_SCALE_FACTOR if family.is_sdxl else SCALE_FACTOR, f"as that of {family.title}"
     name = file.path.stem.lower()
-    for pattern, scale in (
+    for pattern, factor in (
         (FIXED_VAE_PATTERN, SDXL_SCALE_FACTOR),
         (SDXL_PATTERN, SDXL_SCALE_FACTOR),
         (SD_PATTERN, SCALE_FACTOR),
     ):
         if pattern.search(name):
-            return scale, "by its name"
+            return factor, "by its name"
     return None, ""
 
 

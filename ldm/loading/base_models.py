@@ -1,4 +1,4 @@
-"""Base models of LoRAs and embeddings, and their names in the metadata of such files."""
+"""Base models of LoRAs and embeddings, and their names in the metadata of these files."""
 
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ class BaseModel:
 
     Args:
         title: Name in messages.
+        context_dim: Dimension of the context of cross-attention.
         architecture: Value of `modelspec.architecture`.
         version: Value of kohya's `ss_base_model_version`.
     """
@@ -35,7 +36,7 @@ BASE_MODELS = {base.context_dim: base for base in (SD1, SD2, SDXL, REFINER)}
 
 
 def find_base_model(model: LatentDiffusion) -> BaseModel | None:
-    """Return the base model that a model is, or was fine-tuned from; None if there is none."""
+    """Return the base model that a model is or was fine-tuned from; None for other families."""
     if is_sdxl(model):
         return REFINER if "aesthetic_score" in model.conditioner.keys else SDXL
     context_dim = model.unet.context_dim

@@ -1,9 +1,9 @@
 """Blocks of a model, as merges (MBW) and LoRAs (LBW) name them, and a block weight for each.
 
     BASE            text encoders and autoencoder
-    IN00, IN01 …    input_blocks of the UNet; IN00 with the embeddings of time and size
+    IN00, IN01 …    input_blocks of the UNet; IN00 includes the embeddings of timestep and size
     M00             middle_block
-    OUT00 …         output_blocks; the last one with `out`
+    OUT00 …         output_blocks; the last one includes `out`
 
 SD 1 and 2 have 26 blocks, SDXL 20.
 """
@@ -20,7 +20,7 @@ __all__ = ["BASE", "Blocks", "list_blocks"]
 BASE, MIDDLE = "BASE", "M00"
 NUMBERED_BLOCK = re.compile(r"(?:unet\.)?(input|output)_blocks\.(\d+)\.")
 BLOCK_LABELS = {"input": "IN", "output": "OUT"}
-# Prefixes of layers outside the numbered blocks, which belong to the first, middle or last one.
+# Prefixes of layers outside the numbered blocks: of the first, middle and last block.
 FIRST_PREFIXES, MIDDLE_PREFIX, LAST_PREFIX = ("time_embed", "label_emb"), "middle_block.", "out."
 TRANSFORMER_LAYER = ".transformer_blocks."
 
@@ -30,8 +30,8 @@ class Blocks:
     """The blocks of one UNet.
 
     Args:
-        names: All of them, in the order BASE, IN00 …, M00, OUT00 ….
-        attention_names: BASE and the blocks with transformers: all that most LoRAs change.
+        names: All names, in the order BASE, IN00 …, M00, OUT00 ….
+        attention_names: BASE and the blocks with transformers, which most LoRAs are limited to.
     """
 
     names: tuple[str, ...]
@@ -54,10 +54,10 @@ class Blocks:
         """Return the weight of each block.
 
         Args:
-            text: Weights of all blocks, or all but BASE, or `NAME=WEIGHT`; separated by commas.
-            default: Weight of blocks without one in the text.
-            argument: Name of the argument that the text was passed as, for errors.
-            is_lora: Whether the weights may also be those of `attention_names` alone.
+            text: Weights separated by commas: of all blocks, of all but BASE, or as `NAME=WEIGHT`.
+            default: Weight of blocks without a weight in the text.
+            argument: Name of the argument with the text, for errors.
+            is_lora: Whether the weights may also be those of `attention_names`.
         """
         entries = [entry.strip() for entry in text.split(",")]
         if all("=" in entry for entry in entries):
@@ -73,34 +73,32 @@ class Blocks:
                 weights[block] = _parse_number(number.strip(), argument)
             return dict.fromkeys(self.names, default) | weights
         numbers = [_parse_number(entry, argument) for entry in entries]
-        orders = [self.names, self.names[1:]]
+        allowed_names = [self.names, self.names[1:]]
         if is_lora:
-            orders.append(self.attention_names)
-        for names in orders:
+            allowed_names.append(self.attention_names)
+        for names in allowed_names:
             if len(numbers) == len(names):
                 return dict.fromkeys(self.names, default) | dict(zip(names, numbers, strict=True))
-        allowed = ", ".join(f"{len(names)} ({names[0]} … {names[-1]})" for names in orders)
+        allowed = ", ".join(f"{len(n)} ({n[0]} … {n[-1]})" for n in allowed_names)
         message = f"{len(numbers)} block weights, this model takes {allowed}"
         raise ArgumentError(message, argument)
 
 
 def list_blocks(names: Iterable[str]) -> Blocks:
-    """Find the blocks of a model by the names of its weights, or of its UNet's weights."""
+    """List the blocks of a model by our names of its weights, or of its UNet's weights."""
     counts = {"input": 0, "output": 0}
-    with_attention = {BASE}
+    attention_names = {BASE}
     for name in names:
         if match := NUMBERED_BLOCK.match(name):
             counts[match[1]] = max(counts[match[1]], int(match[2]) + 1)
             if TRANSFORMER_LAYER in name:
-                with_attention.add(f"{BLOCK_LABELS[match[1]]}{int(match[2]):02}")
+                attention_names.add(f"{BLOCK_LABELS[match[1]]}{int(match[2]):02}")
         elif name.removeprefix("unet.").startswith(MIDDLE_PREFIX) and TRANSFORMER_LAYER in name:
-            with_attention.add(MIDDLE)
-    numbered = {
-        side: [f"{BLOCK_LABELS[side]}{number:02}" for number in range(count)]
-        for side, count in counts.items()
-    }
-    blocks = (BASE, *numbered["input"], MIDDLE, *numbered["output"])
-    return Blocks(blocks, tuple(block for block in blocks if block in with_attention))
+            attention_names.add(MIDDLE)
+    inputs = (f"{BLOCK_LABELS['input']}{number:02}" for number in range(counts["input"]))
+    outputs = (f"{BLOCK_LABELS['output']}{number:02}" for number in range(counts["output"]))
+    block_names = (BASE, *inputs, MIDDLE, *outputs)
+    return Blocks(block_names, tuple(name for name in block_names if name in attention_names))
 
 
 def _parse_number(text: str, argument: str) -> float:
@@ -114,7 +112,7 @@ def _parse_number(text: str, argument: str) -> float:
 
 
 def _abbreviate(names: Sequence[str]) -> str:
-    """List names, shortened to `IN00 … IN11` where only the number differs."""
+    """List names as text, with `IN00 … IN11` for names that differ only in their number."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.rstrip("0123456789"), []).append(name)

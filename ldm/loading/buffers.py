@@ -1,4 +1,4 @@
-"""Buffers to write beside the weights: the noise schedule, and markers of special models."""
+"""Buffers that are written with the weights: the noise schedule, and marker tensors."""
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ __all__ = ["make_buffers"]
 
 
 def make_buffers(model: LatentDiffusion) -> dict[str, Tensor]:
-    """Return the tables of the noise schedule, and markers by which programs recognise models.
+    """Return the tables of the noise schedule, and the tensors by which programs recognize models.
 
-    `v_pred` (SDXL that predicts v) and `ztsnr` (zero terminal SNR) are empty tensors. `edm_vpred.*`
-    hold the range of CosXL's noise levels, `edm_mean` and `edm_std` (1, C, 1, 1) the statistics of
+    `v_pred` (v-prediction SDXL) and `ztsnr` (zero terminal SNR) are empty tensors. `edm_vpred.*`
+    are the range of CosXL's noise levels, `edm_mean` and `edm_std` (1, C, 1, 1) the statistics of
     Playground 2.5's latents.
     """
     schedule, predicts_v = model.schedule, model.parameterization == "v"

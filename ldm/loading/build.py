@@ -1,6 +1,6 @@
 """Build modules on the meta device, and fill them with weights.
 
-Initialisation is skipped, as all weights are replaced.
+Initialization is skipped, as all weights are replaced.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ __all__ = ["build_on_meta", "fill_weights", "meta_device"]
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """Build modules inside the context without memory for weights, and without initialisation."""
+    """Build modules inside the context without memory for weights, and without initialization."""
     with torch.device("meta"), _NoInit():
         yield
 
@@ -64,32 +64,32 @@ def fill_weights(
     """Fill a model on the meta device with weights.
 
     Args:
-        state: Weights from `match_weights`; emptied, so that memory is freed on the way.
-        memory_mapped: Whether tensors are memory-mapped: their pages are then released once they
-            are copied, so that the memory peak is the size of the model.
+        state: Weights from `match_weights`; emptied one by one, so that memory is freed early.
+        memory_mapped: Whether tensors are memory-mapped: their pages are then released after the
+            copy, so that peak memory is the size of the model.
         autoencoder_dtype: Dtype of a whole model's autoencoder; None = `dtype`.
     """
     weights: dict[str, Tensor] = {}
-    overflowing = None  # name of the first weight that overflows
-    for name in list(state):  # in the order of the file, so that the system reads ahead
+    overflowing_name = None  # of the first weight that overflows
+    for name in list(state):  # in file order, so that the system reads ahead
         old = state.pop(name)
         target_dtype = old.dtype
         if old.is_floating_point():
             is_autoencoder = name.startswith(VAE_PREFIX)
             target_dtype = (autoencoder_dtype if is_autoencoder else None) or dtype
-            if overflowing is None and _may_overflow(old, target_dtype):
-                overflowing = name if has_overflow(old, target_dtype) else None
+            if overflowing_name is None and _may_overflow(old, target_dtype):
+                overflowing_name = name if has_overflow(old, target_dtype) else None
         new = old.to(device, target_dtype)
         weights[name] = new
         if memory_mapped and new.data_ptr() != old.data_ptr():
             release_pages(old)
     model.load_state_dict(weights, strict=True, assign=True)
-    if overflowing is not None:
-        warn_caller(f"`{overflowing}` has values too large for {dtype}, which become infinite")
+    if overflowing_name is not None:
+        warn_caller(f"`{overflowing_name}` has values too large for {dtype}, which become infinite")
 
 
 def _may_overflow(value: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a tensor's range exceeds another dtype's: quicker than `has_overflow`."""
+    """Return whether a tensor's range exceeds that of a dtype: faster than `has_overflow`."""
     limit = torch.finfo(dtype).max
     if limit >= torch.finfo(value.dtype).max or value.numel() == 0:
         return False
@@ -98,7 +98,7 @@ def _may_overflow(value: Tensor, dtype: torch.dtype) -> bool:
 
 
 class _NoInit(TorchFunctionMode):
-    """Skips initialising meta tensors, which has no effect but makes torch import its compiler."""
+    """Skips initializing meta tensors, which has no effect but makes torch import its compiler."""
 
     def __torch_function__(
         self,

@@ -3,7 +3,7 @@
 A config file is untrusted data, so nothing in it is executed: a `target` must be in the tables of
 `legacy`, or a class of a package that the caller allows (nothing else is imported), `${…}` may
 only refer to another value of the same file (no resolvers, so no environment variables), and the
-size is limited. Numbers are read as OmegaConf does (`1.e-6` is a float, unlike in plain YAML 1.1).
+size is limited. Numbers are read as by OmegaConf (`1.e-6` is a float, unlike in plain YAML 1.1).
 """
 
 import inspect
@@ -41,19 +41,19 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 20  # of a file
+MAX_BYTES = 1 << 20
 MAX_DEPTH = 64  # of nested mappings, lists and references
-MAX_NODES = 10_000  # values in a file once aliases and references are followed
-PART_KEYS = ("target", "params", "base_learning_rate")  # the last one is for training
+MAX_NODES = 10_000  # values in a file after aliases and references are resolved
+SPEC_KEYS = ("target", "params", "base_learning_rate")  # the last is used by training
 KeyRenamer = Callable[[JsonObject], JsonObject]
 REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
 def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> JsonObject:
-    """Read a YAML file as plain dicts, lists and values, references resolved.
+    """Read a YAML file as plain dicts, lists and values, with references resolved.
 
     Args:
-        overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
+        overrides: Such as `model.params.linear_end=0.02`; values are parsed as YAML.
     """
     return parse_yaml(read_config_text(path), overrides, where=str(path))
 
@@ -81,12 +81,12 @@ def parse_yaml(
     sections: Sequence[str] = (),
     rename: KeyRenamer | None = None,
 ) -> JsonObject:
-    """Parse the text of a YAML file as `read_yaml` does, or of several, where later ones win.
+    """Parse the text of a YAML file as `read_yaml` does, or merge several, of which later ones win.
 
     Args:
         sections: Top-level keys that overrides may set even if no file has them.
-        rename: Replaces former names of keys, in each text and in the overrides before they are
-            merged; None = names stay.
+        rename: Replaces former names of keys in each text, and in the overrides, before they are
+            merged; None = keys are not renamed.
     """
     texts = (text,) if isinstance(text, str) else tuple(text)
     return deepcopy(_parse(texts, tuple(overrides), where, tuple(sections), rename))
@@ -101,11 +101,11 @@ def _parse(
     rename: KeyRenamer | None,
 ) -> JsonObject:
     try:
-        layers = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
-        if not all(OmegaConf.is_dict(layer) for layer in layers):
+        configs = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
+        if not all(map(OmegaConf.is_dict, configs)):
             raise ConfigError(f"{where}: expected a YAML mapping at the top level")
-        layers = [_rename_keys(layer, rename) for layer in layers]
-        config = OmegaConf.merge(*layers) if len(layers) > 1 else layers[0]
+        configs = [_rename_keys(config, rename) for config in configs]
+        config = OmegaConf.merge(*configs) if len(configs) > 1 else configs[0]
         for section in sections:
             config.setdefault(section, {})
         for override in overrides:
@@ -117,8 +117,8 @@ def _parse(
                     "overrides",
                 )
         if overrides:
-            values = _rename_keys(OmegaConf.from_dotlist(list(overrides)), rename)
-            config = OmegaConf.merge(config, values)
+            changes = _rename_keys(OmegaConf.from_dotlist(list(overrides)), rename)
+            config = OmegaConf.merge(config, changes)
         raw: Any = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError, TypeError) as error:
         raise ConfigError(f"{where}: {_to_one_line(error)}") from error
@@ -134,12 +134,12 @@ def _rename_keys(config: Any, rename: KeyRenamer | None) -> Any:
 
 
 def check_overrides(raw: JsonMapping, overrides: Iterable[str], where: str) -> None:
-    """Raise UnknownName for an override that no part of a model reads, such as `model.param.x=1`.
+    """Raise UnknownName for an override that no component reads, such as `model.param.x=1`.
 
-    Parameters are checked by `instantiate`.
+    Parameters of classes are checked by `instantiate`.
 
     Args:
-        raw: The config with the overrides.
+        raw: The config with the overrides applied.
     """
     for override in overrides:
         node: Any = raw
@@ -148,7 +148,7 @@ def check_overrides(raw: JsonMapping, overrides: Iterable[str], where: str) -> N
             if not isinstance(node, Mapping):
                 break
             if "target" in node:
-                allowed = [prefix + name for name in PART_KEYS]
+                allowed = [prefix + name for name in SPEC_KEYS]
                 check_name("override", prefix + key, allowed, where, "overrides")
             node, prefix = node.get(key), f"{prefix}{key}."
 
@@ -159,16 +159,16 @@ def format_yaml(raw: JsonMapping) -> str:
 
 
 class _Resolver:
-    """Resolves references `${section.key}`, each a whole value, in up to MAX_NODES values."""
+    """Resolves references `${section.key}`, which must be whole values, in MAX_NODES at most."""
 
     def __init__(self, root: Any, where: str) -> None:
         self.root = root
         self.where = where
-        self.values_left = MAX_NODES
+        self.remaining_nodes = MAX_NODES
 
     def resolve(self, node: Any, depth: int = 0) -> Any:
-        self.values_left -= 1
-        if self.values_left < 0 or depth > MAX_DEPTH:
+        self.remaining_nodes -= 1
+        if self.remaining_nodes < 0 or depth > MAX_DEPTH:
             raise ConfigError(
                 f"{self.where}: nested too deeply (perhaps a circular reference), or too large "
                 "once references are followed"
@@ -206,15 +206,15 @@ def instantiate(
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> Any:
-    """Build the object that a `{"target": …, "params": {…}}` describes, nested ones included.
+    """Build the object that a `{"target": …, "params": {…}}` describes, with nested objects.
 
     Args:
-        allow: Packages whose classes may be named in addition to the known ones.
+        allow: Packages whose classes may be named, in addition to the known classes.
         where: File, or file and key, for messages.
-        skipped: List to which ignored parameters are appended, as `file.key`; None = not wanted.
+        skipped: List to which ignored parameters are appended, as `file.key`; None = no list.
 
     Raises:
-        UnknownName: An unknown target or parameter; the message names the nearest known one.
+        UnknownName: A target or parameter is unknown; the message suggests the nearest known name.
         ConfigError: Parameters are missing or invalid.
     """
     spec = translate_config(spec, where=where, skipped=skipped)
@@ -228,8 +228,9 @@ def instantiate(
     _check_params(factory, params, where)
     for key, value in params.items():
         if isinstance(value, Mapping) and "target" in value:
-            inner = f"{where}.{key}"  # a `where` that translate_config has put into `value` wins
-            params[key] = instantiate(value, allow=allow, where=inner, skipped=skipped)
+            # `where` in the value, from `translate_config`, has precedence over this one.
+            inner_where = f"{where}.{key}"
+            params[key] = instantiate(value, allow=allow, where=inner_where, skipped=skipped)
     try:
         return factory(**params)
     except MALFORMED_DATA_ERRORS as error:
@@ -240,7 +241,7 @@ def instantiate(
 
 
 def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any]:
-    """Return the class (or function of ours) with a dotted name; import no other package."""
+    """Return the class (or function of ours) that a target names; import no other package."""
     if target in legacy.CLASSES:
         module, _, name = target.rpartition(".")
         factory: Callable[..., Any] = getattr(import_module(module), name)
@@ -248,16 +249,16 @@ def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., 
     package = next((p for p in allow if str(target).startswith(p + ".")), None)
     if package is None:
         raise unknown_name("target", target, list_targets(), where)
-    parts = target.split(".")
-    if not all(part.isidentifier() and not part.startswith("__") for part in parts):
+    names = target.split(".")
+    if not all(name.isidentifier() and not name.startswith("__") for name in names):
         raise ConfigError(f"{where}: `{target}` is not the name of a class")
     module, _, name = target.rpartition(".")
     try:
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{where}: target `{target}` cannot be found: {error}") from error
-    defined_in = getattr(cls, "__module__", "")  # elsewhere, if `module` only imports it
-    if not inspect.isclass(cls) or not f"{defined_in}.".startswith(package + "."):
+    defining_module = getattr(cls, "__module__", "")  # another one if `module` imports the class
+    if not inspect.isclass(cls) or not f"{defining_module}.".startswith(package + "."):
         raise ConfigError(f"{where}: target `{target}` is not a class of the package `{package}`")
     return cls
 

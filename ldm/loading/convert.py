@@ -1,6 +1,6 @@
 """Convert checkpoints between files in the original's layout and diffusers folders.
 
-    file | diffusers folder | run folder -> Checkpoint -> file in the original's layout | folder
+    file, diffusers folder or run folder -> Checkpoint -> file or diffusers folder
 
 Tensors stay memory-mapped until they are written, one after the other. Output is written
 atomically.
@@ -45,7 +45,7 @@ from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.model_config import probe_weights, read_config
 from ldm.loading.modelspec import MERGED_FROM_KEY, filter_metadata, make_modelspec
-from ldm.loading.replace_parts import check_upscaler, extract_autoencoder, extract_text_encoder
+from ldm.loading.replace_components import check_upscaler, extract_autoencoder, extract_text_encoder
 from ldm.loading.sgm import DIFFUSION_ENGINE
 from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
 from ldm.loading.weight_names import (
@@ -75,18 +75,18 @@ from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "LORA_PARTS", "SUFFIXES", "Conversion", "check_overwrite", "convert", "fill_lora_parts",
+    "LORA_PREFIXES", "Conversion", "check_overwrite", "convert", "fill_lora_components",
     "find_config_text", "plan_conversion", "to_original_names",
 ]  # fmt: skip
 
-SUFFIXES = (".safetensors", ".ckpt", ".pth")
-OTHER_SUFFIXES = (".bin", ".pt", ".onnx", ".gguf")  # refused, as no folder is meant
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth")
+UNSUPPORTED_SUFFIXES = (".bin", ".pt", ".onnx", ".gguf")  # refused: not the name of a folder
 K_DIFFUSION_SUFFIX = ".pth"
 # Prefixes of the original's names in k-diffusion's file of the x2 latent upscaler.
 UPSCALER_PREFIXES = ("inner_model.", "low_res_noise_embed.")
-LORAS_KEY = "ldm.loras"  # metadata key under which merged LoRAs are listed
-CONV_IN = "encoder.conv_in.weight"  # in every autoencoder
-LORA_PARTS = (UNET_PREFIX, TEXT_PREFIX, TEXT_2_PREFIX)  # prefixes of parts that LoRAs change
+LORAS_KEY = "ldm.loras"  # metadata key: JSON list of merged LoRAs
+ENCODER_CONV_IN = "encoder.conv_in.weight"  # in every autoencoder
+LORA_PREFIXES = (UNET_PREFIX, TEXT_PREFIX, TEXT_2_PREFIX)  # of components that LoRAs change
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,18 @@ class Conversion:
     """A planned conversion.
 
     Args:
-        source: Checkpoint of the tensors, with whether they are memory-mapped.
-        weights: Tensors, by the path of their file in a folder; "" is the path of a single file.
-        texts: JSONs and texts of a folder by path; {} for a file.
-        metadata: Of the file, or of EXTRA_WEIGHTS in a folder.
+        source: Checkpoint that the tensors are from.
+        weights: Tensors by name, by path in the folder; the path is "" if a file is written.
+        text_files: Contents (JSON or text) by path in the folder; {} if a file is written.
+        metadata: Metadata of the file, or of EXTRA_WEIGHTS in a folder.
         dtype: Dtype of floating-point weights; None = unchanged.
-        summary: Lines for the user.
+        summary: Lines that describe the conversion, for the user.
     """
 
     source: Checkpoint
     target: Path
     weights: Mapping[str, Mapping[str, Tensor | ComputedTensor]]
-    texts: JsonObject = field(default_factory=dict)
+    text_files: JsonObject = field(default_factory=dict)
     metadata: dict[str, str | int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
     summary: tuple[str, ...] = ()
@@ -138,44 +138,44 @@ def plan_conversion(
             for the UNet of an x2 latent upscaler in k-diffusion's layout, else a folder.
         config: The YAML of the source; None finds it as `load` does.
         dtype: Dtype of floating-point weights; None = unchanged.
-        ema: Whether to replace raw weights by their EMA.
+        ema: Whether to replace the raw weights by EMA weights.
         prune: Whether to leave EMA weights out of a file; a folder has none.
-        variant: Variant in the file names of folders, such as `fp16`, which also sets the dtype if
-            the source is a file; None = see `read_component_state`.
+        variant: Variant in the file names of diffusers folders, such as `fp16`, which also sets the
+            dtype if the source is a file; None = see `read_component_state`.
         clip_stats: See `load`.
-        vae: Checkpoint whose autoencoder is used instead; None = the source's.
-        text_encoder: Checkpoint whose text encoder is used instead, and whose autoencoder if the
-            source, an x2 latent upscaler, contains none; None = the source's.
+        vae: Checkpoint that replaces the autoencoder; None = keep the source's.
+        text_encoder: Checkpoint that replaces the text encoder, and adds its autoencoder if the
+            source, an x2 latent upscaler, contains none; None = keep the source's.
         loras: (file, weight) pairs as in `load`, merged into the weights; EMA weights are left out.
     """
     target = Path(target).expanduser()
     suffix = target.suffix.lower()
-    is_file = suffix in SUFFIXES
-    if suffix in OTHER_SUFFIXES:
-        message = f"`{target}`: a file must end in {' or '.join(SUFFIXES)}, a folder in none"
+    is_file = suffix in FILE_SUFFIXES
+    if suffix in UNSUPPORTED_SUFFIXES:
+        message = f"`{target}`: a file must end in {' or '.join(FILE_SUFFIXES)}, a folder in none"
         raise ArgumentError(message, "target")
     if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
         dtype = torch.float16
     file = open_checkpoint(source, variant)
-    text = find_config_text(file, config)
-    if text is None and (loras or not is_file):
-        message = f"`{file.path}` is of no known family\nhint: pass its config"
+    config_text = find_config_text(file, config)
+    if config_text is None and (loras or not is_file):
+        message = f"the family of `{file.path}` is unknown\nhint: pass its config"
         raise MissingArgument(message, "config")
-    raw = parse_yaml(text) if text else {}
-    model = build_on_meta(raw) if text else None
+    raw = parse_yaml(config_text) if config_text else {}
+    model = build_on_meta(raw) if config_text else None
     file = to_original_names(file, model, ema=ema)
     summary: list[str] = []
     if vae is not None:
         with errors_about("vae"):
             file = _replace_autoencoder(file, model, raw, vae)
-        if text and parse_yaml(text) != raw:
-            text = format_yaml(raw)
+        if config_text and parse_yaml(config_text) != raw:
+            config_text = format_yaml(raw)
         summary.append(f"autoencoder taken from {vae}")
     if text_encoder is not None:
         with errors_about("text_encoder"):
             file = _replace_text_encoder(file, model, text_encoder)
         summary.append(f"text encoder taken from {text_encoder}")
-    metadata = _make_metadata(file, text, ema)
+    metadata = _make_metadata(file, config_text, ema)
     if loras:
         with errors_about("loras"):
             file, metadata[LORAS_KEY], tokens = _merge_loras(file, model, loras, dtype)
@@ -197,7 +197,7 @@ def plan_conversion(
     source_metadata = filter_metadata(file.metadata, keep_author_fields=not loras)
     metadata = make_modelspec(model, target.stem, metadata={**source_metadata, **metadata})
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
-    texts: JsonObject = {}
+    text_files: JsonObject = {}
     if suffix == K_DIFFUSION_SUFFIX:
         weights, metadata = {"": _select_upscaler_weights(file, target)}, {}
     elif is_file:
@@ -205,15 +205,15 @@ def plan_conversion(
     else:
         if isinstance(model, LatentDiffusion) and isinstance(model.unet, LatentUpscalerUNet):
             check_upscaler(rename_weights(file.state), file.path)
-        texts, components = build_folder(file, raw, clip_stats)
-        weights = {get_weights_path(c, texts, variant): s for c, s in components.items() if s}
+        text_files, components = build_folder(file, raw, clip_stats)
+        weights = {get_weights_path(c, text_files, variant): s for c, s in components.items() if s}
     for path, state in weights.items():
         size = _count_bytes(state, dtype) / 1e9
         summary.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
     if file.ema_state and not ema_state:
-        result = "replaced the raw ones" if ema else "left out (`ema` converts these instead)"
+        result = "replaced the raw weights" if ema else "left out (`ema` converts these instead)"
         summary.append(f"{'model_ema.*':60} {len(file.ema_state):>5} tensors {result}")
-    return Conversion(file, target, weights, texts, metadata, dtype, tuple(summary))
+    return Conversion(file, target, weights, text_files, metadata, dtype, tuple(summary))
 
 
 def convert(
@@ -232,12 +232,12 @@ def convert(
     write = partial(
         write_checkpoint, dtype=conversion.dtype, memory_mapped=memory_mapped, progress=progress
     )
-    if not conversion.texts:
+    if not conversion.text_files:
         write(target, conversion.weights[""], conversion.metadata)
         return target
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        write_text_files(temporary, conversion.texts)
+        write_text_files(temporary, conversion.text_files)
         for path, state in conversion.weights.items():
             write(temporary / path, state, conversion.metadata if path == EXTRA_WEIGHTS else {})
         _replace_folder(target, temporary)
@@ -273,46 +273,46 @@ def _check_target(conversion: Conversion, force: bool) -> None:
         return
     check_overwrite(target, force=force)
     is_folder = target.is_dir()
-    if is_folder != bool(conversion.texts) or (is_folder and not is_diffusers_folder(target)):
-        kind = "not a diffusers folder" if is_folder else "a file"
-        raise ArgumentError(f"`{target}` is {kind}: it is not replaced", "target")
+    if is_folder != bool(conversion.text_files) or (is_folder and not is_diffusers_folder(target)):
+        reason = "not a diffusers folder" if is_folder else "a file"
+        raise ArgumentError(f"`{target}` is not replaced: it is {reason}", "target")
 
 
 def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
-    """Return the text of a model's YAML: the given one, that in the file, or that of the family.
+    """Return the text of a model's YAML: `config`, else that in the file, else that of the family.
 
-    For an autoencoder only, it is that of `first_stage_config`; for an unknown family None.
+    For an autoencoder alone, it has only `first_stage_config`; for an unknown family it is None.
     """
     weights = identify_weights(file)
-    is_part = not (file.has_ema or has_prefix(weights.state, UNET_PREFIX))
-    is_autoencoder = any(n.removeprefix(VAE_PREFIX) == CONV_IN for n in weights.state)
+    is_model = file.has_ema or has_prefix(weights.state, UNET_PREFIX)
+    is_autoencoder = any(n.removeprefix(VAE_PREFIX) == ENCODER_CONV_IN for n in weights.state)
     if config is None and CONFIG_KEY in file.metadata:
-        text = file.metadata[CONFIG_KEY]
-    elif config is None and is_part and is_autoencoder:
-        text = read_config_text(f"{CONFIG_DIR}/v1-inference.yaml")
+        config_text = file.metadata[CONFIG_KEY]
+    elif config is None and is_autoencoder and not is_model:
+        config_text = read_config_text(f"{CONFIG_DIR}/v1-inference.yaml")
     elif config is not None and weights.family is not LATENT_UPSCALER:
-        text = read_config_text(config)
+        config_text = read_config_text(config)
     else:
         weights.prediction_type = probe_weights(weights)
         try:
             path, raw = read_config(weights, config)
         except MissingArgument:
             return None
-        text = read_config_text(path)
-        if parse_yaml(text) != raw:  # adapted to markers and shapes of the weights
-            text = format_yaml(raw)
-    model = parse_yaml(text).get("model")
-    params = model.get("params") if is_part and isinstance(model, Mapping) else None
+        config_text = read_config_text(path)
+        if parse_yaml(config_text) != raw:  # adapted to markers and shapes of the weights
+            config_text = format_yaml(raw)
+    model = parse_yaml(config_text).get("model")
+    params = model.get("params") if not is_model and isinstance(model, Mapping) else None
     if isinstance(params, Mapping) and AUTOENCODER_CONFIG in params:
         return format_yaml({"model": params[AUTOENCODER_CONFIG]})
-    return text
+    return config_text
 
 
 def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> Checkpoint:
     """Return a checkpoint with the original's names of weights.
 
     Args:
-        model: Model on the meta device; None = an unknown family, names stay as they are.
+        model: Model on the meta device; None = an unknown family, whose names are not changed.
     """
     if model is None:
         if ema:
@@ -324,14 +324,14 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
     non_weights = {name: v for name, v in file.state.items() if name not in weight_names}
     state = translate_names(model, weights.state, file.path)
     is_sgm = has_sgm_names(expected)
-    originals = {to_original_name(name, sgm=is_sgm): value for name, value in state.items()}
-    return replace(file, state=non_weights | originals)
+    renamed = {to_original_name(name, sgm=is_sgm): value for name, value in state.items()}
+    return replace(file, state=non_weights | renamed)
 
 
-def fill_lora_parts(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Fill the parts that LoRAs change of a model on the meta device, without a copy of `state`."""
-    others = {n: v for n, v in model.state_dict().items() if not n.startswith(LORA_PARTS)}
-    filled = {name: v for name, v in state.items() if name.startswith(LORA_PARTS)}
+def fill_lora_components(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Fill only the components of a model on the meta device that LoRAs change, without copies."""
+    others = {n: v for n, v in model.state_dict().items() if not n.startswith(LORA_PREFIXES)}
+    filled = {name: v for name, v in state.items() if name.startswith(LORA_PREFIXES)}
     model.load_state_dict(match_weights(model, filled | others, path), assign=True)
 
 
@@ -341,16 +341,16 @@ def _merge_loras(
     loras: Sequence[tuple[str | Path, LoRAWeightLike]],
     dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str, dict[str, list[Tensor]]]:
-    """Return (checkpoint with LoRAs merged, JSON list of all its LoRAs, their tokens).
+    """Return (checkpoint with LoRAs merged, JSON list of all its LoRAs, vectors of their tokens).
 
-    Sums are rounded to the dtype of the weights, unless float32 is written.
+    The result has the dtype of the weights, unless float32 is written.
     """
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{file.path}` is not a whole model: LoRAs cannot be merged into it")
     state = rename_weights(file.state)
     if dtype == torch.float32:
         state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
-    fill_lora_parts(model, state, file.path)
+    fill_lora_components(model, state, file.path)
     unmerged = dict(model.named_parameters())
     load_loras(model, loras)
     is_sgm = has_sgm_names(unmerged)
@@ -362,8 +362,8 @@ def _merge_loras(
     all_loras = json.loads(file.metadata.get(LORAS_KEY, "[]"))
     all_loras += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
     tokens: dict[str, list[Tensor]] = {}
-    for text in model.conditioner.find_all(TextEncoder):
-        for token, vectors in text.added_embeddings.items():
+    for encoder in model.conditioner.find_all(TextEncoder):
+        for token, vectors in encoder.added_embeddings.items():
             tokens.setdefault(token, []).append(vectors)
     file = replace(file, state={**file.state, **merged}, memory_mapped=False)
     return file, json.dumps(all_loras), tokens
@@ -375,8 +375,7 @@ def _replace_autoencoder(
     """Return a checkpoint with another autoencoder, in the dtype of the replaced one.
 
     Args:
-        config: Of the file; changed in place for SDXL: whether the autoencoder overflows in
-            float16.
+        config: Config of the checkpoint; for SDXL `disable_first_stage_autocast` is set in place.
     """
     if isinstance(model, LatentDiffusion):
         autoencoder: nn.Module = model.autoencoder
@@ -388,31 +387,31 @@ def _replace_autoencoder(
         raise ArgumentError(f"`{vae}` {message}", "vae")
     source = open_checkpoint(vae)
     state = extract_autoencoder(source, autoencoder, file.path)
-    is_xl = isinstance(model, LatentDiffusion) and is_sdxl(model)
-    if is_xl and config["model"]["target"] == DIFFUSION_ENGINE:
+    has_sdxl = isinstance(model, LatentDiffusion) and is_sdxl(model)
+    if has_sdxl and config["model"]["target"] == DIFFUSION_ENGINE:
         overflows = not works_in_float16(source)
         config["model"]["params"]["disable_first_stage_autocast"] = overflows
-    # Scale factor and upcast are options of the replaced autoencoder.
+    # Scale factor and upcast are options of the old autoencoder.
     metadata = {k: v for k, v in file.metadata.items() if k not in (SCALE_KEY, UPCAST_KEY)}
     metadata |= {k: v for k, v in source.metadata.items() if k == SCALE_KEY}
     file_names = dict(pair_names(file.state))
     for name in state.keys() & file_names.keys():
         file_name = file_names[name]
         state[name] = cast_weight(file_name, state[name], file.state[file_name].dtype)
-    return _replace_part(replace(file, metadata=metadata), VAE_PREFIX, restore_names(state))
+    return _replace_component(replace(file, metadata=metadata), VAE_PREFIX, restore_names(state))
 
 
 def _replace_text_encoder(
     file: Checkpoint, model: nn.Module | None, text_encoder: str | Path
 ) -> Checkpoint:
-    """Return a checkpoint with another text encoder, and its autoencoder if there was none."""
+    """Return a checkpoint with another text encoder, and with its autoencoder if it had none."""
     names = rename_weights(file.state).keys()
     state = extract_text_encoder(open_checkpoint(text_encoder), model, names, file.path)
-    return _replace_part(file, TEXT_PREFIX, restore_names(state, sgm=has_sgm_names(names)))
+    return _replace_component(file, TEXT_PREFIX, restore_names(state, sgm=has_sgm_names(names)))
 
 
-def _replace_part(file: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> Checkpoint:
-    """Return a checkpoint with other tensors in place of those under a prefix of our names."""
+def _replace_component(file: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> Checkpoint:
+    """Return a checkpoint whose tensors under a prefix (of our names) are replaced by others."""
     names = [file_name for name, file_name in pair_names(file.state) if name.startswith(prefix)]
     state = {name: value for name, value in file.state.items() if name not in names}
     return replace(file, state=state | tensors, memory_mapped=False)
@@ -428,11 +427,11 @@ def _select_upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor
     return state
 
 
-def _make_metadata(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str | int]:
-    """Return metadata about the source, for a file or EXTRA_WEIGHTS in a folder."""
+def _make_metadata(file: Checkpoint, config_text: str | None, ema: bool) -> dict[str, str | int]:
+    """Return metadata about the source of a conversion."""
     metadata: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}
-    if text:
-        metadata[CONFIG_KEY] = text
+    if config_text:
+        metadata[CONFIG_KEY] = config_text
     if file.step is not None:
         metadata["global_step"] = file.step
     return metadata | ({"ldm.ema": "merged"} if ema else {})

@@ -1,9 +1,8 @@
-"""Recognise the published family of weights, with its config and task, and the prediction type.
+"""Recognize the published family of weights, with its config and task, and the prediction type.
 
-Families differ in shapes: input channels of the UNet, dimension of the context and of the vector
+Families differ in shapes: input channels of the UNet, dimensions of the context and of the vector
 embedding; those of SDXL also in the number of transformer blocks, or in marker tensors. Shapes do
-not show whether a model predicts eps or v, so independent methods detect it, and all results are
-kept:
+not show whether a model predicts eps or v, so several independent methods detect it:
 
     marker   a tensor such as `v_pred`, or `modelspec.prediction_type` in the file's metadata
     family   all published models of the family predict the same
@@ -27,8 +26,9 @@ from ldm.loading.files.checkpoint import to_ema_name
 from ldm.loading.weight_names import UNET_PREFIX, select_prefix, to_original_name
 
 __all__ = [
-    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES", "Detection",
-    "Family", "PredictionType", "detect_family", "detect_prediction_type", "probe_prediction_type",
+    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES",
+    "DetectedPredictionType", "Detection", "Family", "detect_family", "detect_prediction_type",
+    "probe_prediction_type",
 ]  # fmt: skip
 
 CONFIG_DIR = "configs/stable-diffusion"
@@ -44,14 +44,14 @@ class Family:
         in_channels: Input channels of the UNet.
         context_dim: Dimension of the context of cross-attention; None = no context.
         vector_dim: Dimension of the vector (class) embedding; None = no such embedding.
-        prediction_type: "eps", "v" or "edm" if all its models without a marker predict that; None =
-            its models differ.
+        prediction_type: "eps", "v" or "edm", of all its models without a marker; None = its models
+            differ.
         config: Name of its YAML without `.yaml`; "" = the family is not supported.
-        config_v: Name of the YAML for its v-prediction models, if it is another one.
-        task: Function of `ldm.pipelines` for it.
+        config_v: Name of another YAML for its v-prediction models; "" = the same YAML.
+        task: Name of its function in `ldm.pipelines`.
         has_vision_tower: Whether it is conditioned on CLIP's vision tower instead of text.
-        num_blocks: Number of transformer blocks; None = it does not distinguish the family.
-        marker: Name of a tensor that only models of this family have; "" = none.
+        num_blocks: Number of transformer blocks; None = any number.
+        marker: Name of a tensor that only models of this family have; "" = no such tensor.
         image_channels: Channels of the autoencoder's images: 3, or more with depth.
     """
 
@@ -127,16 +127,16 @@ FAMILIES = (
 
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
 GLOBAL_STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # of diffusers
+PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # by diffusers' name
 IMAGE_CONV = "autoencoder.encoder.conv_in.weight"
 VISION_TOWER = "conditioner.text.model.visual.proj"
 BIAS_NAME = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-# Names in the UNet, of the original and of diffusers; without dots, as in `model_ema.*`.
+# Names in the UNet of the original and of diffusers, without dots, as in `model_ema.*`.
 INPUT_CONVS = ("input_blocks00weight", "conv_inweight")
-# Only in the UNet of the x2 latent upscaler: a name of k-diffusion, and one of diffusers.
+# Names that only the UNet of the x2 latent upscaler has: in k-diffusion, and in diffusers.
 UPSCALER_NAMES = frozenset({"inner_modelmapping_condweight", "time_projweight"})
-# Axis of the vector embedding's dimension, by name of its first layer: (out, in) of a linear layer,
-# (classes, out) of an embedding of a number.
+# Weight of the first layer of the vector embedding -> axis of its dimension: 1 of a linear layer
+# (out, in), 0 of an embedding of class numbers (classes, out).
 VECTOR_AXES = {
     "label_emb00weight": 1, "class_embeddinglinear_1weight": 1, "add_embeddinglinear_1weight": 1,
     "label_embweight": 0, "class_embeddingweight": 0,
@@ -145,8 +145,8 @@ CROSS_ATTENTION_KEY = "attn2to_kweight"
 SD_TURBO_PATTERN = re.compile(r"sd[-_ ]?turbo")
 # Thresholds of the methods "bias" and "probe". 0.09, as in ComfyUI, is between the values of all
 # published models of SD 2; -1 is A1111's.
-BIAS_LIMIT = 0.09
-PROBE_LIMIT = -1.0
+BIAS_THRESHOLD = 0.09
+PROBE_THRESHOLD = -1.0
 
 
 @dataclass(frozen=True)
@@ -155,40 +155,40 @@ class Detection:
 
     Args:
         method: A name in the docstring of this module.
-        kind: "eps", "v", "x0" or "edm"; None = the method does not know it.
-        evidence: The value that it is based on, for messages.
+        value: "eps", "v", "x0" or "edm"; None = the method found nothing.
+        evidence: What the result is based on, for messages.
     """
 
     method: str
-    kind: str | None
+    value: str | None
     evidence: str
 
 
 @dataclass(frozen=True)
-class PredictionType:
-    """The prediction type by the most reliable method that knows it.
+class DetectedPredictionType:
+    """The prediction type by the most reliable method that found one.
 
     Args:
-        kind: "eps", "v", "x0" or "edm"; None = unknown.
-        detections: Those of all methods, the most reliable first.
+        value: "eps", "v", "x0" or "edm"; None = unknown.
+        detections: Results of all methods, the most reliable first.
     """
 
-    kind: str | None
+    value: str | None
     detections: tuple[Detection, ...] = ()
 
     @property
     def is_disputed(self) -> bool:
         """Whether two methods contradict each other."""
-        return len({detection.kind for detection in self.detections if detection.kind}) > 1
+        return len({detection.value for detection in self.detections if detection.value}) > 1
 
     @property
-    def num_known(self) -> int:
-        """Number of methods that know the prediction type."""
-        return sum(detection.kind is not None for detection in self.detections)
+    def num_results(self) -> int:
+        """Number of methods that found a prediction type."""
+        return sum(detection.value is not None for detection in self.detections)
 
     def __str__(self) -> str:
-        results = [f"{d.method}: {d.kind or 'nothing'} ({d.evidence})" for d in self.detections]
-        return f"{self.kind or 'unknown'} by {'; '.join(results)}"
+        results = [f"{d.method}: {d.value or 'nothing'} ({d.evidence})" for d in self.detections]
+        return f"{self.value or 'unknown'} by {'; '.join(results)}"
 
 
 def detect_family(
@@ -199,7 +199,7 @@ def detect_family(
     """Return the family of weights; None if no published family has these shapes.
 
     Args:
-        state: Weights under our names, or diffusers' names with our prefixes.
+        state: Weights under our names, or under diffusers' names with our prefixes.
         ema_state: `model_ema.*`, used if `state` has no UNet; None = no EMA weights.
         markers: Names of marker tensors in the file.
     """
@@ -235,8 +235,8 @@ def detect_prediction_type(
     step: int | None,
     metadata: Mapping[str, str],
     name: str = "",
-) -> PredictionType:
-    """Return the prediction type by all methods that do not run the network.
+) -> DetectedPredictionType:
+    """Detect the prediction type by all methods that do not run the network.
 
     Args:
         family: None = unknown.
@@ -246,24 +246,24 @@ def detect_prediction_type(
     """
     detections = list(_detect_by_marker(metadata))
     if family is not None and family.prediction_type:
-        # A fine-tune may predict something else, which only a marker shows. Not for EDM, for which
-        # metadata and diffusers' schedulers have no name: they say "epsilon" or "sample".
+        # A fine-tune may have another prediction type, which only a marker shows. Markers do not
+        # apply to EDM: metadata and diffusers' schedulers call it "epsilon" or "sample".
         if detections and family.prediction_type != "edm":
-            return _choose_prediction_type(detections)
-        return _choose_prediction_type([Detection("family", family.prediction_type, family.title)])
+            return _rank_detections(detections)
+        return _rank_detections([Detection("family", family.prediction_type, family.title)])
     if family is not None:
         detections.append(Detection("step", GLOBAL_STEPS.get(step or 0), f"global_step {step}"))
         detections.append(_detect_by_bias(state))
         if SD_TURBO_PATTERN.search(name.lower()):
             detections.append(Detection("name", "eps", name))
-    return _choose_prediction_type(detections)
+    return _rank_detections(detections)
 
 
 @torch.no_grad()
 def probe_prediction_type(
-    unet: nn.Module, prediction_type: PredictionType, context_dim: int = 1024
-) -> PredictionType:
-    """Return the prediction type with the result of one UNet pass, on a constant input, added.
+    unet: nn.Module, prediction_type: DetectedPredictionType, context_dim: int = 1024
+) -> DetectedPredictionType:
+    """Return a prediction type with the result of the method "probe" added: one UNet pass.
 
     At the last timestep z_t is almost pure noise, eps is nearly z_t, and v nearly minus the image.
     """
@@ -272,37 +272,37 @@ def probe_prediction_type(
     context = torch.full((1, 2, context_dim), 0.5, device=weight.device, dtype=weight.dtype)
     output = unet(x, torch.tensor([999], device=weight.device), context=context)
     shift = float((output.float() - x.float()).mean())
-    kind = None
+    value = None
     if not math.isnan(shift):
-        kind = "v" if shift < PROBE_LIMIT else "eps"
-    detection = Detection("probe", kind, f"mean shift {shift:.3f}, v below {PROBE_LIMIT:g}")
-    return _choose_prediction_type([*prediction_type.detections, detection])
+        value = "v" if shift < PROBE_THRESHOLD else "eps"
+    detection = Detection("probe", value, f"mean shift {shift:.3f}, v below {PROBE_THRESHOLD:g}")
+    return _rank_detections([*prediction_type.detections, detection])
 
 
 def _detect_by_marker(metadata: Mapping[str, str]) -> Iterator[Detection]:
-    prediction_type = metadata.get("modelspec.prediction_type", "")
-    kind = PREDICTION_TYPES.get(prediction_type, prediction_type)  # some programs write "eps", "v"
+    name = metadata.get("modelspec.prediction_type", "")
+    value = PREDICTION_TYPES.get(name, name)  # some programs write "eps" or "v"
     if "edm_mean" in metadata:
         yield Detection("marker", "edm", "`edm_mean`")
     elif "edm_vpred.sigma_max" in metadata:
         yield Detection("marker", "v", "`edm_vpred.sigma_max`")
     elif "v_pred" in metadata:
-        yield Detection("marker", "v", f"`{prediction_type or 'v_pred'}`")
-    elif kind in PREDICTION_TYPES.values():
-        yield Detection("marker", kind, f"`{prediction_type}`")
+        yield Detection("marker", "v", f"`{name or 'v_pred'}`")
+    elif value in PREDICTION_TYPES.values():
+        yield Detection("marker", value, f"`{name}`")
 
 
 def _detect_by_bias(state: Mapping[str, Tensor]) -> Detection:
     if BIAS_NAME not in state:
         return Detection("bias", None, "no such layer")
     std = float(state[BIAS_NAME].float().std())
-    kind = "v" if std > BIAS_LIMIT else "eps"
-    return Detection("bias", kind, f"std {std:.4f}, v above {BIAS_LIMIT}")
+    value = "v" if std > BIAS_THRESHOLD else "eps"
+    return Detection("bias", value, f"std {std:.4f}, v above {BIAS_THRESHOLD}")
 
 
-def _choose_prediction_type(detections: list[Detection]) -> PredictionType:
-    """Return the first known type of detections ranked by the reliability of their methods."""
-    order = ("marker", "family", "step", "name", "probe", "bias")
-    ranked = sorted(detections, key=lambda detection: order.index(detection.method))
-    kind = next((detection.kind for detection in ranked if detection.kind), None)
-    return PredictionType(kind, tuple(ranked))
+def _rank_detections(detections: list[Detection]) -> DetectedPredictionType:
+    """Sort detections by the reliability of their methods; the first with a value applies."""
+    methods = ("marker", "family", "step", "name", "probe", "bias")
+    ranked = sorted(detections, key=lambda detection: methods.index(detection.method))
+    value = next((detection.value for detection in ranked if detection.value), None)
+    return DetectedPredictionType(value, tuple(ranked))

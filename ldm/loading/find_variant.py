@@ -1,4 +1,4 @@
-"""Find the few-step variant of a model: by the argument `variant`, its LoRAs, or its weights."""
+"""Find the few-step variant of a model by the argument `variant`, its LoRAs, or its weights."""
 
 import logging
 from collections.abc import Collection, Iterable
@@ -9,7 +9,7 @@ from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_metadata
 from ldm.loading.files.checkpoint import opens_quickly, read_checkpoint
 from ldm.loading.variants import (
-    ARGUMENT,
+    ARGUMENT_EVIDENCE,
     GUIDANCE_WEIGHT,
     NO_VARIANT,
     VARIANTS,
@@ -25,15 +25,15 @@ from ldm.pipelines.families import find_family
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "choose_variant", "detect_variant_of_loras", "find_variant", "find_variant_without_weights",
-    "select_file_variant", "supports_variants", "warn_if_distilled",
+    "detect_first_lora_variant", "detect_model_variant", "find_variant_without_weights",
+    "resolve_variant", "select_file_variant", "supports_variants", "warn_if_distilled",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 
-def find_variant(weights: Weights) -> DetectedVariant | None:
-    """Return the variant by the weights, their metadata and path; None for ordinary models."""
+def detect_model_variant(weights: Weights) -> DetectedVariant | None:
+    """Return the variant by weights, metadata and path; None for an ordinary model."""
     return detect_variant(weights.path, weights.metadata, weights.state)
 
 
@@ -45,8 +45,8 @@ def find_variant_without_weights(
     Returns None for a file that is slow to open if one of its tensors may contradict the name.
 
     Args:
-        path: Of the checkpoint.
-        variant: The argument of `load`; None = not given.
+        path: Path of the checkpoint.
+        variant: Argument `variant` of `load`.
     """
     if is_diffusers_folder(path):
         metadata, embeds_guidance = read_folder_metadata(path)
@@ -61,7 +61,7 @@ def find_variant_without_weights(
     return _combine_variants(detected, loras, variant, path)
 
 
-def choose_variant(
+def resolve_variant(
     model: LatentDiffusion,
     weights: Weights,
     variant: str | None,
@@ -73,19 +73,19 @@ def choose_variant(
             message = f"there are no few-step models of the family of `{weights.path}`"
             raise ArgumentError(f"{message}: its variant is not {variant}", "variant")
         return None
-    detected = _combine_variants(find_variant(weights), loras, variant, weights.path)
+    detected = _combine_variants(detect_model_variant(weights), loras, variant, weights.path)
     if detected is None and variant != NO_VARIANT:
         warn_if_distilled(loras)
     return detected
 
 
-def detect_variant_of_loras(
+def detect_first_lora_variant(
     loras: Iterable[tuple[str | Path, LoRAWeightLike]],
 ) -> DetectedVariant | None:
     """Return the variant of the first LoRA that shows one; None for ordinary LoRAs.
 
     Args:
-        loras: (file, weight) pairs; those with a weight of 0 for the UNet are not considered.
+        loras: (file, weight) pairs; those with a weight of 0 for the UNet are ignored.
     """
     paths = [path for path, weight in loras if LoRAWeight.parse(weight).unet]
     files = (read_checkpoint(file) for path in paths for file in list_lora_files(path))
@@ -94,23 +94,23 @@ def detect_variant_of_loras(
 
 
 def warn_if_distilled(loras: Iterable[tuple[str | Path, LoRAWeightLike]]) -> None:
-    """Warn about LoRAs that look like few-step ones although nothing shows their variant."""
+    """Warn about LoRAs that look like few-step LoRAs, but do not show their variant."""
     for file in (read_checkpoint(file) for path, _ in loras for file in list_lora_files(path)):
         if looks_distilled(file.state, find_ranks(file)):
             log.warning(
-                "`%s` looks like a few-step LoRA, but neither its name nor its metadata says of "
-                "which variant: pass `variant`, such as lcm",
+                "`%s` looks like a few-step LoRA, but neither its name nor its metadata names the "
+                "variant: pass `variant`, such as lcm",
                 file.path,
             )
 
 
 def supports_variants(family: str | None) -> bool:
-    """Return whether a family, by its name in `pipelines.families`, has few-step models."""
+    """Return whether a family, by its name in `pipelines.families`, may have few-step models."""
     return family in ("text", "inpainting", "depth", "refiner")
 
 
 def select_file_variant(variant: str | None) -> str | None:
-    """Return a variant if it is one of a diffusers folder's files, such as `fp16`, else None."""
+    """Return a variant if it selects files of a diffusers folder, such as `fp16`, else None."""
     return None if variant in (NO_VARIANT, *VARIANTS) else variant
 
 
@@ -120,11 +120,11 @@ def _combine_variants(
     variant: str | None,
     path: Path,
 ) -> DetectedVariant | None:
-    """Return the first variant of: a tensor of the model, the argument, a LoRA, the model's names.
+    """Return the first variant by: a tensor of the model, the argument, a LoRA, the model's names.
 
     Args:
-        detected: The variant that the model itself shows; None = none.
-        variant: The argument; NO_VARIANT = an ordinary model.
+        detected: Variant by the model itself; None = an ordinary model.
+        variant: Argument of `load`; NO_VARIANT = an ordinary model.
     Raises:
         ArgumentError: A tensor shows that the model is of another variant.
     """
@@ -135,9 +135,9 @@ def _combine_variants(
             message = f"`{path}` embeds the guidance scale, its variant is {detected.name}"
             raise ArgumentError(f"{message}, not {variant}", "variant")
         return detected
-    detected = detect_variant_of_loras(loras) or detected
+    detected = detect_first_lora_variant(loras) or detected
     if variant is not None and select_file_variant(variant) is None:
-        detected = DetectedVariant(variant, ARGUMENT, detected.path if detected else path)
+        detected = DetectedVariant(variant, ARGUMENT_EVIDENCE, detected.path if detected else path)
     if detected is not None and VARIANTS[detected.name].marker:
         raise ArgumentError(
             f"`{path}` does not embed the guidance scale, its variant is not {detected.name}",

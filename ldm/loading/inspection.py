@@ -9,15 +9,15 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.loading.build import build_on_meta
-from ldm.loading.families import LATENT_UPSCALER, PredictionType
+from ldm.loading.families import LATENT_UPSCALER, DetectedPredictionType
 from ldm.loading.files.checkpoint import CONFIG_KEY, detect_format, read_checkpoint
 from ldm.loading.files.pickles import list_foreign_imports, list_pickle_imports
-from ldm.loading.find_variant import find_variant
+from ldm.loading.find_variant import detect_model_variant
 from ldm.loading.matching import translate_names
 from ldm.loading.model_config import asks_for_ema, probe_weights, read_config
 from ldm.loading.modelspec import MODELSPEC_PREFIX
 from ldm.loading.published import find_by_sha256, read_published_files, resolve_checkpoint
-from ldm.loading.replace_parts import UPSCALER_PARTS
+from ldm.loading.replace_components import UPSCALER_COMPONENTS
 from ldm.loading.weight_names import has_prefix, has_sgm_names, select_prefix, to_original_name
 from ldm.loading.weights import (
     TRANSPOSED_WARNING,
@@ -44,7 +44,7 @@ class Part:
     """Tensors with a common prefix.
 
     Args:
-        name: Our name of the part.
+        name: Our name of the component.
         prefix: The original's prefix.
         dtypes: Number of tensors by dtype.
     """
@@ -88,7 +88,7 @@ class Report:
     title: str | None = None
     task: str | None = None
     config: str | None = None
-    prediction: PredictionType | None = None
+    prediction: DetectedPredictionType | None = None
     parts: list[Part] = field(default_factory=list)
     has_ema: bool = False
     uses_ema: bool = False
@@ -112,9 +112,9 @@ class Report:
         values = asdict(self)
         if self.prediction is not None:
             values["prediction"] = {  # keys that programs read: not the names of the fields
-                "kind": self.prediction.kind,
+                "kind": self.prediction.value,
                 "verdicts": [
-                    {"method": d.method, "says": d.kind, "evidence": d.evidence}
+                    {"method": d.method, "says": d.value, "evidence": d.evidence}
                     for d in self.prediction.detections
                 ],
                 "disputed": self.prediction.is_disputed,
@@ -137,9 +137,9 @@ class Report:
             yield f"variant     {self.variant}"
         if self.prediction is not None:
             remark = ", but the methods disagree" if self.prediction.is_disputed else ""
-            yield f"predicts    {self.prediction.kind or 'unknown'}{remark}"
+            yield f"predicts    {self.prediction.value or 'unknown'}{remark}"
             for detection in self.prediction.detections:
-                method, kind = detection.method, detection.kind or "nothing"
+                method, kind = detection.method, detection.value or "nothing"
                 yield f"  {method:10}{kind} ({detection.evidence})"
         for i, (name, value) in enumerate(sorted(self.model_spec.items())):
             yield f"{'' if i else 'ModelSpec':12}{name:20}{_shorten(value)}"
@@ -203,7 +203,7 @@ def inspect_checkpoint(
     if weights.family is not None:
         report.family, report.title = weights.family.name, weights.family.title
         report.task = weights.family.task or None
-        if variant := find_variant(weights):
+        if variant := detect_model_variant(weights):
             report.variant = f"{variant.name}, by {variant.evidence}"
     report.parts = list(_list_parts(weights.state))
     report.has_ema = weights.checkpoint.has_ema
@@ -258,9 +258,9 @@ def _compare_with_config(report: Report, weights: Weights, config: str | Path | 
         report.title, report.task = FAMILIES[family].title, FAMILIES[family].function
     expected, state = model.state_dict(), translate_names(model, weights.state, weights.path)
     if weights.family is LATENT_UPSCALER:
-        missing = [prefix for prefix in UPSCALER_PARTS if not has_prefix(state, prefix)]
+        missing = [prefix for prefix in UPSCALER_COMPONENTS if not has_prefix(state, prefix)]
         if missing:
-            titles = " and ".join(UPSCALER_PARTS[prefix] for prefix in missing)
+            titles = " and ".join(UPSCALER_COMPONENTS[prefix] for prefix in missing)
             report.note = f"needs {titles} from another file, such as Stable Diffusion 1"
         expected = {n: v for n, v in expected.items() if not n.startswith(tuple(missing))}
     is_sgm = has_sgm_names(expected)

@@ -129,7 +129,7 @@ TRAINING_ONLY_PARAMS = {
     "original_elbo_weight", "reset_ema", "reset_num_ema_updates", "scale_by_std",
     "scheduler_config", "ucg_training", "unet_trainable", "use_positional_encodings",
 }  # fmt: skip
-# Parameters that repeat values of the parts, or that `load` reads itself.
+# Parameters that repeat values of the components, or that `load` reads itself.
 REDUNDANT_PARAMS = {"channels", "conditioning_key", "cond_stage_key", "use_ema"}
 # The weight that may have fewer input channels in the `ckpt_path` of a training run.
 INPUT_CONV = "model.diffusion_model.input_blocks.0.0.weight"
@@ -154,8 +154,8 @@ def translate_config(
     The `where` of the result is the file and key that it was read from, for messages.
 
     Args:
-        spec: A whole config (with `model:`) or a part of it (with `target:`); our own class names
-            stay.
+        spec: A whole config (with `model:`), or that of a component (with `target:`). Our own class
+            names are not changed.
         where: See `instantiate`.
         skipped: List to which keys that sampling does not need are appended; None = not wanted.
     """
@@ -198,8 +198,8 @@ class _ModelTranslator:
         params = self.params
         encoders = self._translate_text_encoder() | MODEL_CLASSES[self.target].make_encoders(self)
         model_params = {
-            "unet": self.translate_part("unet_config"),
-            "autoencoder": self.translate_part(AUTOENCODER_CONFIG),
+            "unet": self.translate_component("unet_config"),
+            "autoencoder": self.translate_component(AUTOENCODER_CONFIG),
             "conditioner": {"target": "ldm.conditioning.Conditioner", "params": encoders},
             "schedule": {"target": SCHEDULES + "Schedule", "params": self._translate_schedule()},
             "parameterization": params.get("parameterization", "eps"),
@@ -217,8 +217,8 @@ class _ModelTranslator:
             model_params["defaults"] = {"target": "ldm.model.Defaults", "params": defaults}
         return {"target": MODEL, "params": model_params, "where": self.where}
 
-    def translate_part(self, key: str) -> JsonObject:
-        """Return the translated config of a part."""
+    def translate_component(self, key: str) -> JsonObject:
+        """Return the translated config of a component."""
         where = f"{self.where}.params.{key}"
         return translate_config(self.params[key], where=where, skipped=self.skipped)
 
@@ -244,7 +244,7 @@ class _ModelTranslator:
         config = self.params["cond_stage_config"]
         if config in ("__is_unconditional__", "__is_first_stage__"):
             return {}
-        spec = self.translate_part("cond_stage_config")
+        spec = self.translate_component("cond_stage_config")
         if spec["target"] == IDENTITY:
             return {}
         spec["params"] = COND_STAGE_DEFAULTS.get(spec["target"], {}) | spec["params"]
@@ -276,7 +276,7 @@ class _ModelClass:
     Args:
         conditioning_key: Its only supported `conditioning_key`.
         make_encoders: Returns the specs of its encoders besides the text encoder.
-        required: Required parameters: configs of parts.
+        required: Required parameters: configs of components.
     """
 
     conditioning_key: str
@@ -291,14 +291,14 @@ def _make_masked_image(translator: _ModelTranslator) -> Encoders:
 
 
 def _make_depth(translator: _ModelTranslator) -> Encoders:
-    return {"depth": translator.translate_part("depth_stage_config")}
+    return {"depth": translator.translate_component("depth_stage_config")}
 
 
 def _make_low_res(translator: _ModelTranslator) -> Encoders:
-    low_res = translator.translate_part("low_scale_config")
+    low_res = translator.translate_component("low_scale_config")
     if low_res["target"] == LOWRES + "RGBDLatent":  # ours: published as a diffusers folder only
         has_level = (
-            translator.translate_part("unet_config")["params"].get("num_classes") is not None
+            translator.translate_component("unet_config")["params"].get("num_classes") is not None
         )
         return {"rgbd": low_res} | (NOISE_LEVEL if has_level else {})
     low_res["params"]["low_scale_key"] = translator.params.get("low_scale_key", "LR")
@@ -316,8 +316,8 @@ def _make_patches(translator: _ModelTranslator) -> Encoders:
 
 def _make_image_embedding(translator: _ModelTranslator) -> Encoders:
     params = {
-        "clip": translator.translate_part("embedder_config"),
-        "noise": translator.translate_part("noise_aug_config"),
+        "clip": translator.translate_component("embedder_config"),
+        "noise": translator.translate_component("noise_aug_config"),
         "freeze": translator.params.get("freeze_embedder", True),
         "embedding_key": translator.params.get("embedding_key", "jpg"),
     }

@@ -2,13 +2,13 @@
 
     weights = identify_weights(open_checkpoint(ckpt))   memory-mapped, our names, with a family
     _, raw  = read_config(weights, config)              a YAML: given, embedded, or of the family
-    model   = build_on_meta(raw)                        no memory, no initialisation
+    model   = build_on_meta(raw)                        no memory, no initialization
     state   = match_weights(model, weights.state, …)    strict: every tensor, every shape
     fill_weights(model, state)
     add_loras(model, …), load_embeddings(model, …)
 
-Only `hf:` addresses are downloaded. Where device and dtype stay as in the file, weights stay
-memory-mapped.
+Only `hf:` addresses are downloaded. Weights that are loaded on the CPU in the dtype of the file
+stay memory-mapped.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder
 from ldm.loading.families import LATENT_UPSCALER, probe_prediction_type
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, write_checkpoint
 from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
-from ldm.loading.find_variant import choose_variant, select_file_variant
+from ldm.loading.find_variant import resolve_variant, select_file_variant
 from ldm.loading.matching import match_weights
 from ldm.loading.model_config import (
     asks_for_ema,
@@ -47,7 +47,7 @@ from ldm.loading.model_config import (
 )
 from ldm.loading.modelspec import make_modelspec
 from ldm.loading.published import resolve_checkpoint
-from ldm.loading.replace_parts import (
+from ldm.loading.replace_components import (
     complete_upscaler,
     remove_autoencoder,
     replace_autoencoder,
@@ -85,8 +85,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEMO_CONFIG, DEMO_CHECKPOINT = "configs/demo/text2img.yaml", "checkpoints/demo.safetensors"
-# Relative error of noise schedules that were rounded to a dtype; 1e-5 for others. The least precise
-# dtypes come first, as numbers rounded to these are exact in most others, too.
+# Allowed relative error of noise schedules that were rounded to a dtype. The least precise come
+# first, as numbers rounded to these are exact in most others.
 SCHEDULE_TOLERANCE = {
     torch.float8_e5m2: 0.125, torch.float8_e4m3fn: 0.0625, torch.bfloat16: 4e-3,
     torch.float16: 2e-3,
@@ -120,40 +120,40 @@ def load(
             name of a published file that is on this machine (`sd-v2-1`), or an address on the
             Hugging Face hub, `hf:OWNER/NAME/FILE` or `hf:OWNER/NAME`. None = the demo model, or the
             checkpoint given as the only argument, `load("folder")`.
-        dtype: Of all weights; every part computes in the dtype of its weights.
-        offload: Keep each part on the CPU until it runs, see `LatentDiffusion.offload`; ignored if
-            `device` is the CPU.
-        ema: Whether to use the EMA weights of a file that has both; None = where the config says so
+        dtype: Dtype of all weights; each component computes in the dtype of its weights.
+        offload: Keep each component on the CPU until it runs, see `LatentDiffusion.offload`;
+            ignored if `device` is the CPU.
+        ema: Whether to use the EMA weights of a file that has both; None = if the config says so
             (`use_ema`), as the original's scripts do.
         overrides: Changes to the YAML, such as `model.params.scale_factor=0.13`.
         allow: Packages of your own whose classes the YAML may name.
         clip_stats: File with mean and standard deviation of CLIP's embeddings; None = from the
             checkpoint or a file near it. For unCLIP models only.
         midas: File with the depth network; None = from the checkpoint. For depth models only.
-        vae: A checkpoint, as `ckpt`, whose autoencoder is used instead; or TAESD: a file with its
-            decoder only leaves the model's encoder in place. None = that of `ckpt`.
-        text_encoder: A checkpoint whose (first) text encoder is used instead, and whose autoencoder
-            if `ckpt` contains none; None = that of `ckpt`. The x2 latent upscaler takes both from a
-            checkpoint of Stable Diffusion 1.
-        base: A model whose autoencoder and text encoder are shared, not copied, where the
-            checkpoint contains none; for the x2 latent upscaler only. None = nothing is shared.
+        vae: A checkpoint, as `ckpt`, that replaces the autoencoder; or TAESD, of which a file with
+            the decoder only does not replace the encoder. None = keep that of `ckpt`.
+        text_encoder: A checkpoint that replaces the (first) text encoder, and adds its autoencoder
+            if `ckpt` contains none; None = keep that of `ckpt`. The x2 latent upscaler takes both
+            from a checkpoint of Stable Diffusion 1.
+        base: A model whose autoencoder and text encoder are shared, not copied, if the checkpoint
+            contains none; for the x2 latent upscaler only. None = nothing is shared.
         loras: (file, weight) pairs, merged into the weights; the weight is a number, a
             `LoRAWeight`, or its text, such as "0.5:1" for text encoders and UNet.
         embeddings: Files of textual inversions, or folders of them: tokens for prompts.
-        variant: Kind of few-step (distilled) model, with its LoRAs: a name in `VARIANTS`, or "base"
-            for an ordinary model; sets the model's `defaults`. None = detect it by tensors,
+        variant: Few-step (distilled) variant of the model or its LoRAs: a name in `VARIANTS`, or
+            "base" for an ordinary model; sets the model's `defaults`. None = detect it by tensors,
             metadata or file name. Any other name, such as `fp16`, selects the files of a diffusers
-            folder that have it.
+            folder that have it in their names.
 
     Returns:
-        The model in eval mode (or the part, for the config of a single part); its `provenance`
-        lists the files and settings it was loaded from.
+        The model in eval mode (or a component, if the config describes only one); its `provenance`
+        lists the files and settings from which it was loaded.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: Config, files or options do not fit together.
     """
-    _check_placement(device, dtype)
+    _check_device_and_dtype(device, dtype)
     paths = {
         "config": config, "ckpt": ckpt, "clip_stats": clip_stats, "midas": midas, "vae": vae,
         "text_encoder": text_encoder,
@@ -166,7 +166,7 @@ def load(
     overrides, allow = _to_list("overrides", overrides), _to_list("allow", allow)
     embeddings, loras = _to_list("embeddings", embeddings), tuple(parse_loras(loras))
     offload = offload and torch.device(device).type != "cpu"
-    config, ckpt = _choose_files(config, ckpt)
+    config, ckpt = _resolve_files(config, ckpt)
     weights = identify_weights(_open_weights(ckpt, variant))
     config_path, raw = read_config(weights, config, overrides)
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
@@ -175,12 +175,12 @@ def load(
             weights.path, weights.family.title, config_path, weights.prediction_type,
         )  # fmt: skip
     where = Path(config_path).name
-    summary = f"`{weights.path}` does not fit {where}"
+    mismatch_message = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
     model = build_on_meta(raw, allow=allow, where=where, skipped=skipped)
     if ema is None:
         ema = weights.checkpoint.has_original_ema and asks_for_ema(raw)
-    _log_unused(weights, ema, skipped)
+    _log_unused_keys(weights, ema, skipped)
     _check_family_options(model, weights, clip_stats=clip_stats, midas=midas, base=base)
     if base is not None:
         check_model(base, "base")
@@ -189,27 +189,27 @@ def load(
             with errors_about(name):
                 find_file(path)
     if not isinstance(model, LatentDiffusion):
-        _refuse_model_options(
+        _check_component_options(
             vae=vae, text_encoder=text_encoder, loras=loras, embeddings=embeddings,
             variant=variant in VARIANTS, offload=offload,
         )  # fmt: skip
         weights.select_ema(model.state_dict(), ema)
-        _match_and_fill(model, weights, summary, device, dtype)
+        _match_and_fill(model, weights, mismatch_message, device, dtype)
         return cast(LatentDiffusion, model.eval())
     with errors_about("embeddings"):  # checked before weights are read, which takes longer
         check_embeddings(model, embeddings)
     with errors_about("loras"):
         lora_files = read_loras(model, loras)
-    detected_variant = choose_variant(model, weights, variant, loras)
+    detected_variant = resolve_variant(model, weights, variant, loras)
     weights.select_ema(model.state_dict(), ema)
     provenance = {
-        "config": config_path, "ema": ema, "skipped": skipped, **_describe_source(raw, weights)
+        "config": config_path, "ema": ema, "skipped": skipped, **_make_provenance(raw, weights)
     }  # fmt: skip
     model.upcast_autoencoder &= not works_in_float16(weights.checkpoint)
     with errors_about("vae"):
-        tiny = None if vae is None else read_tiny_autoencoder(vae)
-        if tiny is not None:
-            provenance["vae"] = remove_autoencoder(model, weights, tiny)
+        tiny_weights = None if vae is None else read_tiny_autoencoder(vae)
+        if tiny_weights is not None:
+            provenance["vae"] = remove_autoencoder(model, weights, tiny_weights)
         elif vae is not None:
             provenance["vae"] = replace_autoencoder(model, weights, vae)
     if text_encoder is not None:
@@ -222,15 +222,15 @@ def load(
     load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
     fill_device = "cpu" if offload else device
     autoencoder_dtype = _choose_autoencoder_dtype(model, torch.device(device), dtype)
-    _match_and_fill(model, weights, summary, fill_device, dtype, autoencoder_dtype)
+    _match_and_fill(model, weights, mismatch_message, fill_device, dtype, autoencoder_dtype)
     model.provenance = provenance
     if "scale_factor" in weights.buffers:  # stored by models trained with `scale_by_std`
         with errors_as(FileFormatError, f"`{weights.path}`: invalid scale_factor"):
             model.scale_factor = float(weights.buffers["scale_factor"])
-    _compare_schedules(model, weights.buffers, summary)
-    if tiny is not None:
-        model.autoencoder = build_tiny_autoencoder(tiny, model, fill_device, dtype)
-    _check_prediction_type(model, weights, is_config_given=config is not None)
+    _warn_about_schedule(model, weights.buffers, mismatch_message)
+    if tiny_weights is not None:
+        model.autoencoder = build_tiny_autoencoder(tiny_weights, model, fill_device, dtype)
+    _resolve_prediction_type(model, weights, is_config_given=config is not None)
     if detected_variant is not None:
         is_folder = weights.checkpoint.format == "diffusers"
         has_scheduler = is_folder and is_sdxl(model) and has_defaults(raw)
@@ -259,7 +259,7 @@ def save_model(
     write_checkpoint(path, state | get_clip_statistics(model.conditioner), metadata)
 
 
-def _check_placement(device: str | torch.device, dtype: torch.dtype) -> None:
+def _check_device_and_dtype(device: str | torch.device, dtype: torch.dtype) -> None:
     """Raise ArgumentError for a device that is not available, or a dtype that cannot compute."""
     try:
         torch.empty(0, device=torch.device(device))
@@ -282,10 +282,10 @@ def _to_list(name: str, values: T | Iterable[T]) -> list[T]:
     return items
 
 
-def _choose_files(
+def _resolve_files(
     config: str | Path | None, ckpt: str | Path | None
 ) -> tuple[str | Path | None, str | Path]:
-    """Return (config, checkpoint) for the arguments of `load`; a config of None is found later."""
+    """Return (config or None, checkpoint) for the arguments of `load`."""
     if ckpt is not None:
         return config, ckpt
     if config is None:
@@ -323,23 +323,23 @@ def _check_family_options(
         "base": ("an x2 latent upscaler", weights.family is LATENT_UPSCALER),
     }
     for name, value in options.items():
-        title, is_of_family = families[name]
-        if value is not None and not is_of_family:
+        title, is_family = families[name]
+        if value is not None and not is_family:
             raise ArgumentError(f"`{weights.path}` is not {title}, it takes no {name}", name)
 
 
-def _refuse_model_options(**options: object) -> None:
-    """Raise ArgumentError for an option that is set but only applies to a whole model."""
+def _check_component_options(**options: object) -> None:
+    """Raise ArgumentError for an option that is set, but only applies to a whole model."""
     for name, value in options.items():
         if value:
-            message = f"the config describes only a part of a model, {name} needs a whole one"
+            message = f"the config describes one component only: {name} needs a whole model"
             raise ArgumentError(message, name)
 
 
 def _choose_autoencoder_dtype(
     model: LatentDiffusion, device: torch.device, dtype: torch.dtype
 ) -> torch.dtype:
-    """Return the dtype of a model's autoencoder: of wider range if it overflows in float16."""
+    """Return the dtype of a model's autoencoder: one of wider range if it overflows in float16."""
     if dtype != torch.float16:
         return dtype
     if model.conditioner.find(LowRes) is not None:  # the autoencoder of the x4 upscaler overflows
@@ -350,17 +350,17 @@ def _choose_autoencoder_dtype(
 def _match_and_fill(
     model: nn.Module,
     weights: Weights,
-    summary: str,
+    mismatch_message: str,
     device: str | torch.device,
     dtype: torch.dtype,
     autoencoder_dtype: torch.dtype | None = None,
 ) -> None:
-    """Fill a model on the meta device with weights, which are emptied.
+    """Fill a model on the meta device with `weights`, whose dicts are then emptied.
 
     Args:
-        summary: Start of an error message, see `match_weights`.
+        mismatch_message: See `match_weights`.
     """
-    state = match_weights(model, weights.state, weights.path, summary)
+    state = match_weights(model, weights.state, weights.path, mismatch_message)
     if has_transposed_projection(state):
         warnings.warn(f"`{weights.path}`: {TRANSPOSED_WARNING}", stacklevel=3)
     for source in (weights.state, weights.checkpoint.state, weights.checkpoint.ema_state):
@@ -375,16 +375,16 @@ def _match_and_fill(
     )
 
 
-def _log_unused(weights: Weights, ema: bool, skipped: list[str]) -> None:
-    """Log which keys of a config, and which weights, are not used."""
+def _log_unused_keys(weights: Weights, ema: bool, skipped: list[str]) -> None:
+    """Log which keys of the config are not used, and whether EMA weights are."""
     if skipped:
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     if weights.checkpoint.has_ema:
         log.info("`%s`: its EMA weights are %s", weights.path, "used" if ema else "not used")
 
 
-def _describe_source(raw: JsonMapping, weights: Weights) -> JsonObject:
-    """Return entries of `provenance`: hash of the config, checkpoint, training step, pipeline."""
+def _make_provenance(raw: JsonMapping, weights: Weights) -> JsonObject:
+    """Return entries of `provenance`: config hash, checkpoint, training step, pipeline."""
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode())
     return {
         "config_hash": digest.hexdigest()[:10],
@@ -394,56 +394,55 @@ def _describe_source(raw: JsonMapping, weights: Weights) -> JsonObject:
     }
 
 
-def _compare_schedules(model: LatentDiffusion, buffers: Mapping[str, Tensor], summary: str) -> None:
-    """Warn if the noise schedule in the file differs from the config's, which is used.
-
-    Args:
-        summary: Start of the warning.
-    """
+def _warn_about_schedule(
+    model: LatentDiffusion, buffers: Mapping[str, Tensor], mismatch_message: str
+) -> None:
+    """Warn if the noise schedule in the file differs from the config's, which is used."""
     expected = model.schedule.buffers() if isinstance(model.schedule, Schedule) else {}
     for name in sorted(expected.keys() & buffers.keys()):
         stored, table = buffers[name], expected[name]
         if stored.shape != table.shape:
             difference = f"has {stored.numel()} steps, the config's {len(table)}"
         else:
-            error = float((stored.float() - table).abs().max() / table.abs().max())
-            if error <= _find_schedule_tolerance(stored):
+            error = (stored.float() - table).abs().max()
+            relative_error = float(error / table.abs().max())
+            if relative_error <= _find_schedule_tolerance(stored):
                 continue
-            difference = f"by {error:.2g} of its largest value"
+            difference = f"by {relative_error:.2g} of its largest value"
         warnings.warn(
-            f"{summary}: its noise schedule differs (`{name}` {difference}); the config's is "
-            "used, check `linear_start`, `linear_end` and `beta_schedule`",
+            f"{mismatch_message}: its noise schedule differs (`{name}` {difference}); the config's "
+            "is used, check `linear_start`, `linear_end` and `beta_schedule`",
             stacklevel=3,
         )
         return
 
 
 def _find_schedule_tolerance(table: Tensor) -> float:
-    """Return the tolerance for the lowest precision to which a table was ever rounded."""
+    """Return the tolerance for the least precise dtype that represents a table exactly."""
     for dtype, tolerance in SCHEDULE_TOLERANCE.items():
         if torch.equal(table.to(dtype).float(), table.float()):
             return tolerance
     return 1e-5
 
 
-def _check_prediction_type(
+def _resolve_prediction_type(
     model: LatentDiffusion, weights: Weights, *, is_config_given: bool
 ) -> None:
-    """Warn if the weights look like another parameterization than the config's.
+    """Warn if weights and config differ in the prediction type.
 
-    If the config was not given, one method is not enough: the UNet is run, too, and its prediction
-    type replaces the config's.
+    If the config was not given and fewer than two methods have a result, the UNet is run, too, and
+    the prediction type that results replaces the config's.
     """
     family, detected = weights.family, weights.prediction_type
     if not is_config_given and family is not None and is_prediction_type_uncertain(weights):
         detected = probe_prediction_type(model.unet, detected, family.context_dim or 0)
-        if detected.kind and detected.kind != model.parameterization:
-            model.parameterization = detected.kind
-            model.provenance["config"] = family.get_config_path(detected.kind)
+        if detected.value and detected.value != model.parameterization:
+            model.parameterization = detected.value
+            model.provenance["config"] = family.get_config_path(detected.value)
     model.provenance["prediction"] = str(detected)
-    if detected.kind and detected.kind != model.parameterization:
+    if detected.value and detected.value != model.parameterization:
         warnings.warn(
-            f"`{weights.path}` looks like a model that predicts {detected.kind}, the config says "
+            f"`{weights.path}` looks like a model that predicts {detected.value}, the config says "
             f"{model.parameterization}: {detected}; images will be noise if the config is wrong",
             stacklevel=3,
         )

@@ -40,20 +40,22 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PART_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "conditioner.")
-# Title of parts that some files of whole models do not contain, by prefix.
-SEPARABLE_PARTS = {
+COMPONENT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "conditioner.")
+# Prefix -> title of components that some files of whole models do not contain.
+SEPARABLE_COMPONENTS = {
     VAE_PREFIX: "autoencoder", TEXT_PREFIX: "text encoder", TEXT_2_PREFIX: "second text encoder"
 }  # fmt: skip
-# Suffixes of names that only files of older versions of transformers and diffusers have.
-UNUSED_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
+# Suffixes of names that only older versions of transformers and diffusers write.
+OBSOLETE_SUFFIXES = ("position_ids", "text_projection.weight", "logit_scale")
 TEXT_BLOCKS = f"{TEXT_PREFIX}model.transformer.resblocks."
-# The ids in CLIP's vocabulary of the tokens of a compact one, and their embeddings.
+# Of a compact vocabulary: the ids of its tokens in CLIP's vocabulary, and their embeddings.
 TOKEN_IDS, TOKEN_TABLE = f"{TEXT_PREFIX}token_ids", f"{TEXT_PREFIX}model.token_embedding.weight"
-# Names of tensors beside the weights of quantised layers.
-QUANTIZED = re.compile(r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$")
-MAX_LISTED = 10  # names in each list of a message
-# Types of files that are not models, by a pattern in the names of their tensors.
+# In names of tensors that accompany the weights of quantized layers.
+QUANTIZED_LAYER = re.compile(
+    r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$"
+)
+MAX_LISTED_NAMES = 10  # in each line of a message
+# Pattern in names of tensors -> type of a file that is not a model.
 FILE_TYPES = {
     r"lora_|\.lora\.|lokr_|hada_": "a LoRA, which is merged into a model (`loras`)",
     r"string_to_param|emb_params|^<": "a textual inversion, which is added to a model "
@@ -62,7 +64,7 @@ FILE_TYPES = {
     r"^(time_embed|input_blocks|output_blocks)\.": "only a UNet",
     r"concept_embeds": "the safety checker of Stable Diffusion 1 (`safety_checker`)",
     r"^visual\.(conv1|proj)\b|^vision_model\.": "a CLIP, for CLIP score (`ldm evaluate --clip`)",
-    r"^(conv_in|down_blocks|text_model)\.": "a part of a diffusers folder",
+    r"^(conv_in|down_blocks|text_model)\.": "a component of a diffusers folder",
     r"^(\w*coder\.)?(layers\.)?\d+\.conv\.0\.": "TAESD, a small autoencoder (`vae`)",
     r"quantize\.embed(ding)?\.": "a model with a VQ autoencoder, which is not supported",
     r"\btoken_emb\.": "a model with BERT's text encoder, which is not supported",
@@ -73,42 +75,45 @@ FILE_TYPES = {
 
 
 def match_weights(
-    model: nn.Module, state: Mapping[str, Tensor], file: str | Path, summary: str | None = None
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    file: str | Path,
+    mismatch_message: str | None = None,
 ) -> dict[str, Tensor]:
-    """Return the weights of a model, or of a part of one, under its names and in its shapes.
+    """Return the weights of a model or component, under its names and in its shapes.
 
     Accepts diffusers' names and 1x1 kernels stored as matrices. Unused weights may be missing.
-    Tensors that belong to no part of the model are left out, with a warning.
+    Tensors that belong to no component of the model are left out, with a warning.
 
     Args:
-        state: Weights of the file under our names; for a part also names without prefix.
-        summary: Start of the error message, before the counts; None = "`file` does not fit the
-            config".
+        state: Weights of the file under our names; for a component also names without prefix.
+        mismatch_message: First words of an error, before the counts; None = "`file` does not fit
+            the config".
 
     Raises:
         WeightsMismatch: Names are missing or unexpected, or shapes differ.
     """
     expected = model.state_dict()
-    state = _adapt_text_encoder(model, _select_part(model, state))
+    state = _adapt_text_encoder(model, _select_component(model, state))
     state = translate_names(model, state, file)
     state |= _make_unused_weights(model, state, file)
-    foreign = [n for n in state if n not in expected and not n.startswith(PART_PREFIXES)]
-    if isinstance(model, LatentDiffusion) and foreign and expected.keys() <= state.keys():
-        log.warning("`%s`: left out, not of this model: %s", file, _format_groups(foreign))
-        state = {name: value for name, value in state.items() if name not in foreign}
-    check_weights(expected, state, summary or f"`{file}` does not fit the config")
+    unused = [n for n in state if n not in expected and not n.startswith(COMPONENT_PREFIXES)]
+    if isinstance(model, LatentDiffusion) and unused and expected.keys() <= state.keys():
+        log.warning("`%s`: tensors not of this model are ignored: %s", file, _format_groups(unused))
+        state = {name: value for name, value in state.items() if name not in unused}
+    check_weights(expected, state, mismatch_message or f"`{file}` does not fit the config")
     return state
 
 
 def check_weights(
-    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], summary: str
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], mismatch_message: str
 ) -> None:
     """Raise WeightsMismatch unless weights have the expected names and shapes.
 
     The message has counts, the first names (the original's), and the likely cause.
 
     Args:
-        summary: Start of the message, such as "`x.ckpt` does not fit x.yaml".
+        mismatch_message: First words of the message, such as "`x.ckpt` does not fit x.yaml".
     """
     to_original = partial(to_original_name, sgm=has_sgm_names(expected))
     problems = {
@@ -128,11 +133,11 @@ def check_weights(
     if not any(problems.values()):
         return
     counts = ", ".join(f"{len(names)} {problem}" for problem, names in problems.items())
-    lines = [f"{summary}: {counts}"]
+    lines = [f"{mismatch_message}: {counts}"]
     for problem, names in problems.items():
         if names:
-            more = ", …" if len(names) > MAX_LISTED else ""
-            lines.append(f"{problem}: {', '.join(names[:MAX_LISTED])}{more}")
+            more = ", …" if len(names) > MAX_LISTED_NAMES else ""
+            lines.append(f"{problem}: {', '.join(names[:MAX_LISTED_NAMES])}{more}")
     if cause := _find_cause(expected, state, problems["unexpected"]):
         lines.append(f"hint: {cause}")
     raise WeightsMismatch("\n".join(lines))
@@ -149,11 +154,11 @@ def guess_file_type(names: Iterable[str]) -> str | None:
 def translate_names(
     model: nn.Module, state: Mapping[str, Tensor], file: str | Path
 ) -> dict[str, Tensor]:
-    """Return weights under our names and in a model's shapes; unknown weights stay as they are.
+    """Return weights under our names and in a model's shapes; unknown weights are not changed.
 
     Args:
-        model: May be on the meta device.
-        state: Weights under our names, or diffusers' names with our prefixes.
+        model: The model, which may be on the meta device.
+        state: Weights under our names, or under diffusers' names with our prefixes.
     """
     expected, renamed = model.state_dict(), dict(state)
     if expected.keys() == state.keys():
@@ -166,15 +171,15 @@ def translate_names(
             _to_current_name(component, name.removeprefix(prefix)): renamed.pop(name)
             for name in names
         }
-        known = {name for location in locations.values() for name in location.keys}
+        keys = {key for location in locations.values() for key in location.keys}
         component_state = {
             name: value
             for name, value in component_state.items()
-            if name in known or not name.endswith(UNUSED_WEIGHTS)
+            if name in keys or not name.endswith(OBSOLETE_SUFFIXES)
         }
         converted = convert_from_diffusers(locations, component_state)
-        used = {name for ours in converted for name in locations[ours].keys}
-        renamed |= {prefix + n: value for n, value in component_state.items() if n not in used}
+        used_keys = {key for name in converted for key in locations[name].keys}
+        renamed |= {prefix + n: v for n, v in component_state.items() if n not in used_keys}
         renamed |= converted
     return {n: _adapt_shape(n, value, expected.get(n), file) for n, value in renamed.items()}
 
@@ -192,18 +197,18 @@ def _find_cause(
         return [p for p in prefixes if has_prefix(expected, p) and not has_prefix(state, p)]
 
     to_original = partial(to_original_name, sgm=has_sgm_names(expected))
-    separable, family = list_missing(SEPARABLE_PARTS), detect_family(state)
-    if any(QUANTIZED.search(name) for name in unexpected):
-        return "the weights are quantised, which is not supported"
+    missing, family = list_missing(SEPARABLE_COMPONENTS), detect_family(state)
+    if any(QUANTIZED_LAYER.search(name) for name in unexpected):
+        return "the weights are quantized, which is not supported"
     if TOKEN_IDS in expected and TOKEN_IDS not in state and has_prefix(state, TEXT_PREFIX):
         return (
-            "the config has a pruned vocabulary (`compact_vocab`), the weights a whole one: "
+            "the config has a compact vocabulary (`compact_vocab`), the weights have CLIP's: "
             "use the config of the weights, which a diffusers folder or its conversion contains"
         )
-    if family is not None and separable and not unexpected:
-        titles = [f"{SEPARABLE_PARTS[prefix]} (`{to_original(prefix)}`)" for prefix in separable]
-        is_autoencoder = separable == [VAE_PREFIX]
-        remedy = "pass one (`vae`)" if is_autoencoder else "take a file of the whole model"
+    if family is not None and missing and not unexpected:
+        titles = [f"{SEPARABLE_COMPONENTS[p]} (`{to_original(p)}`)" for p in missing]
+        only_autoencoder = missing == [VAE_PREFIX]
+        remedy = "pass one (`vae`)" if only_autoencoder else "take a file of the whole model"
         return f"the file has no {' and no '.join(titles)}: {remedy}"
     if family is not None:
         config = f"`{family.config}.yaml`" if family.config else "which is not supported"
@@ -211,28 +216,27 @@ def _find_cause(
     file_type = guess_file_type(state)
     if file_type is not None and file_type != guess_file_type(expected):
         return f"the file is {file_type}"
-    if missing := list_missing((UNET_PREFIX, *SEPARABLE_PARTS)):
+    if missing := list_missing((UNET_PREFIX, *SEPARABLE_COMPONENTS)):
         return f"the file has no weights {', '.join(f'`{to_original(p)}*`' for p in missing)}"
     return None
 
 
-def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a part of a model without prefix; of a whole model, all of them."""
+def _select_component(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a component, without prefix; for a whole model, all weights."""
     if isinstance(model, LatentDiffusion):
         return dict(state)
     components = locate_weights(model).values()
     locations = [location for component in components for location in component.values()]
     names = [*model.state_dict(), *(name for location in locations for name in location.keys)]
-    prefix = next(
-        (p for p in ("", *PART_PREFIXES[:2], TEXT_PREFIX) if any(p + n in state for n in names)), ""
-    )
+    candidates = ("", UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX)
+    prefix = next((p for p in candidates if any(p + name in state for name in names)), "")
     return select_prefix(state, prefix)
 
 
 def _adapt_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Adapt a text encoder's weights: drop unused blocks of zeros, and compact the vocabulary.
 
-    SD 2's last block, which is not run, may be zeros. Diffusers folders have whole vocabularies,
+    SD 2's last block, which is not run, may be zeros. Diffusers folders have CLIP's vocabulary,
     with equal rows for all tokens that a compact vocabulary does not have.
     """
     expected = model.state_dict()
@@ -243,10 +247,10 @@ def _adapt_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str,
         table = state[TOKEN_TABLE]
         unknown = table.mode(dim=0).values  # the row of tokens that are not in the vocabulary
         ids = (table != unknown).any(dim=1).nonzero().flatten()
-        unused = len(expected[TOKEN_IDS]) - len(ids)  # rows of the model without a token
-        if unused >= 0:
-            state[TOKEN_IDS] = torch.cat([ids, len(table) + torch.arange(unused)])
-            rows = [unknown[None], table[ids], unknown.expand(unused, -1)]
+        num_unused = len(expected[TOKEN_IDS]) - len(ids)  # rows of the model without a token
+        if num_unused >= 0:
+            state[TOKEN_IDS] = torch.cat([ids, len(table) + torch.arange(num_unused)])
+            rows = [unknown[None], table[ids], unknown.expand(num_unused, -1)]
             state[TOKEN_TABLE] = torch.cat(rows)
     return state
 
@@ -254,9 +258,9 @@ def _adapt_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str,
 def _make_unused_weights(
     model: nn.Module, state: Mapping[str, Tensor], file: str | Path
 ) -> dict[str, Tensor]:
-    """Return zeros for unused weights that other programs leave out.
+    """Return zeros for unused weights of OpenCLIP's text encoder that other programs leave out.
 
-    These are the projection of OpenCLIP's text encoder, and its last block if it is not run.
+    These are its projection, and its last block if it is not run.
     """
     encoders = model.conditioner.encoders if isinstance(model, LatentDiffusion) else {}
     missing: dict[str, Tensor] = {}
@@ -277,24 +281,24 @@ def _make_unused_weights(
 
 
 def _adapt_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Path) -> Tensor:
-    """Return a weight with 1x1 kernels as the model has them, or without added tokens.
+    """Return a weight with the model's 1x1 kernels, and without added tokens.
 
-    Weights of other shapes stay as they are: `check_weights` reports them.
+    Weights of other shapes are not changed: `check_weights` reports them.
     """
     if expected is None or value.shape == expected.shape:
         return value
     if drop_1x1(value.shape) == drop_1x1(expected.shape):
         return value.reshape(expected.shape)
-    is_table = name.endswith("token_embedding.weight") and len(expected) >= VOCAB_SIZE
-    if is_table and value[: len(expected)].shape == expected.shape:
-        added = len(value) - len(expected)
-        log.warning("`%s`: %d added tokens without names are left out", file, added)
+    is_token_embedding = name.endswith("token_embedding.weight") and len(expected) >= VOCAB_SIZE
+    if is_token_embedding and value[: len(expected)].shape == expected.shape:
+        num_added = len(value) - len(expected)
+        log.warning("`%s`: %d added tokens without names are left out", file, num_added)
         return value[: len(expected)]
     return value
 
 
 def drop_1x1(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape (C_out, C_in, 1, 1) as (C_out, C_in), as in some files; others unchanged."""
+    """Return a shape (C_out, C_in, 1, 1) as (C_out, C_in), and any other shape unchanged."""
     return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
 
 
@@ -310,6 +314,6 @@ def _to_current_name(component: str, name: str) -> str:
 
 
 def _format_groups(names: Iterable[str]) -> str:
-    """Format names in groups by their first word, with counts."""
+    """Return the first words of names, with counts, as text."""
     groups = Counter(name.partition(".")[0] for name in names)
     return ", ".join(f"`{group}` ({count} tensors)" for group, count in groups.items())

@@ -3,9 +3,9 @@
     weighted sum      (1 - w) A + w B
     add difference    A + w (B - C)        for weights that C has, else A
 
-w may differ by block. All else is taken from A: noise schedule, integers, and the autoencoder
-unless `merge_vae` is set. Input channels that only an inpainting model A has stay as they are, so
-that "inpainting + (custom - base)" is an inpainting model.
+w may differ by block. Everything else is taken from A: noise schedule, integers, and the
+autoencoder unless `merge_vae` is set. Input channels that only an inpainting model A has are not
+changed, so that "inpainting + (custom - base)" is an inpainting model.
 """
 
 import json
@@ -22,7 +22,7 @@ from ldm.loading.blocks import BASE, list_blocks
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import parse_yaml
 from ldm.loading.convert import (
-    LORA_PARTS,
+    LORA_PREFIXES,
     Conversion,
     find_config_text,
     to_original_names,
@@ -43,11 +43,11 @@ from ldm.runtime.version import __version__
 
 __all__ = ["RECIPE_KEY", "ModelFile", "check_compatible", "plan_merge", "read_model_file"]
 
-SUFFIXES = (".safetensors", ".ckpt")
-RECIPE_KEY = "ldm.merge"  # metadata key: JSON of rule, models and weights
+FILE_SUFFIXES = (".safetensors", ".ckpt")
+RECIPE_KEY = "ldm.merge"  # metadata key: JSON of rule, names of files, and w by block
 INPUT_CONV = "unet.input_blocks.0.0.weight"
 TOKEN_IDS_SUFFIX = ".token_ids"  # of the ids of a compact vocabulary
-LATENT_CHANNELS = 4  # all input channels of a text-to-image model
+LATENT_CHANNELS = 4  # input channels of a text-to-image model
 # Metadata about the training or conversion of A, which do not apply to the result.
 HISTORY_KEYS = ("global_step", "epoch", "ldm.training", "ldm.source", "ldm.ema")
 
@@ -57,8 +57,8 @@ class ModelFile:
     """A checkpoint of a whole model: a mapping from our names to its weights, with its config.
 
     Args:
-        file: The weights, with the original's names.
-        names: Name in `file` by our name.
+        file: Weights under the original's names.
+        names: Original name by our name.
         model: The model on the meta device.
         family: None = unknown.
         config: Text of its YAML.
@@ -82,7 +82,7 @@ class ModelFile:
         return self.file.state[self.names[name]]
 
     def release(self, tensor: Tensor) -> None:
-        """Release the memory of a tensor, if it is memory-mapped."""
+        """Release the pages of a tensor, if it is memory-mapped."""
         if self.file.memory_mapped:
             release_pages(tensor)
 
@@ -108,14 +108,14 @@ def plan_merge(
         target: Path ending in .safetensors or .ckpt.
         subtract: C, the model that B was fine-tuned from; None = weighted sum.
         weight: w; None = 0.5, or 1 with `subtract`.
-        block_weights: w of single blocks, see `Blocks.parse_weights`; `weight` is that of others.
+        block_weights: w by block, see `Blocks.parse_weights`; other blocks have `weight`.
         ema: Whether to use the EMA weights of models that have them.
         dtype: Dtype of floating-point weights to write; None = as in A.
         config: The YAML of all models; None finds it as `load` does.
     """
     target = Path(target).expanduser()
-    if target.suffix.lower() not in SUFFIXES:
-        raise ArgumentError(f"`{target}`: must end in {' or '.join(SUFFIXES)}", "target")
+    if target.suffix.lower() not in FILE_SUFFIXES:
+        raise ArgumentError(f"`{target}`: must end in {' or '.join(FILE_SUFFIXES)}", "target")
     if weight is None:
         weight = 0.5 if subtract is None else 1.0
     if not math.isfinite(weight):
@@ -131,13 +131,13 @@ def plan_merge(
     weights = dict.fromkeys(blocks.names, weight)
     if block_weights is not None:
         weights = blocks.parse_weights(block_weights, weight, "block_weights")
-    prefixes = (*LORA_PARTS, VAE_PREFIX) if merge_vae else LORA_PARTS
+    prefixes = (*LORA_PREFIXES, VAE_PREFIX) if merge_vae else LORA_PREFIXES
     state: dict[str, Tensor | ComputedTensor] = dict(a.file.state)
     candidates = [n for n in a.names if n.startswith(prefixes) and a[n].is_floating_point()]
     merged = [name for name in candidates if all(name in m for m in others)]
     for name in merged:
-        if w := weights[blocks.get_block(name)]:  # of weight 0: A's tensor, not copied
-            compute = partial(_merge, name, a, b, c, w)
+        if w := weights[blocks.get_block(name)]:  # 0: A's tensor, not copied
+            compute = partial(_merge_weight, name, a, b, c, w)
             state[a.names[name]] = ComputedTensor(a[name].shape, a[name].dtype, compute)
     names = [m.file.path.name for m in (a, *others)]
     summary = [_format_formula(names, subtract is not None, weight, block_weights)]
@@ -159,7 +159,7 @@ def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -
     family = identify_weights(file).family
     text = find_config_text(file, config)
     if text is None:
-        message = f"`{file.path}` is of no known family\nhint: pass its config"
+        message = f"the family of `{file.path}` is unknown\nhint: pass its config"
         raise MissingArgument(message, "config")
     model = build_on_meta(parse_yaml(text))
     if not isinstance(model, LatentDiffusion):
@@ -184,18 +184,17 @@ def check_compatible(a: ModelFile, b: ModelFile) -> None:
         examples = ", ".join(f"`{name}`" for name in mismatched[:3])
         message = f"{path_b} does not fit {path_a}: {len(mismatched)} weights of the UNet differ in"
         raise WeightsMismatch(f"{message} shape or are in one of them only: {examples}")
-    predictions = [m.model.parameterization for m in (a, b)]
-    if predictions[0] != predictions[1]:
-        message = f"{path_b} predicts {predictions[1]}, {path_a} predicts {predictions[0]}"
-        raise WeightsMismatch(message)
+    type_a, type_b = (m.model.parameterization for m in (a, b))
+    if type_a != type_b:
+        raise WeightsMismatch(f"{path_b} predicts {type_b}, {path_a} predicts {type_a}")
     if type(a.model.schedule) is not type(b.model.schedule):
         raise WeightsMismatch(f"{path_b} has another kind of noise schedule than {path_a}")
     for name in a.names:
         if name in b and name.startswith((TEXT_PREFIX, TEXT_2_PREFIX)):
-            shapes = [tuple(m[name].shape) for m in (a, b)]
-            if shapes[0] != shapes[1]:
-                message = f"{path_b} does not fit {path_a}: `{name}` has shape {shapes[1]}"
-                raise WeightsMismatch(f"{message}, not {shapes[0]}")
+            shape_a, shape_b = (tuple(m[name].shape) for m in (a, b))
+            if shape_a != shape_b:
+                message = f"{path_b} does not fit {path_a}: `{name}` has shape {shape_b}"
+                raise WeightsMismatch(f"{message}, not {shape_a}")
             if name.endswith(TOKEN_IDS_SUFFIX) and not a[name].equal(b[name]):
                 raise WeightsMismatch(f"{path_b} has another vocabulary than {path_a}")
 
@@ -211,19 +210,21 @@ def _is_compatible(name: str, a: ModelFile, b: ModelFile) -> bool:
     return has_additional and (shape_a[0], *shape_a[2:]) == (shape_b[0], *shape_b[2:])
 
 
-def _merge(name: str, a: ModelFile, b: ModelFile, c: ModelFile | None, weight: float) -> Tensor:
-    """Return a merged weight, float32; input channels that not all models have are a's."""
+def _merge_weight(
+    name: str, a: ModelFile, b: ModelFile, c: ModelFile | None, weight: float
+) -> Tensor:
+    """Return a merged weight, float32; input channels that only a has are not changed."""
     models = [m for m in (a, b, c) if m is not None]
     values = [m[name].float() for m in models]
-    merged = common = values[0].clone()
+    merged = shared = values[0].clone()
     if name == INPUT_CONV:
-        count = min(value.shape[1] for value in values)
-        common = merged[:, :count]
-        values = [value[:, :count] for value in values]
+        channels = min(value.shape[1] for value in values)
+        shared = merged[:, :channels]
+        values = [value[:, :channels] for value in values]
     if c is None:
-        common.copy_((1 - weight) * values[0] + weight * values[1])
+        shared.copy_((1 - weight) * values[0] + weight * values[1])
     else:
-        common.copy_(values[0] + weight * (values[1] - values[2]))
+        shared.copy_(values[0] + weight * (values[1] - values[2]))
     for m in models:
         m.release(m[name])
     return merged
@@ -232,16 +233,16 @@ def _merge(name: str, a: ModelFile, b: ModelFile, c: ModelFile | None, weight: f
 def _format_formula(
     names: list[str], is_difference: bool, weight: float, blocks: str | None
 ) -> str:
-    number = f"{weight:g}" if blocks is None else f"{weight:g}, by block {blocks}"
+    w = f"w = {weight:g}" if blocks is None else f"w = {weight:g}, by block {blocks}"
     if is_difference:
-        return f"{names[0]} + w ({names[1]} - {names[2]}), w = {number}"
-    return f"(1 - w) {names[0]} + w {names[1]}, w = {number}"
+        return f"{names[0]} + w ({names[1]} - {names[2]}), {w}"
+    return f"(1 - w) {names[0]} + w {names[1]}, {w}"
 
 
 def _describe_missing(
     names: list[str], prefixes: tuple[str, ...], others: list[ModelFile]
 ) -> list[str]:
-    """Return lines about weights that are not merged, as another model does not have them."""
+    """Return lines about weights that are not merged because another model does not have them."""
     lines = []
     for m in others:
         for prefix in prefixes:
@@ -249,7 +250,8 @@ def _describe_missing(
             if missing:
                 examples = ", ".join(missing[:2])
                 name = m.file.path.name
-                lines.append(f"{name} does not have {len(missing)} weights, they stay: {examples}")
+                count = f"{len(missing)} weights"
+                lines.append(f"{name} does not have {count}, which are not merged: {examples}")
     return lines
 
 

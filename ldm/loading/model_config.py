@@ -1,4 +1,4 @@
-"""Find and read the config of weights, and determine what they predict."""
+"""Find and read the config of weights, and resolve their prediction type."""
 
 import re
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from ldm.loading.diffusers.files import is_diffusers_folder
 from ldm.loading.families import (
     LATENT_UPSCALER,
     SDXL_CONFIG_DIR,
-    PredictionType,
+    DetectedPredictionType,
     probe_prediction_type,
 )
 from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
@@ -36,14 +36,14 @@ __all__ = [
     "is_prediction_type_uncertain", "probe_weights", "read_config",
 ]  # fmt: skip
 
-# In the names of LDM3D's files for panoramas, whose latents are twice as wide as they are high.
+# In the names of LDM3D's files for panoramas, whose latents are twice as wide as high.
 PANORAMA_PATTERN = re.compile(r"ldm3d[-_. ]?pano")
-# Name of an SDXL YAML with another denoiser and noise levels, by the marker tensor of such models.
+# Marker tensor of SDXL models with another denoiser and noise levels -> name of their YAML.
 DENOISER_CONFIGS = {"edm_mean": "playground-v2.5", "edm_vpred.sigma_max": "sd_xl_cosxl"}
 
 
 def choose_config(weights: Weights) -> str:
-    """Return the path of the YAML of the weights' family; `CONFIG_KEY` if their file contains one.
+    """Return the path of the YAML of the weights' family; CONFIG_KEY if the file contains a YAML.
 
     Raises:
         MissingArgument: The family is unknown or not supported.
@@ -57,7 +57,7 @@ def choose_config(weights: Weights) -> str:
         problem = f"looks like {family.title}, which is not supported" if family else "is unknown"
         message = f"`{weights.path}` {problem}\nhint: pass its config"
         raise MissingArgument(message, "config")
-    path = family.get_config_path(weights.prediction_type.kind)
+    path = family.get_config_path(weights.prediction_type.value)
     if family is LATENT_UPSCALER:
         path = str(find_config_json(weights.path) or path)
     return path
@@ -66,11 +66,11 @@ def choose_config(weights: Weights) -> str:
 def read_config(
     weights: Weights, config: str | Path | None = None, overrides: Collection[str] = ()
 ) -> tuple[str, JsonObject]:
-    """Return (path or `CONFIG_KEY`, content) of a config.
+    """Return (path or CONFIG_KEY, content) of a config.
 
     Args:
-        config: A YAML, which is read as it is, or a JSON of the x2 latent upscaler; None = that of
-            `choose_config`, adapted to buffers and shapes of the weights.
+        config: A YAML, or a JSON of the x2 latent upscaler; None = that of `choose_config`, adapted
+            to buffers and shapes of the weights.
         overrides: See `read_yaml`.
     """
     path = choose_config(weights) if config is None else str(config)
@@ -100,10 +100,10 @@ def find_schedule_without_weights(
 ) -> NoiseSchedule | None:
     """Return the noise schedule of the model that `load` will build; weights are not read.
 
-    Returns None for a part of a model, and for a file that is slow to open.
+    Returns None for a single component, and for a file that is slow to open.
 
     Args:
-        path: Of the checkpoint.
+        path: Path of the checkpoint.
         config: See `read_config`.
     """
     if not is_diffusers_folder(path) and not opens_quickly(path):
@@ -116,8 +116,8 @@ def find_schedule_without_weights(
     return cast(NoiseSchedule, instantiate(spec["params"]["schedule"], where=where))
 
 
-def probe_weights(weights: Weights) -> PredictionType:
-    """Return the prediction type; if it is uncertain, run the UNet once.
+def probe_weights(weights: Weights) -> DetectedPredictionType:
+    """Return the prediction type of weights; if it is uncertain, run the UNet once.
 
     A UNet that does not fit its family is not run. See `probe_prediction_type`.
     """
@@ -134,15 +134,15 @@ def probe_weights(weights: Weights) -> PredictionType:
 
 
 def is_prediction_type_uncertain(weights: Weights) -> bool:
-    """Return whether fewer than two methods know the prediction type, and the family has both."""
-    has_both = weights.family is not None and weights.family.prediction_type is None
-    return has_both and weights.prediction_type.num_known < 2
+    """Return whether the family has eps and v models, and fewer than two methods found the type."""
+    is_mixed = weights.family is not None and weights.family.prediction_type is None
+    return is_mixed and weights.prediction_type.num_results < 2
 
 
 def asks_for_ema(raw: JsonObject) -> bool:
-    """Return whether a model samples with EMA weights: `use_ema`, or its class's default.
+    """Return whether a config selects EMA weights for sampling, by `use_ema`.
 
-    The original's model classes have EMA weights unless `use_ema` is false, sgm's if it is true.
+    Its default is true for the original's model classes, and false for sgm's.
     """
     spec = raw.get("model", raw)
     params = spec.get("params") or {}
@@ -150,27 +150,27 @@ def asks_for_ema(raw: JsonObject) -> bool:
 
 
 def has_defaults(raw: JsonObject) -> bool:
-    """Return whether a config has default sampling options, as those of diffusers folders may."""
+    """Return whether a config has default sampling options, as that of a diffusers folder may."""
     return bool((raw.get("model", raw).get("params") or {}).get("defaults"))
 
 
 def _set_denoiser(params: JsonObject, weights: Weights) -> None:
-    """Set the denoiser that markers indicate, if the YAML of the family has another one."""
-    family, kind = weights.family, weights.prediction_type.kind
+    """Set the denoiser that marker tensors indicate, if the YAML of the family has another one."""
+    family, prediction_type = weights.family, weights.prediction_type.value
     if family is not None and family.is_sdxl:
         names = [name for marker, name in DENOISER_CONFIGS.items() if marker in weights.metadata]
-        if kind == "v":
+        if prediction_type == "v":
             names.append("sd_xl_v")
-        if names and Path(family.get_config_path(kind)).stem != names[0]:
+        if names and Path(family.get_config_path(prediction_type)).stem != names[0]:
             template = read_yaml(f"{SDXL_CONFIG_DIR}/{names[0]}.yaml")["model"]["params"]
             keys = ("denoiser_config", "sampler_config", "scale_factor")
             params |= {key: template[key] for key in keys if key in template}
-    if "ztsnr" in weights.metadata and kind != "eps":
+    if "ztsnr" in weights.metadata and prediction_type != "eps":
         params.setdefault("rescale_betas_zero_snr", True)
 
 
 def _adapt_config(raw: JsonObject, weights: Weights) -> None:
-    """Set parameters of a config by name, buffers and shapes of the weights."""
+    """Set parameters of a config by file name, buffers and shapes of the weights."""
     spec = raw.get("model", raw)
     params = spec.get("params") if isinstance(spec, dict) else None
     if not isinstance(params, dict):
@@ -187,14 +187,14 @@ def _adapt_config(raw: JsonObject, weights: Weights) -> None:
 
 
 def _is_panorama(weights: Weights) -> bool:
-    """Return whether the weights are LDM3D for panoramas, by the name of the file or a folder."""
+    """Return whether weights are LDM3D for panoramas, by the name of the file or of a folder."""
     is_ldm3d = weights.family is not None and weights.family.name.startswith("ldm3d")
     names = (*weights.path.parts, weights.metadata.get("ldm.source", ""))
     return is_ldm3d and any(PANORAMA_PATTERN.search(name.lower()) for name in names)
 
 
 def _apply_buffers(params: JsonObject, weights: Weights) -> None:
-    """Set parameters of sgm's `DiffusionEngine` by the buffers of the file."""
+    """Set parameters of sgm's `DiffusionEngine` from the buffers of the file."""
     buffers = weights.buffers
     for key, name in (("latent_mean", "edm_mean"), ("latent_std", "edm_std")):
         if name in buffers:

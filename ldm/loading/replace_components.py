@@ -1,4 +1,4 @@
-"""Take the autoencoder or text encoder of a model from another file or model."""
+"""Replace or add the autoencoder or text encoder of a model, from another file or model."""
 
 import logging
 import warnings
@@ -22,14 +22,14 @@ from ldm.pipelines.families import is_sdxl, quote_name
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch
 
 __all__ = [
-    "UPSCALER_PARTS", "check_upscaler", "complete_upscaler", "extract_autoencoder",
+    "UPSCALER_COMPONENTS", "check_upscaler", "complete_upscaler", "extract_autoencoder",
     "extract_text_encoder", "remove_autoencoder", "replace_autoencoder", "replace_text_encoder",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-# Parts that the published file of the x2 latent upscaler does not contain, by prefix.
-UPSCALER_PARTS = {VAE_PREFIX: "autoencoder", TEXT_PREFIX: "text encoder (CLIP ViT-L/14)"}
+# Prefix -> title of components that the published x2 latent upscaler does not contain.
+UPSCALER_COMPONENTS = {VAE_PREFIX: "autoencoder", TEXT_PREFIX: "text encoder (CLIP ViT-L/14)"}
 
 
 def replace_autoencoder(
@@ -38,7 +38,7 @@ def replace_autoencoder(
     """Put the autoencoder of another checkpoint into `weights`; return its path and hash."""
     source = open_checkpoint(vae)
     state = extract_autoencoder(source, model.autoencoder, weights.path)
-    _compare_scale_factors(model, source, weights.path)
+    _warn_about_scale_factor(model, source, weights.path)
     may_overflow = model.upcast_autoencoder or is_sdxl(model)
     model.upcast_autoencoder = may_overflow and not works_in_float16(source)
     _replace_weights(weights, source, VAE_PREFIX, state)
@@ -48,7 +48,7 @@ def replace_autoencoder(
 def remove_autoencoder(
     model: LatentDiffusion, weights: Weights, tiny: TinyWeights
 ) -> dict[str, str]:
-    """Remove the autoencoder from `weights` if TAESD has an encoder; return path and hash of it."""
+    """Remove the autoencoder from `weights` if TAESD has an encoder; return TAESD's path, hash."""
     check_latents(tiny, model)
     if tiny.has_encoder:
         model.autoencoder = PixelSpace()
@@ -73,43 +73,44 @@ def replace_text_encoder(
 def extract_autoencoder(
     source: Checkpoint, autoencoder: nn.Module, model: str | Path
 ) -> dict[str, Tensor]:
-    """Return the autoencoder's weights, under our names, from a file of it or of a whole model.
+    """Return the weights of an autoencoder, under our names, from its file or that of a model.
 
     Args:
+        autoencoder: Autoencoder to fill, for names and shapes.
         model: The model's file, for messages.
     """
     if not isinstance(autoencoder, AutoencoderKL):
         raise WeightsMismatch(f"`{model}` has no autoencoder to replace")
-    summary = f"the autoencoder of `{source.path}` does not fit `{model}`"
-    state = match_weights(autoencoder, rename_weights(source.state), source.path, summary)
+    mismatch_message = f"the autoencoder of `{source.path}` does not fit `{model}`"
+    state = match_weights(autoencoder, rename_weights(source.state), source.path, mismatch_message)
     return {f"{VAE_PREFIX}{name}": value for name, value in state.items()}
 
 
 def extract_text_encoder(
     source: Checkpoint, model: nn.Module | None, names: Iterable[str], path: Path
 ) -> dict[str, Tensor]:
-    """Return the text encoder's weights, under our names, from a file of it or of a whole model.
+    """Return the weights of a text encoder, under our names, from its file or that of a model.
 
-    Those of its autoencoder are added if the model needs one that its own file does not contain.
+    Weights of the autoencoder are added if the model's own file does not contain one.
 
     Args:
         model: Model to fill, for names and shapes; None = unknown.
         names: Our names of the weights in the model's file.
         path: The model's file, for messages.
     """
-    text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
-    if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
+    encoder = model.conditioner.text if isinstance(model, LatentDiffusion) else None
+    if not isinstance(model, LatentDiffusion) or not isinstance(encoder, TextEncoder):
         raise ArgumentError(f"`{path}` has no text encoder to replace", "text_encoder")
     prefix = "text_model."  # of transformers' CLIPTextModel
     all_weights = {
         f"{TEXT_PREFIX}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()
     }
     all_weights = rename_weights(all_weights)
-    summary = f"the text encoder of `{source.path}` does not fit `{path}`"
-    matched = match_weights(text, all_weights, source.path, summary)
+    mismatch_message = f"the text encoder of `{source.path}` does not fit `{path}`"
+    matched = match_weights(encoder, all_weights, source.path, mismatch_message)
     state = {f"{TEXT_PREFIX}{name}": value for name, value in matched.items()}
-    is_missing = isinstance(model.autoencoder, AutoencoderKL) and not has_prefix(names, VAE_PREFIX)
-    if is_missing and has_prefix(all_weights, VAE_PREFIX):
+    needs_vae = isinstance(model.autoencoder, AutoencoderKL) and not has_prefix(names, VAE_PREFIX)
+    if needs_vae and has_prefix(all_weights, VAE_PREFIX):
         state |= extract_autoencoder(source, model.autoencoder, path)
     return state
 
@@ -119,12 +120,12 @@ def complete_upscaler(
 ) -> None:
     """Take autoencoder and text encoder of an x2 latent upscaler from `base` if they are missing.
 
-    Weights that diffusers leaves out of the UNet are added.
+    Weights of the UNet that diffusers does not have are added.
 
     Args:
-        base: A model whose tensors are shared, not copied; None = all parts must be in `weights`.
+        base: Model whose tensors are shared; None = `weights` must have all components.
     Raises:
-        MissingArgument: A part is missing, and `base` has none of its shape.
+        MissingArgument: A component is missing, and `base` has none of its shape.
     """
     if "unet.time_proj.weight" in weights.state:
         unet_state = model.unet.state_dict()
@@ -134,7 +135,7 @@ def complete_upscaler(
             weights.state.setdefault(f"unet.{name}", value)
         weights.memory_mapped = False  # these tensors, and those of `base`, are in memory
     expected, base_state = model.state_dict(), {} if base is None else base.state_dict()
-    for prefix in UPSCALER_PARTS:
+    for prefix in UPSCALER_COMPONENTS:
         names = [name for name in expected if name.startswith(prefix)]
         base_fits = all(n in base_state and base_state[n].shape == expected[n].shape for n in names)
         if base_fits and not has_prefix(weights.state, prefix):
@@ -144,13 +145,15 @@ def complete_upscaler(
 
 
 def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | None = None) -> None:
-    """Raise MissingArgument unless weights of an x2 latent upscaler have all parts.
+    """Raise MissingArgument unless weights of an x2 latent upscaler have all components.
 
     Args:
-        base: The model from which missing parts were to be taken; None = none was given.
+        base: Model that was given for missing components; None = no model was given.
     """
     names = list(names)
-    missing = [title for prefix, title in UPSCALER_PARTS.items() if not has_prefix(names, prefix)]
+    missing = [
+        title for prefix, title in UPSCALER_COMPONENTS.items() if not has_prefix(names, prefix)
+    ]
     if missing:
         message = f"`{path}` has no {' and no '.join(missing)}"
         if base is not None:
@@ -166,7 +169,7 @@ def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | Non
 def _replace_weights(
     weights: Weights, source: Checkpoint, prefix: str, state: dict[str, Tensor]
 ) -> None:
-    """Replace all weights with a prefix by those of a part of another file."""
+    """Replace all weights with a prefix by those of a component of another file."""
     weights.state = state | {n: v for n, v in weights.state.items() if not n.startswith(prefix)}
     weights.memory_mapped = weights.memory_mapped and source.memory_mapped
 
@@ -175,17 +178,17 @@ def _describe_file(path: Path) -> dict[str, str]:
     return {"path": str(path.resolve()), "hash": compute_short_hash(path)}
 
 
-def _compare_scale_factors(model: LatentDiffusion, source: Checkpoint, path: Path) -> None:
+def _warn_about_scale_factor(model: LatentDiffusion, source: Checkpoint, path: Path) -> None:
     """Warn if a replacement autoencoder was trained with another scale factor than the model's.
 
-    The model's is used, as its UNet was trained with it. Most files of autoencoders do not contain
-    theirs, and the shapes are the same for SD 1, SD 2 and SDXL.
+    The model's factor is used, as its UNet was trained with it. Most files of autoencoders do not
+    contain theirs, and the shapes are the same for SD 1, SD 2 and SDXL.
     """
     factor, evidence = find_scale_factor(source, identify_weights(source).family)
     if factor is not None and abs(factor / model.scale_factor - 1) > SCALE_FACTOR_TOLERANCE:
         warnings.warn(
             f"the autoencoder of `{source.path}` has scale factor {factor:g} ({evidence}), that of "
-            f"`{path}` is used, {model.scale_factor:g}: colours will be wrong, SDXL needs an "
+            f"`{path}` is used, {model.scale_factor:g}: colors will be wrong, SDXL needs an "
             "autoencoder of SDXL, SD 1 and 2 need one of theirs",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Translate configs of sgm (`generative-models`, SDXL): a `DiffusionEngine` and its parts.
+"""Translate configs of sgm (`generative-models`, SDXL): a `DiffusionEngine` and its components.
 
     network_config       UNetModel                ->  unet
     denoiser_config      denoiser, scaling …      ->  schedule, parameterization
@@ -71,7 +71,7 @@ def translate_engine(
 
     Args:
         skipped: List to which keys that sampling does not need are appended.
-        translate: Translates the config of a part, as `translate_config`.
+        translate: Translates the config of a component, as `translate_config`.
     """
     skipped += check_params(
         "DiffusionEngine", params, REQUIRED_KEYS, USED_KEYS, IGNORED_KEYS, where

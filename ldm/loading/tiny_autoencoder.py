@@ -55,7 +55,7 @@ class TinyWeights:
 
     @property
     def has_encoder(self) -> bool:
-        """Whether it has an encoder, too."""
+        """Whether the weights include the encoder."""
         return any(name.startswith("encoder.") for name in self.state)
 
 
@@ -88,8 +88,8 @@ def build_tiny_autoencoder(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> TinyAutoencoder:
-    """Build TAESD for the latents of a model; if it has no encoder, the model's encodes."""
-    # If latents are normalized by channel, the model's factor is not the autoencoder's.
+    """Build TAESD for the latents of a model; without an encoder it uses the model's encoder."""
+    # If latents are normalized per channel, the model's factor is not the autoencoder's.
     scale_factor = SDXL_SCALE_FACTOR if model.latent_mean is not None else model.scale_factor
     with meta_device():
         tiny = TinyAutoencoder(scale_factor)
@@ -105,7 +105,7 @@ def build_tiny_autoencoder(
 
 
 def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
-    """Load TAESD as a decoder for previews of the estimates that a callback receives.
+    """Load TAESD as a decoder for previews of the denoised latents that a callback receives.
 
     Returns:
         A function that decodes latents (B, 4, h, w) to images (B, 3, 8 h, 8 w) in [-1, 1].
@@ -132,7 +132,7 @@ def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor],
 def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
     """Raise WeightsMismatch if the model's latents have another shape than TAESD's.
 
-    Warns if TAESD is for another model generation, by its file name.
+    Warn if TAESD is for another generation of models, by its file name.
     """
     if (model.channels, model.downscale, model.autoencoder.in_channels) != (4, 8, 3):
         raise WeightsMismatch(
@@ -143,7 +143,7 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
         needed = "taesdxl" if is_sdxl(model) else "taesd"
         warnings.warn(
             f"`{weights.path}` is for {'SD 1 and 2' if is_sdxl(model) else 'SDXL'}, by its name, "
-            f"{quote_name(model)} needs `{needed}`: colours will be wrong",
+            f"{quote_name(model)} needs `{needed}`: colors will be wrong",
             stacklevel=4,
         )
 
@@ -165,10 +165,10 @@ def _is_tiny(names: Iterable[str]) -> bool:
 
 
 def _to_our_name(name: str, network: str) -> str:
-    """Convert a name to that in `TinyAutoencoder`.
+    """Convert a name in a file to that in `TinyAutoencoder`.
 
     Args:
-        network: "encoder" or "decoder", for names without it.
+        network: "encoder" or "decoder", for a name that contains neither.
     """
     match = LAYER_NAME.fullmatch(name)
     assert match is not None

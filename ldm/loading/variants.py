@@ -1,7 +1,7 @@
-"""Few-step (distilled) models: how they are recognised, and their default sampling options.
+"""Few-step (distilled) models: how they are recognized, and their default sampling options.
 
-They have the shapes of their family, so they are recognised by metadata or file name; only a latent
-consistency model that embeds the guidance scale has a tensor of its own. The first matching row of
+They have the shapes of their family, so they are recognized by metadata or file name; only a latent
+consistency model that embeds the guidance scale has an additional tensor. The first match in
 VARIANTS applies.
 """
 
@@ -15,14 +15,14 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import is_sdxl
 
 __all__ = [
-    "ARGUMENT", "GUIDANCE_WEIGHT", "NO_VARIANT", "SCHEDULER_KEY", "VARIANTS", "DetectedVariant",
-    "Variant", "detect_lora_variant", "detect_variant", "find_model_name", "is_variant_fixed",
-    "looks_distilled", "set_variant",
+    "ARGUMENT_EVIDENCE", "GUIDANCE_WEIGHT", "NO_VARIANT", "SCHEDULER_KEY", "VARIANTS",
+    "DetectedVariant", "Variant", "detect_lora_variant", "detect_variant", "find_model_name",
+    "is_variant_fixed", "looks_distilled", "set_variant",
 ]  # fmt: skip
 
 NO_VARIANT = "base"  # the argument for an ordinary model
-ARGUMENT = "the argument"  # evidence of a variant that the caller has chosen
-SCHEDULER_KEY = "ldm.scheduler"  # in the metadata: the class of a folder's scheduler
+ARGUMENT_EVIDENCE = "the argument"  # evidence of a variant that the caller names
+SCHEDULER_KEY = "ldm.scheduler"  # metadata key of the class of a diffusers folder's scheduler
 GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"
 
 
@@ -33,11 +33,12 @@ class Variant:
     Args:
         title: Name in messages.
         defaults: Default sampling options; a file name may contain another number of steps.
-        model_pattern: For metadata and file names of models, in lower case; "(?!)" matches none.
-        lora_pattern: For those of LoRAs; stricter, as these are often named after their subject.
-        marker: Name of a tensor that only these models have; "" = none.
-        prediction_type: Prediction type; None = the family's.
-        keeps_scheduler: Whether sampler and scheduler of SDXL's diffusers folders are kept.
+        model_pattern: Pattern in metadata and file names of models, in lower case; "(?!)" matches
+            nothing.
+        lora_pattern: The same for LoRAs; stricter, as these are often named after their subject.
+        marker: Name of a tensor that only these models have; "" = no such tensor.
+        prediction_type: "x0" …; None = that of the family.
+        keeps_scheduler: Whether SDXL's diffusers folders keep their sampler and scheduler.
         sdxl_image_size: Side in latent pixels at which SDXL models of this variant were trained.
     """
 
@@ -51,11 +52,11 @@ class Variant:
     sdxl_image_size: int = 128
 
 
-NUM_STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
+NUM_STEPS_PATTERN = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
 
 
 def _make_word_pattern(word: str) -> str:
-    """Return a pattern for a word that starts or ends at a word boundary."""
+    """Return a pattern for a word with a word boundary before or after it."""
     return rf"(?<![a-z]){word}|{word}(?![a-z])"
 
 
@@ -102,27 +103,27 @@ VARIANTS = {
         keeps_scheduler=True, sdxl_image_size=64),
 }
 # fmt: on
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-# File names that say nothing about the model: the name of the folder is used.
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+# File names that do not name the model: the name of the folder is used instead.
 GENERIC_NAMES = frozenset(
     {"pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model", "model"}
 )
-# Metadata that may name the variant of a model, or of a LoRA.
+# Keys of metadata that may name the variant of a model, or of a LoRA.
 MODEL_METADATA_KEYS = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
 LORA_METADATA_KEYS = ("modelspec.title", "ss_output_name")
-SCHEDULER_VARIANTS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}  # of diffusers folders
+SCHEDULER_VARIANTS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}  # by diffusers' class
 # All published few-step LoRAs also change the layers of the timestep embedding.
 TIME_LAYER = re.compile(r"time_emb_proj|emb_layers_1")
 TEXT_LAYER = re.compile(r"lora_te|text_encoder|text_model")
-LORA_RANK = 64  # of all published few-step LoRAs
+DISTILLED_LORA_RANK = 64  # of all published few-step LoRAs
 
 
 class DetectedVariant(NamedTuple):
     """The variant of a model.
 
     Args:
-        evidence: How it was recognised, for messages.
-        path: The file or folder of the model or LoRA that shows it.
+        evidence: How it was recognized, for messages.
+        path: File or folder of the model or LoRA that has the variant.
     """
 
     name: str
@@ -133,16 +134,16 @@ class DetectedVariant(NamedTuple):
     def defaults(self) -> Defaults:
         """Default sampling options, with the number of steps in the file name."""
         defaults = VARIANTS[self.name].defaults
-        steps = NUM_STEPS.search(find_model_name(self.path).lower())
+        steps = NUM_STEPS_PATTERN.search(find_model_name(self.path).lower())
         return replace(defaults, steps=int(steps[1])) if steps else defaults
 
     def resolve_defaults(self, base: Defaults, *, has_scheduler: bool) -> Defaults:
         """Return the defaults of a model of this variant.
 
         Args:
-            base: The defaults that it would have as an ordinary model.
-            has_scheduler: Whether it comes from a diffusers folder of SDXL, whose scheduler
-                determines sampler and scheduler of `base`.
+            base: Its defaults as an ordinary model.
+            has_scheduler: Whether it is from a diffusers folder of SDXL, whose scheduler has set
+                sampler and scheduler of `base`.
         """
         if has_scheduler and VARIANTS[self.name].keeps_scheduler:
             return replace(self.defaults, sampler=base.sampler, scheduler=base.scheduler)
@@ -178,8 +179,8 @@ def set_variant(
     Args:
         has_scheduler: See `DetectedVariant.resolve_defaults`.
     """
-    attributes = ("defaults", "image_size", "latent_size", "parameterization")
-    old_values = {name: vars(model)[name] for name in attributes}
+    names = ("defaults", "image_size", "latent_size", "parameterization")
+    old_attributes = {name: vars(model)[name] for name in names}
     provenance = model.provenance.copy()
     variant = VARIANTS[detected.name]
     model.defaults = detected.resolve_defaults(model.defaults, has_scheduler=has_scheduler)
@@ -192,7 +193,7 @@ def set_variant(
     }  # fmt: skip
 
     def undo() -> None:
-        vars(model).update(old_values)
+        vars(model).update(old_attributes)
         del model.provenance["variant"]
         if "variant" in provenance:
             model.provenance["variant"] = provenance["variant"]
@@ -201,11 +202,13 @@ def set_variant(
 
 
 def is_variant_fixed(model: LatentDiffusion) -> bool:
-    """Return whether LoRAs cannot change the variant: it was an argument, or shown by a tensor."""
+    """Return whether LoRAs cannot change the variant, as an argument or a tensor determines it."""
     if model.guidance_embed_dim is not None:
         return True
     variant = model.provenance.get("variant", {})
-    return variant is None or variant.get("evidence") == ARGUMENT  # None: the argument NO_VARIANT
+    return (
+        variant is None or variant.get("evidence") == ARGUMENT_EVIDENCE
+    )  # None: the argument NO_VARIANT
 
 
 def find_model_name(path: Path) -> str:
@@ -213,7 +216,7 @@ def find_model_name(path: Path) -> str:
 
     In the cache of the Hugging Face hub it is the name of the repository.
     """
-    name = path.stem if path.suffix.lower() in SUFFIXES else path.name
+    name = path.stem if path.suffix.lower() in WEIGHT_SUFFIXES else path.name
     names = [name, *(p.name for p in path.parents)]
     names = [name for name in names if name.removesuffix(".fp16") not in GENERIC_NAMES]
     if len(names) > 2 and names[1] == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT
@@ -222,11 +225,11 @@ def find_model_name(path: Path) -> str:
 
 
 def looks_distilled(keys: Iterable[str], ranks: Collection[int]) -> bool:
-    """Return whether a LoRA has the layers and the rank of published few-step LoRAs."""
+    """Return whether a LoRA has the layers and the rank of the published few-step LoRAs."""
     keys = list(keys)
     has_time_layers = any(map(TIME_LAYER.search, keys))
     has_text_layers = any(map(TEXT_LAYER.search, keys))
-    return has_time_layers and not has_text_layers and set(ranks) == {LORA_RANK}
+    return has_time_layers and not has_text_layers and set(ranks) == {DISTILLED_LORA_RANK}
 
 
 def _search_names(

@@ -6,7 +6,7 @@
 
 Text encoders are `cond_stage_model.` in files of SD 1 and 2, and `conditioner.embedders.N.` in
 those of sgm's `DiffusionEngine` (SDXL). Within the networks our names are the original's. Names of
-diffusers, which depend on the network, are translated by `matching`.
+diffusers depend on the network, and are translated by `matching`.
 """
 
 import re
@@ -37,7 +37,7 @@ PREFIXES = (
     ("low_scale_model.", "conditioner.lowres."),
     ("embedder.", "conditioner.image.clip."),
     ("noise_augmentor.", "conditioner.image.noise."),
-    # In files with all parts of a diffusers pipeline.
+    # In files with all components of a diffusers pipeline.
     ("vae.", "autoencoder."),
     ("text_encoder.", "conditioner.text."),
     ("text_encoder_2.", "conditioner.text_2."),
@@ -46,16 +46,16 @@ EMBEDDER_PREFIX = re.compile(
     r"conditioner\.embedders\.(\d+)\.(?P<tower>(?=transformer\.|model\.|token_ids$))?"
 )
 ENCODER_PREFIX = re.compile(r"conditioner\.(text|text_2|embedder_(?P<index>\d+))\.")
-# Wrapping modules that prefix the names of weights: DataParallel, compile, FSDP …
+# Wrapper modules in the names of weights: of DataParallel, torch.compile, FSDP …
 WRAPPER_MODULES = frozenset({
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 })  # fmt: skip
-# Prefix of a part of a model, which may be repeated, or follow the prefix of an outer model.
-PART_PREFIX = re.compile(
+# Prefix of a component, which may be repeated, or follow the prefix of an outer model.
+COMPONENT_PREFIX = re.compile(
     r"(?P<outer>(?:.*?\.)??)"
-    r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<part>first_stage_model|cond_stage_model))\.)+"
+    r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<component>first_stage_model|cond_stage_model))\.)+"
 )
-# Names of the autoencoder's attention in diffusers, and in its versions before 0.15.
+# Layers of the autoencoder's attention in diffusers, also before version 0.15 -> our layers.
 ATTENTION_LAYER = re.compile(r"(?<=\.)(attn_1|attn\.\d+)\.([a-z_]+(?:\.0)?)(?=\.(?:weight|bias)$)")
 ATTENTION_LAYER_NAMES = {
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
@@ -63,8 +63,8 @@ ATTENTION_LAYER_NAMES = {
 }  # fmt: skip
 UNET_PREFIX, VAE_PREFIX = "unet.", "autoencoder."  # our prefixes
 TEXT_PREFIX, TEXT_2_PREFIX = "conditioner.text.", "conditioner.text_2."
-SECOND_TEXT_PREFIX = "2_"  # of the second text encoder's layers in `normalize_layer_name`
-# `transformer.text_model.` of SD 1's text encoder, or parts of it; ComfyUI adds the encoder's name.
+SECOND_TEXT_PREFIX = "2_"  # from `normalize_layer_name`, for layers of the second text encoder
+# `transformer.text_model.` of SD 1's text encoder, in full or in part, after ComfyUI's name of it.
 TEXT_MODEL_PREFIX = re.compile(
     r"conditioner\.text\.(?:clip_\w\.)?"
     r"(?:transformer\.(?:text_model\.)?|text_model\.|(?=(?:encoder|embeddings|final_layer_norm)\.))"
@@ -82,8 +82,8 @@ LAYER_PREFIX = re.compile(
 # Older diffusers' names of a text encoder's attention.
 TEXT_ATTENTION = re.compile(r"(?<=self_attn_)to_([qkv]|out)$")
 
-# Tensors that are not weights of a model, by the original's names: noise schedule, constants,
-# markers, EMA, losses, and towers of CLIP that are not used.
+# Tensors that are not weights of a model, under the original's names: noise schedule, constants,
+# markers, EMA, losses, and unused towers of CLIP.
 NON_WEIGHTS = re.compile(
     r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
     | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
@@ -103,7 +103,7 @@ UPSCALER_UNET_NAMES = frozenset({"time_proj.weight", "time_embedding.cond_proj.w
 # A CLIP whose vision tower is used, and whose text encoder is not.
 VISION_TOWER = "cond_stage_model.model.visual.proj"
 UNUSED_TEXT_ENCODER = "cond_stage_model.model.transformer."
-# Those NON_WEIGHTS that are buffers, see `select_buffers`.
+# NON_WEIGHTS that are buffers, see `select_buffers`.
 BUFFER = re.compile(
     r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
     r"|denoiser\.sigmas|edm_mean|edm_std|edm_vpred\.sigma_(min|max)"
@@ -113,7 +113,7 @@ POSITION_EMBEDDING = "transformer.text_model.embeddings.position_embedding.weigh
 
 
 def remove_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove wrapping modules, such as `_orig_mod.`, from names, unless two would become equal."""
+    """Remove wrapper modules, such as `_orig_mod.`, from names, unless two would become equal."""
     names = [
         ".".join(word for word in name.split(".") if word not in WRAPPER_MODULES) for name in state
     ]
@@ -124,7 +124,7 @@ def remove_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield (our name, name in the file) of weights, without NON_WEIGHTS."""
     names = list(names)
-    if UPSCALER_UNET_NAMES.issubset(names):  # only the UNet of a diffusers folder
+    if UPSCALER_UNET_NAMES.issubset(names):  # the UNet of a diffusers folder alone
         yield from ((f"unet.{name}", name) for name in names)
         return
     originals = _normalize_prefixes(names)
@@ -140,9 +140,9 @@ def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def normalize_layer_name(name: str) -> str:
-    """Convert the names that LoRA files use for a layer to a common form.
+    """Convert any name of a layer in LoRA files to a common form.
 
-    It has `_` for dots, and no prefix of a network but SECOND_TEXT_PREFIX.
+    It has `_` for dots, and no prefix of a network except SECOND_TEXT_PREFIX.
     """
     flat = name.replace(".", "_").replace("_processor_to_out", "_to_out_0")
     flat = TEXT_ATTENTION.sub(r"\1_proj", flat.replace("_processor_", "_"))
@@ -186,7 +186,7 @@ def has_sgm_names(names: Iterable[str]) -> bool:
 
 
 def to_original_name(name: str, *, sgm: bool = False) -> str:
-    """Convert our name, or a prefix of one, to the original's; `sgm` to that of sgm."""
+    """Convert our name, or a prefix of it, to the original's, or to sgm's with `sgm`."""
     if sgm and (match := ENCODER_PREFIX.match(name)):
         index = match["index"] or ("1" if match[1] == "text_2" else "0")
         return f"conditioner.embedders.{index}.{name[match.end() :]}"
@@ -205,7 +205,7 @@ def restore_names(
     """Return weights under the original's names.
 
     Args:
-        buffers: Tensors to put first, under the original's names; None = none.
+        buffers: Tensors to put first, under the original's names; None = no buffers.
         sgm: See `to_original_name`; None = `has_sgm_names`, for whole models.
     """
     originals = dict(buffers or {})
@@ -220,14 +220,14 @@ def restore_names(
 
 
 def _normalize_prefixes(names: list[str]) -> dict[str, str]:
-    """Return the names in a file by the names without outer models and repeated prefixes."""
-    matches = {name: PART_PREFIX.match(name) for name in names}
+    """Map names without outer models and repeated prefixes to the names in the file."""
+    matches = {name: COMPONENT_PREFIX.match(name) for name in names}
     outer = {match["outer"] for match in matches.values() if match} - {""}
     originals: dict[str, str] = {}
     for name, match in matches.items():
         original = name
         if match:
-            prefix = "model.diffusion_model" if match["unet"] else match["part"]
+            prefix = "model.diffusion_model" if match["unet"] else match["component"]
             original = f"{prefix}.{name[match.end() :]}"
         else:
             outer_prefix = max((p for p in outer if name.startswith(p)), key=len, default="")

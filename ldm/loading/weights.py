@@ -1,7 +1,7 @@
 """Read weights from a file, a diffusers folder or a run folder, and identify their family.
 
-path -> Checkpoint    names as in the file, or the original ones for a diffusers folder; a folder's
-                      config is added to its metadata
+path -> Checkpoint    names as in the file, or the original's for a diffusers folder; the config of
+                      a folder is in the metadata
      -> Weights       our names, with family, metadata and prediction type
 """
 
@@ -12,7 +12,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
-from ldm.loading.families import Family, PredictionType, detect_family, detect_prediction_type
+from ldm.loading.families import (
+    DetectedPredictionType,
+    Family,
+    detect_family,
+    detect_prediction_type,
+)
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint, use_ema_weights
 from ldm.loading.published import resolve_checkpoint
 from ldm.loading.variants import find_model_name
@@ -33,10 +38,12 @@ __all__ = [
     "list_weight_files", "open_checkpoint",
 ]  # fmt: skip
 
-# Weights and config in a run folder, of our training or the original; see `_find_newest`.
-RUN_WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
-               "checkpoints/*.ckpt")  # fmt: skip
-RUN_CONFIGS = ("config.yaml", "configs/*-project.yaml")
+# Patterns of weights and configs in a run folder of ours or of the original, the preferred first.
+RUN_WEIGHTS_PATTERNS = (
+    "checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
+    "checkpoints/*.ckpt",
+)  # fmt: skip
+RUN_CONFIG_PATTERNS = ("config.yaml", "configs/*-project.yaml")
 TRANSPOSED_WARNING = (
     "text_projection of the second text encoder looks transposed, as in files converted from a "
     "diffusers folder without transposing it; it is used as it is, and images follow the prompt "
@@ -50,11 +57,11 @@ TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
 
 @dataclass
 class Weights:
-    """The weights of a checkpoint by our names, its family and metadata.
+    """The weights of a checkpoint under our names, with its family and metadata.
 
     Args:
-        buffers: Tensors that are not weights, by the original's names: noise schedule, scale factor
-            (if training measured it), statistics of embeddings or latents.
+        buffers: Tensors that are not weights, under the original's names: noise schedule, scale
+            factor (if training measured it), statistics of embeddings or latents.
         metadata: Metadata of the file; each marker tensor (`v_pred`) adds an entry with value "".
         family: None = unknown.
         memory_mapped: Whether all tensors are memory-mapped.
@@ -66,7 +73,7 @@ class Weights:
     metadata: dict[str, str]
     family: Family | None
     memory_mapped: bool
-    prediction_type: PredictionType = field(init=False)
+    prediction_type: DetectedPredictionType = field(init=False)
 
     def __post_init__(self) -> None:
         self.update_prediction_type()
@@ -78,15 +85,17 @@ class Weights:
 
     def update_prediction_type(self) -> None:
         """Set the prediction type by all methods that do not run the network."""
-        args = self.checkpoint.step, self.metadata, find_model_name(self.path)
-        self.prediction_type = detect_prediction_type(self.family, self.state, *args)
+        name, step = find_model_name(self.path), self.checkpoint.step
+        self.prediction_type = detect_prediction_type(
+            self.family, self.state, step, self.metadata, name
+        )
 
     def select_ema(self, names: Collection[str], ema: bool) -> None:
-        """Replace weights by their EMA weights, and add those that have only EMA weights.
+        """Use EMA weights or raw weights; EMA weights also replace missing raw weights.
 
         Args:
-            names: Names of the model's weights.
-            ema: Whether to do so; False = only check that the raw weights are there.
+            names: Our names of the model's weights.
+            ema: Whether to use EMA weights; False = only check that the raw weights are there.
 
         Raises:
             MissingArgument: The file has only EMA weights for the model's UNet.
@@ -107,7 +116,7 @@ class Weights:
 
 
 def open_checkpoint(path: str | Path, file_variant: str | None = None) -> Checkpoint:
-    """Open a checkpoint; names are those of the file, or the original ones for a diffusers folder.
+    """Open a checkpoint; names are those of the file, or the original's for a diffusers folder.
 
     The config of a run folder is added to the metadata, unless its checkpoint contains one.
 
@@ -122,8 +131,8 @@ def open_checkpoint(path: str | Path, file_variant: str | None = None) -> Checkp
         return read_checkpoint(local_path)
     if is_diffusers_folder(local_path):
         return read_folder(local_path, file_variant)
-    weights_path = _find_newest(local_path, RUN_WEIGHTS)
-    config_path = _find_newest(local_path, RUN_CONFIGS)
+    weights_path = _find_newest(local_path, RUN_WEIGHTS_PATTERNS)
+    config_path = _find_newest(local_path, RUN_CONFIG_PATTERNS)
     if weights_path is None:
         raise MissingFile(
             f"`{path}` is neither a diffusers folder (`model_index.json`) nor the folder of a "
@@ -142,12 +151,12 @@ def list_weight_files(path: Path) -> list[Path]:
         return [path]
     if is_diffusers_folder(path):
         return [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
-    weights_path = _find_newest(path, RUN_WEIGHTS)
+    weights_path = _find_newest(path, RUN_WEIGHTS_PATTERNS)
     return [] if weights_path is None else [weights_path]
 
 
 def identify_weights(checkpoint: Checkpoint) -> Weights:
-    """Return the weights by our names, with their family and prediction type."""
+    """Return weights under our names, with their family and prediction type."""
     state, buffers = rename_weights(checkpoint.state), select_buffers(checkpoint.state)
     metadata = checkpoint.metadata | {name: "" for name in MARKERS if name in checkpoint.state}
     with errors_as(FileFormatError, f"`{checkpoint.path}` has weights of invalid shapes"):
@@ -158,12 +167,11 @@ def identify_weights(checkpoint: Checkpoint) -> Weights:
 def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
     """Return whether the projection of SDXL's second text encoder is transposed by mistake.
 
-    Some tools write such files: they rename the weights of a diffusers folder, and do not transpose
-    the projection. It is recognised by an entry that nearly all fine-tunes change by less than
-    ENTRY_TOLERANCE.
+    Some tools rename the weights of a diffusers folder without transposing the projection. It is
+    recognized by an entry that nearly all fine-tunes change by less than ENTRY_TOLERANCE.
 
     Args:
-        state: Weights of a file in the original's layout, by our names.
+        state: Weights of a file in the original's layout, under our names.
     """
     projection = next((state[name] for name in TEXT_PROJECTIONS if name in state), None)
     if projection is None or tuple(projection.shape) != (1280, 1280):
@@ -172,7 +180,7 @@ def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
 
 
 def _find_newest(folder: Path, patterns: Iterable[str]) -> Path | None:
-    """Return the newest file of the first pattern that matches a file; None if none does."""
+    """Return the newest file that matches the first pattern with a match; None if none has one."""
     for pattern in patterns:
         if files := list(folder.glob(pattern)):
             return max(files, key=lambda file: file.stat().st_mtime)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 # Loggers whose INFO messages are shown without --verbose.
 INFO_LOGGERS = (
     "ldm.runtime.command", "ldm.generate", "ldm.app", "ldm.commands", "ldm.loading.hub",
-    "ldm.loading.published", "ldm.loading.replace_parts", "ldm.pipelines.sdxl",
+    "ldm.loading.published", "ldm.loading.replace_components", "ldm.pipelines.sdxl",
 )  # fmt: skip
 
 PATH_METAVARS = ("FILE", "DIR")

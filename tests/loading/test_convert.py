@@ -524,5 +524,5 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         unet.write_text(text.replace(old, new))
         assert message in get_error(capsys, copy, tmp_path / "x.safetensors")
     torch.save({"a": torch.ones(1)}, tmp_path / "odd.ckpt")
-    assert "of no known family" in get_error(capsys, tmp_path / "odd.ckpt", target)
+    assert "the family of" in get_error(capsys, tmp_path / "odd.ckpt", target)
     assert not target.exists()

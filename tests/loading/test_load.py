@@ -266,11 +266,11 @@ def test_ema_weights_may_be_another_entry_of_the_file(tmp_path, tiny_yaml, tiny_
     [
         ({"model.diffusion_model.out.2.bias": torch.ones(4).char()},
          r"out\.2\.bias of torch\.int8"),
-        ({"model.diffusion_model.out.2.scale_weight": torch.ones(())}, "the weights are quantised"),
+        ({"model.diffusion_model.out.2.scale_weight": torch.ones(())}, "the weights are quantized"),
         ({"model.diffusion_model.out.2.bias": torch.ones(4) * 1j}, "is not a plain tensor"),
     ],
 )  # fmt: skip
-def test_quantised_and_complex_weights_are_refused(
+def test_quantized_and_complex_weights_are_refused(
     tmp_path, tiny_yaml, tiny_state, weight, message
 ):
     torch.save(tiny_state | weight, tmp_path / "x.ckpt")
@@ -281,7 +281,7 @@ def test_quantised_and_complex_weights_are_refused(
 def test_a_pruned_vocabulary_is_named(tmp_path, tiny_yaml, tiny_state):
     torch.save(tiny_state, tmp_path / "x.ckpt")
     pruned = "model.params.cond_stage_config.params.compact_vocab=64"
-    with pytest.raises(ValueError, match="hint: the config has a pruned vocabulary"):
+    with pytest.raises(ValueError, match="hint: the config has a compact vocabulary"):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides=[pruned])
 
 
@@ -395,7 +395,7 @@ def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
         ("first_stage_model.quantize.embedding.weight", "a model with a VQ autoencoder, which is"),
         ("cond_stage_model.transformer.token_emb.weight", "a model with BERT's text encoder"),
         ("encoder.down.0.block.0.conv1.weight", "only an autoencoder, which replaces a model's"),
-        ("down_blocks.0.resnets.0.norm1.weight", "a part of a diffusers folder"),
+        ("down_blocks.0.resnets.0.norm1.weight", "a component of a diffusers folder"),
         ("encoder.conv_in.weight", r"has no weights .*, `cond_stage_model\.\*`"),
     ],
 )
@@ -430,7 +430,7 @@ def test_options_of_whole_models_are_refused_for_a_part(
 ):
     part = read_yaml(tiny_yaml)["model"]["params"]["first_stage_config"]
     (tmp_path / "kl.yaml").write_text(json.dumps({"model": part}))
-    with pytest.raises(ArgumentError, match=f"only a part of a model, {name} needs") as caught:
+    with pytest.raises(ArgumentError, match=f"one component only: {name} needs") as caught:
         ldm.load(tmp_path / "kl.yaml", tiny_file, device="meta", **{name: value})
     assert caught.value.argument == name
 
@@ -568,8 +568,8 @@ def test_several_methods_detect_the_prediction(step, bias, metadata, kind, is_di
     state = restore_names(make_full_size_state("v2-inference") | {families.BIAS_NAME: bias})
     weights = identify_weights(Checkpoint(Path("x.ckpt"), "zip", state, step, metadata=metadata))
     prediction = weights.prediction_type
-    assert (prediction.kind, prediction.is_disputed) == (kind, is_disputed)
-    assert prediction.num_known == sum(v is not None for v in (step, bias)) + bool(metadata)
+    assert (prediction.value, prediction.is_disputed) == (kind, is_disputed)
+    assert prediction.num_results == sum(v is not None for v in (step, bias)) + bool(metadata)
     name = "v2-inference-v" if kind == "v" else "v2-inference"
     assert choose_config(weights) == f"configs/stable-diffusion/{name}.yaml"
 
@@ -583,10 +583,10 @@ def test_the_probe_tells_v_from_eps():
         def forward(self, x, t, context):
             return self.factor * x
 
-    unknown = families.PredictionType(None)
-    assert probe_prediction_type(Scale(-2.0), unknown).kind == "v"
-    assert probe_prediction_type(Scale(1.0), unknown).kind == "eps"
-    assert probe_prediction_type(Scale(float("nan")), unknown).kind is None
+    unknown = families.DetectedPredictionType(None)
+    assert probe_prediction_type(Scale(-2.0), unknown).value == "v"
+    assert probe_prediction_type(Scale(1.0), unknown).value == "eps"
+    assert probe_prediction_type(Scale(float("nan")), unknown).value is None
 
 
 def test_a_contradiction_between_config_and_weights_is_warned_of(tmp_path, tiny_yaml, tiny_state):

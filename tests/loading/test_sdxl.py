@@ -15,7 +15,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.convert import find_config_text
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from ldm.loading.find_variant import find_variant
+from ldm.loading.find_variant import detect_model_variant
 from ldm.loading.inspection import inspect_checkpoint
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import match_weights
@@ -225,7 +225,7 @@ def test_markers_determine_the_denoiser_of_all_families(full, config, markers, z
     raw = read_config(weights)[1]
     assert yaml.safe_load(find_config_text(file, None)) == raw
     params = translate_config(raw)["params"]
-    assert params["parameterization"] == weights.prediction_type.kind == "v"
+    assert params["parameterization"] == weights.prediction_type.value == "v"
     schedule = params["schedule"]["params"]
     assert schedule.get("zero_snr") == zero_snr
     assert zero_snr is not None or schedule["sigma_max"] == 90
@@ -358,7 +358,7 @@ def test_files_of_other_programs_are_read(tmp_path, tiny, rename):
 def test_a_distilled_unet_is_recognised(full):
     name = "model.diffusion_model.time_embedding.cond_proj.weight"
     weights = identify_weights(make_checkpoint(full, "sd_xl_base", **{name: torch.zeros(320, 256)}))
-    assert find_variant(weights).name == "lcm-full"
+    assert detect_model_variant(weights).name == "lcm-full"
     unet = translate_config(read_config(weights)[1])["params"]["unet"]
     assert unet["params"]["time_cond_proj_dim"] == 256
     assert restore_names({"unet.time_embed_cond.weight": torch.zeros(1)}).keys() == {name}

@@ -54,10 +54,10 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
     else:
         weights = _load_checkpoint(model, params, "", widened_keys)
     prediction = weights.prediction_type
-    if prediction.kind not in (None, model.parameterization):
+    if prediction.value not in (None, model.parameterization):
         log.warning(
             "`%s` looks like a model that predicts %s, the config says %s: %s",
-            weights.path, prediction.kind, model.parameterization, prediction,
+            weights.path, prediction.value, model.parameterization, prediction,
         )  # fmt: skip
     if params.get("scale_by_std") and "scale_factor" in weights.buffers:
         model.scale_factor = float(weights.buffers["scale_factor"])
