@@ -19,7 +19,7 @@ from ldm.loading import legacy
 from ldm.loading.addons.lora import read_loras
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.layout import MODEL_INDEX
-from ldm.loading.find_variant import find_variant, supports_variants
+from ldm.loading.find_variant import detect_model_variant, supports_variants
 from ldm.loading.model_config import has_defaults, read_config
 from ldm.loading.published import find_on_disk, read_published_files
 from ldm.loading.variants import VARIANTS
@@ -178,7 +178,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
     weights = identify_weights(open_checkpoint(path))
     _, model_config = read_config(weights, config)
     spec = legacy.translate_config(model_config, where=path.name, skipped=[])
-    if spec["target"] != legacy.MODEL:
+    if spec["target"] != legacy.LATENT_DIFFUSION:
         raise FileFormatError(f"`{path}` is not a complete model")
     params = spec["params"]
     conditioner = build_on_meta(_remove_midas(params["conditioner"]), where=path.name)
@@ -191,7 +191,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
     keys = conditioner.keys if isinstance(conditioner, Conditioner) else frozenset()
     text_encoder = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
-    if supports_variants(family) and (variant := find_variant(weights)):
+    if supports_variants(family) and (variant := detect_model_variant(weights)):
         has_scheduler = is_sdxl and path.is_dir() and has_defaults(model_config)
         defaults = variant.resolve_defaults(defaults, has_scheduler=has_scheduler)
         image_size = VARIANTS[variant.name].sdxl_image_size if is_sdxl else image_size

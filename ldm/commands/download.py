@@ -42,7 +42,7 @@ def _list_files() -> Iterator[str]:
     for file in read_published_files().values():
         columns = [
             f"{file.name:24}", f"{file.title:42}", f"{file.size_text:>8}",
-            f"{file.weights_gb:.1f} GB", f" {file.licence:20}", str(find_on_disk(file) or "-"),
+            f"{file.weights_gb:.1f} GB", f" {file.license:20}", str(find_on_disk(file) or "-"),
         ]  # fmt: skip
         if not file.sha256:
             columns.append(f"(unverified {file.expected_sha256 or ''}".rstrip() + ")")

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import has_overflow, release_pages
-from ldm.loading.legacy import MODEL, translate_config
+from ldm.loading.legacy import LATENT_DIFFUSION, translate_config
 from ldm.loading.weight_names import VAE_PREFIX
 from ldm.runtime.types import JsonMapping
 from ldm.runtime.warn import warn_caller
@@ -43,7 +43,7 @@ def build_on_meta(
     spec = translate_config(spec, where=where, skipped=skipped)
     build = partial(instantiate, allow=allow, skipped=skipped)
     with meta_device():
-        if spec["target"] != MODEL:
+        if spec["target"] != LATENT_DIFFUSION:
             return cast(nn.Module, build(spec, where=where))
         params = dict(spec["params"])
         for name in ("unet", "autoencoder", "conditioner"):

@@ -242,7 +242,7 @@ def instantiate(
 
 def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any]:
     """Return the class (or function of ours) that a target names; import no other package."""
-    if target in legacy.CLASSES:
+    if target in legacy.OUR_CLASSES:
         module, _, name = target.rpartition(".")
         factory: Callable[..., Any] = getattr(import_module(module), name)
         return factory

@@ -1,8 +1,8 @@
 """Download files from the Hugging Face hub into its cache, and verify their SHA-256.
 
 `huggingface_hub` implements protocol, token and cache. It compares only sizes, and its newer
-versions do not resume what another process began to download: this module verifies hashes and
-resumes. Does not import torch.
+versions do not resume the downloads of another process: this module verifies hashes and resumes
+downloads. Does not import torch.
 """
 
 import errno
@@ -30,8 +30,8 @@ SHA256_PATTERN = re.compile("[0-9a-f]{64}")
 TEXT_SUFFIXES = (".json", ".txt")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt")
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-UNUSED_COMPONENTS = ("safety_checker",)  # components that pipelines do not need
-# Path of the complete folder, or of the only checkpoint, by "OWNER/NAME" or "OWNER/NAME:VARIANT".
+UNUSED_COMPONENTS = ("safety_checker",)
+# "OWNER/NAME" or "OWNER/NAME:VARIANT" -> path of the complete folder, or of the only checkpoint.
 DOWNLOADS = JsonCache("hub_choices.json")
 
 
@@ -40,31 +40,30 @@ def find_or_download(
 ) -> Path:
     """Return the file `hf:OWNER/NAME/FILE`, or the diffusers folder `hf:OWNER/NAME`.
 
-    The cache is used without asking the server.
+    Nothing is requested from the hub if the cache has it.
 
     Args:
         download: Whether to download files that are not in the cache.
-        file_variant: Variant of a folder's files, such as `fp16`, in components that have it; None
-            = files without a variant, if there are any.
+        file_variant: Variant in the file names of a folder, such as `fp16`, of components that have
+            it; None = files without a variant, if there are any.
     """
-    owner, _, rest = address.removeprefix(HUB_PREFIX).partition("/")
-    name, _, file = rest.partition("/")
+    owner, _, path_in_owner = address.removeprefix(HUB_PREFIX).partition("/")
+    name, _, file = path_in_owner.partition("/")
     if not owner or not name:
         raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
     repo = f"{owner}/{name}"
     key = f"{repo}:{file_variant}" if file_variant and not file else repo
-    downloaded = DOWNLOADS.read().get(key)
-    path = find_cached_file(repo, file) if file else downloaded and Path(downloaded)
-    if path and path.exists():
+    cached_path = find_cached_file(repo, file) if file else DOWNLOADS.read().get(key)
+    if cached_path and (path := Path(cached_path)).exists():
         return path
     if not download:
         raise MissingFile(f"`{address}` is not on this machine; run `ldm download {address}`")
-    licence, commit, sizes = _list_files(repo)
+    license_name, commit, sizes = _list_files(repo)
     if file and file not in sizes:
         raise DownloadError(f"`{repo}` has no file `{file}`{_format_examples(sizes)}")
     names = [file] if file else _list_folder_files(repo, commit, sizes, file_variant)
     size = sum(sizes[name] or 0 for name in names)
-    log.info("%s: %.2f GB in %d file(s), licence %s", repo, size / 1e9, len(names), licence)
+    log.info("%s: %.2f GB in %d file(s), license %s", repo, size / 1e9, len(names), license_name)
     paths = [download_file(repo, name, commit=commit) for name in names]
     path = paths[0] if len(paths) == 1 else paths[0].parent
     if not file:
@@ -73,7 +72,7 @@ def find_or_download(
 
 
 def find_cached_file(repo: str, name: str) -> Path | None:
-    """Return a file in the hub's cache, without verifying it; None if it is not there."""
+    """Return the path of a file in the hub's cache, unverified; None if it is not in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repo, name)
@@ -83,30 +82,30 @@ def find_cached_file(repo: str, name: str) -> Path | None:
 def download_file(
     repo: str, name: str, sha256: str | None = None, *, commit: str | None = None
 ) -> Path:
-    """Ask the hub for a file and download it unless the cache has it; resume a partial download.
+    """Download a file from the hub, unless the cache has it; resume a partial download.
 
     Args:
-        sha256: Expected SHA-256; None = that reported by the hub, if any.
-        commit: Commit of the main branch; None = its latest.
+        sha256: Expected SHA-256; None = the one that the hub reports, if any.
+        commit: Commit of the main branch; None = the latest.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import WeakFileLock
 
-    if {"..", ""} & set(re.split(r"[/\\:]", name)):  # it comes from the server
-        raise DownloadError(f"`{repo}`: `{name}` is refused as the name of a file")
+    if {"..", ""} & set(re.split(r"[/\\:]", name)):  # the server has sent the name
+        raise DownloadError(f"`{repo}`: the file name `{name}` is refused")
     url = hf_hub_url(repo, name, revision=commit)
     with _convert_hub_errors(repo):
         metadata = get_hf_file_metadata(url)
-    etag, commit = metadata.etag or "", metadata.commit_hash or ""  # both become names of files
+    etag, commit = metadata.etag or "", metadata.commit_hash or ""  # both become file names
     is_valid = re.fullmatch(r"[\w-]+", etag) and re.fullmatch(r"\w+", commit)
     if metadata.size is None or not is_valid:
         raise DownloadError(f"`{repo}`: {constants.ENDPOINT} does not answer as a hub does")
-    published = etag if SHA256_PATTERN.fullmatch(etag) else None
-    if sha256 and published and sha256 != published:
-        raise DownloadError(_format_mismatch(f"{repo}/{name}", published, sha256))
-    expected = sha256 or published
+    hub_sha256 = etag if SHA256_PATTERN.fullmatch(etag) else None
+    if sha256 and hub_sha256 and sha256 != hub_sha256:
+        raise DownloadError(_format_mismatch(f"{repo}/{name}", hub_sha256, sha256))
+    expected = sha256 or hub_sha256
     folder = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
-    # A file instead of a symbolic link: the hub's layout for systems without such links.
+    # A file, not a symbolic link: the layout of the hub's cache on systems without such links.
     target = folder / "snapshots" / commit / name
     partial_file = folder / "blobs" / f"{etag}.incomplete"
     lock_path = Path(constants.HF_HUB_CACHE, ".locks", folder.name, f"{etag}.lock")
@@ -156,7 +155,7 @@ def _download(
     headers: dict[str, str],
     title: str,
 ) -> None:
-    """Download what is missing of a file and verify it; replace a damaged partial file.
+    """Download the rest of a file and verify it; start again if a partial file was damaged.
 
     Args:
         sha256: Expected SHA-256; None = unknown.
@@ -164,27 +163,27 @@ def _download(
     """
     from huggingface_hub.file_download import http_get
 
-    if partial_file.is_file() and partial_file.stat().st_size > size:  # not of this file
+    if partial_file.is_file() and partial_file.stat().st_size > size:  # of another file
         partial_file.unlink()
     is_resumed = partial_file.is_file()
     partial_file.touch()
-    done = partial_file.stat().st_size
+    downloaded_bytes = partial_file.stat().st_size
     free = shutil.disk_usage(partial_file.parent).free
-    if free < size - done:
-        sizes = f"{(size - done) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+    if free < size - downloaded_bytes:
+        sizes = f"{(size - downloaded_bytes) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
         raise DownloadError(
             f"the disk is full: {sizes} in `{partial_file.parents[2]}`", is_local=True
         )
-    if done:
-        log.info("resuming after %.2f of %.2f GB", done / 1e9, size / 1e9)
-    while done < size:
+    if downloaded_bytes:
+        log.info("resuming after %.2f of %.2f GB", downloaded_bytes / 1e9, size / 1e9)
+    while downloaded_bytes < size:
         with _convert_hub_errors(title):
             try:
                 with partial_file.open("ab") as file:
                     http_get(
                         url,
                         file,
-                        resume_size=done,
+                        resume_size=downloaded_bytes,
                         headers=headers,
                         expected_size=size,
                         displayed_filename=title.rpartition("/")[2],
@@ -195,9 +194,9 @@ def _download(
                         f"the disk is full: `{partial_file.parents[2]}`; try again with more space"
                     )
                     raise DownloadError(message, is_local=True) from error
-                if partial_file.stat().st_size <= done:  # retry only if there was some progress
+                if partial_file.stat().st_size <= downloaded_bytes:  # try again only after progress
                     raise
-        done = partial_file.stat().st_size
+        downloaded_bytes = partial_file.stat().st_size
     digest = get_sha256(partial_file)
     if sha256 in (None, digest):
         partial_file.replace(target)
@@ -210,7 +209,7 @@ def _download(
 
 
 def _make_headers(url: str, location: str) -> dict[str, str]:
-    """Return the headers of a download; the token is sent to the hub, not to its file storage."""
+    """Return the headers of a download; the token is sent to the hub only, not to its storage."""
     from huggingface_hub.utils import build_hf_headers
 
     headers: dict[str, str] = build_hf_headers()
@@ -233,7 +232,7 @@ def _convert_hub_errors(title: str) -> Iterator[None]:
             "HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True
         ) from error
     except errors.GatedRepoError as error:
-        remedy = f"accept its licence on {constants.ENDPOINT}/{title} and set HF_TOKEN"
+        remedy = f"accept its license on {constants.ENDPOINT}/{title} and set HF_TOKEN"
         raise DownloadError(f"`{title}` is gated: {remedy}") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise DownloadError(f"`{title}` is not found, or private") from error
@@ -254,23 +253,23 @@ def _convert_hub_errors(title: str) -> Iterator[None]:
 
 
 def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
-    """Return (licence, commit, size of each file) of a repository."""
+    """Return (license, commit, size by file in bytes) of a repository; a size may be unknown."""
     from huggingface_hub import HfApi
 
     with _convert_hub_errors(repo):
-        info = HfApi().model_info(repo, files_metadata=True)
-    licence = info.card_data.get("license") if info.card_data else None
-    sizes = {file.rfilename: file.size for file in info.siblings or ()}
-    return str(licence or "not named"), str(info.sha), sizes
+        model_info = HfApi().model_info(repo, files_metadata=True)
+    license_name = model_info.card_data.get("license") if model_info.card_data else None
+    sizes = {file.rfilename: file.size for file in model_info.siblings or ()}
+    return str(license_name or "not named"), str(model_info.sha), sizes
 
 
 def _list_folder_files(
     repo: str, commit: str, sizes: Iterable[str], file_variant: str | None
 ) -> list[str]:
-    """List the files to download if no file is named.
+    """List the files to download of a repository.
 
     These are the files of a diffusers folder that a pipeline reads, its index first, or the only
-    checkpoint of the repository.
+    checkpoint.
     """
     if "config.json" in sizes and MODEL_INDEX not in sizes:
         return ["config.json", *_choose_weights("", sizes, file_variant)]
@@ -282,8 +281,9 @@ def _list_folder_files(
         return files
     index = read_json(download_file(repo, MODEL_INDEX, commit=commit))
     names = [MODEL_INDEX, *(name for name in sizes if name == EXTRA_WEIGHTS)]
-    for component, entry in index.items():
-        if isinstance(entry, list) and entry[-1:] != [None] and component not in UNUSED_COMPONENTS:
+    for component, value in index.items():
+        is_component = isinstance(value, list) and value[-1:] != [None]  # [package, class]
+        if is_component and component not in UNUSED_COMPONENTS:
             names += [
                 n for n in sizes if n.rpartition("/")[0] == component and n.endswith(TEXT_SUFFIXES)
             ]
@@ -292,7 +292,7 @@ def _list_folder_files(
 
 
 def _choose_weights(folder: str, sizes: Iterable[str], file_variant: str | None) -> list[str]:
-    """List the weights of a component: of the requested variant, else without one, fp16, or any.
+    """List the weights files of a component: of the requested variant, else none, fp16 or any.
 
     For each variant .safetensors are preferred to .bin.
     """

@@ -33,19 +33,20 @@ from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
 
-LORA_LAYER_PREFIX = re.compile("(lora|lycoris)_(unet|te[12]?)_")  # prefix of kohya's layer names
+LORA_LAYER_PREFIX = re.compile("(lora|lycoris)_(unet|te[12]?)_")  # of kohya's layer names
 MAX_VALUE_LENGTH = 80  # characters of a metadata value to show
-# Bytes; the hash of a larger file, which takes seconds, is computed only if it may be published.
+# Bytes. Hashing takes seconds for a larger file: only done if its size is that of a published one.
 MAX_SIZE_TO_HASH = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors with a common prefix.
+    """A group of tensors with a common prefix, such as the UNet.
 
     Args:
         name: Our name of the component.
         prefix: The original's prefix.
+        tensors, parameters: Numbers of tensors, and of their elements.
         dtypes: Number of tensors by dtype.
     """
 
@@ -58,24 +59,25 @@ class Part:
 
 @dataclass
 class Report:
-    """The result of the inspection of one file; None = unknown, unless stated otherwise.
+    """The result of the inspection of a file; None = unknown, unless stated otherwise.
 
     Args:
-        sha256: "" if it was not computed, as no published file has this size.
+        bytes: Size of the file.
+        sha256: "" = not computed, as no published file has this size.
         published: Name and title of the published file with this hash.
-        kind: Format, "zip", "legacy" or "safetensors".
-        refused: Why the file cannot be read; None = it can.
-        task: Function of `ldm.pipelines` for it.
+        kind: Format of the file: "zip", "legacy" or "safetensors".
+        refused: Reason why the file cannot be read; None = it can be read.
+        task: Name of its function in `ldm.pipelines`.
         uses_ema: Whether `load` uses its EMA weights by default, with this config.
-        config: Path of the config that the weights are compared with, or `CONFIG_KEY`.
-        extras: Names of the entries beside the weights.
+        config: Path of the config that the weights are compared with, or CONFIG_KEY.
+        extras: Names of entries beside the weights.
         pickle_names: Names that its pickle would import.
-        foreign_names: Those pickle names that weights do not need.
+        foreign_names: Names among them that weights do not need.
         missing: The original's names of weights that the config needs and the file does not have;
             None = not compared.
         unexpected: Names in the file that the config does not need; None = not compared.
-        variant: Few-step variant, and how it was recognised; None = none.
-        note: Why weights and config were not compared, or what looks wrong.
+        variant: Few-step variant, and how it was recognized; None = an ordinary model.
+        note: Reason why weights and config were not compared, or what looks wrong.
     """
 
     path: str
@@ -104,14 +106,14 @@ class Report:
 
     @property
     def model_spec(self) -> dict[str, str]:
-        """The metadata of ModelSpec: title, author, licence …, without their common prefix."""
+        """The metadata of ModelSpec (title, author, license …), without their common prefix."""
         return select_prefix(self.metadata, MODELSPEC_PREFIX)
 
     def as_dict(self) -> JsonObject:
-        """Return the report as values for JSON."""
-        values = asdict(self)
+        """Return the report for JSON."""
+        content = asdict(self)
         if self.prediction is not None:
-            values["prediction"] = {  # keys that programs read: not the names of the fields
+            content["prediction"] = {  # keys that programs read: not the names of the fields
                 "kind": self.prediction.value,
                 "verdicts": [
                     {"method": d.method, "says": d.value, "evidence": d.evidence}
@@ -119,7 +121,7 @@ class Report:
                 ],
                 "disputed": self.prediction.is_disputed,
             }
-        return values
+        return content
 
     def format_lines(self) -> Iterator[str]:
         """Yield the report as text."""
@@ -139,8 +141,8 @@ class Report:
             remark = ", but the methods disagree" if self.prediction.is_disputed else ""
             yield f"predicts    {self.prediction.value or 'unknown'}{remark}"
             for detection in self.prediction.detections:
-                method, kind = detection.method, detection.value or "nothing"
-                yield f"  {method:10}{kind} ({detection.evidence})"
+                method, result = detection.method, detection.value or "nothing"
+                yield f"  {method:10}{result} ({detection.evidence})"
         for i, (name, value) in enumerate(sorted(self.model_spec.items())):
             yield f"{'' if i else 'ModelSpec':12}{name:20}{_shorten(value)}"
         for i, part in enumerate(self.parts):
@@ -148,7 +150,7 @@ class Report:
             count = f"{part.tensors:>5} tensors {part.parameters:>14,} parameters"
             yield f"{'' if i else 'parts':12}{part.name:20}{part.prefix:25}{count}  {dtypes}"
         if self.parts:
-            use = "used, as the config says" if self.uses_ema else "`ema` takes it"
+            use = "used, as the config says" if self.uses_ema else "used only with `ema`"
             yield f"EMA         {f'yes, {use}' if self.has_ema else 'no'}"
             yield f"step        {'unknown' if self.step is None else self.step}"
             yield f"other keys  {', '.join(self.extras) or 'nothing'}"
@@ -171,12 +173,12 @@ def inspect_checkpoint(
 
     Args:
         config: YAML to compare with; None = that of the family.
-        probe: Whether to run the UNet once (which reads its weights) if the prediction type is
+        probe: Whether to run the UNet once, which reads its weights, if the prediction type is
             uncertain.
     """
     path = resolve_checkpoint(path)
     if path.is_dir():
-        message = f"`{path}` is a folder: give a file of weights in it, or convert it to one file"
+        message = f"`{path}` is a folder: pass a weights file in it, or convert it to one file"
         raise ArgumentError(f"{message} first")
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
@@ -231,18 +233,18 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
     is_sgm = has_sgm_names(state)
     for name, tensor in state.items():
         depth = 2 if name.startswith("conditioner.") else 1
-        adapter = LORA_LAYER_PREFIX.match(name)
-        prefix = adapter[0] if adapter else ".".join(name.split(".")[:depth]) + "."
+        match = LORA_LAYER_PREFIX.match(name)
+        prefix = match[0] if match else ".".join(name.split(".")[:depth]) + "."
         groups.setdefault(prefix, []).append(tensor)
     for prefix, tensors in groups.items():
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-        original = to_original_name(prefix, sgm=is_sgm)
+        original_prefix = to_original_name(prefix, sgm=is_sgm)
         parameters = sum(tensor.numel() for tensor in tensors)
-        yield Part(prefix[:-1], original, len(tensors), parameters, dict(dtypes))
+        yield Part(prefix[:-1], original_prefix, len(tensors), parameters, dict(dtypes))
 
 
 def _compare_with_config(report: Report, weights: Weights, config: str | Path | None) -> None:
-    """Set a report's config, missing and unexpected weights, and its family if that is unknown."""
+    """Set a report's config, missing and unexpected weights, and its family if it is unknown."""
     try:
         path, raw = read_config(weights, config)
         report.config, where = path, Path(path).name

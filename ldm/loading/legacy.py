@@ -1,8 +1,8 @@
 """Translate configs of the original code: its class names and their parameters.
 
-    TARGETS               its class -> ours, with the same parameters
-    MODEL_CLASSES         its model class -> translation to LatentDiffusion; sgm's is in `sgm`
-    UNSUPPORTED_CLASSES   its class -> its purpose: known, but not supported
+    TARGETS               original class -> our class with the same parameters
+    MODEL_CLASSES         original model class -> how to translate it; sgm's is in `sgm`
+    UNSUPPORTED_CLASSES   original class that is known, but not supported -> its purpose
 
 Names of weights are in `weight_names`.
 """
@@ -18,27 +18,30 @@ from ldm.loading.sgm import DIFFUSION_ENGINE, check_params, translate_engine
 from ldm.runtime.errors import ConfigError, errors_as
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["list_targets", "translate_config"]
+__all__ = [
+    "AUTOENCODER_CONFIG", "CONFIG_ALIASES", "LATENT_DIFFUSION", "MODEL_CLASSES", "OUR_CLASSES",
+    "list_targets", "translate_config",
+]  # fmt: skip
 
-MODEL = "ldm.model.LatentDiffusion"
+LATENT_DIFFUSION = "ldm.model.LatentDiffusion"
 AUTOENCODER = "ldm.nets.autoencoder.AutoencoderKL"
 CLIP_IMAGE = "ldm.encoders.image.CLIPImage"
 IDENTITY = "torch.nn.Identity"
-IMAGES, LOWRES = "ldm.encoders.image.", "ldm.encoders.lowres."
-SCHEDULES = "ldm.diffusion.schedule."
-DDPM = "ldm.models.diffusion.ddpm."
-ENCODERS, LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses."
+IMAGE_MODULE, LOWRES_MODULE = "ldm.encoders.image.", "ldm.encoders.lowres."
+SCHEDULE_MODULE = "ldm.diffusion.schedule."
+LDM_DDPM = "ldm.models.diffusion.ddpm."
+LDM_ENCODERS, LDM_LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses."
 OPENAI_UNET = "modules.diffusionmodules.openaimodel.UNetModel"
 SGM_ENCODERS = "sgm.modules.encoders.modules."
 
-# Our class: its names in the original.
-CLASSES = {
-    MODEL: (),
+# Our class -> its names in the original.
+OUR_CLASSES = {
+    LATENT_DIFFUSION: (),
     "ldm.model.Defaults": (),
     "ldm.conditioning.Conditioner": (),
-    SCHEDULES + "Schedule": (),
-    SCHEDULES + "ContinuousSchedule": (),
-    SCHEDULES + "make_betas": (),
+    SCHEDULE_MODULE + "Schedule": (),
+    SCHEDULE_MODULE + "ContinuousSchedule": (),
+    SCHEDULE_MODULE + "make_betas": (),
     AUTOENCODER: (
         "ldm.models.autoencoder.AutoencoderKL", "sgm.models.autoencoder.AutoencoderKL",
         "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
@@ -49,11 +52,11 @@ CLASSES = {
     "ldm.nets.latent_upscaler.LatentUpscalerUNet": (),
     "ldm.nets.unet.UNet": ("ldm." + OPENAI_UNET, "sgm." + OPENAI_UNET),
     "ldm.encoders.text.OpenCLIPText": (
-        ENCODERS + "FrozenOpenCLIPEmbedder", SGM_ENCODERS + "FrozenOpenCLIPEmbedder",
+        LDM_ENCODERS + "FrozenOpenCLIPEmbedder", SGM_ENCODERS + "FrozenOpenCLIPEmbedder",
         SGM_ENCODERS + "FrozenOpenCLIPEmbedder2",
     ),
     "ldm.encoders.text.CLIPText": (
-        ENCODERS + "FrozenCLIPEmbedder", SGM_ENCODERS + "FrozenCLIPEmbedder",
+        LDM_ENCODERS + "FrozenCLIPEmbedder", SGM_ENCODERS + "FrozenCLIPEmbedder",
     ),
     "ldm.encoders.sizes.SizeEmbedding": (
         SGM_ENCODERS + "ConcatTimestepEmbedderND",
@@ -61,39 +64,41 @@ CLASSES = {
     ),
     "ldm.encoders.labels.ClassEmbedder": (SGM_ENCODERS + "ClassEmbedder",),
     "ldm.encoders.labels.IdentityEncoder": (SGM_ENCODERS + "IdentityEncoder",),
-    IMAGES + "OpenCLIPImage": (ENCODERS + "FrozenOpenCLIPImageEmbedder",),
+    IMAGE_MODULE + "OpenCLIPImage": (LDM_ENCODERS + "FrozenOpenCLIPImageEmbedder",),
     CLIP_IMAGE: (
-        ENCODERS + "ClipImageEmbedder", ENCODERS + "FrozenCLIPImageEmbedder",
-        ENCODERS + "FrozenClipImageEmbedder",
+        LDM_ENCODERS + "ClipImageEmbedder", LDM_ENCODERS + "FrozenCLIPImageEmbedder",
+        LDM_ENCODERS + "FrozenClipImageEmbedder",
     ),
-    IMAGES + "ImageEmbedding": (),
-    IMAGES + "EmbeddingNoise": (ENCODERS + "CLIPEmbeddingNoiseAugmentation",),
+    IMAGE_MODULE + "ImageEmbedding": (),
+    IMAGE_MODULE + "EmbeddingNoise": (LDM_ENCODERS + "CLIPEmbeddingNoiseAugmentation",),
     "ldm.encoders.depth.MiDaSDepth": ("ldm.modules.midas.api.MiDaSInference",),
-    LOWRES + "LowRes": ("ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",),
-    LOWRES + "NoiseLevel": (),
-    LOWRES + "RGBDLatent": (),
-    LOWRES + "LowResLatent": (),
-    LOWRES + "NoiseSigma": (),
-    LOWRES + "MaskedImage": (),
-    LOWRES + "PatchesToChannels": (LOWRES + "Folded",),  # our name before 0.2
+    LOWRES_MODULE + "LowRes": (
+        "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+    ),
+    LOWRES_MODULE + "NoiseLevel": (),
+    LOWRES_MODULE + "RGBDLatent": (),
+    LOWRES_MODULE + "LowResLatent": (),
+    LOWRES_MODULE + "NoiseSigma": (),
+    LOWRES_MODULE + "MaskedImage": (),
+    LOWRES_MODULE + "PatchesToChannels": (LOWRES_MODULE + "Folded",),  # our name before 0.2
     "ldm.train.tasks.autoencoder.AdversarialLossConfig": (
-        LOSSES + "LPIPSWithDiscriminator", LOSSES + "contperceptual.LPIPSWithDiscriminator",
+        LDM_LOSSES + "LPIPSWithDiscriminator", LDM_LOSSES + "contperceptual.LPIPSWithDiscriminator",
         "ldm.train.tasks.autoencoder.LossConfig",  # our name before 0.2
     ),
-    IDENTITY: (LOSSES + "contperceptual.DummyLoss", IDENTITY),
+    IDENTITY: (LDM_LOSSES + "contperceptual.DummyLoss", IDENTITY),
 }  # fmt: skip
-TARGETS = {original: ours for ours, originals in CLASSES.items() for original in originals}
-# Defaults of encoders under `cond_stage_config` in published files, where the class has others.
+TARGETS = {original: ours for ours, originals in OUR_CLASSES.items() for original in originals}
+# Defaults of encoders in `cond_stage_config` that differ from those of our class.
 COND_STAGE_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
 
-# Original config -> the one to read instead, which differs only in dtype: here `load` sets it.
+# Original config -> the config to read instead. They differ only in dtype, which `load` sets.
 CONFIG_ALIASES = {
     f"configs/stable-diffusion/intel/{name}-{dtype}.yaml": f"configs/stable-diffusion/{name}.yaml"
     for name in ("v2-inference", "v2-inference-v")
     for dtype in ("fp32", "bf16")
 }
 
-# Known but unsupported classes, and their purpose, for messages.
+# Known, but unsupported class -> its purpose, for messages.
 UNSUPPORTED_CLASSES = {
     "ldm.models.autoencoder.VQModel": "VQ autoencoders",
     "ldm.models.autoencoder.VQModelInterface": "VQ autoencoders",
@@ -102,26 +107,26 @@ UNSUPPORTED_CLASSES = {
     "taming.models.vqgan.GumbelVQ": "VQ autoencoders",
     "taming.models.vqgan.EMAVQ": "VQ autoencoders",
     "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
-    LOSSES + "vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
-    ENCODERS + "BERTEmbedder": "text-to-image and layout models with BERT",
-    ENCODERS + "TransformerEmbedder": "text-to-image and layout models with BERT",
-    ENCODERS + "ClassEmbedder": "class-conditional models",
-    ENCODERS + "SpatialRescaler": "semantic synthesis models",
-    ENCODERS + "FrozenCLIPTextEmbedder": "retrieval-augmented models",
-    DDPM + "Layout2ImgDiffusion": "layout models",
+    LDM_LOSSES + "vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
+    LDM_ENCODERS + "BERTEmbedder": "text-to-image and layout models with BERT",
+    LDM_ENCODERS + "TransformerEmbedder": "text-to-image and layout models with BERT",
+    LDM_ENCODERS + "ClassEmbedder": "class-conditional models",
+    LDM_ENCODERS + "SpatialRescaler": "semantic synthesis models",
+    LDM_ENCODERS + "FrozenCLIPTextEmbedder": "retrieval-augmented models",
+    LDM_DDPM + "Layout2ImgDiffusion": "layout models",
     "ldm.models.diffusion.classifier.NoisyLatentImageClassifier": "classifiers of noisy latents",
-    ENCODERS + "FrozenT5Embedder": "text encoders of T5",
-    ENCODERS + "FrozenCLIPT5Encoder": "text encoders of T5",
+    LDM_ENCODERS + "FrozenT5Embedder": "text encoders of T5",
+    LDM_ENCODERS + "FrozenCLIPT5Encoder": "text encoders of T5",
     SGM_ENCODERS + "FrozenT5Embedder": "text encoders of T5",
     SGM_ENCODERS + "FrozenByT5Embedder": "text encoders of T5",
 }
 
 # Default sampling options of SD 1 image variations, from the original's script.
 VARIATION_DEFAULTS = {"scale": 3.0}
-# Likewise of LDM3D and LDM3D-SR, from their pipelines in diffusers.
+# The same for LDM3D and LDM3D-SR, from their pipelines in diffusers.
 LDM3D_DEFAULTS = {"scale": 5.0, "steps": 49}
 LDM3D_SR_DEFAULTS = {"scale": 9.0, "steps": 75}
-# Parameters of the original model class that are used only by training or logging.
+# Parameters of the original's model classes that only training or logging uses.
 TRAINING_ONLY_PARAMS = {
     "ckpt_path", "clip_denoised", "concat_mode", "cond_stage_forward", "first_stage_key",
     "force_null_conditioning", "ignore_keys", "l_simple_weight", "learn_logvar", "load_only_unet",
@@ -151,13 +156,13 @@ def translate_config(
 ) -> JsonObject:
     """Translate a config of the original to `{"target": …, "params": {…}, "where": …}` of ours.
 
-    The `where` of the result is the file and key that it was read from, for messages.
+    `where` in the result is the file and key from which it was read, for messages.
 
     Args:
         spec: A whole config (with `model:`), or that of a component (with `target:`). Our own class
             names are not changed.
         where: See `instantiate`.
-        skipped: List to which keys that sampling does not need are appended; None = not wanted.
+        skipped: List to which keys that sampling does not need are appended; None = no list.
     """
     skipped = [] if skipped is None else skipped
     if isinstance(spec, Mapping) and "model" in spec and "target" not in spec:
@@ -180,7 +185,7 @@ def translate_config(
         if target == DIFFUSION_ENGINE:
             translate = partial(translate_config, skipped=skipped)
             engine = translate_engine(params, f"{where}.params", skipped, translate)
-            return {"target": MODEL, "params": engine, "where": where}
+            return {"target": LATENT_DIFFUSION, "params": engine, "where": where}
     return {"target": TARGETS.get(target, target), "params": dict(params), "where": where}
 
 
@@ -201,7 +206,10 @@ class _ModelTranslator:
             "unet": self.translate_component("unet_config"),
             "autoencoder": self.translate_component(AUTOENCODER_CONFIG),
             "conditioner": {"target": "ldm.conditioning.Conditioner", "params": encoders},
-            "schedule": {"target": SCHEDULES + "Schedule", "params": self._translate_schedule()},
+            "schedule": {
+                "target": SCHEDULE_MODULE + "Schedule",
+                "params": self._translate_schedule(),
+            },
             "parameterization": params.get("parameterization", "eps"),
             "scale_factor": params.get("scale_factor", 1.0),
         }
@@ -209,13 +217,13 @@ class _ModelTranslator:
             model_params["image_size"] = params["image_size"]
         ddconfig = model_params["autoencoder"]["params"].get("ddconfig") or {}
         defaults = dict(params.get("defaults") or {})
-        if ddconfig.get("in_channels", 3) in (4, 6):  # colour and depth
+        if ddconfig.get("in_channels", 3) in (4, 6):  # color and depth
             defaults = (LDM3D_SR_DEFAULTS if "rgbd" in encoders else LDM3D_DEFAULTS) | defaults
         if encoders.get("text", {}).get("target") == CLIP_IMAGE:
             defaults = VARIATION_DEFAULTS | defaults
         if defaults:
             model_params["defaults"] = {"target": "ldm.model.Defaults", "params": defaults}
-        return {"target": MODEL, "params": model_params, "where": self.where}
+        return {"target": LATENT_DIFFUSION, "params": model_params, "where": self.where}
 
     def translate_component(self, key: str) -> JsonObject:
         """Return the translated config of a component."""
@@ -236,10 +244,10 @@ class _ModelTranslator:
             )
 
     def _translate_text_encoder(self) -> JsonObject:
-        """Return the text encoder by name; empty for models without one.
+        """Return {"text": text encoder}; {} for models without one.
 
-        `__is_unconditional__` and `__is_first_stage__` are the original's strings for none; with
-        `torch.nn.Identity` the caller passes the condition itself.
+        These have `__is_unconditional__` or `__is_first_stage__` as config, or `torch.nn.Identity`,
+        if the caller passes the condition itself.
         """
         config = self.params["cond_stage_config"]
         if config in ("__is_unconditional__", "__is_first_stage__"):
@@ -259,14 +267,14 @@ class _ModelTranslator:
         else:
             options = {key: self.params[key] for key in SCHEDULE_KEYS if key in self.params}
             options["name"] = self.params.get("beta_schedule", "linear")
-            betas = {"target": SCHEDULES + "make_betas", "params": options}
+            betas = {"target": SCHEDULE_MODULE + "make_betas", "params": options}
         zero_snr = self.params.get("rescale_betas_zero_snr", False)
         posterior = self.params.get("v_posterior", 0.0)
         return {"betas": betas, "v_posterior": posterior, "zero_snr": zero_snr}
 
 
-Encoders = dict[str, JsonObject]  # specs by name in the conditioner
-NOISE_LEVEL: Encoders = {"level": {"target": LOWRES + "NoiseLevel", "params": {}}}
+Encoders = dict[str, JsonObject]  # specs of encoders by name in the conditioner
+NOISE_LEVEL: Encoders = {"level": {"target": LOWRES_MODULE + "NoiseLevel", "params": {}}}
 
 
 @dataclass(frozen=True)
@@ -286,17 +294,19 @@ class _ModelClass:
     training_only: tuple[str, ...] = ()
 
 
-def _make_masked_image(translator: _ModelTranslator) -> Encoders:
-    return {"masked": {"target": LOWRES + "MaskedImage", "params": {}}}
+def _make_masked_image_encoder(translator: _ModelTranslator) -> Encoders:
+    return {"masked": {"target": LOWRES_MODULE + "MaskedImage", "params": {}}}
 
 
-def _make_depth(translator: _ModelTranslator) -> Encoders:
+def _make_depth_encoder(translator: _ModelTranslator) -> Encoders:
     return {"depth": translator.translate_component("depth_stage_config")}
 
 
-def _make_low_res(translator: _ModelTranslator) -> Encoders:
+def _make_low_res_encoders(translator: _ModelTranslator) -> Encoders:
     low_res = translator.translate_component("low_scale_config")
-    if low_res["target"] == LOWRES + "RGBDLatent":  # ours: published as a diffusers folder only
+    if (
+        low_res["target"] == LOWRES_MODULE + "RGBDLatent"
+    ):  # ours: published as a diffusers folder only
         has_level = (
             translator.translate_component("unet_config")["params"].get("num_classes") is not None
         )
@@ -305,49 +315,52 @@ def _make_low_res(translator: _ModelTranslator) -> Encoders:
     return {"lowres": low_res, **NOISE_LEVEL}
 
 
-def _make_patches(translator: _ModelTranslator) -> Encoders:
+def _make_patches_encoder(translator: _ModelTranslator) -> Encoders:
     if translator.params.get("low_scale_config") is not None:
         raise ConfigError(f"{translator.where}: low_scale_config with patches is not supported yet")
     (key,) = translator.params.get("concat_keys") or ["lr"]
     patch = translator.params.get("reshuffle_patch_size") or 1
     params = {"key": key, "patch": patch}
-    return {"folded": {"target": LOWRES + "PatchesToChannels", "params": params}}
+    return {"folded": {"target": LOWRES_MODULE + "PatchesToChannels", "params": params}}
 
 
-def _make_image_embedding(translator: _ModelTranslator) -> Encoders:
+def _make_image_encoder(translator: _ModelTranslator) -> Encoders:
     params = {
         "clip": translator.translate_component("embedder_config"),
         "noise": translator.translate_component("noise_aug_config"),
         "freeze": translator.params.get("freeze_embedder", True),
         "embedding_key": translator.params.get("embedding_key", "jpg"),
     }
-    return {"image": {"target": IMAGES + "ImageEmbedding", "params": params}}
+    return {"image": {"target": IMAGE_MODULE + "ImageEmbedding", "params": params}}
 
 
 MODEL_CLASSES = {
-    DDPM + "LatentDiffusion": _ModelClass("crossattn"),
-    DDPM + "LatentInpaintDiffusion": _ModelClass(
-        "hybrid", _make_masked_image, training_only=(*FINETUNE_PARAMS, "masked_image_key")
+    LDM_DDPM + "LatentDiffusion": _ModelClass("crossattn"),
+    LDM_DDPM + "LatentInpaintDiffusion": _ModelClass(
+        "hybrid", _make_masked_image_encoder, training_only=(*FINETUNE_PARAMS, "masked_image_key")
     ),
-    DDPM + "LatentDepth2ImageDiffusion": _ModelClass(
-        "hybrid", _make_depth, required=("depth_stage_config",), training_only=FINETUNE_PARAMS
+    LDM_DDPM + "LatentDepth2ImageDiffusion": _ModelClass(
+        "hybrid",
+        _make_depth_encoder,
+        required=("depth_stage_config",),
+        training_only=FINETUNE_PARAMS,
     ),
-    DDPM + "LatentUpscaleDiffusion": _ModelClass(
+    LDM_DDPM + "LatentUpscaleDiffusion": _ModelClass(
         "hybrid-adm",
-        _make_low_res,
+        _make_low_res_encoders,
         required=("low_scale_config",),
         optional=("low_scale_key",),
         training_only=("noise_level_key",),
     ),
-    DDPM + "LatentUpscaleFinetuneDiffusion": _ModelClass(
+    LDM_DDPM + "LatentUpscaleFinetuneDiffusion": _ModelClass(
         "hybrid",
-        _make_patches,
+        _make_patches_encoder,
         optional=("concat_keys", "reshuffle_patch_size", "low_scale_config"),
         training_only=(*FINETUNE_PARAMS, "low_scale_key"),
     ),
-    DDPM + "ImageEmbeddingConditionedLatentDiffusion": _ModelClass(
+    LDM_DDPM + "ImageEmbeddingConditionedLatentDiffusion": _ModelClass(
         "crossattn-adm",
-        _make_image_embedding,
+        _make_image_encoder,
         required=("embedder_config", "noise_aug_config"),
         optional=("freeze_embedder", "embedding_key"),
         training_only=("embedding_dropout",),
@@ -357,4 +370,4 @@ MODEL_CLASSES = {
 
 def list_targets() -> list[str]:
     """Return every `target` that is recognised, supported or not, to suggest the nearest."""
-    return [*TARGETS, *MODEL_CLASSES, DIFFUSION_ENGINE, *UNSUPPORTED_CLASSES, *CLASSES]
+    return [*TARGETS, *MODEL_CLASSES, DIFFUSION_ENGINE, *UNSUPPORTED_CLASSES, *OUR_CLASSES]

@@ -16,8 +16,8 @@ from ldm.loading.families import (
     probe_prediction_type,
 )
 from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
-from ldm.loading.latent_upscaler import build_upscaler_config, find_config_json, get_unet_params
-from ldm.loading.legacy import MODEL, MODEL_CLASSES, translate_config
+from ldm.loading.latent_upscaler import build_upscaler_config, find_config_json, find_unet_params
+from ldm.loading.legacy import LATENT_DIFFUSION, MODEL_CLASSES, translate_config
 from ldm.loading.matching import guess_file_type, match_weights
 from ldm.loading.sgm import DIFFUSION_ENGINE
 from ldm.loading.variants import GUIDANCE_WEIGHT
@@ -77,7 +77,7 @@ def read_config(
     unet_params = None
     if config is None or path.endswith(".json"):
         with errors_as(WeightsMismatch, f"`{weights.path}` is not a complete x2 latent upscaler"):
-            unet_params = get_unet_params(path, weights.state)
+            unet_params = find_unet_params(path, weights.state)
     if unet_params is not None:
         raw = build_upscaler_config(unet_params, overrides)
     elif config is None and path == CONFIG_KEY:
@@ -111,7 +111,7 @@ def find_schedule_without_weights(
     config_path, raw = read_config(identify_weights(open_checkpoint(path)), config, overrides)
     where = Path(config_path).name
     spec = translate_config(raw, where=where)
-    if spec["target"] != MODEL:
+    if spec["target"] != LATENT_DIFFUSION:
         return None
     return cast(NoiseSchedule, instantiate(spec["params"]["schedule"], where=where))
 

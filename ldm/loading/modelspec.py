@@ -1,7 +1,7 @@
 """ModelSpec 1.0.1: standard metadata of .safetensors files about the model in them.
 
-Fields about the weights are computed. Those that the author writes (title, author, licence …) are
-kept if the weights are unchanged, else only the licence.
+Fields about the weights are computed. Fields of the author (title, author, license …) are kept if
+the weights are unchanged, else only the license.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ __all__ = [
 MODELSPEC_PREFIX = "modelspec."
 MERGED_FROM_KEY = f"{MODELSPEC_PREFIX}merged_from"
 MODELSPEC_VERSION = "1.0.1"
-# Values of `implementation`: the program whose names the tensors have.
+# Values of `implementation`: the program whose names of tensors the file has.
 SGM, DIFFUSERS = "https://github.com/Stability-AI/generative-models", "diffusers"
 LICENSE_KEY = f"{MODELSPEC_PREFIX}license"
-PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample"}
-# Suffix of the base model's architecture, by name in `pipelines.families.FAMILIES`; the standard
-# has none for other families.
+PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample"}  # ModelSpec's by ours; others are equal
+# Name in `pipelines.families.FAMILIES` -> suffix of the base model's architecture; the standard has
+# none for other families.
 ARCHITECTURE_SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
 HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH_KEY)  # not valid for other tensors
 
@@ -41,11 +41,11 @@ def make_modelspec(
     """Return metadata with ModelSpec's fields for a model, or for an adapter for it.
 
     Args:
-        model: Model, which may be on the meta device; other modules get no fields.
+        model: Model, which may be on the meta device; no fields are computed for other modules.
         title: Title, unless `metadata` has one.
-        adapter: Type of adapter; "" for the model itself.
-        metadata: Other entries, which replace computed ones, except for the prediction type; None =
-            none.
+        adapter: Type of adapter; "" = the model itself.
+        metadata: Additional entries; they replace computed ones, except the prediction type. None =
+            no additions.
     """
     metadata = dict(metadata or {})
     if not isinstance(model, LatentDiffusion):
@@ -73,9 +73,9 @@ def filter_metadata(metadata: Mapping[str, str], *, keep_author_fields: bool) ->
     """Return the metadata of a file that also apply to a file made from it.
 
     Args:
-        keep_author_fields: Whether to keep ModelSpec's fields and kohya's about training (`ss_…`):
-            weights were only renamed or cast, or a component replaced. Else only the licence is
-            kept of them.
+        keep_author_fields: Whether to keep the fields of ModelSpec, and of kohya about training
+            (`ss_…`), as weights were only renamed or cast, or a component was replaced. False =
+            keep only the license of them.
     """
     dropped_prefixes = () if keep_author_fields else (MODELSPEC_PREFIX, "ss_")
     return {

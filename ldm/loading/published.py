@@ -1,8 +1,9 @@
 """Find and download published weights by name.
 
-They are listed in `published.csv`: `memory`, GB of the weights in half precision; file size in
-`bytes`, with a `~` if it is rounded; `sources`, files on the Hugging Face hub or URLs, in the order
-to try; an empty `sha256` if none was published. Does not import torch.
+They are listed in `published.csv`: `weights_gb` is the size of the weights in half precision, GB;
+`size` that of the file in bytes, with a `~` if it is rounded; `sources` are files on the Hugging
+Face hub or URLs, in the order to try; `sha256` is empty if none was published. Does not import
+torch.
 """
 
 import csv
@@ -31,29 +32,29 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Source = tuple[str, str] | str  # (repository, file) on the hub, or a URL
-TABLE = Path(__file__).with_name("published.csv")
-# SHA-256 of the first download on this machine, by name of a row without a published SHA-256.
+TABLE_PATH = Path(__file__).with_name("published.csv")
+# Name of a file without a published SHA-256 -> SHA-256 of its first download on this machine.
 FIRST_DOWNLOADS = JsonCache("first_downloads.json")
 SIZE_TOLERANCE = 0.01  # relative error of rounded sizes
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A row of the table.
+    """A published file, of a row of the table.
 
     Args:
         name: Name that `ckpt` accepts instead of a path.
         title: Description for lists, such as "SD 1.1, raw and EMA weights".
         weights_gb: Size of the weights in half precision, GB.
         published_size: Size of the file in bytes, with a `~` if it is rounded; "" = unknown.
-        sha256: None = none was published.
-        sources: Where to download it, in the order to try; rows with a URL have an exact
-            size and `sha256`.
+        sha256: Published SHA-256; None = none was published.
+        sources: Sources to download it from, in the order to try; with a URL, `published_size` is
+            exact and `sha256` is known.
     """
 
     name: str
     title: str
-    licence: str
+    license: str
     weights_gb: float
     published_size: str
     sha256: str | None
@@ -80,10 +81,10 @@ class PublishedFile:
 
 @lru_cache(maxsize=1)
 def read_published_files() -> dict[str, PublishedFile]:
-    """Return the rows of the table by name."""
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        rows = [_parse_row(row) for row in csv.DictReader(file)]
-    return {row.name: row for row in rows}
+    """Return the published files by name."""
+    with TABLE_PATH.open(encoding="utf-8", newline="") as table:
+        files = [_parse_row(row) for row in csv.DictReader(table)]
+    return {file.name: file for file in files}
 
 
 def resolve_checkpoint(
@@ -91,7 +92,7 @@ def resolve_checkpoint(
 ) -> Path:
     """Return the local path for a path, published name or `hf:` address of a checkpoint.
 
-    An existing path is preferred; other paths are returned unchanged.
+    A path that exists takes precedence; one that does not exist is returned as it is.
 
     Args:
         download: Whether to download a `hf:` address that is not in the cache.
@@ -118,10 +119,10 @@ def resolve_checkpoint(
 
 
 def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
-    """Find a published file on this machine, by its cached hash or in the hub's cache, or None.
+    """Return the path of a published file in a cache on this machine, or None.
 
     Args:
-        verify: Whether to compute the hash of a file in the hub's cache, if it is unknown.
+        verify: Whether to compute the hash of a candidate, if it is not in the cache of hashes.
     """
     for path in _list_candidates(file):
         digest = get_sha256(path) if verify and file.expected_sha256 else find_cached_sha256(path)
@@ -132,15 +133,15 @@ def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
 
 def find_by_sha256(sha256: str | None) -> PublishedFile | None:
     """Return the published file with this SHA-256; None if there is none."""
-    rows = read_published_files().values()
-    return next((row for row in rows if sha256 and row.sha256 == sha256), None)
+    files = read_published_files().values()
+    return next((file for file in files if sha256 and file.sha256 == sha256), None)
 
 
 def download_checkpoint(name: str) -> Path:
     """Download a published file, or a `hf:` address, unless it is on this machine.
 
     Raises:
-        UnknownName: The table does not have this name.
+        UnknownName: No published file has this name.
         DownloadError: No source has the file; the reason for each is logged.
     """
     if name.startswith(HUB_PREFIX):
@@ -151,7 +152,7 @@ def download_checkpoint(name: str) -> Path:
     if path := find_on_disk(file, verify=True):
         log.info("%s is on this machine already", name)
         return path
-    log.info("%s: %s, %s, licence %s", name, file.title, file.size_text, file.licence)
+    log.info("%s: %s, %s, license %s", name, file.title, file.size_text, file.license)
     for source in file.sources:
         try:
             path = _download_source(file, source)
@@ -160,7 +161,7 @@ def download_checkpoint(name: str) -> Path:
                 raise
             log.warning("%s", error)
         else:
-            _log_hash(file, get_sha256(path))
+            _log_and_record_hash(file, get_sha256(path))
             return path
     raise DownloadError(f"{name} cannot be downloaded from any of its {len(file.sources)} sources")
 
@@ -172,7 +173,7 @@ def _download_source(file: PublishedFile, source: Source) -> Path:
     return download_file(*source, file.expected_sha256)
 
 
-def _log_hash(file: PublishedFile, digest: str) -> None:
+def _log_and_record_hash(file: PublishedFile, digest: str) -> None:
     if file.sha256:
         log.info("SHA-256 %s is the published one", digest)
         return
@@ -193,9 +194,9 @@ def _parse_row(row: Mapping[str, str]) -> PublishedFile:
     return PublishedFile(
         name=row["name"],
         title=row["title"],
-        licence=row["licence"],
-        weights_gb=float(row["memory"]),
-        published_size=row["bytes"],
+        license=row["license"],
+        weights_gb=float(row["weights_gb"]),
+        published_size=row["size"],
         sha256=row["sha256"] or None,
         sources=tuple(map(_parse_source, row["sources"].split())),
     )

@@ -37,8 +37,7 @@ USED_KEYS = {
     "network_wrapper", "sampler_config", "scale_factor",
 }  # fmt: skip
 UNET_WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
-# By class: (prediction type, `log_time`: whether the network's timestep is 0.25 ln sigma, EDM's
-# c_noise).
+# By class: (prediction type, whether the network's timestep is 0.25 ln sigma, c_noise of EDM).
 SCALINGS = {
     "EpsScaling": ("eps", False), "VScaling": ("v", False), "EDMScaling": ("edm", True),
     "VScalingWithEDMcNoise": ("v", True),
@@ -57,8 +56,7 @@ SIZE_EMBEDDING = "ldm.encoders.sizes.SizeEmbedding"
 MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
 TEXT_ENCODERS = ("ldm.encoders.text.CLIPText", "ldm.encoders.text.OpenCLIPText")
 EMBEDDER_OPTIONS = ("is_trainable", "ucg_rate", "legacy_ucg_value")
-# Latent pixels; models with size conditioning are SDXL.
-IMAGE_SIZE, SDXL_IMAGE_SIZE = 64, 128
+IMAGE_SIZE, SDXL_IMAGE_SIZE = 64, 128  # latent pixels
 
 
 def translate_engine(
@@ -88,7 +86,7 @@ def translate_engine(
     conditioner = _translate_conditioner(params, f"{where}.conditioner_config", translate)
     encoders = conditioner["params"].values()
     in_channels, out_channels = (unet["params"].get(f"{k}_channels", 4) for k in ("in", "out"))
-    if in_channels == 2 * out_channels + 1:  # inpainting, only seen by its channels
+    if in_channels == 2 * out_channels + 1:  # inpainting, which only the channels show
         conditioner["params"]["masked"] = {"target": MASKED_IMAGE, "params": {}}
     is_sdxl = any(
         isinstance(spec, Mapping) and spec["target"] == SIZE_EMBEDDING for spec in encoders
@@ -116,11 +114,11 @@ def check_params(
     ignored: Collection[str],
     where: str,
 ) -> list[str]:
-    """Raise an error for unknown and missing parameters; return those of `ignored`.
+    """Raise an error for unknown and missing parameters; return those of `ignored`, as `file.key`.
 
     Args:
         name: Class of the original, for messages.
-        where: For messages, and the prefix of the returned keys.
+        where: File and key of the config, for messages.
     """
     check_names(f"parameter of {name}", params, {*used, *ignored}, where)
     for key in required:
@@ -130,7 +128,7 @@ def check_params(
 
 
 def name_encoders(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, str]:
-    """Return our names of encoders in the conditioner by index in the list of embedders.
+    """Return our names of encoders in the conditioner, by index in sgm's list of embedders.
 
     Args:
         targets: (our class, batch key) by index.
@@ -152,7 +150,7 @@ def _translate_conditioner(
     config = engine.get("conditioner_config") or {"params": {"emb_models": []}}
     params = (config.get("params") or {}) if isinstance(config, Mapping) else config
     if not isinstance(params, Mapping):
-        raise ConfigError(f"{where}: `{params}` should be a mapping of keys")
+        raise ConfigError(f"{where}: `params` must be a mapping, got `{params}`")
     allowed = ("emb_models", "force_uc_zero_embeddings")
     check_names("parameter of GeneralConditioner", params, allowed, where)
     embedders = params.get("emb_models") or []
@@ -165,7 +163,7 @@ def _translate_conditioner(
     targets = {i: (spec["target"], spec["params"].get("key")) for i, spec in specs.items()}
     encoders = {name: specs[i] for i, name in name_encoders(targets).items()}
     text_encoders = [spec for spec in specs.values() if spec["target"] in TEXT_ENCODERS]
-    # The original samples models of two text encoders with zeros for an empty negative prompt.
+    # For an empty negative prompt, the original has zeros if there are two text encoders.
     zeroed_keys = params.get("force_uc_zero_embeddings", ["txt"] if len(text_encoders) > 1 else [])
     for spec, embedder in zip(specs.values(), embedders, strict=True):
         if _get_input_key(embedder, where) in zeroed_keys:
@@ -204,7 +202,7 @@ def _get_input_key(embedder: JsonMapping, where: str) -> str:
 
 
 def _translate_denoiser(engine: JsonMapping, where: str) -> JsonObject:
-    """Return noise schedule, prediction type, and default options of sampling."""
+    """Return noise schedule, prediction type, and default sampling options."""
     denoiser = engine["denoiser_config"]
     name = _get_class_name(denoiser, DENOISER_PARAMS, where)
     params = denoiser.get("params") or {}
@@ -219,7 +217,7 @@ def _translate_denoiser(engine: JsonMapping, where: str) -> JsonObject:
     else:
         schedule = _make_continuous_schedule(engine.get("sampler_config") or {}, log_time, where)
         scheduler = "karras"
-    # 5 is the guidance scale of diffusers' SDXL pipelines.
+    # Guidance scale 5 is the default of diffusers' SDXL pipelines.
     defaults = {"scale": 5.0, "scheduler": scheduler} | (engine.get("defaults") or {})
     return {
         "schedule": schedule,
@@ -247,19 +245,19 @@ def _make_discrete_schedule(
         betas: Any = betas_from_sigmas(
             _compute_edm_sigmas(num_levels, **_fill_defaults(discretization, EDM_DEFAULTS, where))
         )
-    elif "given_betas" in discretization:  # ours: of a diffusers folder, as in `LatentDiffusion`
+    elif "given_betas" in discretization:  # an addition of ours, for diffusers folders
         betas = torch.tensor(discretization["given_betas"], dtype=torch.float64, device="cpu")
     else:
         beta_params = _get_beta_params(discretization, where)
         betas = {"target": "ldm.diffusion.schedule.make_betas", "params": beta_params}
-        if num_levels != beta_params["timesteps"]:  # sgm selects that many of the levels
+        if num_levels != beta_params["timesteps"]:  # sgm selects num_levels of them
             sigmas = Schedule(make_betas(**beta_params)).step_sigmas(num_levels, "sgm_uniform")
             betas = betas_from_sigmas(sigmas[:-1].flip(0))
     return {"target": "ldm.diffusion.schedule.Schedule", "params": {"betas": betas, **options}}
 
 
 def _make_continuous_schedule(sampler: JsonMapping, log_time: bool, where: str) -> JsonObject:
-    """Return a continuous schedule with the range of the sampler, as the denoiser has none."""
+    """Return a continuous schedule with the sampler's range of sigmas, as the denoiser has none."""
     config = (sampler.get("params") or {}).get("discretization_config") or {}
     discretization = dict(config.get("params") or {})
     if str(config.get("target", "")).endswith("LegacyDDPMDiscretization"):
@@ -279,7 +277,7 @@ def _get_beta_params(discretization: JsonMapping, where: str) -> JsonObject:
 
 
 def _fill_defaults(params: JsonMapping, defaults: JsonMapping, where: str) -> JsonObject:
-    """Return parameters with defaults for missing ones; raise UnknownName for unknown ones."""
+    """Add defaults for missing parameters; raise UnknownName for unknown parameters."""
     check_names("parameter", params, defaults, where)
     return {**defaults, **params}
 
@@ -287,13 +285,13 @@ def _fill_defaults(params: JsonMapping, defaults: JsonMapping, where: str) -> Js
 def _compute_edm_sigmas(
     num_levels: int, sigma_min: float, sigma_max: float, rho: float
 ) -> torch.Tensor:
-    """Compute the noise levels (num_levels,), ascending, of arXiv:2206.00364, eq. 5."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.linspace(low, high, num_levels, dtype=torch.float64, device="cpu") ** rho
+    """Compute the sigmas (num_levels,), ascending, of arXiv:2206.00364, eq. 5."""
+    start, end = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.linspace(start, end, num_levels, dtype=torch.float64, device="cpu") ** rho
 
 
 def _get_class_name(spec: JsonMapping, allowed: Collection[str], where: str) -> str:
-    """Return the class of a target, without its module."""
+    """Return the class name of a target, without its module."""
     name = str(spec.get("target", "")).rpartition(".")[2]
     if name not in allowed:
         raise unknown_name("target", spec.get("target", ""), allowed, where)

@@ -80,7 +80,7 @@ def test_another_suffix_is_refused(tmp_path):
         ({}, "no EMA weights"),
         (COUNTERS, "no EMA weights"),
         (EMA | {"model_ema.what": torch.ones(1)},
-         "(?s)1 EMA weights fit no name: `model_ema.*load it with `ema=False`"),
+         "(?s)1 EMA weights are not of this model: `model_ema.*load it with `ema=False`"),
     ],
 )  # fmt: skip
 def test_ema_weights_that_are_missing_or_unknown_are_an_error(tmp_path, ema, message):

@@ -125,12 +125,12 @@ def use_endpoint(monkeypatch, endpoint):
 @pytest.fixture
 def table(hub, monkeypatch, tmp_path):
     """Replaces the table: `table(sha256)` has one row, `small`, with two sources."""
-    monkeypatch.setattr(published, "TABLE", tmp_path / "table.csv")
+    monkeypatch.setattr(published, "TABLE_PATH", tmp_path / "table.csv")
 
     def write(sha256):
-        header = "name,title,licence,memory,bytes,sha256,sources"
+        header = "name,title,license,weights_gb,size,sha256,sources"
         row = f"small,Small,mit,0.1,~2000000,{sha256},{FIRST} {SECOND}"
-        published.TABLE.write_text(f"{header}\n{row}\n")
+        published.TABLE_PATH.write_text(f"{header}\n{row}\n")
         published.read_published_files.cache_clear()
 
     write(SHA256)
@@ -168,7 +168,7 @@ def test_a_file_is_downloaded_once_and_then_found_by_its_name(hub, download, tmp
     hub.files[FIRST] = CONTENT
     status, out, err = download("small")
     path = Path(out)
-    assert (status, err[0]) == (0, "small: Small, 0.00 GB, licence mit")
+    assert (status, err[0]) == (0, "small: Small, 0.00 GB, license mit")
     assert path.read_bytes() == CONTENT
     assert not path.is_symlink()
     assert find_cached_sha256(path) == SHA256
@@ -193,12 +193,14 @@ def test_loading_a_missing_file_does_not_download_it(hub, name):
 def test_another_process_continues_an_interrupted_download(hub, cache):
     hub.files[FIRST] = CONTENT
     part = leave_partial_file(cache, CONTENT[:1_500_000])
-    code = "import sys, pathlib as p, ldm.loading.published as m; m.TABLE = p.Path(sys.argv[1]);"
+    code = (
+        "import sys, pathlib as p, ldm.loading.published as m; m.TABLE_PATH = p.Path(sys.argv[1]);"
+    )
     command = [
         sys.executable,
         "-c",
         f"{code} print(m.download_checkpoint('small'))",
-        published.TABLE,
+        published.TABLE_PATH,
     ]
     env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(cache)}
     env = {**os.environ, **env, "PYTHONPATH": str(ROOT)}
@@ -233,7 +235,7 @@ def test_a_damaged_partial_file_is_fetched_again(hub, download, cache, size):
     [
         ((401, "RepoNotFound"), "`first/one` is not found, or private"),
         ((401, ""), "`first/one` is not found, or private"),
-        ((403, "GatedRepo"), "`first/one` is gated: accept its licence on "),
+        ((403, "GatedRepo"), "`first/one` is gated: accept its license on "),
         ((404, "EntryNotFound"), "`first/one` does not have this file"),
         ((403, ""), "`first/one` is refused: the server says 403"),
         (WRONG, f"SHA-256 mismatch for `{FIRST}`: expected {SHA256}, got {WRONG_SHA256}"),
@@ -379,7 +381,7 @@ def test_a_hub_address_may_name_a_file_or_a_diffusers_folder(hub, cache):
 def test_a_server_cannot_choose_where_files_are_written(hub, cache):
     hub.files["some/pipe/model_index.json"] = b'{"..": ["a", "B"]}'
     hub.files["some/pipe/../x.json"] = CONTENT
-    with pytest.raises(OSError, match=r"`\.\./x.json` is refused as the name of a file"):
+    with pytest.raises(OSError, match=r"file name `\.\./x.json` is refused"):
         resolve_checkpoint("hf:some/pipe")
     hub.files["some/pipe/v1.ckpt"], hub.etags["some/pipe/v1.ckpt"] = CONTENT, "../../x"
     with pytest.raises(OSError, match="does not answer as a hub does"):

@@ -91,7 +91,7 @@ def test_files_that_are_not_checkpoints_are_described_in_one_line(tmp_path, caps
     assert main([str(tmp_path / "absent.ckpt")]) == 1
     assert "no checkpoint" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 1
-    assert "is a folder: give a file of weights in it" in capsys.readouterr().err
+    assert "is a folder: pass a weights file in it" in capsys.readouterr().err
     (tmp_path / "page.ckpt").write_text("<html></html>")
     assert main([str(tmp_path / "page.ckpt")]) == 1
     assert "a web page" in capsys.readouterr().out

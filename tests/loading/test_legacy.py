@@ -147,7 +147,7 @@ def test_every_parameter_of_the_original_is_accepted():
     ):  # fmt: skip
         assert translate(read_params() | {key: None}) == translate(read_params()), key
     schedule = {"beta_schedule": "cosine", "cosine_s": 8e-3, "v_posterior": 0.5}
-    assert translate(read_params() | schedule)["target"] == legacy.MODEL
+    assert translate(read_params() | schedule)["target"] == legacy.LATENT_DIFFUSION
 
 
 def test_given_betas_make_the_schedule():

@@ -50,7 +50,7 @@ def test_a_conversion_keeps_the_authors_metadata_and_computes_a_new_hash(model_f
     assert "ModelSpec   author              Ann" in list(inspect_checkpoint(path).format_lines())
 
 
-def test_changed_weights_keep_the_licence_only():
+def test_changed_weights_keep_the_license_only():
     metadata = {**AUTHOR, "ss_network_dim": "4", "ldm.config": "model: x"}
     filtered = filter_metadata(metadata, keep_author_fields=False)
     assert filtered == {"modelspec.license": "CC0-1.0", "ldm.config": "model: x"}

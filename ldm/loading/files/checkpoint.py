@@ -1,4 +1,4 @@
-"""Read and write weights: `.ckpt` (zip or older pickles) and `.safetensors`, detected by content.
+"""Read and write weights: `.ckpt` (zip, or older pickles) and `.safetensors`, detected by content.
 
 Pickled code is never executed, see `pickles`. Files are memory-mapped: a tensor takes memory only
 when it is used.
@@ -36,32 +36,32 @@ __all__ = [
     "release_pages", "to_ema_name", "use_ema_weights", "write_checkpoint",
 ]  # fmt: skip
 
-CONFIG_KEY = "ldm.config"  # metadata key of the model's YAML
+CONFIG_KEY = "ldm.config"  # metadata key of the text of the model's YAML
 # Metadata key of the SHA-256 of all tensors' bytes, computed while a .safetensors is written.
 TENSOR_HASH_KEY = "modelspec.hash_sha256"
 MAX_TENSORS = 20_000
 MAX_DEPTH = 8  # of mappings within mappings
 MAX_NODES = 1_000_000  # values in an entry of a pickle, which may contain itself many times
-MAX_HEADER = 100_000_000  # bytes, of a .safetensors
-# Magic number of torch.save's format before zip, pickled.
+MAX_HEADER_BYTES = 100_000_000  # of a .safetensors
+# Pickled magic number of torch.save's format before version 1.6.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 UNSUPPORTED_FORMATS = {  # description -> first bytes of the file, in lower case
     "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
     "a pickle that `torch.save` did not write, refused": (b"\x80",),
-    "a GGUF file, quantised weights are not supported": (b"gguf",),
+    "a GGUF file, quantized weights are not supported": (b"gguf",),
     "an HDF5 file, perhaps of Keras, which is not supported": (b"\x89hdf",),
     "an image, not weights": (b"\x89png", b"\xff\xd8\xff", b"riff"),
     "an archive, which must be unpacked first": (b"7z\xbc\xaf", b"rar!", b"\x1f\x8b"),
     "a JSON text, not weights: an index of shards, or a failed download": (b"{", b"[", b'"'),
 }
-# Entries that contain the weights of a model, possibly nested.
+# Names of entries that contain the weights of a model, possibly nested.
 WEIGHT_ENTRIES = ("state_dict", "model_state_dict", "model", "module", "weights")
-EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")  # beside the weights
-# The entry with the weights of k-diffusion's upscaler, which are its EMA, and a name in it.
+EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")
+# Of k-diffusion's upscaler: the entry with its weights, which are EMA weights, and one of them.
 K_DIFFUSION_ENTRY, K_DIFFUSION_NAME = "model_ema", "inner_model.mapping_cond.weight"
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
-# Weights in a folder; the first pattern that matches counts: a pipeline, a component, pickles.
-FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
+# Patterns of weights files in a folder (pipeline or component); the first with a match is used.
+FOLDER_PATTERNS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -76,7 +76,7 @@ class Checkpoint:
 
     Args:
         format: "zip", "legacy" or "safetensors"; "diffusers" for a folder.
-        state: Weights by name as in the file, without EMA weights.
+        state: Weights by name in the file, without EMA weights.
         step: Training step; None = unknown.
         memory_mapped: Whether tensors are memory-mapped from the file.
         extras: Names of entries beside the weights (`global_step` …).
@@ -97,21 +97,21 @@ class Checkpoint:
 
     @property
     def has_ema(self) -> bool:
-        """Whether the file has EMA weights, not only their counters."""
+        """Whether the file has EMA weights, not just their counters."""
         return not self.ema_state.keys() <= EMA_COUNTERS
 
     @property
     def has_original_ema(self) -> bool:
-        """Whether it has EMA weights among the others, as the original, not in their own entry."""
+        """Whether EMA weights are in the state dict, as the original's, not in a separate entry."""
         return self.has_ema and not {*EMA_ENTRIES}.intersection(self.extras)
 
 
 @dataclass(frozen=True)
 class ComputedTensor:
-    """A tensor that is computed when it is written, so that one at a time is in memory.
+    """A tensor that is computed when it is written, so that only one at a time is in memory.
 
     Args:
-        compute: Returns the tensor; called when it is written.
+        compute: Returns the tensor.
     """
 
     shape: torch.Size
@@ -163,30 +163,30 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def to_ema_name(name: str) -> str:
-    """Convert the original's name of a weight to that of its buffer in LitEma, without dots."""
+    """Convert the original's name of a weight to that of its EMA in LitEma, which has no dots."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
 def use_ema_weights(
     state: dict[str, Tensor], ema_state: Mapping[str, Tensor], names: Mapping[str, str], path: Path
 ) -> None:
-    """Replace weights of `state`, in place, by their EMA; add those that only have an EMA.
+    """Replace weights of `state`, in place, by EMA weights; add EMA weights of missing ones.
 
     Args:
-        names: Name in `state` by the original's name.
+        names: Original name of a weight -> its name in `state`.
     """
     unused = ema_state.keys() - EMA_COUNTERS
     if not unused:
         message = f"`{path}` has no EMA weights\nhint: load it without `ema`"
         raise ArgumentError(message, "ema")
-    for original, name in names.items():
-        key = to_ema_name(original)
+    for original_name, name in names.items():
+        key = to_ema_name(original_name)
         if key in ema_state:
             state[name] = ema_state[key]
             unused.discard(key)
     if unused:
         examples = ", ".join(f"`{key}`" for key in sorted(unused)[:10])
-        message = f"`{path}`: {len(unused)} EMA weights fit no name: {examples}"
+        message = f"`{path}`: {len(unused)} EMA weights are not of this model: {examples}"
         raise FileFormatError(f"{message}\nhint: load it with `ema=False`", "ema")
 
 
@@ -201,19 +201,19 @@ def write_checkpoint(
 ) -> None:
     """Write weights atomically, as `.safetensors`, `.ckpt` or `.pth` by the suffix of the path.
 
-    A `.pth` has them under `model_ema`, like the file of k-diffusion's upscaler.
+    A `.pth` has them in the entry `model_ema`, as the file of k-diffusion's upscaler.
 
     Args:
-        state: Names as in the file; see `weight_names.restore_names`.
-        metadata: Read back as `Checkpoint.metadata`. If TENSOR_HASH_KEY is in it, with any value, a
-            `.safetensors` gets the hash of its tensors there. None = none.
-        dtype: To cast floating-point tensors to; None leaves them as they are.
-        memory_mapped: Whether tensors are memory-mapped; their pages are released once written.
-        progress: Called with the size in bytes of each tensor once it is written.
+        state: Tensors by name in the file; see `weight_names.restore_names`.
+        metadata: Read back as `Checkpoint.metadata`. If it has TENSOR_HASH_KEY, with any value, the
+            hash of the tensors is written there, in a `.safetensors`. None = no metadata.
+        dtype: Dtype of floating-point tensors in the file; None = unchanged.
+        memory_mapped: Whether tensors are memory-mapped; their pages are released after writing.
+        progress: Called with the size in bytes of each tensor after it is written.
     """
     path, metadata = Path(path), dict(metadata or {})
     suffix = path.suffix.lower()
-    has_hash = metadata.pop(TENSOR_HASH_KEY, None) is not None
+    writes_hash = metadata.pop(TENSOR_HASH_KEY, None) is not None
     if suffix not in (".safetensors", ".ckpt", ".pth"):
         raise ArgumentError(f"`{path}`: the name must end in `.safetensors`, `.ckpt` or `.pth`")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,8 +224,8 @@ def write_checkpoint(
     with write_atomically(path, sync=True) as temporary:
         try:
             if suffix == ".safetensors":
-                texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
-                _write_safetensors(temporary, tensors, texts, progress, has_hash)
+                header = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
+                _write_safetensors(temporary, tensors, header, progress, writes_hash)
             else:
                 weights = {}
                 for name, tensor in tensors.items():
@@ -239,7 +239,7 @@ def write_checkpoint(
 
 
 def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight in another dtype; raise ArgumentError if it overflows."""
+    """Return a weight cast to a dtype; raise ArgumentError if it overflows."""
     if has_overflow(value, dtype):
         raise _make_overflow_error([name], dtype)
     return value.to(dtype)
@@ -248,7 +248,7 @@ def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def detect_format(path: Path) -> str:
     """Return the format of a file by its first bytes: "zip", "legacy" or "safetensors".
 
-    "legacy" are the pickles that torch.save wrote before version 1.6.
+    "legacy" is the format of torch.save before version 1.6.
 
     Raises:
         MissingFile: There is no such file.
@@ -270,13 +270,13 @@ def detect_format(path: Path) -> str:
         return "safetensors"
     first_bytes = first_bytes.lower()
     formats = UNSUPPORTED_FORMATS.items()
-    actual = next((title for title, prefixes in formats if first_bytes.startswith(prefixes)), None)
-    if header_size <= MAX_HEADER:
-        actual = "damaged, perhaps an incomplete download"
+    problem = next((title for title, prefixes in formats if first_bytes.startswith(prefixes)), None)
+    if header_size <= MAX_HEADER_BYTES:
+        problem = "damaged, perhaps an incomplete download"
     if b"<html" in first_bytes or b"<!doctype" in first_bytes:
-        actual = "a web page, probably a failed download"
-    actual = actual or ("not a checkpoint" if first_bytes else "an empty file")
-    raise FileFormatError(f"`{path}` is {actual}")
+        problem = "a web page, probably a failed download"
+    problem = problem or ("not a checkpoint" if first_bytes else "an empty file")
+    raise FileFormatError(f"`{path}` is {problem}")
 
 
 def opens_quickly(path: Path) -> bool:
@@ -289,19 +289,19 @@ def compute_short_hash(path: str | Path) -> str:
     path = Path(path).expanduser()
     if not path.is_dir():
         return get_sha256(path)[:10]
-    matches = (sorted(path.glob(pattern)) for pattern in FOLDER_WEIGHTS)
+    matches = (sorted(path.glob(pattern)) for pattern in FOLDER_PATTERNS)
     return get_sha256(*next(filter(None, matches), []))[:10]
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Release the memory of a mapped tensor that was copied; it is read again if it is used.
+    """Release the pages of a memory-mapped tensor; they are read again if it is used.
 
-    Only for tensors of a `memory_mapped` checkpoint: others could lose their values. Tensors
-    computed from mapped ones, as in diffusers folders, are in torch's own memory and stay there.
+    Only for tensors of a `memory_mapped` checkpoint: others could lose their values. Nothing is
+    done for tensors computed from mapped ones, as in diffusers folders, which torch has allocated.
     """
-    if tensor.untyped_storage().resizable():  # allocated by torch, so not mapped
+    if tensor.untyped_storage().resizable():  # allocated by torch
         return
-    # madvise takes whole pages: only those that belong to this tensor alone.
+    # madvise takes whole pages: those with bytes of other tensors are not released.
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
@@ -313,9 +313,9 @@ def release_pages(tensor: Tensor) -> None:
 def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER:
+        if length > MAX_HEADER_BYTES:
             raise FileFormatError(f"`{path}`: a header of {length} bytes is refused")
-        # Each tensor has one; counted before safetensors builds objects for all of them.
+        # One for each tensor; counted before safetensors builds objects for all of them.
         count = file.read(length).count(b'"data_offsets"')
     if count > MAX_TENSORS:
         raise FileFormatError(f"`{path}`: {count} tensors are refused, at most {MAX_TENSORS}")
@@ -329,25 +329,25 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
 
 
 def _unwrap(content: JsonMapping, path: Path) -> tuple[JsonMapping, JsonObject]:
-    """Return (mapping that contains the weights of a file, entries beside the weights)."""
+    """Return (mapping with the weights of a file, entries beside the weights)."""
     entries: JsonObject = {}
     ema = content.get(K_DIFFUSION_ENTRY)
     if isinstance(ema, Mapping) and K_DIFFUSION_NAME in ema:
         weight_entries = (*WEIGHT_ENTRIES, *EMA_ENTRIES)
         return ema, {str(k): v for k, v in content.items() if k not in weight_entries}
     for _ in range(MAX_DEPTH):  # a malicious mapping may contain itself
-        inner = next((key for key in WEIGHT_ENTRIES if _has_weights(content.get(key))), None)
-        if inner is None:
+        weights_key = next((key for key in WEIGHT_ENTRIES if _has_weights(content.get(key))), None)
+        if weights_key is None:
             break
-        entries |= {str(key): value for key, value in content.items() if key != inner}
-        content = content[inner]
-    # Entries beside bare weights are those without a tensor. `_flatten` needs any prefix.
+        entries |= {str(key): value for key, value in content.items() if key != weights_key}
+        content = content[weights_key]
+    # Beside weights without a wrapper: entries without a tensor. `_flatten` needs any prefix.
     entries |= {str(k): v for k, v in content.items() if not any(_flatten(v, path, "."))}
     return content, entries
 
 
 def _has_weights(node: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> bool:
-    """Return whether a node is a mapping of tensors by name, possibly within wrappers.
+    """Return whether a node is a mapping of tensors by name, or a wrapper of one.
 
     Args:
         seen: The ids of mappings that contain the node.
@@ -381,7 +381,7 @@ def _flatten(
     """Yield (name, tensor) of nested mappings and lists; names are joined by dots.
 
     Args:
-        counter: Counts the values, of which MAX_NODES are allowed; None = from 0.
+        counter: Counter of values, of which MAX_NODES are allowed; None = a new one.
     """
     counter = itertools.count() if counter is None else counter
     if next(counter) > MAX_NODES:
@@ -415,10 +415,10 @@ def _make_overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> Arg
 
 @dataclass(frozen=True)
 class _TensorToWrite:
-    """A tensor to compute, cast and copy when it is written."""
+    """A tensor that is computed, cast and copied when it is written."""
 
     source: Tensor | ComputedTensor
-    target_dtype: torch.dtype | None  # None = that of the source
+    target_dtype: torch.dtype | None  # None = the dtype of the source
     memory_mapped: bool
 
     @property
@@ -453,19 +453,19 @@ class _TensorToWrite:
 
 def _write_safetensors(
     path: Path,
-    state: Mapping[str, _TensorToWrite],
+    tensors: Mapping[str, _TensorToWrite],
     metadata: Mapping[str, str],
     progress: Callable[[int], object],
-    has_hash: bool,
+    writes_hash: bool,
 ) -> None:
     """Write length of the header, header, and one tensor after the other."""
-    # Widest dtypes first, so that each tensor is aligned to its element size.
-    order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
-    placeholder = {TENSOR_HASH_KEY: _format_hash(b"")} if has_hash else {}
+    # The widest dtypes first, so that each tensor is aligned to its element size.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    placeholder = {TENSOR_HASH_KEY: _format_hash(b"")} if writes_hash else {}
     header: JsonObject = {"__metadata__": placeholder | dict(metadata)}
     end = 0
-    for name in order:
-        dtype, shape = state[name].dtype, list(state[name].source.shape)
+    for name in names:
+        dtype, shape = tensors[name].dtype, list(tensors[name].source.shape)
         if dtype not in SAFETENSORS_DTYPES:
             raise FileFormatError(f"`{name}`: a .safetensors does not support {dtype}")
         start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -477,20 +477,20 @@ def _write_safetensors(
     digest = hashlib.sha256()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            value = state[name].make_contiguous()
+        for name in names:
+            value = tensors[name].make_contiguous()
             data = value.reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
-            if has_hash:
+            if writes_hash:
                 digest.update(data)
             progress(value.nbytes)
-            if state[name].memory_mapped:
+            if tensors[name].memory_mapped:
                 release_pages(value)
-        if has_hash:  # replaces the placeholder of the same length
+        if writes_hash:  # replaces the placeholder of the same length
             file.seek(8 + text.index(_format_hash(b"").encode()))
             file.write(_format_hash(digest.digest()).encode())
 
 
 def _format_hash(digest: bytes) -> str:
-    """Return a digest in ModelSpec's format; for an empty one, zeros of the same length."""
+    """Return a digest in ModelSpec's format; if it is empty, zeros of the same length."""
     return f"0x{digest.hex():0<64}"

@@ -1,7 +1,7 @@
 """Load the mean and standard deviation of CLIP's embeddings, which stable unCLIP-L needs.
 
-Some checkpoints contain them; else they are read from a given file (`ViT-L-14_stats.th`, of the
-Karlo project), or from its path in the config or in the checkpoint's folder.
+Some checkpoints contain them. For others they are read from `ViT-L-14_stats.th` of the Karlo
+project: a given file, at its path in the config, or in the checkpoint's folder.
 """
 
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ def load_clip_statistics(
 ) -> None:
     """Set the statistics of an unCLIP model; do nothing for other models.
 
-    If none are found, the model raises an error when it is used.
+    If no statistics are found, the model raises an error when it is used.
 
     Args:
-        clip_stats: File to read; None = from `buffers`, else from a file near the checkpoint.
-        buffers: Buffers of the checkpoint, with `noise_augmentor.data_mean` and `data_std` if it
-            contains statistics; None = it has no buffers.
+        clip_stats: File of statistics; None = from `buffers`, else from a file near the checkpoint.
+        buffers: Buffers of the checkpoint: statistics are `noise_augmentor.data_mean` and
+            `noise_augmentor.data_std`. None = no buffers.
     """
     image = conditioner.find(ImageEmbedding)
     if image is None:
@@ -50,7 +50,7 @@ def load_clip_statistics(
 
 
 def get_clip_statistics(conditioner: Conditioner) -> dict[str, Tensor]:
-    """Return the statistics of an unCLIP model as tensors of its file; {} if it has none."""
+    """Return the statistics of an unCLIP model under their names in files; {} if it has none."""
     image = conditioner.find(ImageEmbedding)
     if image is None or image.noise.clip_stats_path is None or image.noise.statistics is None:
         return {}
@@ -59,18 +59,19 @@ def get_clip_statistics(conditioner: Conditioner) -> dict[str, Tensor]:
 
 
 def read_clip_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation, (D,) each, of CLIP's embeddings."""
+    """Return the mean and standard deviation of CLIP's embeddings, (D,) each."""
     path = Path(path)
     content, _ = load_pickle(path, detect_format(path))
-    values = list(content.values()) if isinstance(content, Mapping) else content
-    has_two = isinstance(values, list | tuple) and len(values) == 2
-    if not has_two or not all(isinstance(value, Tensor) for value in values):
+    tensors = list(content.values()) if isinstance(content, Mapping) else content
+    has_two = isinstance(tensors, list | tuple) and len(tensors) == 2
+    if not has_two or not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise FileFormatError(f"`{path}` does not contain a mean and a standard deviation")
-    return values[0].float().flatten(), values[1].float().flatten()
+    mean, std = tensors
+    return mean.float().flatten(), std.float().flatten()
 
 
 def find_near_checkpoint(ckpt: Path, path: str | None) -> Path | None:
-    """Return the file at a path, else that of the same name in the checkpoint's folder, or None."""
+    """Return the file at a path, or the file of its name in the checkpoint's folder, or None."""
     if path is None:
         return None
     try:

@@ -1,6 +1,6 @@
 """Read and write `.latent` files in ComfyUI's format: one latent, in the autoencoder's scale.
 
-Ours also contain the generation info of the image, and the latent space.
+Our files also contain the generation parameters of the image, and the latent space.
 """
 
 import json
@@ -23,8 +23,8 @@ __all__ = ["LATENT_SUFFIX", "StoredLatent", "list_latents", "load_latent", "save
 
 LATENT_SUFFIX = ".latent"
 LATENT_KEY, VERSION_KEY = "latent_tensor", "latent_format_version_0"  # names of tensors
-INFO_KEY, SPACE_KEY = "ldm", "ldm.latent_space"  # of the metadata
-# ComfyUI's files without a version are in the UNet's scale of SD 1 and 2.
+PARAMETERS_KEY, SPACE_KEY = "ldm", "ldm.latent_space"  # of the metadata
+# Latents in ComfyUI's files without a version are in the scale of SD 1 and 2's UNet.
 UNVERSIONED_SCALE_FACTOR = 0.18215
 
 
@@ -34,7 +34,7 @@ class StoredLatent:
 
     Args:
         latent: (1, C, h, w) float32, in the autoencoder's scale.
-        space: Latent space of the model that it is from; None = unknown.
+        space: Latent space of its model; None = unknown.
     """
 
     path: str | Path
@@ -45,7 +45,7 @@ class StoredLatent:
         """Return the latent (1, C, h, w) in the scale of a model's UNet.
 
         Raises:
-            ArgumentError: It is from another kind of model.
+            ArgumentError: The latent space is that of another model.
         """
         expected = model.latent_space
         channels = self.latent.shape[1]
@@ -58,14 +58,16 @@ class StoredLatent:
         return model.normalize(self.latent)
 
 
-def save_latent(path: str | Path, z: Tensor, model: LatentDiffusion, info: JsonMapping) -> None:
-    """Write a latent (C, h, w) in the scale of a model's UNet, with the `info` of its image."""
+def save_latent(
+    path: str | Path, z: Tensor, model: LatentDiffusion, parameters: JsonMapping
+) -> None:
+    """Write a latent (C, h, w) in the scale of a model's UNet, with its generation parameters."""
     latent = model.denormalize(z[None].detach().float())
     tensors = {LATENT_KEY: latent.cpu().contiguous(), VERSION_KEY: torch.empty(0)}
     space = json.dumps(asdict(model.latent_space))
-    texts = {INFO_KEY: json.dumps(info, default=str), SPACE_KEY: space}
+    metadata = {PARAMETERS_KEY: json.dumps(parameters, default=str), SPACE_KEY: space}
     with write_atomically(path) as temporary:
-        temporary.write_bytes(save(tensors, texts))
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def load_latent(path: str | Path) -> StoredLatent:

@@ -1,9 +1,9 @@
 """Read pickled checkpoints without executing code in them.
 
 A pickle may import and call anything. torch's restricted unpickler allows only the few functions
-that rebuild tensors; this module adds stand-ins for other names in published files, from old
-training frameworks: empty classes, so that neither Lightning nor numpy must be installed or
-trusted. There is no unsafe fallback.
+that rebuild tensors. For other names in published files, of training frameworks, this module adds
+stand-ins: empty classes, so that neither Lightning nor numpy must be installed or trusted. There is
+no unsafe fallback.
 
 A TorchScript archive contains code and a pickle of modules. Its weights are copied to a temporary
 archive without the code, and read in the same way, with stand-ins for the modules.
@@ -26,25 +26,26 @@ from ldm.runtime.errors import FileFormatError
 
 __all__ = ["list_foreign_imports", "list_pickle_imports", "load_pickle"]
 
-MAX_PICKLE = 100_000_000  # bytes
+MAX_PICKLE_BYTES = 100_000_000
 MAX_MEMBERS = 100_000
-TORCH_MEMBER = re.compile(  # files in an archive of torch.save
+TORCH_SAVE_MEMBER = re.compile(  # files in an archive of torch.save
     r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment"
     r"|\.data/serialization_id)"
 )
 MIN_TORCH_VERSION = (2, 10)  # the restricted unpickler of older versions was not safe
-SCRIPT_MARKER = "/constants.pkl"  # a member that only TorchScript archives have
-SCRIPT_MODULE = re.compile(r"__torch__\.[\w.]+")
-SCRIPT_FUNCTION = re.compile(r"torch\.jit\._pickle\.\w+")  # for attributes other than weights
-# Names that error messages do not list; this does not allow anything.
+NUM_LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of storages
+TORCHSCRIPT_MEMBER = "/constants.pkl"  # only TorchScript archives have it
+TORCHSCRIPT_MODULE = re.compile(r"__torch__\.[\w.]+")
+TORCHSCRIPT_FUNCTION = re.compile(r"torch\.jit\._pickle\.\w+")  # for attributes other than weights
+# Names that error messages do not list; this does not allow to import them.
 HARMLESS_IMPORT = re.compile(
     r"collections\.OrderedDict|torch\.(_utils\._rebuild_\w+|\w+Storage|\w+\d+|Size)"
     r"|__builtin__\.(dict|list|long)"
-    rf"|{SCRIPT_MODULE.pattern}|{SCRIPT_FUNCTION.pattern}"
+    rf"|{TORCHSCRIPT_MODULE.pattern}|{TORCHSCRIPT_FUNCTION.pattern}"
 )
 
-# Names in the training states of published files, replaced by stand-ins.
-IGNORED_NAMES = (
+# Names in the training states of published files that are replaced by stand-ins.
+STAND_IN_NAMES = (
     "_codecs.encode",
     "argparse.Namespace",
     "builtins.dict",
@@ -95,9 +96,9 @@ class ScriptModule(dict[str, Any]):
         self.update(state if isinstance(state, dict) else {})
 
 
-# One class for each name, as files use such classes as dictionary keys.
+# A class for each name, as files use these classes as dictionary keys.
 STAND_INS: list[tuple[type, str]] = [
-    (type(name.rpartition(".")[2], (StandIn,), {}), name) for name in IGNORED_NAMES
+    (type(name.rpartition(".")[2], (StandIn,), {}), name) for name in STAND_IN_NAMES
 ]
 STAND_INS.append((ParameterDict, "torch.nn.modules.container.ParameterDict"))
 
@@ -117,17 +118,19 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
             f"`{path}`: reading pickles safely needs torch 2.10 or newer, this is "
             f"{torch.__version__}\nhint: any version reads .safetensors files"
         )
-    is_script = file_format == "zip" and _check_members(path)
-    script_stand_ins = _make_script_stand_ins(path) if is_script else []
+    is_torchscript = file_format == "zip" and _check_members(path)
+    torchscript_stand_ins = _make_torchscript_stand_ins(path) if is_torchscript else []
     try:
         with (
-            torch.serialization.safe_globals([*STAND_INS, *script_stand_ins]),
+            torch.serialization.safe_globals([*STAND_INS, *torchscript_stand_ins]),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
             # torch.load detects .safetensors by the suffix only, and memory-maps only paths.
-            memory_mapped = file_format == "zip" and path.suffix != ".safetensors" and not is_script
-            with _copy_without_code(path) if is_script else path.open("rb") as file:
+            memory_mapped = (
+                file_format == "zip" and path.suffix != ".safetensors" and not is_torchscript
+            )
+            with _copy_without_code(path) if is_torchscript else path.open("rb") as file:
                 source: Any = str(path) if memory_mapped else file
                 content = torch.load(
                     source, map_location="cpu", weights_only=True, mmap=memory_mapped
@@ -151,12 +154,12 @@ def list_pickle_imports(path: Path, file_format: str) -> list[str]:
     if file_format == "zip":
         with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                if member.filename.endswith(".pkl") and member.file_size <= MAX_PICKLE:
+                if member.filename.endswith(".pkl") and member.file_size <= MAX_PICKLE_BYTES:
                     with archive.open(member) as file:
                         names.update(_list_imports(file))
     else:
         with path.open("rb") as file:
-            for _ in range(5):  # magic number, protocol, system, content, names of storages
+            for _ in range(NUM_LEGACY_PICKLES):
                 names.update(_list_imports(file))
     return sorted(names)
 
@@ -164,14 +167,14 @@ def list_pickle_imports(path: Path, file_format: str) -> list[str]:
 def list_foreign_imports(path: Path, file_format: str) -> list[str]:
     """Return the names in `list_pickle_imports` that weights do not need."""
     names = list_pickle_imports(path, file_format)
-    return [n for n in names if n not in IGNORED_NAMES and not HARMLESS_IMPORT.fullmatch(n)]
+    return [n for n in names if n not in STAND_IN_NAMES and not HARMLESS_IMPORT.fullmatch(n)]
 
 
-def _make_script_stand_ins(path: Path) -> list[tuple[type, str]]:
+def _make_torchscript_stand_ins(path: Path) -> list[tuple[type, str]]:
     """Return a stand-in for each class and function in a TorchScript archive."""
     stand_ins: list[tuple[type, str]] = []
     for name in list_pickle_imports(path, "zip"):
-        for pattern, base in ((SCRIPT_MODULE, ScriptModule), (SCRIPT_FUNCTION, StandIn)):
+        for pattern, base in ((TORCHSCRIPT_MODULE, ScriptModule), (TORCHSCRIPT_FUNCTION, StandIn)):
             if pattern.fullmatch(name):
                 stand_ins.append((type(name.rpartition(".")[2], (base,), {}), name))
     return stand_ins
@@ -183,7 +186,7 @@ def _copy_without_code(path: Path) -> Iterator[IO[bytes]]:
     with tempfile.TemporaryFile() as copy:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as weights:
             for member in archive.infolist():
-                if TORCH_MEMBER.fullmatch(member.filename):
+                if TORCH_SAVE_MEMBER.fullmatch(member.filename):
                     target = weights.open(member.filename, "w", force_zip64=True)
                     with archive.open(member) as source, target:
                         shutil.copyfileobj(source, target)
@@ -195,7 +198,7 @@ def _check_members(path: Path) -> bool:
     """Return whether a zip file is a TorchScript archive, of which only weights are read.
 
     Raises:
-        FileFormatError: torch.save would not write such a file.
+        FileFormatError: The file was not written by torch.save.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -203,16 +206,16 @@ def _check_members(path: Path) -> bool:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         message = f"`{path}` is damaged, perhaps an incomplete download: {error}"
         raise FileFormatError(message) from error
-    is_script = any(member.filename.endswith(SCRIPT_MARKER) for member in members)
+    is_torchscript = any(member.filename.endswith(TORCHSCRIPT_MEMBER) for member in members)
     problem = None
-    if is_script:
-        members = [member for member in members if TORCH_MEMBER.fullmatch(member.filename)]
+    if is_torchscript:
+        members = [member for member in members if TORCH_SAVE_MEMBER.fullmatch(member.filename)]
     for member in members:
-        if not TORCH_MEMBER.fullmatch(member.filename):
+        if not TORCH_SAVE_MEMBER.fullmatch(member.filename):
             problem = f"`{member.filename}` does not belong in a checkpoint"
         elif member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             problem = f"`{member.filename}` is compressed"
-        elif member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE:
+        elif member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE_BYTES:
             problem = f"a pickle of {member.file_size} bytes"
     names = [member.filename for member in members]
     if len(set(names)) < len(names) or sum(name.endswith("/data.pkl") for name in names) != 1:
@@ -221,14 +224,14 @@ def _check_members(path: Path) -> bool:
         problem = f"{len(names)} members"
     if problem:
         raise FileFormatError(f"`{path}` is refused: {problem}")
-    return is_script
+    return is_torchscript
 
 
 def _ends_in_pickle(path: Path) -> bool:
-    """Return whether a file of the older format ends within one of its five pickles."""
+    """Return whether a file of the older format ends within one of its pickles."""
     with path.open("rb") as file:
         try:
-            for _ in range(5):
+            for _ in range(NUM_LEGACY_PICKLES):
                 for _ in pickletools.genops(file):
                     pass
         except (ValueError, EOFError, IndexError):
