@@ -119,10 +119,10 @@ def _parse(
         if overrides:
             changes = _rename_keys(OmegaConf.from_dotlist(list(overrides)), rename)
             config = OmegaConf.merge(config, changes)
-        raw: Any = OmegaConf.to_container(config, resolve=False)
+        config_dict: Any = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError, TypeError) as error:
         raise ConfigError(f"{where}: {_to_one_line(error)}") from error
-    resolved: JsonObject = _Resolver(raw, where).resolve(raw)
+    resolved: JsonObject = _Resolver(config_dict, where).resolve(config_dict)
     return resolved
 
 
@@ -133,16 +133,16 @@ def _rename_keys(config: Any, rename: KeyRenamer | None) -> Any:
     return OmegaConf.create(rename(values))
 
 
-def check_overrides(raw: JsonMapping, overrides: Iterable[str], where: str) -> None:
+def check_overrides(config_dict: JsonMapping, overrides: Iterable[str], where: str) -> None:
     """Raise UnknownName for an override that no component reads, such as `model.param.x=1`.
 
     Parameters of classes are checked by `instantiate`.
 
     Args:
-        raw: The config with the overrides applied.
+        config_dict: The config with the overrides applied.
     """
     for override in overrides:
-        node: Any = raw
+        node: Any = config_dict
         prefix = ""
         for key in override.partition("=")[0].split("."):
             if not isinstance(node, Mapping):
@@ -153,9 +153,9 @@ def check_overrides(raw: JsonMapping, overrides: Iterable[str], where: str) -> N
             node, prefix = node.get(key), f"{prefix}{key}."
 
 
-def format_yaml(raw: JsonMapping) -> str:
+def format_yaml(config_dict: JsonMapping) -> str:
     """Return a config as YAML, which `parse_yaml` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(dict(raw)))
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config_dict)))
 
 
 class _Resolver:

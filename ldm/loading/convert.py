@@ -161,15 +161,15 @@ def plan_conversion(
     if config_text is None and (loras or not is_file):
         message = f"the family of `{file.path}` is unknown\nhint: pass its config"
         raise MissingArgument(message, "config")
-    raw = parse_yaml(config_text) if config_text else {}
-    model = build_on_meta(raw) if config_text else None
+    config_dict = parse_yaml(config_text) if config_text else {}
+    model = build_on_meta(config_dict) if config_text else None
     file = to_original_names(file, model, ema=ema)
     summary: list[str] = []
     if vae is not None:
         with errors_about("vae"):
-            file = _replace_autoencoder(file, model, raw, vae)
-        if config_text and parse_yaml(config_text) != raw:
-            config_text = format_yaml(raw)
+            file = _replace_autoencoder(file, model, config_dict, vae)
+        if config_text and parse_yaml(config_text) != config_dict:
+            config_text = format_yaml(config_dict)
         summary.append(f"autoencoder taken from {vae}")
     if text_encoder is not None:
         with errors_about("text_encoder"):
@@ -205,7 +205,7 @@ def plan_conversion(
     else:
         if isinstance(model, LatentDiffusion) and isinstance(model.unet, LatentUpscalerUNet):
             check_upscaler(rename_weights(file.state), file.path)
-        text_files, components = build_folder(file, raw, clip_stats)
+        text_files, components = build_folder(file, config_dict, clip_stats)
         weights = {get_weights_path(c, text_files, variant): s for c, s in components.items() if s}
     for path, state in weights.items():
         size = _count_bytes(state, dtype) / 1e9
@@ -295,12 +295,12 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     else:
         weights.prediction_type = probe_weights(weights)
         try:
-            path, raw = read_config(weights, config)
+            path, config_dict = read_config(weights, config)
         except MissingArgument:
             return None
         config_text = read_config_text(path)
-        if parse_yaml(config_text) != raw:  # adapted to markers and shapes of the weights
-            config_text = format_yaml(raw)
+        if parse_yaml(config_text) != config_dict:  # adapted to markers and shapes of the weights
+            config_text = format_yaml(config_dict)
     model = parse_yaml(config_text).get("model")
     params = model.get("params") if not is_model and isinstance(model, Mapping) else None
     if isinstance(params, Mapping) and AUTOENCODER_CONFIG in params:
@@ -380,8 +380,8 @@ def _replace_autoencoder(
     if isinstance(model, LatentDiffusion):
         autoencoder: nn.Module = model.autoencoder
     else:
-        raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")["model"]["params"]
-        autoencoder = build_on_meta(raw[AUTOENCODER_CONFIG])
+        config_dict = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")["model"]["params"]
+        autoencoder = build_on_meta(config_dict[AUTOENCODER_CONFIG])
     if read_tiny_autoencoder(vae) is not None:
         message = "is TAESD, which checkpoints cannot contain: pass it when making images"
         raise ArgumentError(f"`{vae}` {message}", "vae")

@@ -246,9 +246,9 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
 def _compare_with_config(report: Report, weights: Weights, config: str | Path | None) -> None:
     """Set a report's config, missing and unexpected weights, and its family if it is unknown."""
     try:
-        path, raw = read_config(weights, config)
+        path, config_dict = read_config(weights, config)
         report.config, where = path, Path(path).name
-        model = build_on_meta(raw, where=where)
+        model = build_on_meta(config_dict, where=where)
     except MissingArgument as error:
         report.note = f"no config to compare with: {str(error).splitlines()[0]}"
         return
@@ -266,6 +266,6 @@ def _compare_with_config(report: Report, weights: Weights, config: str | Path | 
             report.note = f"needs {titles} from another file, such as Stable Diffusion 1"
         expected = {n: v for n, v in expected.items() if not n.startswith(tuple(missing))}
     is_sgm = has_sgm_names(expected)
-    report.uses_ema = weights.checkpoint.has_original_ema and asks_for_ema(raw)
+    report.uses_ema = weights.checkpoint.has_original_ema and asks_for_ema(config_dict)
     report.missing = [to_original_name(n, sgm=is_sgm) for n in expected if n not in state]
     report.unexpected = [to_original_name(n, sgm=is_sgm) for n in state if n not in expected]

@@ -41,9 +41,9 @@ def find_config_json(path: Path) -> Path | None:
 
 def build_upscaler_config(unet_params: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
     """Return our config of the upscaler for arguments of its UNet; see `find_unet_params`."""
-    raw = read_yaml(CONFIG_TEMPLATE)
-    raw["model"]["params"]["unet"]["params"] = dict(unet_params)
-    return parse_yaml(format_yaml(raw), overrides, where=CONFIG_TEMPLATE)
+    config_dict = read_yaml(CONFIG_TEMPLATE)
+    config_dict["model"]["params"]["unet"]["params"] = dict(unet_params)
+    return parse_yaml(format_yaml(config_dict), overrides, where=CONFIG_TEMPLATE)
 
 
 def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:

@@ -1,9 +1,9 @@
 """Load a model from a config and a weights file.
 
     weights = identify_weights(open_checkpoint(ckpt))   memory-mapped, our names, with a family
-    _, raw  = read_config(weights, config)              a YAML: given, embedded, or of the family
-    model   = build_on_meta(raw)                        no memory, no initialization
-    state   = match_weights(model, weights.state, …)    strict: every tensor, every shape
+    _, config_dict = read_config(weights, config)       a YAML: given, embedded, or of the family
+    model = build_on_meta(config_dict)                  no memory, no initialization
+    state = match_weights(model, weights.state, …)      strict: every tensor, every shape
     fill_weights(model, state)
     add_loras(model, …), load_embeddings(model, …)
 
@@ -168,7 +168,7 @@ def load(
     offload = offload and torch.device(device).type != "cpu"
     config, ckpt = _resolve_files(config, ckpt)
     weights = identify_weights(_open_weights(ckpt, variant))
-    config_path, raw = read_config(weights, config, overrides)
+    config_path, config_dict = read_config(weights, config, overrides)
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
         log.info(
             "`%s` is %s; config %s; predicts %s",
@@ -177,9 +177,9 @@ def load(
     where = Path(config_path).name
     mismatch_message = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
-    model = build_on_meta(raw, allow=allow, where=where, skipped=skipped)
+    model = build_on_meta(config_dict, allow=allow, where=where, skipped=skipped)
     if ema is None:
-        ema = weights.checkpoint.has_original_ema and asks_for_ema(raw)
+        ema = weights.checkpoint.has_original_ema and asks_for_ema(config_dict)
     _log_unused_keys(weights, ema, skipped)
     _check_family_options(model, weights, clip_stats=clip_stats, midas=midas, base=base)
     if base is not None:
@@ -202,9 +202,8 @@ def load(
         lora_files = read_loras(model, loras)
     detected_variant = resolve_variant(model, weights, variant, loras)
     weights.select_ema(model.state_dict(), ema)
-    provenance = {
-        "config": config_path, "ema": ema, "skipped": skipped, **_make_provenance(raw, weights)
-    }  # fmt: skip
+    provenance = _make_provenance(config_dict, weights)
+    provenance |= {"config": config_path, "ema": ema, "skipped": skipped}
     model.upcast_autoencoder &= not works_in_float16(weights.checkpoint)
     with errors_about("vae"):
         tiny_weights = None if vae is None else read_tiny_autoencoder(vae)
@@ -233,7 +232,7 @@ def load(
     _resolve_prediction_type(model, weights, is_config_given=config is not None)
     if detected_variant is not None:
         is_folder = weights.checkpoint.format == "diffusers"
-        has_scheduler = is_folder and is_sdxl(model) and has_defaults(raw)
+        has_scheduler = is_folder and is_sdxl(model) and has_defaults(config_dict)
         set_variant(model, detected_variant, has_scheduler=has_scheduler)
     elif variant == NO_VARIANT:
         model.provenance["variant"] = None
@@ -383,9 +382,9 @@ def _log_unused_keys(weights: Weights, ema: bool, skipped: list[str]) -> None:
         log.info("`%s`: its EMA weights are %s", weights.path, "used" if ema else "not used")
 
 
-def _make_provenance(raw: JsonMapping, weights: Weights) -> JsonObject:
+def _make_provenance(config_dict: JsonMapping, weights: Weights) -> JsonObject:
     """Return entries of `provenance`: config hash, checkpoint, training step, pipeline."""
-    digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(config_dict, sort_keys=True, default=str).encode())
     return {
         "config_hash": digest.hexdigest()[:10],
         "checkpoint": str(weights.path),

@@ -79,20 +79,20 @@ def read_config(
         with errors_as(WeightsMismatch, f"`{weights.path}` is not a complete x2 latent upscaler"):
             unet_params = find_unet_params(path, weights.state)
     if unet_params is not None:
-        raw = build_upscaler_config(unet_params, overrides)
+        config_dict = build_upscaler_config(unet_params, overrides)
     elif config is None and path == CONFIG_KEY:
         where = f"`{weights.path}`: {CONFIG_KEY}"
-        raw = parse_yaml(weights.metadata[CONFIG_KEY], overrides, where=where)
+        config_dict = parse_yaml(weights.metadata[CONFIG_KEY], overrides, where=where)
     else:
         with errors_about("config"):
-            raw = read_yaml(path, overrides)
+            config_dict = read_yaml(path, overrides)
         if config is None:
-            _set_denoiser(raw["model"]["params"], weights)
-    check_overrides(raw, overrides, path)
+            _set_denoiser(config_dict["model"]["params"], weights)
+    check_overrides(config_dict, overrides, path)
     if config is None:
         with errors_as(ConfigError, f"{path}: invalid parameters"):
-            _adapt_config(raw, weights)
-    return path, raw
+            _adapt_config(config_dict, weights)
+    return path, config_dict
 
 
 def find_schedule_without_weights(
@@ -108,9 +108,11 @@ def find_schedule_without_weights(
     """
     if not is_diffusers_folder(path) and not opens_quickly(path):
         return None
-    config_path, raw = read_config(identify_weights(open_checkpoint(path)), config, overrides)
+    config_path, config_dict = read_config(
+        identify_weights(open_checkpoint(path)), config, overrides
+    )
     where = Path(config_path).name
-    spec = translate_config(raw, where=where)
+    spec = translate_config(config_dict, where=where)
     if spec["target"] != LATENT_DIFFUSION:
         return None
     return cast(NoiseSchedule, instantiate(spec["params"]["schedule"], where=where))
@@ -139,19 +141,19 @@ def is_prediction_type_uncertain(weights: Weights) -> bool:
     return is_mixed and weights.prediction_type.num_results < 2
 
 
-def asks_for_ema(raw: JsonObject) -> bool:
+def asks_for_ema(config_dict: JsonObject) -> bool:
     """Return whether a config selects EMA weights for sampling, by `use_ema`.
 
     Its default is true for the original's model classes, and false for sgm's.
     """
-    spec = raw.get("model", raw)
+    spec = config_dict.get("model", config_dict)
     params = spec.get("params") or {}
     return bool(params.get("use_ema", spec["target"] in MODEL_CLASSES))
 
 
-def has_defaults(raw: JsonObject) -> bool:
+def has_defaults(config_dict: JsonObject) -> bool:
     """Return whether a config has default sampling options, as that of a diffusers folder may."""
-    return bool((raw.get("model", raw).get("params") or {}).get("defaults"))
+    return bool((config_dict.get("model", config_dict).get("params") or {}).get("defaults"))
 
 
 def _set_denoiser(params: JsonObject, weights: Weights) -> None:
@@ -169,9 +171,9 @@ def _set_denoiser(params: JsonObject, weights: Weights) -> None:
         params.setdefault("rescale_betas_zero_snr", True)
 
 
-def _adapt_config(raw: JsonObject, weights: Weights) -> None:
+def _adapt_config(config_dict: JsonObject, weights: Weights) -> None:
     """Set parameters of a config by file name, buffers and shapes of the weights."""
-    spec = raw.get("model", raw)
+    spec = config_dict.get("model", config_dict)
     params = spec.get("params") if isinstance(spec, dict) else None
     if not isinstance(params, dict):
         return  # `translate_config` raises an error

@@ -109,11 +109,11 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
     with errors_as(FileFormatError, f"`{path}` has a damaged config"):
         token_ids = {name: read_added_tokens(files, f) for name, f in TOKENIZERS.items()}
         if CONFIG_KEY in extra.metadata:
-            raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+            config_dict = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
         else:
-            raw = make_original_config(files, str(path))
+            config_dict = make_original_config(files, str(path))
     non_weights = _select_non_weights(extra.state)
-    model, _ = _build_model(raw, path.name, non_weights)
+    model, _ = _build_model(config_dict, path.name, non_weights)
     model_state, locations = model.state_dict(), locate_weights(model)
     prefixes = get_component_prefixes(model)
     added_tokens: dict[str, list[Tensor]] = {}
@@ -151,7 +151,7 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
         state=restore_names({name: state[name] for name in model_state}, buffers | non_weights),
         step=extra.step,
         memory_mapped=True,
-        metadata=extra.metadata | _collect_metadata(files) | {CONFIG_KEY: format_yaml(raw)},
+        metadata=extra.metadata | _collect_metadata(files) | {CONFIG_KEY: format_yaml(config_dict)},
         added_tokens=added_tokens,
     )
 
@@ -170,7 +170,7 @@ def read_folder_metadata(path: Path) -> tuple[dict[str, str], bool]:
 
 
 def build_folder(
-    file: Checkpoint, raw: JsonMapping, clip_stats: str | Path | None = None
+    file: Checkpoint, config_dict: JsonMapping, clip_stats: str | Path | None = None
 ) -> tuple[FolderFiles, Components]:
     """Return (text files by path, tensors by component) of a folder to write.
 
@@ -178,11 +178,11 @@ def build_folder(
 
     Args:
         file: Weights under the original's names.
-        raw: Config of the weights, with the original's keys.
+        config_dict: Config of the weights, with the original's keys.
         clip_stats: See `load_clip_statistics`.
     """
     non_weights = _select_non_weights(file.state)
-    model, spec = _build_model(raw, "config", non_weights)
+    model, spec = _build_model(config_dict, "config", non_weights)
     state = match_weights(model, rename_weights(file.state), file.path)
     variant = detect_variant(file.path, file.metadata, state)
     if variant is not None and isinstance(model, LatentDiffusion):
@@ -261,14 +261,14 @@ def _collect_metadata(files: FolderFiles) -> dict[str, str]:
 
 
 def _build_model(
-    raw: JsonMapping, where: str, non_weights: Mapping[str, Tensor]
+    config_dict: JsonMapping, where: str, non_weights: Mapping[str, Tensor]
 ) -> tuple[nn.Module, JsonObject]:
     """Return (model on the meta device, translated config).
 
     Args:
         non_weights: Buffers; `scale_factor` among them replaces the config's.
     """
-    spec = translate_config(raw, where=where, skipped=[])
+    spec = translate_config(config_dict, where=where, skipped=[])
     model = build_on_meta(spec, where=where)
     if "scale_factor" in non_weights and isinstance(model, LatentDiffusion):
         model.scale_factor = float(non_weights["scale_factor"])
@@ -299,9 +299,9 @@ def _has_same_config(extra: Checkpoint, files: FolderFiles) -> bool:
     """Return whether the YAML in `original.safetensors` agrees with the folder's configs."""
     if CONFIG_KEY not in extra.metadata:
         return False
-    raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+    config_dict = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
     non_weights = _select_non_weights(extra.state)
-    expected_files = make_folder_configs(*_build_model(raw, EXTRA_WEIGHTS, non_weights))
+    expected_files = make_folder_configs(*_build_model(config_dict, EXTRA_WEIGHTS, non_weights))
     for path, config in expected_files.items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
             continue

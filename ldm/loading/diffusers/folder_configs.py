@@ -138,8 +138,8 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> FolderFiles:
 def make_original_config(files: FolderFiles, folder: str = "the folder") -> JsonObject:
     """Return the config with the original's keys; `folder` is its path for messages."""
     if layout.MODEL_INDEX not in files:
-        raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")
-        autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]
+        config_dict = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")
+        autoencoder = config_dict["model"]["params"][AUTOENCODER_CONFIG]
         autoencoder["params"] = networks.parse_vae_config(files["config.json"])
         return {"model": autoencoder}
     if is_sdxl_folder(files):
@@ -160,8 +160,8 @@ def make_original_config(files: FolderFiles, folder: str = "the folder") -> Json
     if template is None:
         name = files[layout.MODEL_INDEX]["_class_name"]
         raise WrongFamily(f"no original config matches `{name}` with the encoder in {encoder}")
-    raw = read_yaml(f"{CONFIG_DIR}/{template}.yaml")
-    params = raw["model"]["params"]
+    config_dict = read_yaml(f"{CONFIG_DIR}/{template}.yaml")
+    params = config_dict["model"]["params"]
     unet = networks.parse_unet_config(unet_config)
     params["unet_config"]["params"] = unet
     params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(vae_config)
@@ -180,7 +180,7 @@ def make_original_config(files: FolderFiles, folder: str = "the folder") -> Json
         text_encoder = encoders.parse_text_config(files[layout.TEXT_CONFIG])
         params["cond_stage_config"]["params"] = text_encoder
     _set_encoder_params(files, params, pipeline_key)
-    return raw
+    return config_dict
 
 
 def _make_encoder_configs(

@@ -71,15 +71,15 @@ def make_upscaler_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> J
 def make_upscaler_original_config(files: JsonMapping, folder: str) -> JsonObject:
     """Return the config of a folder, with our keys; `folder` is its path for messages."""
     check_files(files, folder, VAE_CONFIG, SCHEDULER_CONFIG, TEXT_CONFIG)
-    raw = build_upscaler_config(_parse_unet_config(files[UNET_CONFIG]))
-    params = raw["model"]["params"]
+    config_dict = build_upscaler_config(_parse_unet_config(files[UNET_CONFIG]))
+    params = config_dict["model"]["params"]
     params["autoencoder"]["params"] = networks.parse_vae_config(files[VAE_CONFIG])
     params["scale_factor"] = files[VAE_CONFIG].get("scaling_factor", params["scale_factor"])
     text = params["conditioner"]["params"]["text"]["params"]
     text |= encoders.parse_text_config(files[TEXT_CONFIG])
     text["layer_idx"] = files[TEXT_CONFIG]["num_hidden_layers"]
     _set_schedule(params, files[SCHEDULER_CONFIG])
-    return raw
+    return config_dict
 
 
 def _make_unet_config(model: LatentDiffusion) -> JsonObject:

@@ -92,8 +92,8 @@ def make_sdxl_original_config(files: JsonMapping, folder: str) -> JsonObject:
     name = "sd_xl_inpaint" if is_inpainting else "sd_xl_base"
     if text_config is None:
         name = "sd_xl_refiner"
-    raw = read_yaml(f"{SDXL_CONFIG_DIR}/{name}.yaml")
-    params = raw["model"]["params"]
+    config_dict = read_yaml(f"{SDXL_CONFIG_DIR}/{name}.yaml")
+    params = config_dict["model"]["params"]
     params["network_config"]["params"] = networks.parse_unet_config(unet_config)
     side = params["network_config"]["params"].pop("image_size", None)
     if side not in (None, SDXL_IMAGE_SIZE):
@@ -115,7 +115,7 @@ def make_sdxl_original_config(files: JsonMapping, folder: str) -> JsonObject:
     uses_zeros = index.get("force_zeros_for_empty_prompt", True)
     if uses_zeros != (text_config is not None):  # the default of `sgm.translate_engine`
         conditioner["force_uc_zero_embeddings"] = ["txt"] if uses_zeros else []
-    return raw
+    return config_dict
 
 
 def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
