@@ -129,8 +129,8 @@ def _parse(
 def _rename_keys(config: Any, rename: KeyRenamer | None) -> Any:
     if rename is None:
         return config
-    values: Any = OmegaConf.to_container(config, resolve=False)
-    return OmegaConf.create(rename(values))
+    config_dict: Any = OmegaConf.to_container(config, resolve=False)
+    return OmegaConf.create(rename(config_dict))
 
 
 def check_overrides(config_dict: JsonMapping, overrides: Iterable[str], where: str) -> None:

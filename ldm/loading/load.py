@@ -271,7 +271,7 @@ def _check_device_and_dtype(device: str | torch.device, dtype: torch.dtype) -> N
 
 
 def _to_list(name: str, values: T | Iterable[T]) -> list[T]:
-    """Return one text or path, or several, as a list; raise ArgumentError for anything else."""
+    """Return a text or path, or several, as a list; raise ArgumentError for anything else."""
     is_valid = isinstance(values, Iterable | Path)
     items: list[T] = as_list(values) if is_valid else [cast(T, values)]
     for item in items:

@@ -188,7 +188,7 @@ def check_compatible(a: ModelFile, b: ModelFile) -> None:
     if type_a != type_b:
         raise WeightsMismatch(f"{path_b} predicts {type_b}, {path_a} predicts {type_a}")
     if type(a.model.schedule) is not type(b.model.schedule):
-        raise WeightsMismatch(f"{path_b} has another kind of noise schedule than {path_a}")
+        raise WeightsMismatch(f"{path_b} has another type of noise schedule than {path_a}")
     for name in a.names:
         if name in b and name.startswith((TEXT_PREFIX, TEXT_2_PREFIX)):
             shape_a, shape_b = (tuple(m[name].shape) for m in (a, b))
@@ -215,16 +215,16 @@ def _merge_weight(
 ) -> Tensor:
     """Return a merged weight, float32; input channels that only a has are not changed."""
     models = [m for m in (a, b, c) if m is not None]
-    values = [m[name].float() for m in models]
-    merged = shared = values[0].clone()
+    tensors = [m[name].float() for m in models]
+    merged = shared = tensors[0].clone()
     if name == INPUT_CONV:
-        channels = min(value.shape[1] for value in values)
+        channels = min(tensor.shape[1] for tensor in tensors)
         shared = merged[:, :channels]
-        values = [value[:, :channels] for value in values]
+        tensors = [tensor[:, :channels] for tensor in tensors]
     if c is None:
-        shared.copy_((1 - weight) * values[0] + weight * values[1])
+        shared.copy_((1 - weight) * tensors[0] + weight * tensors[1])
     else:
-        shared.copy_(values[0] + weight * (values[1] - values[2]))
+        shared.copy_(tensors[0] + weight * (tensors[1] - tensors[2]))
     for m in models:
         m.release(m[name])
     return merged

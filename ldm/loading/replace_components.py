@@ -148,7 +148,7 @@ def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | Non
     """Raise MissingArgument unless weights of an x2 latent upscaler have all components.
 
     Args:
-        base: Model that was given for missing components; None = no model was given.
+        base: Model with no fitting components, for messages; None = no model was given.
     """
     names = list(names)
     missing = [
@@ -169,7 +169,7 @@ def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | Non
 def _replace_weights(
     weights: Weights, source: Checkpoint, prefix: str, state: dict[str, Tensor]
 ) -> None:
-    """Replace all weights with a prefix by those of a component of another file."""
+    """Replace all weights with a prefix by `state`, a component of another checkpoint."""
     weights.state = state | {n: v for n, v in weights.state.items() if not n.startswith(prefix)}
     weights.memory_mapped = weights.memory_mapped and source.memory_mapped
 

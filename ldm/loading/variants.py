@@ -28,7 +28,7 @@ GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of distilled model, or of LoRA that turns any model into one.
+    """A variant of distilled models, and of LoRAs that turn other models into them.
 
     Args:
         title: Name in messages.

@@ -59,9 +59,9 @@ def make_sdxl_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonO
         params["autoencoder"]["params"], model.scale_factor, side * model.downscale
     )
     vae["force_upcast"] = model.upcast_autoencoder
-    for key, values in (("latents_mean", model.latent_mean), ("latents_std", model.latent_std)):
-        if values is not None:
-            vae[key] = [round(value, 6) for value in values.flatten().tolist()]
+    for key, statistic in (("latents_mean", model.latent_mean), ("latents_std", model.latent_std)):
+        if statistic is not None:
+            vae[key] = [round(value, 6) for value in statistic.flatten().tolist()]
     files: JsonObject = {
         layout.UNET_CONFIG: unet,
         layout.VAE_CONFIG: vae,
