@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 
 MAX_LORA_WEIGHT = 10
 # Files that a run may add to a model: option -> title for messages
-ADDONS = {"vae": "VAE", "refiner": "refiner", "upscaler": "upscaler", SAFETY_CHECKER: "safety checker"}
+ADDONS = {
+    "vae": "VAE", "refiner": "refiner", "upscaler": "upscaler", SAFETY_CHECKER: "safety checker"
+}  # fmt: skip
 ADDON_FAMILIES = {"refiner": "refiner", "upscaler": "latent-upscaling"}  # option -> family
 WILDCARD_FOLDER = "wildcards"  # subfolder of the models folder, in lower case
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _merge(args: Namespace) -> None:
     from tqdm import tqdm
 
-    from ldm.loading.addons.lora_tools import build_model_for_lora, join_loras
+    from ldm.loading.addons.lora_tools import NO_LIMITS, build_model_for_lora, join_loras
 
     check_target(args)
     limits = make_rank_limits(args)
@@ -55,7 +55,7 @@ def _merge(args: Namespace) -> None:
     layers = joined.lora.layers.values()
     ranks = sum(layer.rank for layer in layers)
     summary = f"{ranks} ranks in {len(layers)} layers"
-    if limits.is_limited:
+    if limits != NO_LIMITS:
         retained = f"{joined.retained_fraction:.1%} of the squared singular values"
         summary = f"{ranks} of {joined.total_rank} ranks in {len(layers)} layers, {retained}"
     print(summary, file=sys.stderr)

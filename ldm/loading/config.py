@@ -121,7 +121,8 @@ def _parse(
             config = OmegaConf.merge(config, changes)
         config_dict: Any = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError, TypeError) as error:
-        raise ConfigError(f"{where}: {_to_one_line(error)}") from error
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"{where}: {text}") from error
     resolved: JsonObject = _Resolver(config_dict, where).resolve(config_dict)
     return resolved
 
@@ -276,8 +277,3 @@ def _check_params(factory: Callable[..., Any], params: JsonMapping, where: str) 
     required = (name for name, p in signature.items() if p.default is p.empty)
     if missing := [f"`{name}`" for name in required if name not in params]:
         raise ConfigError(f"{where}: {factory.__name__} needs {', '.join(missing)}")
-
-
-def _to_one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text[:300] or type(error).__name__

@@ -28,8 +28,8 @@ AUTOENCODER = "ldm.nets.autoencoder.AutoencoderKL"
 CLIP_IMAGE = "ldm.encoders.image.CLIPImage"
 IDENTITY = "torch.nn.Identity"
 IMAGE_MODULE, LOWRES_MODULE = "ldm.encoders.image.", "ldm.encoders.lowres."
-SCHEDULE_MODULE = "ldm.diffusion.schedule."
-LDM_DDPM = "ldm.models.diffusion.ddpm."
+SCHEDULE = "ldm.diffusion.schedule."
+LDM_DDPM, LDM_UPSCALING = "ldm.models.diffusion.ddpm.", "ldm.modules.diffusionmodules.upscaling."
 LDM_ENCODERS, LDM_LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses."
 OPENAI_UNET = "modules.diffusionmodules.openaimodel.UNetModel"
 SGM_ENCODERS = "sgm.modules.encoders.modules."
@@ -39,9 +39,9 @@ OUR_CLASSES = {
     LATENT_DIFFUSION: (),
     "ldm.model.Defaults": (),
     "ldm.conditioning.Conditioner": (),
-    SCHEDULE_MODULE + "Schedule": (),
-    SCHEDULE_MODULE + "ContinuousSchedule": (),
-    SCHEDULE_MODULE + "make_betas": (),
+    SCHEDULE + "Schedule": (),
+    SCHEDULE + "ContinuousSchedule": (),
+    SCHEDULE + "make_betas": (),
     AUTOENCODER: (
         "ldm.models.autoencoder.AutoencoderKL", "sgm.models.autoencoder.AutoencoderKL",
         "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
@@ -72,9 +72,7 @@ OUR_CLASSES = {
     IMAGE_MODULE + "ImageEmbedding": (),
     IMAGE_MODULE + "EmbeddingNoise": (LDM_ENCODERS + "CLIPEmbeddingNoiseAugmentation",),
     "ldm.encoders.depth.MiDaSDepth": ("ldm.modules.midas.api.MiDaSInference",),
-    LOWRES_MODULE + "LowRes": (
-        "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
-    ),
+    LOWRES_MODULE + "LowRes": (LDM_UPSCALING + "ImageConcatWithNoiseAugmentation",),
     LOWRES_MODULE + "NoiseLevel": (),
     LOWRES_MODULE + "RGBDLatent": (),
     LOWRES_MODULE + "LowResLatent": (),
@@ -159,8 +157,7 @@ def translate_config(
     `where` in the result is the file and key from which it was read, for messages.
 
     Args:
-        spec: A whole config (with `model:`), or that of a component (with `target:`). Our own class
-            names are not changed.
+        spec: A whole config (with `model:`), or that of a component (with `target:`).
         where: See `instantiate`.
         skipped: List to which keys that sampling does not need are appended; None = no list.
     """
@@ -191,7 +188,7 @@ def translate_config(
 
 @dataclass
 class _ModelTranslator:
-    """Translates the parameters of a model class of the original into those of LatentDiffusion."""
+    """Translates the parameters of an original model class into those of LatentDiffusion."""
 
     target: str
     params: JsonMapping
@@ -206,10 +203,7 @@ class _ModelTranslator:
             "unet": self.translate_component("unet_config"),
             "autoencoder": self.translate_component(AUTOENCODER_CONFIG),
             "conditioner": {"target": "ldm.conditioning.Conditioner", "params": encoders},
-            "schedule": {
-                "target": SCHEDULE_MODULE + "Schedule",
-                "params": self._translate_schedule(),
-            },
+            "schedule": {"target": SCHEDULE + "Schedule", "params": self._translate_schedule()},
             "parameterization": params.get("parameterization", "eps"),
             "scale_factor": params.get("scale_factor", 1.0),
         }
@@ -267,7 +261,7 @@ class _ModelTranslator:
         else:
             options = {key: self.params[key] for key in SCHEDULE_KEYS if key in self.params}
             options["name"] = self.params.get("beta_schedule", "linear")
-            betas = {"target": SCHEDULE_MODULE + "make_betas", "params": options}
+            betas = {"target": SCHEDULE + "make_betas", "params": options}
         zero_snr = self.params.get("rescale_betas_zero_snr", False)
         posterior = self.params.get("v_posterior", 0.0)
         return {"betas": betas, "v_posterior": posterior, "zero_snr": zero_snr}
@@ -294,28 +288,25 @@ class _ModelClass:
     training_only: tuple[str, ...] = ()
 
 
-def _make_masked_image_encoder(translator: _ModelTranslator) -> Encoders:
+def _make_masked_image(translator: _ModelTranslator) -> Encoders:
     return {"masked": {"target": LOWRES_MODULE + "MaskedImage", "params": {}}}
 
 
-def _make_depth_encoder(translator: _ModelTranslator) -> Encoders:
+def _make_depth(translator: _ModelTranslator) -> Encoders:
     return {"depth": translator.translate_component("depth_stage_config")}
 
 
-def _make_low_res_encoders(translator: _ModelTranslator) -> Encoders:
+def _make_low_res(translator: _ModelTranslator) -> Encoders:
     low_res = translator.translate_component("low_scale_config")
-    if (
-        low_res["target"] == LOWRES_MODULE + "RGBDLatent"
-    ):  # ours: published as a diffusers folder only
-        has_level = (
-            translator.translate_component("unet_config")["params"].get("num_classes") is not None
-        )
+    if low_res["target"] == LOWRES_MODULE + "RGBDLatent":  # of a diffusers folder
+        unet_params = translator.translate_component("unet_config")["params"]
+        has_level = unet_params.get("num_classes") is not None
         return {"rgbd": low_res} | (NOISE_LEVEL if has_level else {})
     low_res["params"]["low_scale_key"] = translator.params.get("low_scale_key", "LR")
     return {"lowres": low_res, **NOISE_LEVEL}
 
 
-def _make_patches_encoder(translator: _ModelTranslator) -> Encoders:
+def _make_patches(translator: _ModelTranslator) -> Encoders:
     if translator.params.get("low_scale_config") is not None:
         raise ConfigError(f"{translator.where}: low_scale_config with patches is not supported yet")
     (key,) = translator.params.get("concat_keys") or ["lr"]
@@ -324,7 +315,7 @@ def _make_patches_encoder(translator: _ModelTranslator) -> Encoders:
     return {"folded": {"target": LOWRES_MODULE + "PatchesToChannels", "params": params}}
 
 
-def _make_image_encoder(translator: _ModelTranslator) -> Encoders:
+def _make_image_embedding(translator: _ModelTranslator) -> Encoders:
     params = {
         "clip": translator.translate_component("embedder_config"),
         "noise": translator.translate_component("noise_aug_config"),
@@ -337,30 +328,27 @@ def _make_image_encoder(translator: _ModelTranslator) -> Encoders:
 MODEL_CLASSES = {
     LDM_DDPM + "LatentDiffusion": _ModelClass("crossattn"),
     LDM_DDPM + "LatentInpaintDiffusion": _ModelClass(
-        "hybrid", _make_masked_image_encoder, training_only=(*FINETUNE_PARAMS, "masked_image_key")
+        "hybrid", _make_masked_image, training_only=(*FINETUNE_PARAMS, "masked_image_key")
     ),
     LDM_DDPM + "LatentDepth2ImageDiffusion": _ModelClass(
-        "hybrid",
-        _make_depth_encoder,
-        required=("depth_stage_config",),
-        training_only=FINETUNE_PARAMS,
+        "hybrid", _make_depth, required=("depth_stage_config",), training_only=FINETUNE_PARAMS
     ),
     LDM_DDPM + "LatentUpscaleDiffusion": _ModelClass(
         "hybrid-adm",
-        _make_low_res_encoders,
+        _make_low_res,
         required=("low_scale_config",),
         optional=("low_scale_key",),
         training_only=("noise_level_key",),
     ),
     LDM_DDPM + "LatentUpscaleFinetuneDiffusion": _ModelClass(
         "hybrid",
-        _make_patches_encoder,
+        _make_patches,
         optional=("concat_keys", "reshuffle_patch_size", "low_scale_config"),
         training_only=(*FINETUNE_PARAMS, "low_scale_key"),
     ),
     LDM_DDPM + "ImageEmbeddingConditionedLatentDiffusion": _ModelClass(
         "crossattn-adm",
-        _make_image_encoder,
+        _make_image_embedding,
         required=("embedder_config", "noise_aug_config"),
         optional=("freeze_embedder", "embedding_key"),
         training_only=("embedding_dropout",),

@@ -8,7 +8,7 @@ diffusers                               encoder.layers.0.weight, decoder.layers.
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
         state = read_component_state(path, None)
     else:
         state = read_checkpoint(path).state
-    if not _is_tiny(state):
+    if not all(map(LAYER_NAME.fullmatch, state)) or not any(".conv.0." in name for name in state):
         return None
     network = "encoder" if "0.weight" in state else "decoder"
     weights = TinyWeights(path, {_to_our_name(name, network): v for name, v in state.items()})
@@ -157,11 +157,6 @@ def _find_taesd_name(path: Path) -> str:
     """Return the file or folder name, in lower case, that contains "taesd"; "" if neither does."""
     names = (path.stem.lower(), path.parent.name.lower())
     return next((name for name in names if "taesd" in name), "")
-
-
-def _is_tiny(names: Iterable[str]) -> bool:
-    names = list(names)
-    return all(map(LAYER_NAME.fullmatch, names)) and any(".conv.0." in name for name in names)
 
 
 def _to_our_name(name: str, network: str) -> str:

@@ -205,10 +205,8 @@ def is_variant_fixed(model: LatentDiffusion) -> bool:
     """Return whether LoRAs cannot change the variant, as an argument or a tensor determines it."""
     if model.guidance_embed_dim is not None:
         return True
-    variant = model.provenance.get("variant", {})
-    return (
-        variant is None or variant.get("evidence") == ARGUMENT_EVIDENCE
-    )  # None: the argument NO_VARIANT
+    variant = model.provenance.get("variant", {})  # None: the argument NO_VARIANT
+    return variant is None or variant.get("evidence") == ARGUMENT_EVIDENCE
 
 
 def find_model_name(path: Path) -> str:

@@ -26,7 +26,7 @@ from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, sum_additions
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingArgument, WeightsMismatch
 
 __all__ = [
-    "ExtractedLoRA", "JoinedLoRA", "RankLimits", "build_model_for_lora", "compute_svd",
+    "NO_LIMITS", "ExtractedLoRA", "JoinedLoRA", "RankLimits", "build_model_for_lora", "compute_svd",
     "extract_lora", "join_loras",
 ]  # fmt: skip
 
@@ -61,11 +61,6 @@ class RankLimits:
                 raise ArgumentError(f"{name} {value}: must be above 0 and at most 1", name)
         if self.ratio is not None and not self.ratio >= 1:
             raise ArgumentError(f"ratio {self.ratio}: must be at least 1", "ratio")
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether any limit is set."""
-        return self != NO_LIMITS
 
     def count_kept(self, s: Tensor) -> int:
         """Return how many of n singular values (n,), descending, to keep: at least 1 if n > 0."""
@@ -229,7 +224,7 @@ def join_loras(
             name = f"{names[target]}.{_get_1d_role(target)}"
             other_tensors[name] = sum_additions(target_additions)
             continue
-        u, s, vh = _decompose_sum(target_additions, is_limited=limits.is_limited)
+        u, s, vh = _decompose_sum(target_additions, is_limited=limits != NO_LIMITS)
         rank = min(limits.count_kept(s), int(s.count_nonzero()))
         if rank:
             up, down = u[:, :rank] * s[:rank], vh[:rank]

@@ -49,7 +49,6 @@ MIDDLE_BLOCK, MIDDLE_BLOCK_WITHOUT_ATTENTION = "UNetMidBlock2DCrossAttn", "UNetM
 CROSS_ATTENTION_BLOCKS = frozenset({"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"})
 UNET_BLOCKS = CROSS_ATTENTION_BLOCKS | {"DownBlock2D", "UpBlock2D"}
 VAE_BLOCKS = frozenset({"DownEncoderBlock2D", "AttnDownEncoderBlock2D"})
-RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
 DEFAULT_SCALE_FACTOR = 0.18215  # scaling_factor of a VAE that has none in its config
 RESOLUTION = 256  # as in original configs; only determines which levels have attention
 
@@ -105,7 +104,7 @@ def make_unet_config(
         "use_linear_projection": unet.use_linear_in_transformer,
         "only_cross_attention": _to_scalar_if_uniform(unet.disable_self_attentions or [False]),
         "mid_block_only_cross_attention": unet.disable_middle_self_attn,
-        "resnet_time_scale_shift": RESNET_TIME_SCALE_SHIFT[unet.use_scale_shift_norm],
+        "resnet_time_scale_shift": "scale_shift" if unet.use_scale_shift_norm else "default",
         "dropout": unet.dropout,
     }
     if isinstance(unet.num_classes, int):

@@ -75,7 +75,9 @@ def make_sdxl_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonO
         extras |= {"text_encoder": layout.NO_COMPONENT, "tokenizer": layout.NO_COMPONENT}
     if is_refiner or is_inpainting:
         extras["requires_aesthetics_score"] = is_refiner
-    class_name = _get_pipeline_class(is_refiner, is_inpainting)
+    class_name = "StableDiffusionXLImg2ImgPipeline" if is_refiner else "StableDiffusionXLPipeline"
+    if is_inpainting:
+        class_name = "StableDiffusionXLInpaintPipeline"
     return files | {layout.MODEL_INDEX: layout.make_index(class_name, files, extras)}
 
 
@@ -191,9 +193,3 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
     if class_name == DEFAULT_SCHEDULER_CLASS:
         config |= {"interpolation_type": "linear", "use_karras_sigmas": False}
     return config | ({"rescale_betas_zero_snr": True} if model.schedule.zero_snr else {})
-
-
-def _get_pipeline_class(is_refiner: bool, is_inpainting: bool) -> str:
-    if is_inpainting:
-        return "StableDiffusionXLInpaintPipeline"
-    return "StableDiffusionXLImg2ImgPipeline" if is_refiner else "StableDiffusionXLPipeline"
