@@ -175,7 +175,7 @@ def load(
             weights.path, weights.family.title, config_path, weights.prediction_type,
         )  # fmt: skip
     where = Path(config_path).name
-    mismatch_message = f"`{weights.path}` does not fit {where}"
+    error_prefix = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
     model = build_on_meta(config_dict, allow=allow, where=where, skipped=skipped)
     if ema is None:
@@ -194,7 +194,7 @@ def load(
             variant=variant in VARIANTS, offload=offload,
         )  # fmt: skip
         weights.select_ema(model.state_dict(), ema)
-        _match_and_fill(model, weights, mismatch_message, device, dtype)
+        _match_and_fill(model, weights, error_prefix, device, dtype)
         return cast(LatentDiffusion, model.eval())
     with errors_about("embeddings"):  # checked before weights are read, which takes longer
         check_embeddings(model, embeddings)
@@ -221,12 +221,12 @@ def load(
     load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
     fill_device = "cpu" if offload else device
     autoencoder_dtype = _choose_autoencoder_dtype(model, torch.device(device), dtype)
-    _match_and_fill(model, weights, mismatch_message, fill_device, dtype, autoencoder_dtype)
+    _match_and_fill(model, weights, error_prefix, fill_device, dtype, autoencoder_dtype)
     model.provenance = provenance
     if "scale_factor" in weights.buffers:  # stored by models trained with `scale_by_std`
         with errors_as(FileFormatError, f"`{weights.path}`: invalid scale_factor"):
             model.scale_factor = float(weights.buffers["scale_factor"])
-    _warn_about_schedule(model, weights.buffers, mismatch_message)
+    _warn_about_schedule(model, weights.buffers, error_prefix)
     if tiny_weights is not None:
         model.autoencoder = build_tiny_autoencoder(tiny_weights, model, fill_device, dtype)
     _resolve_prediction_type(model, weights, is_config_given=config is not None)
@@ -349,7 +349,7 @@ def _choose_autoencoder_dtype(
 def _match_and_fill(
     model: nn.Module,
     weights: Weights,
-    mismatch_message: str,
+    error_prefix: str,
     device: str | torch.device,
     dtype: torch.dtype,
     autoencoder_dtype: torch.dtype | None = None,
@@ -357,9 +357,9 @@ def _match_and_fill(
     """Fill a model on the meta device with `weights`, whose dicts are then emptied.
 
     Args:
-        mismatch_message: See `match_weights`.
+        error_prefix: See `match_weights`.
     """
-    state = match_weights(model, weights.state, weights.path, mismatch_message)
+    state = match_weights(model, weights.state, weights.path, error_prefix)
     if has_transposed_projection(state):
         warnings.warn(f"`{weights.path}`: {TRANSPOSED_WARNING}", stacklevel=3)
     for source in (weights.state, weights.checkpoint.state, weights.checkpoint.ema_state):
@@ -394,7 +394,7 @@ def _make_provenance(config_dict: JsonMapping, weights: Weights) -> JsonObject:
 
 
 def _warn_about_schedule(
-    model: LatentDiffusion, buffers: Mapping[str, Tensor], mismatch_message: str
+    model: LatentDiffusion, buffers: Mapping[str, Tensor], error_prefix: str
 ) -> None:
     """Warn if the noise schedule in the file differs from the config's, which is used."""
     expected = model.schedule.buffers() if isinstance(model.schedule, Schedule) else {}
@@ -409,7 +409,7 @@ def _warn_about_schedule(
                 continue
             difference = f"by {relative_error:.2g} of its largest value"
         warnings.warn(
-            f"{mismatch_message}: its noise schedule differs (`{name}` {difference}); the config's "
+            f"{error_prefix}: its noise schedule differs (`{name}` {difference}); the config's "
             "is used, check `linear_start`, `linear_end` and `beta_schedule`",
             stacklevel=3,
         )

@@ -75,10 +75,7 @@ FILE_TYPES = {
 
 
 def match_weights(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    file: str | Path,
-    mismatch_message: str | None = None,
+    model: nn.Module, state: Mapping[str, Tensor], file: str | Path, error_prefix: str | None = None
 ) -> dict[str, Tensor]:
     """Return the weights of a model or component, under its names and in its shapes.
 
@@ -87,8 +84,8 @@ def match_weights(
 
     Args:
         state: Weights of the file under our names; for a component also names without prefix.
-        mismatch_message: First words of an error, before the counts; None = "`file` does not fit
-            the config".
+        error_prefix: First words of an error, before the counts; None = "`file` does not fit the
+            config".
 
     Raises:
         WeightsMismatch: Names are missing or unexpected, or shapes differ.
@@ -101,19 +98,19 @@ def match_weights(
     if isinstance(model, LatentDiffusion) and unused and expected.keys() <= state.keys():
         log.warning("`%s`: tensors not of this model are ignored: %s", file, _format_groups(unused))
         state = {name: value for name, value in state.items() if name not in unused}
-    check_weights(expected, state, mismatch_message or f"`{file}` does not fit the config")
+    check_weights(expected, state, error_prefix or f"`{file}` does not fit the config")
     return state
 
 
 def check_weights(
-    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], mismatch_message: str
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], error_prefix: str
 ) -> None:
     """Raise WeightsMismatch unless weights have the expected names and shapes.
 
     The message has counts, the first names (the original's), and the likely cause.
 
     Args:
-        mismatch_message: First words of the message, such as "`x.ckpt` does not fit x.yaml".
+        error_prefix: First words of the message, such as "`x.ckpt` does not fit x.yaml".
     """
     to_original = partial(to_original_name, sgm=has_sgm_names(expected))
     problems = {
@@ -133,7 +130,7 @@ def check_weights(
     if not any(problems.values()):
         return
     counts = ", ".join(f"{len(names)} {problem}" for problem, names in problems.items())
-    lines = [f"{mismatch_message}: {counts}"]
+    lines = [f"{error_prefix}: {counts}"]
     for problem, names in problems.items():
         if names:
             more = ", …" if len(names) > MAX_LISTED_NAMES else ""

@@ -81,8 +81,8 @@ def extract_autoencoder(
     """
     if not isinstance(autoencoder, AutoencoderKL):
         raise WeightsMismatch(f"`{model}` has no autoencoder to replace")
-    mismatch_message = f"the autoencoder of `{source.path}` does not fit `{model}`"
-    state = match_weights(autoencoder, rename_weights(source.state), source.path, mismatch_message)
+    error_prefix = f"the autoencoder of `{source.path}` does not fit `{model}`"
+    state = match_weights(autoencoder, rename_weights(source.state), source.path, error_prefix)
     return {f"{VAE_PREFIX}{name}": value for name, value in state.items()}
 
 
@@ -106,8 +106,8 @@ def extract_text_encoder(
         f"{TEXT_PREFIX}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()
     }
     all_weights = rename_weights(all_weights)
-    mismatch_message = f"the text encoder of `{source.path}` does not fit `{path}`"
-    matched = match_weights(encoder, all_weights, source.path, mismatch_message)
+    error_prefix = f"the text encoder of `{source.path}` does not fit `{path}`"
+    matched = match_weights(encoder, all_weights, source.path, error_prefix)
     state = {f"{TEXT_PREFIX}{name}": value for name, value in matched.items()}
     needs_vae = isinstance(model.autoencoder, AutoencoderKL) and not has_prefix(names, VAE_PREFIX)
     if needs_vae and has_prefix(all_weights, VAE_PREFIX):

@@ -62,15 +62,15 @@ def load_safety_checker(
         heads = config.get("num_attention_heads")
     state = {_to_current_name(name): value for name, value in file.state.items()}
     state.pop("vision_model.embeddings.position_ids", None)
-    mismatch_message = f"`{path}` is not a complete safety checker"
+    error_prefix = f"`{path}` is not a complete safety checker"
     with meta_device():
-        checker = _build_checker(state, heads, mismatch_message)
+        checker = _build_checker(state, heads, error_prefix)
     expected = checker.state_dict()
     locations = locate_vision_tower(expected)
     weights = convert_from_diffusers(locations, state)
     converted = {key for name in weights for key in locations[name].keys}
     weights |= {name: value for name, value in state.items() if name not in converted}
-    check_weights(expected, weights, mismatch_message)
+    check_weights(expected, weights, error_prefix)
     fill_weights(checker, weights, device=device, memory_mapped=file.memory_mapped)
     return checker.eval().requires_grad_(False)
 
@@ -90,9 +90,7 @@ def _to_current_name(name: str) -> str:
     return name.removeprefix("vision_model.") if name.startswith("vision_model.vision_") else name
 
 
-def _build_checker(
-    state: dict[str, Tensor], heads: int | None, mismatch_message: str
-) -> SafetyChecker:
+def _build_checker(state: dict[str, Tensor], heads: int | None, error_prefix: str) -> SafetyChecker:
     """Build the checker with a config inferred from its weights."""
     try:
         width = len(state["vision_model.embeddings.class_embedding"])
@@ -102,7 +100,7 @@ def _build_checker(
         embed_dim = len(state["visual_projection.weight"])
         num_concepts, num_special = len(state[CONCEPT_EMBEDS]), len(state["special_care_embeds"])
     except KeyError as error:
-        raise FileFormatError(f"{mismatch_message}: `{error.args[0]}` is missing") from error
+        raise FileFormatError(f"{error_prefix}: `{error.args[0]}` is missing") from error
     visual = VisionTower(
         image_size=patch_size * round((num_positions - 1) ** 0.5),
         patch_size=patch_size,
