@@ -86,13 +86,13 @@ def make_sdxl_original_config(files: JsonMapping, folder: str) -> JsonObject:
     index = files[layout.MODEL_INDEX]
     paths = (layout.VAE_CONFIG, layout.SCHEDULER_CONFIG, layout.TEXT_2_CONFIG)
     layout.check_files(files, folder, *paths)
-    unet_config, text_config = files[layout.UNET_CONFIG], files.get(layout.TEXT_CONFIG)
+    unet_config, has_text_encoder = files[layout.UNET_CONFIG], layout.TEXT_CONFIG in files
     needs_score = bool(index.get("requires_aesthetics_score", False))
     is_inpainting = unet_config.get("in_channels") == layout.INPAINTING_CHANNELS
     if not needs_score:
         layout.check_files(files, folder, layout.TEXT_CONFIG)
     name = "sd_xl_inpaint" if is_inpainting else "sd_xl_base"
-    if text_config is None:
+    if not has_text_encoder:
         name = "sd_xl_refiner"
     config_dict = read_yaml(f"{SDXL_CONFIG_DIR}/{name}.yaml")
     params = config_dict["model"]["params"]
@@ -106,16 +106,17 @@ def make_sdxl_original_config(files: JsonMapping, folder: str) -> JsonObject:
     for embedder in conditioner["emb_models"]:
         target = embedder["target"].rpartition(".")[2]
         if target == "FrozenCLIPEmbedder":
-            embedder["params"] |= encoders.parse_sdxl_text_config(text_config, pooled=False)
+            config = files[layout.TEXT_CONFIG]
+            embedder["params"] |= encoders.parse_sdxl_text_config(config, pooled=False)
         elif target == "FrozenOpenCLIPEmbedder2":
             config = files[layout.TEXT_2_CONFIG]
             embedder["params"] |= encoders.parse_sdxl_text_config(config, pooled=True)
         else:
             embedder["params"]["outdim"] = unet_config["addition_time_embed_dim"]
-    if needs_score and text_config is not None:
+    if needs_score and has_text_encoder:
         conditioner["emb_models"][-1]["input_key"] = AESTHETIC_SCORE_KEY
     uses_zeros = index.get("force_zeros_for_empty_prompt", True)
-    if uses_zeros != (text_config is not None):  # the default of `sgm.translate_engine`
+    if uses_zeros != has_text_encoder:  # the default of `sgm.translate_engine`
         conditioner["force_uc_zero_embeddings"] = ["txt"] if uses_zeros else []
     return config_dict
 
