@@ -414,7 +414,7 @@ PATTERNS = {"r": 4, "alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"
         ({"lora_alpha": 8, "alpha_pattern": {"(": 1}},
          "or `adapter_config.json` is damaged: missi"),
         ({"lora_alpha": 8, "init_lora_weights": "pissa_niter_4"},
-         "from `pissa_niter_4`, which cha"),
+         "from `pissa_niter_4`, which also cha"),
     ],
 )  # fmt: skip
 def test_a_config_of_peft_that_cannot_be_applied_is_refused(config, message, tmp_path):
@@ -571,7 +571,7 @@ def test_alpha_may_have_any_numeric_type_but_not_be_nan(tmp_path, file):
         (["unet.conv_in.lora_B.bias"], "unsupported type: LoRA with biases"),
         (["x.modules_to_save.default.weight"], "unsupported type: LoRA with fully trained layers"),
         (["out.2.bias"], "is not a LoRA file: 1 of its 1 keys is not recognized"),
-        (["betas", "lora_unet_conv_in.alpha"], "kind of LoRA: 1 of its 2 keys .*: `betas`"),
+        (["betas", "lora_unet_conv_in.alpha"], "type of LoRA: 1 of its 2 keys .*: `betas`"),
     ],
 )
 def test_a_file_that_is_not_a_lora_is_refused(names, message, file):

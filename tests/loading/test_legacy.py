@@ -238,7 +238,7 @@ def test_classes_that_are_not_supported_are_refused_by_name(target):
 def test_noise_on_images_in_patches_is_refused_by_name():
     changes = {"conditioning_key": "hybrid", "low_scale_config": {}, "concat_keys": ["lr"]}
     spec = {
-        "target": legacy.DDPM + "LatentUpscaleFinetuneDiffusion",
+        "target": legacy.LDM_DDPM + "LatentUpscaleFinetuneDiffusion",
         "params": read_params() | changes,
     }
     with pytest.raises(ValueError, match="low_scale_config with patches is not supported yet"):
@@ -247,7 +247,7 @@ def test_noise_on_images_in_patches_is_refused_by_name():
 
 def test_a_family_without_a_section_that_it_needs_is_refused():
     params = read_yaml(SHIPPED[0].with_name("x4-upscaling.yaml"))["model"]["params"]
-    spec = {"target": legacy.DDPM + "LatentUpscaleDiffusion", "params": params}
+    spec = {"target": legacy.LDM_DDPM + "LatentUpscaleDiffusion", "params": params}
     lowres = translate_config(spec)["params"]["conditioner"]["params"]["lowres"]
     assert lowres["params"]["low_scale_key"] == "lr"
     del params["low_scale_config"]
