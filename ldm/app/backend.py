@@ -137,7 +137,7 @@ class Backend:
             without_folders=True,
             list_loras=self.library.list_lora_files,
         )
-        num_images = len(progress.images)
+        num_images = len(progress.infos)
         images = "1 image" if num_images == 1 else f"{num_images} images"
         return f"done: {images} in {time.monotonic() - start_time:.1f} s"
 
@@ -175,7 +175,7 @@ class Backend:
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"
 
-    def list_recent_images(self) -> list[Info]:
+    def list_recent_infos(self) -> list[Info]:
         """Return the infos of the newest images in the output folder, of the newest run first."""
         files = (self.outdir / "samples").glob("[0-9]*.png")
         numbers = sorted((int(path.stem), path) for path in files if path.stem.isdecimal())
@@ -198,11 +198,13 @@ class Backend:
         with open_image(path) as image, open_image(depth) as levels:
             return str(target), save_mesh(target, image, levels)
 
-    def _find_recorded_addon(self, kind: str, info: JsonMapping) -> str | None:
+    def _find_recorded_addon(self, addon_type: str, info: JsonMapping) -> str | None:
         """Find the file of an image's add-on by its hash; None if it was made without one."""
-        files = map(str, self.library.list_addons(kind).values())
-        source = "a file in the folder vae" if kind == "vae" else "a file in its folder"
-        return next(iter(_find_by_hashes(get_recorded_files(info, kind), files, source)), None)
+        files = map(str, self.library.list_addons(addon_type).values())
+        source = "a file in the folder vae" if addon_type == "vae" else "a file in its folder"
+        return next(
+            iter(_find_by_hashes(get_recorded_files(info, addon_type), files, source)), None
+        )
 
     def _set_model_files(
         self,
@@ -296,9 +298,9 @@ class Backend:
         earlier = info.get("earlier", ())
         values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
         values |= get_recorded_defaults(info, recorded)
-        for kind in ("vae", "refiner", "upscaler"):
-            if kind in recorded.task.options:
-                values[kind] = self._find_recorded_addon(kind, info)
+        for addon_type in ("vae", "refiner", "upscaler"):
+            if addon_type in recorded.task.options:
+                values[addon_type] = self._find_recorded_addon(addon_type, info)
         return values
 
 

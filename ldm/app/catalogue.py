@@ -44,7 +44,7 @@ __all__ = [
 
 CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors")
 MIDAS_TARGET = "ldm.encoders.depth.MiDaSDepth"
-ADDON_FOLDERS = {  # names in lower case, by kind
+ADDON_FOLDERS = {  # names in lower case, by type of add-on
     "lora": ("lora", "loras"),
     "embedding": ("embedding", "embeddings"),
     "vae": ("vae", "vaes"),
@@ -108,11 +108,11 @@ def list_checkpoints(folder: str | Path) -> dict[str, Path]:
     return {path.relative_to(root).as_posix(): path for path in sorted(models)}
 
 
-def list_addons(folder: str | Path, kind: str) -> dict[str, Path]:
-    """Return the files of a kind in ADDON_FOLDERS: relative POSIX path without suffix -> file."""
+def list_addons(folder: str | Path, addon_type: str) -> dict[str, Path]:
+    """Return the add-ons of a type in ADDON_FOLDERS: relative POSIX path without suffix -> file."""
     paths: dict[str, Path] = {}
     for root in Path(folder).expanduser().iterdir():
-        if root.is_dir() and root.name.lower() in ADDON_FOLDERS[kind]:
+        if root.is_dir() and root.name.lower() in ADDON_FOLDERS[addon_type]:
             files = filter(Path.is_file, list_files(root))
             addons = sorted(file for file in files if file.suffix.lower() in ADDON_SUFFIXES)
             paths |= {file.relative_to(root).with_suffix("").as_posix(): file for file in addons}

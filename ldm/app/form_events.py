@@ -67,7 +67,7 @@ class FormEvents:
         """Read the models folder again; return updates of all file lists.
 
         Args:
-            addons: Name of the selected add-on of each kind in ADDONS.
+            addons: Name of the selected add-on of each type in ADDONS.
         """
         names, files = self.library.list_models(), self.library.list_checkpoint_names()
         reasons = self.library.list_skip_reasons()
@@ -87,12 +87,12 @@ class FormEvents:
             skipped,
         ]
 
-    def _update_addon_list(self, kind: str, selected: str | None) -> Any:
+    def _update_addon_list(self, addon_type: str, selected: str | None) -> Any:
         """Return an update of a list of add-ons, whose first entry stands for none."""
-        names = self.library.list_addons(kind)
+        names = self.library.list_addons(addon_type)
         # The other lists are in accordions, which are hidden or closed.
-        kwargs: JsonObject = {"visible": bool(names)} if kind in ("vae", SAFETY_CHECKER) else {}
-        no_addon = MODEL_VAE if kind == "vae" else NO_ADDON
+        kwargs: JsonObject = {"visible": bool(names)} if addon_type in ("vae", SAFETY_CHECKER) else {}
+        no_addon = MODEL_VAE if addon_type == "vae" else NO_ADDON
         choices = [no_addon, *((name, name) for name in names)]
         return gr.update(choices=choices, value=selected if selected in names else "", **kwargs)
 
@@ -202,8 +202,8 @@ class FormEvents:
         values = get_field_values(info) if info else {}
         lora_updates = [gr.skip()] * (1 + LORA_SLOTS)
         if info:
-            for kind in ("refiner", "upscaler"):
-                values[kind] = self.library.find_recorded_addon(kind, info)
+            for addon_type in ("refiner", "upscaler"):
+                values[addon_type] = self.library.find_recorded_addon(addon_type, info)
         if info and "loras" in info and any(map(supports_variants, TASKS[task].families)):
             loras = self.library.find_recorded_loras(info)
             compatible = self.library.list_compatible_loras(checkpoint)

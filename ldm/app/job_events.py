@@ -143,8 +143,8 @@ class JobEvents:
             if job.state == "queued" and self.jobs.list_jobs(visitor)[:1] != [job]:
                 status = shown_status  # the page shows another job of the visitor
             updates: dict[str, Any] = {}
-            if len(progress.images) > num_images:
-                num_images = len(progress.images)
+            if len(progress.infos) > num_images:
+                num_images = len(progress.infos)
                 updates |= self._update_gallery(visitor)
             if job.state == "removed":
                 updates |= self._update_queue(visitor)
@@ -198,7 +198,7 @@ class JobEvents:
 
     def _update_gallery(self, visitor: str) -> dict[str, Any]:
         """Return updates of the gallery, its infos, the selected image and its parameters."""
-        files = (info for info in self.jobs.list_images(visitor) if Path(info["path"]).is_file())
+        files = (info for info in self.jobs.list_infos(visitor) if Path(info["path"]).is_file())
         infos = [shown for info in files for shown in _add_depth(info)]
         if not infos:
             return {}

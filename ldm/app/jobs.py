@@ -46,26 +46,26 @@ class Jobs:
     Args:
         max_waiting: Maximum number of waiting jobs.
         explain: Returns the message for an error.
-        list_initial_images: Returns the initial gallery of a visitor, newest first.
+        list_initial_infos: Returns the infos of the images that a visitor sees at first.
     """
 
     def __init__(
         self,
         max_waiting: int,
         explain: Callable[[BaseException], str] = explain,
-        list_initial_images: Callable[[], list[Info]] = list,
+        list_initial_infos: Callable[[], list[Info]] = list,
     ) -> None:
         self.max_waiting = max_waiting
         self.explain = explain
-        self.list_initial_images = list_initial_images
+        self.list_initial_infos = list_initial_infos
         self._jobs: list[Job] = []  # the running one first
         self._galleries: dict[str, list[Info]] = {}
         self._lock = threading.Lock()
 
-    def list_images(self, visitor: str) -> list[Info]:
-        """Return the images of a visitor: the newest run first, each run in its own order."""
-        if visitor not in self._galleries:  # its images are read from disk
-            self._galleries.setdefault(visitor, self.list_initial_images())
+    def list_infos(self, visitor: str) -> list[Info]:
+        """Return the infos of a visitor's images: the newest run first, each run in its order."""
+        if visitor not in self._galleries:
+            self._galleries.setdefault(visitor, self.list_initial_infos())
         return self._galleries[visitor]
 
     def submit(self, visitor: str, title: str, work: Callable[[Progress], str]) -> Job:
@@ -115,7 +115,7 @@ class Jobs:
                     self._jobs.remove(job)
 
     def _add_image(self, visitor: str, index: int, info: Info) -> None:
-        gallery = self.list_images(visitor)
+        gallery = self.list_infos(visitor)
         gallery.insert(index, info)
         del gallery[MAX_GALLERY_IMAGES:]
 

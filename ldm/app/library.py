@@ -140,18 +140,18 @@ class Library:
                     log.warning("no previews by `%s`: %s", path, error)
         return fit_preview(model)
 
-    def list_addons(self, kind: str) -> dict[str, Path]:
+    def list_addons(self, addon_type: str) -> dict[str, Path]:
         """Return files and folders that a run may add to a model, by name.
 
         Args:
-            kind: A key of ADDONS.
+            addon_type: A key of ADDONS.
         """
-        if kind in ADDON_FAMILIES:
+        if addon_type in ADDON_FAMILIES:
             models = read_catalogue(self.folder).models.items()
-            family = ADDON_FAMILIES[kind]
+            family = ADDON_FAMILIES[addon_type]
             return {name: entry.path for name, entry in models if entry.family == family}
-        if kind != SAFETY_CHECKER:
-            return list_addons(self.folder, kind)
+        if addon_type != SAFETY_CHECKER:
+            return list_addons(self.folder, addon_type)
         folders = {
             f"{name}/{SAFETY_CHECKER}": path / SAFETY_CHECKER
             for name, path in list_checkpoints(self.folder).items()
@@ -159,10 +159,10 @@ class Library:
         }
         return list_addons(self.folder, SAFETY_CHECKER) | folders
 
-    def find_recorded_addon(self, kind: str, info: JsonMapping) -> str:
+    def find_recorded_addon(self, addon_type: str, info: JsonMapping) -> str:
         """Return the name of an image's refiner or upscaler; "" = none, or not available here."""
-        file_name = Path((info.get(kind) or {}).get("path", "")).name
-        names = self.list_addons(kind)
+        file_name = Path((info.get(addon_type) or {}).get("path", "")).name
+        names = self.list_addons(addon_type)
         return next((name for name in names if file_name in (Path(name).name, Path(name).stem)), "")
 
     def list_models(self, task: str | None = None) -> list[str]:
@@ -272,12 +272,12 @@ class Library:
             UnknownName: No add-on has this name.
         """
         paths = {}
-        for kind, title in ADDONS.items():
-            if name := values.get(kind):
-                files = self.list_addons(kind)
+        for addon_type, title in ADDONS.items():
+            if name := values.get(addon_type):
+                files = self.list_addons(addon_type)
                 if name not in files:
-                    raise unknown_name(title, name, files, argument=kind)
-                paths[kind] = str(files[str(name)])
+                    raise unknown_name(title, name, files, argument=addon_type)
+                paths[addon_type] = str(files[str(name)])
         return paths
 
     def find_lora_files(

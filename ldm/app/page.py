@@ -46,7 +46,7 @@ class Page:
     def __init__(self, backend: Backend, max_queue: int = 16, is_multi_user: bool = False) -> None:
         self.backend = backend
         self.jobs = Jobs(
-            max_queue, explain_to_user, list if is_multi_user else backend.list_recent_images
+            max_queue, explain_to_user, list if is_multi_user else backend.list_recent_infos
         )
         self.form_events = FormEvents(backend)
         self.job_events = JobEvents(backend, self.jobs, self.form_events.forms)
@@ -142,7 +142,7 @@ class Page:
         """The fields that select a file of the models folder."""
         ui = self.layout
         addons = {**ui.fields, "vae": ui.vae}
-        return [ui.checkpoint, *(addons[kind] for kind in ADDONS)]
+        return [ui.checkpoint, *(addons[addon_type] for addon_type in ADDONS)]
 
     @property
     def _file_lists(self) -> list[Any]:
@@ -277,5 +277,5 @@ def _get_seed(info: JsonObject | None, seed: str) -> str:
 
 
 def _get_last_path(job: Job | None) -> Any:
-    images = job.progress.images if job else []
-    return images[-1]["path"] if images else gr.skip()
+    infos = job.progress.infos if job else []
+    return infos[-1]["path"] if infos else gr.skip()

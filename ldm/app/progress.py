@@ -30,7 +30,7 @@ class Progress(RunListener):
         total: Number of images to make.
         step: Number of finished sampling steps of the current batch.
         steps: Number of all sampling steps of the current batch.
-        images: Infos of the images so far, including unfinished ones.
+        infos: Infos of the images so far, including unfinished ones.
         warnings: Lines to append to the final message.
         preview: Grid of previews of the current batch.
         message: The current status, at the end the result.
@@ -43,7 +43,7 @@ class Progress(RunListener):
     total: int = 1
     step: int = 0
     steps: int = 0
-    images: list[Info] = field(default_factory=list)
+    infos: list[Info] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     preview: Image.Image | None = None
     message: str = "queued"
@@ -59,8 +59,8 @@ class Progress(RunListener):
     @property
     def fraction(self) -> float:
         """Finished fraction of the job, 0 … 1."""
-        batch_size = min(self._batch_size, self.total - len(self.images))
-        finished = len(self.images) + batch_size * self.step / (self.steps or 1)
+        batch_size = min(self._batch_size, self.total - len(self.infos))
+        finished = len(self.infos) + batch_size * self.step / (self.steps or 1)
         return min(finished / self.total, 1.0)
 
     def set_message(self, message: str) -> None:
@@ -95,14 +95,14 @@ class Progress(RunListener):
 
     def add_image(self, info: Info) -> None:
         if "seed" in info and info.get("path", "") is not None:  # None = not saved
-            self.on_image(len(self.images), info)
-        self.images.append(info)
+            self.on_image(len(self.infos), info)
+        self.infos.append(info)
         self.step = 0
 
     def describe_stop(self) -> str:
         """Return the final message of a job that was stopped."""
-        unfinished = sum("unfinished" in info for info in self.images)
-        counts = f"{len(self.images) - unfinished} of {self.total} images are finished"
+        unfinished = sum("unfinished" in info for info in self.infos)
+        counts = f"{len(self.infos) - unfinished} of {self.total} images are finished"
         if self.stopped_at is None:
             return f"stopped between steps, {counts}"
         return (
@@ -110,7 +110,7 @@ class Progress(RunListener):
         )
 
     def _describe_step(self) -> str:
-        first = len(self.images) + 1
+        first = len(self.infos) + 1
         last = min(first + self._batch_size - 1, self.total)
         images = f"{first}–{last}" if last > first else f"{first}"
         text = f"image {images} of {self.total}, step {self.step} of {self.steps}"

@@ -129,7 +129,7 @@ def test_each_task_is_offered_the_models_that_serve_it(backend):
 def test_every_task_makes_images_that_replay_identically(backend, families, run, task):
     job = run(backend, task)
     assert not job.has_failed, job.message
-    path = job.images[0]["path"]
+    path = job.infos[0]["path"]
     assert Path(path).parent == backend.outdir / "samples"
     assert read_info(path)["task"] == task
     assert replay(backend, path) == "identical"
@@ -141,7 +141,7 @@ def test_the_ema_weights_are_used_if_the_config_asks_and_replays_use_those_of_th
     ema_model, run, tmp_path
 ):
     backend = Backend(Library(ema_model.ckpt.parent), tmp_path, MODEL_OPTIONS, LIMITS)
-    image = run(backend, "txt2img").images[0]
+    image = run(backend, "txt2img").infos[0]
     assert image["ema"]
     size = ["--H=64", "--W=64", f"--outdir={tmp_path / 'raw'}", "--no-ema"]
     assert main(["txt2img", *ema_model.flags, *QUICK, *size]) == 0
@@ -154,8 +154,8 @@ def test_large_seeds_are_exact_and_a_truncated_prompt_is_in_the_message(backend,
     seed = str(2**64 - 1)  # more than a number of JavaScript holds exactly
     job = run(backend, "txt2img", prompt="very " * 80, seed=seed)
     assert "; a prompt is longer than 75 tokens: `very very very very …` is left" in job.message
-    assert job.images[0]["seed"] == 2**64 - 1
-    assert replay(backend, job.images[0]["path"]) == "identical"
+    assert job.infos[0]["seed"] == 2**64 - 1
+    assert replay(backend, job.infos[0]["path"]) == "identical"
 
 
 def test_a_selected_vae_decodes_and_is_found_by_its_hash_on_replay(families, run, tmp_path):
@@ -168,7 +168,7 @@ def test_a_selected_vae_decodes_and_is_found_by_its_hash_on_replay(families, run
     }
     write_checkpoint(tmp_path / "vae/other.ckpt", state)
     backend = Backend(Library(tmp_path), tmp_path / "out", MODEL_OPTIONS, LIMITS)
-    plain, other = (run(backend, "txt2img", vae=vae).images[0] for vae in ("", "other"))
+    plain, other = (run(backend, "txt2img", vae=vae).infos[0] for vae in ("", "other"))
     assert other["vae"]["path"] == "other.ckpt"
     assert (read_pixels(plain["path"]) != read_pixels(other["path"])).any()
     assert replay(backend, other["path"]) == "identical"
@@ -189,11 +189,11 @@ def test_a_safety_checker_is_selected_by_name_and_its_action_is_in_the_message(
     job = run(backend, "txt2img", **selected)
     assert "image 0 is flagged by concept 2" in job.message
     assert "replaced by black" in job.message
-    assert not read_pixels(job.images[0]["path"]).any()
-    assert job.images[0]["sld"] == "max"
-    assert replay(backend, job.images[0]["path"]) == "identical"
+    assert not read_pixels(job.infos[0]["path"]).any()
+    assert job.infos[0]["sld"] == "max"
+    assert replay(backend, job.infos[0]["path"]) == "identical"
     job = run(backend, "txt2img", **selected | {"unsafe": "drop"})
-    assert [image["path"] for image in job.images] == [None]
+    assert [image["path"] for image in job.infos] == [None]
     job = run(backend, "txt2img", safety_checker=str(checker))
     assert "unknown safety checker" in job.message
 
@@ -212,7 +212,7 @@ def test_the_token_of_an_embedding_counts_once_for_each_vector(backend, families
 
 def test_pixels_outside_the_painted_mask_stay(backend, run, photo):
     job = run(backend, "inpaint", model="base_v.safetensors")
-    same = (read_pixels(job.images[0]["path"]) == read_pixels(photo)).all(-1)
+    same = (read_pixels(job.infos[0]["path"]) == read_pixels(photo)).all(-1)
     same[8:40, 8:30] = True
     assert same.all()
 
@@ -220,11 +220,11 @@ def test_pixels_outside_the_painted_mask_stay(backend, run, photo):
 def test_an_estimated_depth_map_can_be_used_as_input(backend, make_request, run):
     job = Progress()
     backend.estimate_depth(make_request(backend, "depth2img"), job)
-    map_ = job.images[0]["path"]
+    map_ = job.infos[0]["path"]
     with Image.open(map_) as image:
         assert image.mode.startswith("I")
     job = run(backend, "depth2img", depth_map=map_)
-    assert job.images[0]["inputs"]["depth_map"], job.message
+    assert job.infos[0]["inputs"]["depth_map"], job.message
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def replay_forged(backend, run, originals, tmp_path):
 
     def replay_forged(task, **changes):
         if task not in originals:
-            originals[task] = run(backend, task).images[0]["path"]
+            originals[task] = run(backend, task).infos[0]["path"]
         path = originals[task]
         with Image.open(path) as image:
             write_png(tmp_path / "forged.png", image, change_info(read_info(path), changes))
@@ -364,7 +364,7 @@ def test_selected_loras_change_the_image_and_are_found_by_hash_on_replay(familie
     backend = make_backend(families, tmp_path / "out", loras=[(str(lora), 0.5)])
     assert backend.library.list_compatible_loras("base_v.safetensors") == ["1"]
     assert backend.library.list_compatible_loras("upscale.safetensors") == []
-    styled, plain = (run(backend, "txt2img", lora=lora).images[0] for lora in (["1:0.8"], []))
+    styled, plain = (run(backend, "txt2img", lora=lora).infos[0] for lora in (["1:0.8"], []))
     assert [(lora["path"], lora["weight"]) for lora in styled["loras"]] == [("1.safetensors", 0.8)]
     recorded = [styled["request"][key] for key in ("lora", "ckpt", "outdir")]
     assert recorded == [[["1.safetensors", 0.8]], "base_v.safetensors", "out"]
@@ -462,7 +462,7 @@ def test_prompts_name_loras_and_wildcards_of_the_models_folder(families, run, tm
     lora = write_random_lora(folder / "loras/style.safetensors", ldm.load(*families["base_v"]), 1)
     backend = Backend(Library(folder), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     prompt = "a {red|blue} __animal__ <lora:style:0.5:1>"
-    info = run(backend, "txt2img", prompt=prompt, dynamic_prompts=True).images[0]
+    info = run(backend, "txt2img", prompt=prompt, dynamic_prompts=True).infos[0]
     assert re.fullmatch("a (red|blue) (fox|hare)", info["prompt"])
     assert [(file["path"], file["weight"]) for file in info["loras"]] == [(lora.name, "0.5:1")]
     assert replay(backend, info["path"]) == "identical"
@@ -489,8 +489,7 @@ def test_a_replay_uses_the_embeddings_of_the_image(backend, families, run, tmp_p
     with_embeddings = make_backend(families, tmp_path / "out", embeddings=[str(tmp_path)])
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
     plain, learned = (
-        run(each, "txt2img", prompt="a cat").images[0]["path"]
-        for each in (backend, with_embeddings)
+        run(each, "txt2img", prompt="a cat").infos[0]["path"] for each in (backend, with_embeddings)
     )
     assert (read_pixels(plain) != read_pixels(learned)).any()
     assert replay(with_embeddings, plain) == replay(with_embeddings, learned) == "identical"
@@ -540,7 +539,7 @@ def test_a_model_keeps_its_loras_beside_an_upscaler(families, with_upscaler, run
     write_random_lora(tmp_path / "models/lora/style.safetensors", model, 1)
     changes = {"upscaler": "x2.safetensors", "upscaler_steps": "1", "lora": ["style:0.8"]}
     job = run(with_upscaler, "txt2img", "base.safetensors", **changes)
-    assert [lora["weight"] for lora in job.images[0]["loras"]] == [0.8]
+    assert [lora["weight"] for lora in job.infos[0]["loras"]] == [0.8]
 
 
 @pytest.mark.slow
@@ -552,7 +551,7 @@ def test_an_upscaler_is_selected_by_name_and_its_image_fills_the_form_and_replay
     request = partial(make_request, backend, "txt2img", "base.safetensors")
     progress = Progress()
     backend.generate(request(**changes), progress)
-    info = progress.images[0]
+    info = progress.infos[0]
     with Image.open(info["path"]) as image:
         assert image.size == (128, 128)
     page = FormEvents(backend)
@@ -574,7 +573,7 @@ def test_a_finished_run_with_depth_is_shown_as_a_relief(make_request, tmp_path, 
     write_family("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
     backend = Backend(Library(tmp_path / "models"), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     jobs = Page(backend).job_events
-    assert jobs.jobs.list_images("me") == []
+    assert jobs.jobs.list_infos("me") == []
     request = make_request(backend, "txt2img", "ldm3d-4c.safetensors")
     job = jobs.jobs.submit("me", "", lambda own: backend.generate(request, own))
     while not job.has_ended:

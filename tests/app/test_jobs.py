@@ -86,13 +86,13 @@ def test_images_of_a_run_stay_in_the_order_of_its_seeds_before_older_ones(jobs):
     for seeds in ([1, 2], [3, 4]):
         wait_for(jobs.submit("me", "", work(seeds)))
     wait_for(jobs.submit("you", "", work([5])))
-    assert [info["seed"] for info in jobs.list_images("me")] == [3, 4, 1, 2]
+    assert [info["seed"] for info in jobs.list_infos("me")] == [3, 4, 1, 2]
 
 
 def test_the_first_images_of_a_visitor_are_read_once():
     reads = []
-    jobs = Jobs(1, list_initial_images=lambda: reads.append(1) or [])
-    assert jobs.list_images("me") is jobs.list_images("me")
+    jobs = Jobs(1, list_initial_infos=lambda: reads.append(1) or [])
+    assert jobs.list_infos("me") is jobs.list_infos("me")
     assert len(reads) == 1
 
 

@@ -521,7 +521,7 @@ def test_visitors_of_a_shared_app_see_no_older_images(tmp_path, is_multi_user):
     OutputFolder(tmp_path).save_sample(Image.new("RGB", (8, 8)), {"seed": 7})
     backend = Backend(Library(tmp_path), tmp_path, ModelOptions(), Limits())
     jobs = page.Page(backend, is_multi_user=is_multi_user).jobs
-    seeds = [info["seed"] for info in jobs.list_images("me")]
+    seeds = [info["seed"] for info in jobs.list_infos("me")]
     assert seeds == ([] if is_multi_user else [7])
 
 

@@ -111,7 +111,7 @@ def test_a_refiner_is_selected_by_name_and_its_image_fills_the_form_and_replays(
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
     progress = Progress()
     backend.generate(make_request(backend, BASE, **changes), progress)
-    info = progress.images[0]
+    info = progress.infos[0]
     assert (info["refiner"]["path"], info["refiner_start"]) == (REFINER, 0.5)
     assert info["request"]["refiner"] == REFINER
     assert backend._models.count == 2
