@@ -91,7 +91,9 @@ class FormEvents:
         """Return an update of a list of add-ons, whose first entry stands for none."""
         names = self.library.list_addons(addon_type)
         # The other lists are in accordions, which are hidden or closed.
-        kwargs: JsonObject = {"visible": bool(names)} if addon_type in ("vae", SAFETY_CHECKER) else {}
+        kwargs: JsonObject = (
+            {"visible": bool(names)} if addon_type in ("vae", SAFETY_CHECKER) else {}
+        )
         no_addon = MODEL_VAE if addon_type == "vae" else NO_ADDON
         choices = [no_addon, *((name, name) for name in names)]
         return gr.update(choices=choices, value=selected if selected in names else "", **kwargs)

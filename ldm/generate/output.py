@@ -100,9 +100,11 @@ class ImageWriter:
         depths = split_depth(images)
         truncate = "truncate" in self.request.sampling.legacy
         generated_images = to_8_bit_rgb(images, infos[0], truncate=truncate)
-        safety = make_safety_infos(self.models.safety_checker, generated_images, output.unsafe)
+        safety_infos = make_safety_infos(
+            self.models.safety_checker, generated_images, output.unsafe
+        )
         for k, generated in enumerate(generated_images):
-            info = infos[k] | safety[k]
+            info = infos[k] | safety_infos[k]
             image, depth = hide_flagged(generated, depths[k] if depths else None, info)
             if depth is not None:
                 info |= make_depth_info(depth)
