@@ -1,11 +1,11 @@
 """Guidance: combines a denoiser, conditions and a method into `denoise(x, sigma)`.
 
 A method is a subclass of `Guidance`, which is classifier-free guidance itself. It combines the
-predictions of one evaluation of the network, may need those for further texts, and may remember
+predictions of one evaluation of the network, may need those for extra texts, and may remember
 earlier evaluations. Methods exclude each other, except perturbed-attention guidance, which adds a
 term to any other.
 
-Ho and Salimans 2022 (arXiv:2207.12598); rescale: Lin et al. 2023 (arXiv:2305.08891, §3.4);
+Ho and Salimans 2022 (arXiv:2207.12598); guidance_rescale: Lin et al. 2023 (arXiv:2305.08891, §3.4);
 interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
 """
 
@@ -43,7 +43,7 @@ class Evaluation:
         scale: Guidance scale; 1 with perturbed attention alone.
         uncond, cond: Predictions for the negative prompt and the prompt; both are for the prompt if
             the negative one is not needed.
-        further: Predictions for `Guidance.texts`; () with perturbed attention alone.
+        pred_extra: Predictions for `Guidance.texts`; () with perturbed attention alone.
         perturbed: Prediction for the prompt with perturbed self-attention; None unless
             `Guidance.perturbs`.
     """
@@ -54,7 +54,7 @@ class Evaluation:
     scale: float
     uncond: Tensor
     cond: Tensor
-    further: tuple[Tensor, ...]
+    pred_extra: tuple[Tensor, ...]
     perturbed: Tensor | None = None
 
     def estimate(self, prediction: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class SafeGuidance(Guidance):
     def combine(self, evaluation: Evaluation) -> Tensor:
         settings = self.settings
         factor = evaluation.denoiser.eps_factor(evaluation.x, evaluation.sigma)
-        uncond, cond, (concept,) = evaluation.uncond, evaluation.cond, evaluation.further
+        uncond, cond, (concept,) = evaluation.uncond, evaluation.cond, evaluation.pred_extra
         difference = (cond - concept) * factor
         strength = (difference.abs() * settings.scale).clamp(max=1.0)
         strength = strength.masked_fill(difference >= settings.threshold, 0)
@@ -196,7 +196,7 @@ class PerpNeg(Guidance):
         self.weight = weight
 
     def combine(self, evaluation: Evaluation) -> Tensor:
-        (empty,) = evaluation.further
+        (empty,) = evaluation.pred_extra
         positive, negative = evaluation.cond - empty, evaluation.uncond - empty
         perpendicular = negative - _project(negative, positive)
         return empty + evaluation.scale * (positive - self.weight * perpendicular)
@@ -283,11 +283,11 @@ def add_guidance(
     uncond: Cond | None = None,
     scale: Scale = 1.0,
     *,
-    rescale: float = 0.0,
+    guidance_rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
     guidance: Guidance | None = None,
-    further: Sequence[Cond] = (),
-    on_uncond: Callable[[Tensor], object] | None = None,
+    extra_conds: Sequence[Cond] = (),
+    on_uncond_denoised: Callable[[Tensor], object] | None = None,
 ) -> Denoise:
     """Build `denoise(x, sigma)` with guidance.
 
@@ -299,26 +299,28 @@ def add_guidance(
         uncond: Condition of the empty or the negative prompt; None = no guidance.
         scale: Guidance scale, or a function of sigma. At 1 the unconditional prediction is not
             computed, unless `cond` is a composition.
-        rescale: 0 … 1, strength of rescaling the prediction to the standard deviation of the
-            conditional one, against over-exposure at high scales.
+        guidance_rescale: Strength, 0 … 1, of rescaling the prediction to the standard deviation of
+            the conditional one, against over-exposure at high scales.
         interval: Lowest and highest noise level (sigma) with guidance; elsewhere only `cond` is
             computed. None = all levels.
         guidance: How predictions are combined; None = classifier-free guidance.
-        further: Conditions of the texts that the method needs beside prompts, `guidance.texts`.
-        on_uncond: Called with each unconditional estimate of z (B, C, h, w), which is then computed
-            at a scale of 1, too, as CFG++ needs it; None = other samplers.
+        extra_conds: Conditions of the texts that the method needs besides the prompts,
+            `guidance.texts`.
+        on_uncond_denoised: Called with each unconditional estimate of z (B, C, h, w), which is then
+            also computed at a scale of 1; None = not called. CFG++ samplers need it.
     """
     guidance = guidance or Guidance()
-    on_uncond = None if uncond is None else on_uncond
+    on_uncond_denoised = None if uncond is None else on_uncond_denoised
     prompts = cond.cond if isinstance(cond, Composition) else cond
     if isinstance(cond, Composition) and uncond is None:
         raise ArgumentError("a composition of prompts needs the unconditional condition")
-    if uncond is None or (scale == 1 and on_uncond is None):
+    if uncond is None or (scale == 1 and on_uncond_denoised is None):
         if isinstance(cond, Cond) and not guidance.perturbs:
             return lambda x, sigma: denoiser(x, sigma, cond)
         scale = 1.0
-    elif len(further) != len(guidance.texts):
-        raise ArgumentError(f"{len(further)} conditions were given for {len(guidance.texts)} texts")
+    elif len(extra_conds) != len(guidance.texts):
+        counts = f"{len(extra_conds)} conditions were given for {len(guidance.texts)} texts"
+        raise ArgumentError(counts, "extra_conds")
     low, high = (-math.inf, math.inf) if interval is None else interval
 
     @functools.cache
@@ -327,7 +329,7 @@ def add_guidance(
         conditions = [prompts]
         if has_uncond:
             assert uncond is not None
-            conditions = [uncond, prompts, *(further if is_guided else ())]
+            conditions = [uncond, prompts, *(extra_conds if is_guided else ())]
         batch = functools.reduce(Cond.cat, conditions)
         return _append_perturbed(batch, prompts) if perturbs else batch
 
@@ -337,19 +339,19 @@ def add_guidance(
         """Run the network once, on the conditions that are needed."""
         x_cond = x[cond.rows.to(x.device)] if isinstance(cond, Composition) else x
         inputs = [x, x_cond] if has_uncond else [x_cond]
-        inputs += [x] * len(further) if is_guided else []
+        inputs += [x] * len(extra_conds) if is_guided else []
         inputs += [x_cond] if perturbs else []
         conditions = concatenate(has_uncond, is_guided, perturbs)
         prediction = denoiser.predict(torch.cat(inputs), sigma, conditions)
         predictions = list(prediction.split([len(value) for value in inputs]))
         pred_perturbed = predictions.pop() if perturbs else None
-        pred_uncond, pred_cond, *pred_further = predictions if has_uncond else predictions * 2
+        pred_uncond, pred_cond, *pred_extra = predictions if has_uncond else predictions * 2
         if isinstance(cond, Composition):
             pred_cond = cond.compose(pred_uncond, pred_cond)
             if pred_perturbed is not None:
                 pred_perturbed = cond.compose(pred_uncond, pred_perturbed)
         return Evaluation(
-            denoiser, x, sigma, scale, pred_uncond, pred_cond, tuple(pred_further), pred_perturbed
+            denoiser, x, sigma, scale, pred_uncond, pred_cond, tuple(pred_extra), pred_perturbed
         )
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -357,9 +359,9 @@ def add_guidance(
         current_scale = scale(sigma) if callable(scale) else scale
         if not is_in_interval:
             current_scale = 1.0
-        is_guided = current_scale != 1 or (on_uncond is not None and is_in_interval)
+        is_guided = current_scale != 1 or (on_uncond_denoised is not None and is_in_interval)
         perturbs = is_in_interval and guidance.perturbs
-        has_uncond = is_guided or on_uncond is not None or isinstance(cond, Composition)
+        has_uncond = is_guided or on_uncond_denoised is not None or isinstance(cond, Composition)
         if not has_uncond and not perturbs:
             guidance.count(guided=False)
             return denoiser(x, sigma, prompts)
@@ -369,10 +371,10 @@ def add_guidance(
         has_effect = is_guided or perturbs
         prediction = guidance.combine(evaluation) if has_effect else evaluation.cond
         guidance.count(guided=has_effect)
-        if on_uncond is not None:
-            on_uncond(evaluation.estimate(evaluation.uncond))
-        if rescale:
-            prediction = _rescale(prediction, evaluation.cond, rescale)
+        if on_uncond_denoised is not None:
+            on_uncond_denoised(evaluation.estimate(evaluation.uncond))
+        if guidance_rescale:
+            prediction = _rescale(prediction, evaluation.cond, guidance_rescale)
         return evaluation.estimate(prediction)
 
     return denoise

@@ -102,6 +102,7 @@ def _make_sampling_arguments(request: Request, model: LatentDiffusion) -> dict[s
     arguments = {name: values[name] for name in SamplingOptions.__annotations__ if name in values}
     arguments |= {
         "scale": sampling.scale,
+        "guidance_rescale": sampling.rescale,
         "tile": _to_latent_pixels(sampling.vae_tile, model),
         "unet_tile": _to_latent_pixels(sampling.unet_tile, model),
     }

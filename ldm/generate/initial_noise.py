@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.generate.plan import SEED_RANGE, Batch
 from ldm.generate.request import Request
 from ldm.model import LatentDiffusion
-from ldm.pipelines import make_seeded_noise
+from ldm.pipelines import make_seeded_noise_source
 
 __all__ = ["draw_initial_noise", "save_rng_state", "seed_legacy_noise"]
 
@@ -42,7 +42,7 @@ def draw_initial_noise(
         return noise[: len(batch)]
     if any(spec.initial_noise_seed != spec.seed for spec in batch.images):
         like = torch.empty((len(batch), *shape), device=model.device)
-        return make_seeded_noise([spec.initial_noise_seed for spec in batch.images])(like)
+        return make_seeded_noise_source([spec.initial_noise_seed for spec in batch.images])(like)
     return None
 
 

@@ -18,7 +18,7 @@ quirks              differences of the original scripts, enabled by the keyword 
 from ldm.diffusion.names import LEGACY
 from ldm.pipelines.images import add_depth, encode_image
 from ldm.pipelines.latent_upscaling import Upscaling
-from ldm.pipelines.quirks import make_noise_sampler, make_seeded_noise
+from ldm.pipelines.quirks import make_noise_source, make_seeded_noise_source
 from ldm.pipelines.sampling import invert, sample
 from ldm.pipelines.tasks import (
     depth2img,
@@ -46,8 +46,8 @@ __all__ = [
     "img2img",
     "inpaint",
     "invert",
-    "make_noise_sampler",
-    "make_seeded_noise",
+    "make_noise_source",
+    "make_seeded_noise_source",
     "sample",
     "sample_prior",
     "txt2img",

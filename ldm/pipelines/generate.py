@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.diffusion.guidance import Guidance, Scale
-from ldm.diffusion.samplers.common import Constrain, NoiseSampler
+from ldm.diffusion.samplers.common import Constrain, NoiseSource
 from ldm.model import LatentDiffusion
 from ldm.pipelines.conditions import ConditionInputs, EncodedConds
 from ldm.pipelines.finite import check_finite
@@ -20,7 +20,7 @@ from ldm.pipelines.images import decode_latent
 from ldm.pipelines.latent_upscaling import Upscaling, sample_upscaled_latent
 from ldm.pipelines.options import TextOptions, select_sampling, select_sdxl
 from ldm.pipelines.prompts import PromptBatch, repeat_texts
-from ldm.pipelines.quirks import Quirks, make_noise_sampler
+from ldm.pipelines.quirks import Quirks, make_noise_source
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_shape, get_sigmas
 from ldm.pipelines.sdxl import Handover, check_size
@@ -28,27 +28,27 @@ from ldm.prompts import PLAIN
 from ldm.runtime.errors import Stop
 from ldm.runtime.warn import warn_caller
 
-__all__ = ["generate", "make_task_noise"]
+__all__ = ["generate", "make_task_noise_source"]
 
 
 class RunOptions(SamplingOptions, total=False):
     """Keywords of `sample`: those of the caller, and others that tasks set themselves."""
 
     scale: Scale | None
-    noise: NoiseSampler
+    noise_source: NoiseSource
     constrain: Constrain | None
     z: Tensor | None
     z_t: Tensor | None
     strength: float
     size: tuple[int, int] | None
-    end: int
-    first_step: int
+    end_step: int
+    step_offset: int
     guidance: Guidance | None
 
 
-def make_task_noise(prompts: Sequence[str], options: SamplingOptions) -> NoiseSampler:
+def make_task_noise_source(prompts: Sequence[str], options: SamplingOptions) -> NoiseSource:
     """Return the noise sampler of a task, a row per prompt, for its seeds."""
-    return make_noise_sampler(options.get("seeds"), len(prompts), options.get("legacy", ()))
+    return make_noise_source(options.get("seeds"), len(prompts), options.get("legacy", ()))
 
 
 def generate(
@@ -59,7 +59,7 @@ def generate(
     scale: Scale | None,
     vae_tile: int | None,
     *,
-    noise: NoiseSampler,
+    noise_source: NoiseSource,
     unconditional_inputs: Mapping[str, object] | None = None,
     z: Tensor | None = None,
     strength: float = 1.0,
@@ -75,7 +75,7 @@ def generate(
         inputs: Values of the batch keys that the model reads besides text, a row per prompt.
         unconditional_inputs: Those that differ for the unconditional prediction; None = none do.
         vae_tile: Side in latent pixels of the decoder's tiles; None = decode whole.
-        scale, noise, z, strength, size, constrain: See `sample`.
+        scale, noise_source, z, strength, size, constrain: See `sample`.
         constrain_refiner: `constrain` for the steps of a refiner; None = no constraint.
         upscaling: Upscaler that doubles the latents before they are decoded; None = none.
         options: See `sample` and `SDXLOptions`.
@@ -91,7 +91,13 @@ def generate(
     check_size(model, pixel_size, sdxl)
     if upscaling is not None:
         upscaling.check_run(model, height, width, syntax)
-    start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
+    start = {
+        "z": z,
+        "strength": strength,
+        "size": size,
+        "noise_source": noise_source,
+        "constrain": constrain,
+    }
     run_options = cast(RunOptions, {**sampling, "scale": scale, "guidance": guidance, **start})
     sigmas = get_sigmas(model, quirks, run_options)
     total, first = len(sigmas) - 1, 0
@@ -136,7 +142,7 @@ def generate(
 
 
 def _sample(model: LatentDiffusion, conds: EncodedConds, options: RunOptions) -> Tensor:
-    return sample(model, conds.cond, conds.uncond, further=conds.guidance_conds, **options)
+    return sample(model, conds.cond, conds.uncond, extra_conds=conds.guidance_conds, **options)
 
 
 def _sample_with_refiner(
@@ -148,29 +154,29 @@ def _sample_with_refiner(
     constrain_refiner: Constrain | None,
     sigmas: Tensor,
     first: int,
-    end: int,
+    handover: int,
 ) -> Tensor:
     """Sample with the base until the handover, then with the refiner, without new noise.
 
     Args:
         sigmas: Noise levels of a run from pure noise.
         first: Index in sigmas at which the run begins.
-        end: Index in sigmas of the handover.
+        handover: Index in sigmas at which the refiner takes over.
     """
     make_callback = partial(_shift_steps, options.get("callback"), len(sigmas) - 1 - first)
     quirks = Quirks.for_model(model, options.get("legacy", ()))
     options = {**options, "sigmas": sigmas, "scheduler": None, "rho": None}
     base_options: RunOptions = {
-        **options, "steps": options.get("steps") if "strength" in quirks else None, "end": end,
-        "callback": make_callback(0),
+        **options, "steps": options.get("steps") if "strength" in quirks else None,
+        "end_step": handover, "callback": make_callback(0),
     }  # fmt: skip
     z_t = _sample(model, conds, base_options)
     if "unused-draws" in quirks:
-        options["noise"](z_t)
+        options["noise_source"](z_t)
     refiner_options: RunOptions = {
-        **options, "sigmas": sigmas[end:], "steps": None, "z_t": z_t, "z": None, "x_T": None,
-        "strength": 1.0, "callback": make_callback(end - first), "constrain": constrain_refiner,
-        "first_step": end - first,
+        **options, "sigmas": sigmas[handover:], "steps": None, "z_t": z_t, "z": None, "x_T": None,
+        "strength": 1.0, "callback": make_callback(handover - first),
+        "constrain": constrain_refiner, "step_offset": handover - first,
         "freeu": None, "freeu_version": None,  # its factors are for the base model
     }  # fmt: skip
     return _sample(refiner, refiner_conds, refiner_options)
@@ -197,7 +203,7 @@ def _sample_and_upscale(
         upscaling.model,
         *texts,
         check_finite(latent, "the UNet"),
-        noise=options["noise"],
+        noise_source=options["noise_source"],
         scale=upscaling.scale,
         steps=upscaling.steps,
         callback=make_callback(steps),

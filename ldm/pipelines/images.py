@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.diffusion.samplers.common import NoiseSampler
+from ldm.diffusion.samplers.common import NoiseSource
 from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import quote_name
@@ -31,17 +31,19 @@ class DecodingOptions(TypedDict, total=False):
 
 
 @torch.no_grad()
-def encode_image(model: LatentDiffusion, image: Tensor, n: int, noise: NoiseSampler) -> Tensor:
+def encode_image(
+    model: LatentDiffusion, image: Tensor, n: int, noise_source: NoiseSource
+) -> Tensor:
     """Sample n latents (n, C, h, w) from the posterior of one image, padded to whole latent pixels.
 
     Args:
         image: (1, 3, H, W) in [-1, 1].
-        noise: (like) -> standard normal noise.
+        noise_source: (like) -> standard normal noise in the shape of `like`.
     """
     image = pad_to_multiple(image.to(model.device), model.downscale)
     posterior = model.autoencoder.encode(image)
     mean = posterior.mean.float().expand(n, -1, -1, -1)
-    z = mean + posterior.std.float() * noise(torch.empty(mean.shape, device=mean.device))
+    z = mean + posterior.std.float() * noise_source(torch.empty(mean.shape, device=mean.device))
     return check_finite(model.normalize(z), "the VAE")
 
 

@@ -9,7 +9,7 @@ Ramesh et al. 2022 (arXiv:2204.06125), section 2.2.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers.common import NoiseSource
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPVision
@@ -47,7 +48,7 @@ def sample_image_embeddings(
     std: Tensor,
     steps: int = 25,
     scale: float = 4.0,
-    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    noise_source: NoiseSource = torch.randn_like,
 ) -> Tensor:
     """Sample CLIP image embeddings of texts, (B, D) float32.
 
@@ -55,11 +56,13 @@ def sample_image_embeddings(
         clip: The CLIP that the prior was trained with, with its text encoder.
         negative_prompt: One for all texts, or one for each.
         mean, std: (D,) mean and standard deviation of CLIP's embeddings, from Karlo's file.
-        steps, scale, noise: See `sample_normalized_embeddings`.
+        steps, scale, noise_source: See `sample_normalized_embeddings`.
     """
     negatives = repeat_texts(negative_prompt, len(texts), "negative_prompt")
     cond, uncond = encode_texts(clip, texts), encode_texts(clip, negatives)
-    x = sample_normalized_embeddings(prior, cond, uncond, steps=steps, scale=scale, noise=noise)
+    x = sample_normalized_embeddings(
+        prior, cond, uncond, steps=steps, scale=scale, noise_source=noise_source
+    )
     return x * std.to(x) + mean.to(x)
 
 
@@ -89,7 +92,7 @@ def sample_normalized_embeddings(
     steps: int = 25,
     scale: float = 4.0,
     eta: float = 1.0,
-    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    noise_source: NoiseSource = torch.randn_like,
     sigmas: Tensor | None = None,
 ) -> Tensor:
     """Sample embeddings (B, D), normalized to mean 0 and std 1, one per row of `cond`, by DDIM.
@@ -98,20 +101,21 @@ def sample_normalized_embeddings(
         cond, uncond: From `encode_texts`, of prompts and of negative prompts.
         steps: Number of steps, see `get_prior_sigmas`.
         eta: 1 is ancestral sampling, as in the original; 0 is deterministic.
-        noise: (like) -> standard normal noise; called for the initial noise, then for each step.
+        noise_source: (like) -> standard normal noise in the shape of `like`, called for the initial
+            noise, then for each step.
         sigmas: Noise levels (n + 1,), descending; None = those of `steps`.
     """
     schedule = Schedule(make_betas("squaredcos_cap_v2", NUM_TIMESTEPS))
     sigmas = get_prior_sigmas(schedule, steps) if sigmas is None else sigmas
     denoise = add_guidance(Denoiser(prior, schedule, "x0"), cond, uncond, scale)
     shape = (len(cond), prior.out_proj.out_features)
-    initial_noise = noise(torch.empty(shape, device=prior.out_proj.weight.device))
+    initial_noise = noise_source(torch.empty(shape, device=prior.out_proj.weight.device))
     return SAMPLERS["ddim"](
         lambda x, sigma: denoise(x, sigma).clamp(-CLAMP, CLAMP),
         initial_noise * math.sqrt(1 + float(sigmas[0]) ** 2),
         sigmas,
         eta=eta,
-        noise=noise,
+        noise_source=noise_source,
     )
 
 

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
 from ldm.diffusion.names import SAMPLERS
-from ldm.diffusion.samplers.common import NoiseSampler
+from ldm.diffusion.samplers.common import NoiseSource
 from ldm.encoders.lowres import LowResLatent
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import get_circular_axes
@@ -130,7 +130,7 @@ def sample_upscaled_latent(
     negative_prompts: Sequence[str],
     latent: Tensor,
     *,
-    noise: NoiseSampler,
+    noise_source: NoiseSource,
     noise_sigma: float = 0.0,
     noise_kind: str = "gaussian",
     scale: Scale | None = None,
@@ -156,7 +156,7 @@ def sample_upscaled_latent(
     latent = _pad(latent, model.unet.size_multiple // LATENT_UPSCALE_FACTOR)
     adds_noise = noise_sigma > 0 and noise_kind == "gaussian"
     lowres = model.conditioner.get(LowResLatent).add_noise(
-        latent, noise_sigma, noise(latent) if adds_noise else None
+        latent, noise_sigma, noise_source(latent) if adds_noise else None
     )
     quirks = Quirks.for_model(model, options.get("legacy", ()))
 
@@ -171,7 +171,7 @@ def sample_upscaled_latent(
     is_guided = scale != 0 and (scale != 1 or SAMPLERS[sampler].takes_uncond)
     uncond = encode(negative_prompts) if is_guided else None
     sigmas = get_sigmas(model, quirks, options)
-    x_T = _draw_initial_noise(latent, options.get("x_T"), noise)
+    x_T = _draw_initial_noise(latent, options.get("x_T"), noise_source)
     # `sample` takes and returns latents scaled to the same variance at every level; this model
     # needs x itself.
     first, last = float(sigmas[0]), float(sigmas[-1])
@@ -184,7 +184,7 @@ def sample_upscaled_latent(
         uncond,
         z_t=x_T * (first / math.hypot(1, first)),
         scale=1 if uncond is None else scale,
-        noise=noise,
+        noise_source=noise_source,
         **run_options,
     )
     z = z[..., : LATENT_UPSCALE_FACTOR * height, : LATENT_UPSCALE_FACTOR * width]
@@ -203,7 +203,7 @@ def _pad(latent: Tensor, multiple: int) -> Tensor:
     )
 
 
-def _draw_initial_noise(latent: Tensor, x_T: Tensor | None, noise: NoiseSampler) -> Tensor:
+def _draw_initial_noise(latent: Tensor, x_T: Tensor | None, noise_source: NoiseSource) -> Tensor:
     """Return noise of twice the size of a padded latent.
 
     Args:
@@ -213,12 +213,12 @@ def _draw_initial_noise(latent: Tensor, x_T: Tensor | None, noise: NoiseSampler)
     height, width = LATENT_UPSCALE_FACTOR * height, LATENT_UPSCALE_FACTOR * width
     like = latent.new_empty(n, channels, height, width)
     if x_T is None:
-        return noise(like)
+        return noise_source(like)
     if x_T.shape == like.shape:
         return x_T.to(like)
     if x_T.shape[:2] != like.shape[:2] or x_T.shape[2] > height or x_T.shape[3] > width:
         shapes = f"{tuple(like.shape)}, got a tensor {tuple(x_T.shape)}"
         raise ArgumentError(f"x_T must be a tensor of at most the shape {shapes}", "x_T")
-    initial_noise = noise(like)
+    initial_noise = noise_source(like)
     initial_noise[..., : x_T.shape[-2], : x_T.shape[-1]] = x_T.to(like)
     return initial_noise

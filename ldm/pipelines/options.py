@@ -101,7 +101,7 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     """Raise ArgumentError for a keyword whose value is invalid, or that the model does not take."""
     sampling = select_sampling(arguments)
     sampler = sampling.get("sampler") or model.defaults.sampler
-    rescale = sampling.get("rescale", 0.0)
+    guidance_rescale = sampling.get("guidance_rescale", 0.0)
     step_noise = StepNoise(
         sampling.get("eta"),
         sampling.get("s_churn", 0.0),
@@ -117,7 +117,7 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
         sampling.get("scheduler"),
         step_noise,
         strength,
-        rescale,
+        guidance_rescale,
         arguments.get("seeds"),
         interval,
     )
@@ -129,7 +129,7 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     quirks.get_denoiser(model, sampler)
     guidance = make_guidance(arguments, quirks)
     check_guidance(model, arguments.get("scale"), arguments, quirks)
-    check_embedded_guidance(model, guidance, rescale, interval)
+    check_embedded_guidance(model, guidance, guidance_rescale, interval)
     check_sdxl(model, select_sdxl(arguments))
     syntax = arguments.get("syntax", PLAIN)
     check_syntax(syntax)

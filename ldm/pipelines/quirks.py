@@ -15,7 +15,7 @@ from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Denoise, Scale, add_guidance
 from ldm.diffusion.names import LEGACY, SDXL_LEGACY
-from ldm.diffusion.samplers.common import NoiseSampler
+from ldm.diffusion.samplers.common import NoiseSource
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.scheduler_options import check_rho
 from ldm.model import LatentDiffusion
@@ -23,7 +23,7 @@ from ldm.pipelines.families import find_family, is_sdxl
 from ldm.runtime.arguments import as_list
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["Quirks", "get_row_seeds", "make_noise_sampler", "make_seeded_noise"]
+__all__ = ["Quirks", "get_row_seeds", "make_noise_source", "make_seeded_noise_source"]
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ class Quirks:
         return denoise
 
 
-def make_noise_sampler(
-    seeds: int | Sequence[int] | NoiseSampler | None, n: int, legacy: Iterable[str] = ()
-) -> NoiseSampler:
+def make_noise_source(
+    seeds: int | Sequence[int] | NoiseSource | None, n: int, legacy: Iterable[str] = ()
+) -> NoiseSource:
     """Make `noise(like)` for n rows; each call continues the random sequences.
 
     Args:
@@ -150,11 +150,11 @@ def make_noise_sampler(
         return seeds
     if "noise" in legacy:
         return draw_global_noise
-    return make_seeded_noise(get_row_seeds(seeds, n))
+    return make_seeded_noise_source(get_row_seeds(seeds, n))
 
 
 def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
-    """Return the seeds of n rows as Python integers; see `make_noise_sampler`.
+    """Return the seeds of n rows as Python integers; see `make_noise_source`.
 
     Raises:
         ArgumentError: A seed is not in -2^63 … 2^64 - 1, or there are not n.
@@ -176,7 +176,7 @@ def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
     return rows
 
 
-def make_seeded_noise(seeds: Sequence[int]) -> NoiseSampler:
+def make_seeded_noise_source(seeds: Sequence[int]) -> NoiseSource:
     """Make `noise(like)` whose row k has a CPU generator of its own, seeded seeds[k] mod 2^64."""
     generators = [torch.Generator().manual_seed(seed % (1 << 64)) for seed in seeds]
 

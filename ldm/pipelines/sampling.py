@@ -26,7 +26,7 @@ from ldm.diffusion.guidance import (
 from ldm.diffusion.guidance_embedding import embed_guidance
 from ldm.diffusion.names import SAMPLERS, FreeUFactors
 from ldm.diffusion.samplers import SAMPLERS as SAMPLER_FUNCTIONS
-from ldm.diffusion.samplers.common import Constrain, Denoise, IntervalNoise, NoiseSampler
+from ldm.diffusion.samplers.common import Constrain, Denoise, IntervalNoise, NoiseSource
 from ldm.diffusion.samplers.single_step import euler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.step_noise import StepNoise
@@ -37,7 +37,7 @@ from ldm.nets.tiled import apply_tiled
 from ldm.pipelines.arguments import check_arguments
 from ldm.pipelines.families import quote_name
 from ldm.pipelines.freeu import make_freeu
-from ldm.pipelines.quirks import Quirks, get_row_seeds, make_noise_sampler
+from ldm.pipelines.quirks import Quirks, get_row_seeds, make_noise_source
 from ldm.pipelines.sampling_options import (
     Callback,
     SamplingOptions,
@@ -57,9 +57,9 @@ from ldm.runtime.warn import warn_caller
 
 __all__ = ["invert", "sample"]
 
-# Arguments of `sample` that another one, which is missing or given, leaves without effect.
-REQUIRES = {"strength": "z", "freeu_version": "freeu", "further": "guidance"}
-EXCLUDED_BY = {"z": "z_t", "x_T": "z_t", "seeds": "noise", "grid": "scheduler"}
+# Argument of `sample` -> the argument that it needs, or that replaces it.
+REQUIRES = {"strength": "z", "freeu_version": "freeu", "extra_conds": "guidance"}
+EXCLUDED_BY = {"z": "z_t", "x_T": "z_t", "seeds": "noise_source", "grid": "scheduler"}
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def sample(
     scheduler: str | None = None,
     rho: float | None = None,
     sigmas: Tensor | Sequence[float] | None = None,
-    end: int | None = None,
+    end_step: int | None = None,
     eta: float | None = None,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
@@ -87,17 +87,17 @@ def sample(
     s_noise: float = 1.0,
     brownian: bool = False,
     scale: Scale | None = None,
-    rescale: float = 0.0,
+    guidance_rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
     freeu: str | Sequence[float] | FreeUFactors | None = None,
     freeu_version: str | None = None,
     guidance: Guidance | None = None,
-    further: Sequence[Cond] = (),
-    seeds: int | Sequence[int] | NoiseSampler | None = None,
-    noise: NoiseSampler | None = None,
+    extra_conds: Sequence[Cond] = (),
+    seeds: int | Sequence[int] | NoiseSource | None = None,
+    noise_source: NoiseSource | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
-    first_step: int = 0,
+    step_offset: int = 0,
     unet_tile: int | None = None,
     tiling: str = "none",
     legacy: Iterable[str] = (),
@@ -123,8 +123,8 @@ def sample(
         scheduler: A name in SCHEDULERS; None = `get_default_scheduler`.
         rho: Exponent of schedulers that have one; None = the scheduler's default.
         sigmas: Noise levels of the run, descending; None = those of steps, scheduler and rho.
-        end: Index in sigmas of the level to stop at, not before that of `strength`; the result is
-            then noisy. None = the last.
+        end_step: Index in sigmas of the level to stop at, not before the first one that `strength`
+            selects; the result is then noisy. None = the last.
         eta: Amount of noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16), for
             samplers that have it; None = the model's default for its default sampler, else 0 for
             `ddim`, 0.3 for `tcd`, 1 for others.
@@ -137,23 +137,23 @@ def sample(
             else it is independent for each step.
         scale: Guidance scale; 1 = no guidance, None = `get_default_scale`. A model that embeds it
             evaluates the network once a step, without `uncond`.
-        rescale: Strength, 0 … 1, of rescaling guided predictions to the standard deviation of the
-            conditional ones (phi of arXiv:2305.08891, §3.4), against over-exposure.
+        guidance_rescale: Strength, 0 … 1, of rescaling guided predictions to the standard deviation
+            of the conditional ones (phi of arXiv:2305.08891, §3.4), against over-exposure.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
         freeu: Factors of FreeU, the name of a preset, or "auto" for the preset of the model's
             family; None = off.
         freeu_version: A name in FREEU_VERSIONS; None = "1".
         guidance: The guidance method, a new object for each run; None = classifier-free guidance.
-        further: Conditions of the texts that the guidance method needs besides the prompts,
+        extra_conds: Conditions of the texts that the guidance method needs besides the prompts,
             `guidance.texts`; each has as many rows as `cond`.
-        seeds: One per row, or the first of consecutive ones, less than 2^64; or a function, as
-            `noise`; None = drawn from torch's generator. A row's noise depends on its seed only.
-        noise: Function (like) -> standard normal noise of its shape; None = that of `seeds`. Given
-            both, `seeds` are only for `brownian`.
+        seeds: One per row, or the first of consecutive ones, less than 2^64; or a noise source;
+            None = drawn from torch's generator. A row's noise depends on its seed only.
+        noise_source: Function (like) -> standard normal noise in the shape of `like`; None = that
+            of `seeds`. If both are given, `seeds` are only for `brownian`.
         callback: Called with (step, steps, x, denoised) after each step; may raise Stop with a
             latent, which tasks then decode. None = nothing is called.
         constrain: (x, sigma) -> x, applied before every step; None = no constraint.
-        first_step: Number of the run's first step, for conditions that depend on the step; no step
+        step_offset: Number of the run's first step, for conditions that depend on the step; no step
             is skipped.
         unet_tile: Side in latent pixels of overlapping tiles to run the network on; None = whole.
         tiling: Axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
@@ -171,7 +171,9 @@ def sample(
     if eta is None and sampler == model.defaults.sampler:
         eta = model.defaults.eta
     step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise, brownian)
-    check_sampling(sampler, scheduler, step_noise, strength, rescale, seeds, guidance_interval)
+    check_sampling(
+        sampler, scheduler, step_noise, strength, guidance_rescale, seeds, guidance_interval
+    )
     if s_churn == 0 and (s_tmin > 0 or s_tmax is not None):
         warn_caller("s_tmin and s_tmax have no effect without s_churn")
     check_tiles(unet_tile=unet_tile)
@@ -194,27 +196,27 @@ def sample(
         # The quirk `strength` counts the steps that were asked for, not those of the run.
         given_steps = None if "strength" in quirks else steps
         check_no_conflict_with_sigmas(len(sigmas) - 1, given_steps, scheduler, rho)
-    check_embedded_guidance(model, guidance, rescale, guidance_interval)
+    check_embedded_guidance(model, guidance, guidance_rescale, guidance_interval)
     name = _quote_variant_name(model)
     if warning := explain_exceeded_limits(model.defaults, name, steps, scale):
         warn_caller(warning)
     n = len(cond) or _count_rows(z_t, x_T, z, seeds)
-    noise = noise or make_noise_sampler(seeds, n, quirks.names)
+    noise_source = noise_source or make_noise_source(seeds, n, quirks.names)
     shape = get_latent_shape(model, n, size, z=z, x_T=x_T, z_t=z_t)
     if z_t is not None:
         x, first = z_t.to(model.device, torch.float32) * _compute_std(sigmas[0]), 0
     else:
         if x_T is None:
-            x_T = noise(torch.empty(shape, device=model.device))
+            x_T = noise_source(torch.empty(shape, device=model.device))
         x_T = x_T.to(model.device, torch.float32)
         x, first = _add_initial_noise(z, x_T, sigmas, quirks, strength, steps)
-    if end is not None:
-        if not first <= end < len(sigmas):
+    if end_step is not None:
+        if not first <= end_step < len(sigmas):
             message = (
-                f"end must be in {first} … {len(sigmas) - 1}, the levels of the run, got {end}"
+                f"end_step must be in {first} … {len(sigmas) - 1}, the levels of the run, got "
             )
-            raise ArgumentError(message, "end")
-        sigmas = sigmas[: end + 1]
+            raise ArgumentError(f"{message}{end_step}", "end_step")
+        sigmas = sigmas[: end_step + 1]
     sigmas = sigmas[first:]
     if z_t is None and (warning := explain_high_sigma(sampler, scheduler, float(sigmas[0]))):
         warn_caller(warning)
@@ -225,26 +227,26 @@ def sample(
     denoiser = _tile_network(denoiser, unet_tile)
     uncond_denoised: deque[Tensor] = deque(maxlen=1)  # the latest unconditional estimate of z
     sampler_options = _get_sampler_options(
-        model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
+        model.schedule, sampler, step_noise, noise_source, "noise" in quirks, end_step is not None
     )
-    if brownian and sampler_options["noise"] is not None:
+    if brownian and sampler_options["noise_source"] is not None:
         sampler_options["interval_noise"] = _make_interval_noise(seeds, n, sigmas, s_noise)
-    if SAMPLERS[sampler].takes_uncond:
-        sampler_options["last_uncond"] = lambda: uncond_denoised[0] if uncond_denoised else None
+    if takes_uncond := SAMPLERS[sampler].takes_uncond:
+        sampler_options["get_uncond_denoised"] = lambda: next(iter(uncond_denoised), None)
     build_denoise: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
         add_guidance,
         denoiser,
         scale=scale,
-        rescale=rescale,
+        guidance_rescale=guidance_rescale,
         interval=guidance_interval,
         guidance=guidance,
-        further=further,
-        on_uncond=uncond_denoised.append if "last_uncond" in sampler_options else None,
+        extra_conds=extra_conds,
+        on_uncond_denoised=uncond_denoised.append if takes_uncond else None,
     )
     if model.guidance_embed_dim is not None:
         dim = model.guidance_embed_dim
         build_denoise = partial(embed_guidance, denoiser, scale=scale, dim=dim)
-    counter = StepCounter(first_step)
+    counter = StepCounter(step_offset)
     with circular_padding(tiling):
         x = SAMPLER_FUNCTIONS[sampler](
             switch_conditions(build_denoise, cond, uncond, counter),
@@ -291,7 +293,7 @@ def invert(
 def _check_combinations(arguments: Mapping[str, object]) -> None:
     """Raise ArgumentError for an argument of `sample` that others leave without effect."""
     given = {name for name, value in arguments.items() if value is not None}
-    unset = {"strength": arguments["strength"] == 1, "further": not arguments["further"],
+    unset = {"strength": arguments["strength"] == 1, "extra_conds": not arguments["extra_conds"],
              "seeds": arguments["brownian"]}  # fmt: skip
     given -= {name for name, is_unset in unset.items() if is_unset}
     for name, other in REQUIRES.items():
@@ -315,14 +317,15 @@ def _check_guidance(
         return  # see `check_embedded_guidance`
     guidance = arguments["guidance"]
     perturbs = isinstance(guidance, Guidance) and guidance.perturbs  # it needs no `uncond`
-    names = ["scale"] if perturbs else ["scale", "guidance", "rescale", "guidance_interval"]
-    given = [n for n in names if arguments[n] is not None and (n != "rescale" or arguments[n])]
+    names = ["scale"] if perturbs else ["scale", "guidance", "guidance_interval"]
+    given = [name for name in names if arguments[name] is not None]
+    given += ["guidance_rescale"] if arguments["guidance_rescale"] and not perturbs else []
     has_uncond = arguments["uncond"] is not None
     if given and scale != 1 and not has_uncond:
         raise ArgumentError(f"{given[0]} needs uncond", given[0])
     if scale == 1 and not (has_uncond and SAMPLERS[sampler].takes_uncond):
         for name in given:
-            if name in ("rescale", "guidance_interval"):
+            if name in ("guidance_rescale", "guidance_interval"):
                 warn_caller(f"{name} has no effect at a guidance scale of 1")
 
 
@@ -373,7 +376,7 @@ def _get_sampler_options(
     schedule: NoiseSchedule,
     sampler: str,
     step_noise: StepNoise,
-    noise: NoiseSampler,
+    noise_source: NoiseSource,
     always_draws: bool,
     is_continued: bool,
 ) -> dict[str, object]:
@@ -384,17 +387,17 @@ def _get_sampler_options(
         is_continued: Whether another model samples on from the result.
     """
     spec, s_noise, s_tmax = SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
-    scaled_noise = noise if s_noise == 1 else lambda like: s_noise * noise(like)
+    scaled_noise = noise_source if s_noise == 1 else lambda like: s_noise * noise_source(like)
     options: dict[str, object] = {}
     if spec.takes_noise or spec.takes_churn:
-        options["noise"] = scaled_noise
+        options["noise_source"] = scaled_noise
     if spec.takes_churn:
         options["s_churn"], options["s_tmin"] = step_noise.s_churn, step_noise.s_tmin
         options["s_tmax"] = math.inf if s_tmax is None else s_tmax
     if spec.eta is not None:
         options["eta"] = eta = spec.eta if step_noise.eta is None else step_noise.eta
         if eta == 0 and not always_draws:
-            options["noise"] = None  # nothing is drawn; the original drew noise, times 0
+            options["noise_source"] = None  # nothing is drawn; the original drew noise, times 0
     if spec.scales_time:
         options["scale_time"] = schedule.scale_time
     if spec.function == "dpmpp_2m" and is_continued:
@@ -403,7 +406,7 @@ def _get_sampler_options(
 
 
 def _make_interval_noise(
-    seeds: int | Sequence[int] | NoiseSampler | None, n: int, sigmas: Tensor, s_noise: float
+    seeds: int | Sequence[int] | NoiseSource | None, n: int, sigmas: Tensor, s_noise: float
 ) -> IntervalNoise:
     """Return (like, sigma, next sigma) -> noise between two levels, by a path for each row."""
     assert not callable(seeds)  # as `check_sampling` has checked

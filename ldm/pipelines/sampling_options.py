@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import Guidance, Scale
 from ldm.diffusion.names import HIGH_SIGMA, SAMPLERS, SCHEDULERS, FreeUFactors
-from ldm.diffusion.samplers.common import NoiseSampler
+from ldm.diffusion.samplers.common import NoiseSource
 from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import Defaults, LatentDiffusion
@@ -51,11 +51,11 @@ class SamplingOptions(TypedDict, total=False):
     s_tmax: float | None
     s_noise: float
     brownian: bool
-    rescale: float
+    guidance_rescale: float
     guidance_interval: tuple[float, float] | None
     freeu: str | Sequence[float] | FreeUFactors | None
     freeu_version: str | None
-    seeds: int | Sequence[int] | NoiseSampler | None
+    seeds: int | Sequence[int] | NoiseSource | None
     x_T: Tensor | None
     callback: Callback | None
     unet_tile: int | None
@@ -179,8 +179,8 @@ def check_sampling(
     scheduler: str | None,
     step_noise: StepNoise,
     strength: float = 1.0,
-    rescale: float = 0.0,
-    seeds: int | Sequence[int] | NoiseSampler | None = None,
+    guidance_rescale: float = 0.0,
+    seeds: int | Sequence[int] | NoiseSource | None = None,
     guidance_interval: tuple[float, float] | None = None,
 ) -> None:
     """Raise ArgumentError for an unknown name or a value out of range, before any network runs."""
@@ -189,8 +189,8 @@ def check_sampling(
         check_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
     step_noise.check(sampler)
     if step_noise.brownian and callable(seeds):
-        raise ArgumentError("brownian needs seeds, not a source of noise", "brownian")
-    for name, value in (("strength", strength), ("rescale", rescale)):
+        raise ArgumentError("brownian needs seeds, not a noise source", "brownian")
+    for name, value in (("strength", strength), ("guidance_rescale", guidance_rescale)):
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
     if guidance_interval is not None and guidance_interval[0] > guidance_interval[1]:
@@ -208,7 +208,7 @@ def check_tiles(**sides: int | None) -> None:
 def check_embedded_guidance(
     model: LatentDiffusion,
     guidance: Guidance | None,
-    rescale: float,
+    guidance_rescale: float,
     interval: tuple[float, float] | None,
 ) -> None:
     """Raise ArgumentError for options without effect on a model that embeds the guidance scale."""
@@ -216,7 +216,7 @@ def check_embedded_guidance(
         return
     for name, is_given in (
         ("a guidance method", guidance is not None),
-        ("rescale", bool(rescale)),
+        ("guidance_rescale", bool(guidance_rescale)),
         ("guidance_interval", interval is not None),
     ):
         if is_given:

@@ -22,9 +22,11 @@ __all__ = ["check_clip_skip", "task"]
 
 P = ParamSpec("P")
 FORMER_KEYWORDS = {"grid": "scheduler"}
-DIFFUSERS_KEYWORDS = {
-    "generator": "seeds", "guidance_rescale": "rescale", "guidance_scale": "scale",
-    "height": "size", "mask_image": "mask", "num_inference_steps": "steps", "width": "size",
+# Keyword of diffusers, or former one of ours -> the keyword that the error suggests.
+SUGGESTED_KEYWORDS = {
+    "generator": "seeds", "guidance_scale": "scale", "height": "size", "mask_image": "mask",
+    "noise": "noise_source", "num_inference_steps": "steps", "rescale": "guidance_rescale",
+    "width": "size",
 }  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
                 if takes_options and keyword in GuidedOptions.__annotations__:
                     raise ArgumentError(f"{keyword} needs a model that reads prompts", keyword)
                 kind = f"keyword of {function.__name__}"
-                if (nearest := DIFFUSERS_KEYWORDS.get(keyword, "")) in allowed:
+                if (nearest := SUGGESTED_KEYWORDS.get(keyword, "")) in allowed:
                     message = f"unknown {kind} `{keyword}`, did you mean `{nearest}`?"
                     raise UnknownName(message, keyword)
                 raise unknown_name(kind, keyword, allowed[1:], argument=keyword)

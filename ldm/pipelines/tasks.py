@@ -30,12 +30,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.diffusion.guidance import Scale
-from ldm.diffusion.samplers.common import Constrain, NoiseSampler
+from ldm.diffusion.samplers.common import Constrain, NoiseSource
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.lowres import LowRes, RGBDLatent, concat_mask, mask_image
 from ldm.model import LatentDiffusion
 from ldm.pipelines.conditions import encode_prompts
-from ldm.pipelines.generate import generate, make_task_noise
+from ldm.pipelines.generate import generate, make_task_noise_source
 from ldm.pipelines.images import add_depth, crop_like, decode_latent, encode_image, pad_to_multiple
 from ldm.pipelines.latent_upscaling import (
     LATENT_UPSCALE_FACTOR,
@@ -99,9 +99,9 @@ def txt2img(
     Returns:
         (B, C, H, W) float32 in [-1, 1]; C = 3, or 4 or 6 for models with depth.
     """
-    noise = make_task_noise(prompts, options)
+    noise_source = make_task_noise_source(prompts, options)
     return generate(
-        model, prompts, negative_prompt, {}, scale, tile, noise=noise, size=size,
+        model, prompts, negative_prompt, {}, scale, tile, noise_source=noise_source, size=size,
         upscaling=upscaling, **options,
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def img2img(
     if source_prompt and not inversion:
         raise ArgumentError("source_prompt needs inversion", "source_prompt")
     image = add_depth(model, image, depth)
-    noise = make_task_noise(prompts, options)
+    noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
     source = _parse_source_prompt(source_prompt, options) if inversion else None
     padded = pad_to_multiple(image, _get_size_multiple(model, options))
@@ -147,12 +147,12 @@ def img2img(
         height, width = (side // factor for side in like.shape[-2:])
         upscaling.check_run(model, height, width, options.get("syntax", PLAIN))
     if z is None:
-        z = encode_image(model, padded, n, noise)
+        z = encode_image(model, padded, n, noise_source)
     if source is not None:
         options["x_T"] = _invert_to_noise(model, z, source, strength, options)
     images = generate(
-        model, prompts, negative_prompt, {}, scale, tile, noise=noise, z=z, strength=strength,
-        upscaling=upscaling, **options,
+        model, prompts, negative_prompt, {}, scale, tile, noise_source=noise_source, z=z,
+        strength=strength, upscaling=upscaling, **options,
     )  # fmt: skip
     return crop_like(images, image, 1 if upscaling is None else LATENT_UPSCALE_FACTOR)
 
@@ -186,7 +186,7 @@ def inpaint(
         negative_prompt, scale, tile, options: See `txt2img`.
     """
     image, mask = add_depth(model, image, depth), mask.float()
-    noise = make_task_noise(prompts, options)
+    noise_source = make_task_noise_source(prompts, options)
     n, multiple = len(prompts), _get_size_multiple(model, options)
     padded = pad_to_multiple(image, multiple)
     binary_mask = (pad_to_multiple(mask, multiple) >= 0.5).float()
@@ -196,21 +196,21 @@ def inpaint(
     constrain: Constrain | None = None
     constrain_refiner: Constrain | None = None
     if "masked" in model.conditioner.keys:
-        masked_z = encode_image(model, masked_image, n, noise)
+        masked_z = encode_image(model, masked_image, n, noise_source)
         inputs["masked"] = concat_mask(binary_mask.to(masked_z).expand(n, -1, -1, -1), masked_z)
         if strength < 1:
-            z = encode_image(model, padded, n, noise)
+            z = encode_image(model, padded, n, noise_source)
         if options.get("refiner") is not None:  # the refiner does not read masks
-            options["x_T"] = x_T = _get_initial_noise(options, noise, masked_z)
-            original = encode_image(model, padded, n, noise) if z is None else z
+            options["x_T"] = x_T = _get_initial_noise(options, noise_source, masked_z)
+            original = encode_image(model, padded, n, noise_source) if z is None else z
             constrain_refiner = _keep_unmasked(binary_mask, original, x_T, model.downscale)
     else:
-        z = encode_image(model, padded, n, noise)
-        options["x_T"] = x_T = _get_initial_noise(options, noise, z)
+        z = encode_image(model, padded, n, noise_source)
+        options["x_T"] = x_T = _get_initial_noise(options, noise_source, z)
         constrain = constrain_refiner = _keep_unmasked(binary_mask, z, x_T, model.downscale)
     images = generate(
-        model, prompts, negative_prompt, inputs, scale, tile, noise=noise, z=z, strength=strength,
-        size=(padded.shape[-2], padded.shape[-1]), constrain=constrain,
+        model, prompts, negative_prompt, inputs, scale, tile, noise_source=noise_source, z=z,
+        strength=strength, size=(padded.shape[-2], padded.shape[-1]), constrain=constrain,
         constrain_refiner=constrain_refiner, **options,
     )  # fmt: skip
     images = crop_like(images, image)
@@ -237,16 +237,16 @@ def depth2img(
         strength: 0 keeps the image, 1 keeps only its depth.
         negative_prompt, scale, tile, options: See `txt2img`.
     """
-    noise = make_task_noise(prompts, options)
+    noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
-    z = encode_image(model, image, n, noise)
+    z = encode_image(model, image, n, noise_source)
     batch = {"jpg": image} if depth is None else {"depth": depth}
     batch = {key: value.to(model.device) for key, value in batch.items()}
     batch = model.prepare(batch, (z.shape[-2], z.shape[-1]))
     inputs = {"depth": batch["depth"].expand(n, -1, -1, -1)}
     images = generate(
-        model, prompts, negative_prompt, inputs, scale, tile, noise=noise, z=z, strength=strength,
-        **options,
+        model, prompts, negative_prompt, inputs, scale, tile, noise_source=noise_source, z=z,
+        strength=strength, **options,
     )  # fmt: skip
     return crop_like(images, image)
 
@@ -279,7 +279,7 @@ def upscale(
             unless `unet_tile` is given; None = the training size.
         negative_prompt, scale, options: See `txt2img`.
     """
-    noise = make_task_noise(prompts, options)
+    noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
     encoder = model.conditioner.get(LowRes)
     _check_noise_level(noise_level, encoder.max_noise_level)
@@ -287,14 +287,18 @@ def upscale(
     # The original draws noise in this memory format.
     low_res = low_res.contiguous(memory_format=torch.channels_last)
     level = torch.full((n,), noise_level, device=model.device)
-    inputs = {"lowres": encoder.add_noise(low_res, level, noise(low_res)), "noise_level": level}
+    inputs = {
+        "lowres": encoder.add_noise(low_res, level, noise_source(low_res)),
+        "noise_level": level,
+    }
     tile = model.image_size if tile is None else tile
     if options.get("unet_tile") is None:
         options["unet_tile"] = tile
     size = (low_res.shape[-2] * model.downscale, low_res.shape[-1] * model.downscale)
     return generate(
-        model, prompts, negative_prompt, inputs, scale, tile, noise=noise, size=size, **options
-    )
+        model, prompts, negative_prompt, inputs, scale, tile, noise_source=noise_source, size=size,
+        **options,
+    )  # fmt: skip
 
 
 @task("rgbd-upscaling")
@@ -321,14 +325,14 @@ def upscale_rgbd(
         (B, 4, H, W).
     """
     image = add_depth(model, image, depth)
-    noise = make_task_noise(prompts, options)
+    noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
     _check_noise_level(noise_level, model.conditioner.get(RGBDLatent).max_noise_level)
     padded = pad_to_multiple(image, model.downscale)
     level = torch.full((n,), noise_level, device=model.device)
-    inputs = {"rgbd": encode_image(model, padded, n, noise), "noise_level": level}
+    inputs = {"rgbd": encode_image(model, padded, n, noise_source), "noise_level": level}
     images = generate(
-        model, prompts, negative_prompt, inputs, scale, tile, noise=noise,
+        model, prompts, negative_prompt, inputs, scale, tile, noise_source=noise_source,
         size=(padded.shape[-2], padded.shape[-1]), **options,
     )  # fmt: skip
     return crop_like(images, image)
@@ -366,7 +370,7 @@ def upscale_latent(
             default.
         negative_prompt, tile, options: See `txt2img`.
     """
-    noise = make_task_noise(prompts, options)
+    noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
     negatives = repeat_texts(negative_prompt, n, "negative_prompt")
     check_noise(model, noise_sigma, noise_kind)
@@ -375,14 +379,14 @@ def upscale_latent(
         if image is None:
             raise MissingArgument("neither an image nor a latent is given", "image")
         check_sides(model, *(-(-side // model.downscale) for side in image.shape[-2:]))
-        latent = encode_image(model, image, n, noise)
+        latent = encode_image(model, image, n, noise_source)
     else:
         if image is not None:
             raise ArgumentError("give an image or a latent, not both", "latent")
         check_latent(model, latent, n)
     try:
         z = sample_upscaled_latent(
-            model, prompts, negatives, latent, noise=noise, noise_sigma=noise_sigma,
+            model, prompts, negatives, latent, noise_source=noise_source, noise_sigma=noise_sigma,
             noise_kind=noise_kind, scale=scale, **select_sampling(options),
         )  # fmt: skip
     except Stop as stop:
@@ -398,9 +402,9 @@ def _get_size_multiple(model: LatentDiffusion, options: TextOptions) -> int:
     return model.downscale if options.get("refiner") is None else REFINER_MULTIPLE
 
 
-def _get_initial_noise(options: TextOptions, noise: NoiseSampler, like: Tensor) -> Tensor:
+def _get_initial_noise(options: TextOptions, noise_source: NoiseSource, like: Tensor) -> Tensor:
     x_T = options.get("x_T")
-    return noise(like) if x_T is None else x_T.to(like)
+    return noise_source(like) if x_T is None else x_T.to(like)
 
 
 def _keep_unmasked(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constrain:

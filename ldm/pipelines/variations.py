@@ -14,13 +14,13 @@ from typing_extensions import Unpack
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
 from ldm.diffusion.names import SAMPLERS
-from ldm.diffusion.samplers.common import NoiseSampler
+from ldm.diffusion.samplers.common import NoiseSource
 from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
 from ldm.pipelines import karlo
 from ldm.pipelines.families import quote_name
-from ldm.pipelines.generate import generate, make_task_noise
+from ldm.pipelines.generate import generate, make_task_noise_source
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling
 from ldm.pipelines.sampling import sample
@@ -61,7 +61,7 @@ def unclip(
         negative_prompt, size, tile, options: See `txt2img`.
     """
     scale = get_default_scale(model, options.get("sampler"), 10.0) if scale is None else scale
-    noise = make_task_noise(prompts, options)
+    noise_source = make_task_noise_source(prompts, options)
     n, encoder = len(prompts), model.conditioner.get(ImageEmbedding)
     width = encoder.noise.width
     for embedding in embeddings:
@@ -85,13 +85,14 @@ def unclip(
     mean = torch.zeros((), device=model.device)
     for embedding, weight, level in zip(embeddings, weights, levels, strict=True):
         embedding = embedding.to(model.device, torch.float32).expand(n, -1)  # (B, D)
-        mean = mean + weight * encoder.noise(embedding, level, noise(embedding))
+        mean = mean + weight * encoder.noise(embedding, level, noise_source(embedding))
     if mix_level is not None:
         embedding = mean[:, :width]  # without the embedding of the noise level
-        mean = encoder.noise(embedding, mix_level, noise(embedding))
+        mean = encoder.noise(embedding, mix_level, noise_source(embedding))
     return generate(
-        model, prompts, negative_prompt, {"embedding": mean}, scale, tile, noise=noise, size=size,
-        unconditional_inputs={"embedding": [None] * n}, **options,
+        model, prompts, negative_prompt, {"embedding": mean}, scale, tile,
+        noise_source=noise_source, size=size, unconditional_inputs={"embedding": [None] * n},
+        **options,
     )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def vary(
     if any(negative_prompt):  # of a text, or of a list of texts
         warn_caller(f"{quote_name(model)} does not read a negative prompt: ignored")
     scale = get_default_scale(model, options.get("sampler"), 3.0) if scale is None else scale
-    noise = make_task_noise(prompts, options)
+    noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
     weights = _normalize_weights(weights, len(images))
     conds = [model.condition({"jpg": [image[0]]}) for image in images]
@@ -134,7 +135,9 @@ def vary(
     is_guided = scale != 1 or takes_uncond
     uncond = model.condition({"jpg": [None]}).repeat(n) if is_guided else None
     sampling = select_sampling(options)
-    z = sample(model, cond.repeat(n), uncond, scale=scale, size=size, noise=noise, **sampling)
+    z = sample(
+        model, cond.repeat(n), uncond, scale=scale, size=size, noise_source=noise_source, **sampling
+    )
     return decode_latent(model, z, tile, options.get("on_latent"))
 
 
@@ -147,7 +150,7 @@ def sample_prior(
     negative_prompt: str | Sequence[str] = "",
     steps: int = 25,
     scale: float = 4.0,
-    noise: NoiseSampler = torch.randn_like,
+    noise_source: NoiseSource = torch.randn_like,
 ) -> Tensor:
     """Sample CLIP image embeddings (B, D) of prompts with the Karlo prior.
 
@@ -167,7 +170,7 @@ def sample_prior(
         std=std,
         steps=steps,
         scale=scale,
-        noise=noise,
+        noise_source=noise_source,
     )
 
 

@@ -93,7 +93,7 @@ def test_apg_without_limit_momentum_and_projection_is_classifier_free_guidance()
 
 def test_perp_neg_equals_its_formula_in_float64():
     """Sample by sample; the largest error is 5e-7 of the largest value."""
-    ours = guide(PerpNeg(0.8), further=[EMPTY])
+    ours = guide(PerpNeg(0.8), extra_conds=[EMPTY])
     for x, *parts in zip(ours, *map(compute_estimates, (COND, UNCOND, EMPTY)), strict=True):
         for row, (cond, negative, empty) in enumerate(zip(*parts, strict=True)):
             cond, negative, empty = (part.double().flatten() for part in (cond, negative, empty))
@@ -109,16 +109,16 @@ def test_perturbed_attention_adds_to_any_guidance_before_rescaling():
     predictions = [toy.predict(x, sigma, cond) for cond in (UNCOND, COND, EMPTY)]
     rows = torch.ones(2, dtype=torch.bool)
     perturbed = toy.predict(x, sigma, Cond(COND.crossattn, perturbed=rows))
-    for guidance, further in ((ProjectedGuidance(APG()), []), (PerpNeg(1.0), [EMPTY])):
-        uncond, cond, *others = predictions[: 2 + len(further)]
+    for guidance, extra_conds in ((ProjectedGuidance(APG()), []), (PerpNeg(1.0), [EMPTY])):
+        uncond, cond, *others = predictions[: 2 + len(extra_conds)]
         evaluation = Evaluation(toy, x, sigma, 7.5, uncond, cond, tuple(others))
         prediction = guidance.combine(evaluation) + 3 * (cond - perturbed)
         ratio = cond.std((1, 2, 3), keepdim=True) / prediction.std((1, 2, 3), keepdim=True)
         expected = toy.convert_prediction(x, sigma, prediction * (0.3 + 0.7 * ratio))
         again = type(guidance)(APG()) if isinstance(guidance, ProjectedGuidance) else PerpNeg(1.0)
         guided = add_guidance(
-            toy, COND, UNCOND, 7.5, rescale=0.7, guidance=PerturbedAttention(3.0, again),
-            further=further,
+            toy, COND, UNCOND, 7.5, guidance_rescale=0.7, guidance=PerturbedAttention(3.0, again),
+            extra_conds=extra_conds,
         )  # fmt: skip
         torch.testing.assert_close(guided(x, sigma), expected, rtol=1e-5, atol=1e-4)
 
@@ -147,7 +147,7 @@ def test_perturbed_attention_can_be_combined_with_cfg_pp(scale):
     """Its term is in the guided estimate, but not in the unconditional one."""
     unconds = []
     guidance = PerturbedAttention(3.0, Guidance())
-    ours = guide(guidance, scale=scale, on_uncond=unconds.append)
+    ours = guide(guidance, scale=scale, on_uncond_denoised=unconds.append)
     parts = map(compute_estimates, (COND, UNCOND), (None, None))
     perturbed = compute_estimates(COND, perturbed=True)
     for x, own_uncond, cond, uncond, without in zip(ours, unconds, *parts, perturbed, strict=True):
@@ -169,9 +169,15 @@ def test_perturbed_attention_can_be_combined_with_cfg_pp(scale):
 )
 def test_the_network_computes_only_the_rows_that_are_needed(guidance, scale, rows):
     toy = Toy()
-    further = [EMPTY] * len(guidance.texts if guidance else ())
+    extra_conds = [EMPTY] * len(guidance.texts if guidance else ())
     denoise = add_guidance(
-        toy.denoiser, COND, UNCOND, scale, guidance=guidance, further=further, interval=(1.0, 6.0)
+        toy.denoiser,
+        COND,
+        UNCOND,
+        scale,
+        guidance=guidance,
+        extra_conds=extra_conds,
+        interval=(1.0, 6.0),
     )
     for sigma in SIGMAS:
         denoise(make_noisy(sigma), sigma)

@@ -69,7 +69,9 @@ def replay(file: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler: 
     uncond = Cond(shared["uc"]) if "unconditional_conditioning" in kwargs else None
     trajectory = [(x_T, x_T)]
     options = (
-        {"eta": kwargs["eta"], "noise": lambda like: next(step_noise)} if sampler is ddim else {}
+        {"eta": kwargs["eta"], "noise_source": lambda like: next(step_noise)}
+        if sampler is ddim
+        else {}
     )
     x = sampler(
         add_guidance(denoiser, Cond(shared["c"]), uncond, scale),
@@ -140,7 +142,7 @@ def test_stochastic_samplers_keep_the_distribution(name):
 
     x = noise(torch.empty(20000, 1, 1, 1, dtype=torch.float64)) * math.sqrt(101)
     options = {"eta": 1.0} if name == "ddim" else {}
-    x = SAMPLERS[name](denoise_gaussian, x, SIGMAS, noise=noise, **options)
+    x = SAMPLERS[name](denoise_gaussian, x, SIGMAS, noise_source=noise, **options)
     assert float(x.std()) == pytest.approx(
         math.sqrt(1 + float(SIGMAS[-1]) ** 2), rel=0.03
     )  # first order, 200 steps
@@ -166,7 +168,7 @@ def test_steps_down_to_zero_end_in_the_last_estimate(name):
     sigmas = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=torch.float64)
     calls = []
     x = torch.ones(1, 1, 1, 1)
-    options = {"noise": torch.zeros_like} if name in STOCHASTIC else {}
+    options = {"noise_source": torch.zeros_like} if name in STOCHASTIC else {}
     end = SAMPLERS[name](
         denoise_gaussian, x, sigmas, callback=lambda *a: calls.append(a), **options
     )
@@ -209,7 +211,7 @@ def test_samplers_of_k_diffusion_give_its_numbers(name, options, expected):
     sigmas = torch.tensor([14.0, 6.0, 2.5, 1.0, 0.3, 0.05], dtype=torch.float64)
     noise = functools.partial(torch.full_like, fill_value=0.3) if options else None
     x = torch.full((1, 1), 9.0, dtype=torch.float64)
-    x = SAMPLERS[name](saturating_denoise, x, sigmas, noise=noise, **options)
+    x = SAMPLERS[name](saturating_denoise, x, sigmas, noise_source=noise, **options)
     assert float(x) == pytest.approx(expected, rel=1e-12)  # observed: 4e-16
 
 
@@ -263,7 +265,7 @@ def test_dpm_solver_gives_the_numbers_of_k_diffusion(name, evaluations, eta, exp
     sigmas = torch.linspace(14, 0.05, evaluations + 1, dtype=torch.float64)
     noise = functools.partial(torch.full_like, fill_value=0.3) if eta else None
     x, calls = torch.full((1, 1), 9.0, dtype=torch.float64), []
-    options = {"eta": eta, "noise": noise, "callback": lambda i, *_: calls.append(i)}
+    options = {"eta": eta, "noise_source": noise, "callback": lambda i, *_: calls.append(i)}
     x = SAMPLERS[name](saturating_denoise, x, sigmas, **options)
     # Observed: 1e-15; 2e-13 for the adaptive one, whose steps magnify rounding.
     assert float(x) == pytest.approx(expected, rel=1e-11)
@@ -280,7 +282,10 @@ def test_restart_goes_back_from_a_low_level_with_noise(steps, again, times):
         return torch.zeros_like(x)
 
     x = torch.ones(1, dtype=torch.float64) * sigmas[0]
-    options = {"callback": lambda i, x, _: x_seen.append((i, float(x))), "noise": torch.zeros_like}
+    options = {
+        "callback": lambda i, x, _: x_seen.append((i, float(x))),
+        "noise_source": torch.zeros_like,
+    }
     SAMPLERS["restart"](denoise, x, sigmas, **options)
     assert [i for i, _ in x_seen] == list(range(steps))
     ends = torch.tensor(levels[::2])  # Heun's method evaluates at both ends of a step
@@ -308,10 +313,10 @@ def make_karras_levels(high: Tensor, low: Tensor, count: int) -> Tensor:
 def test_cfg_pp_takes_the_slope_of_the_unconditional_estimate(eta):
     sigmas = torch.tensor([14.0, 2.0, 0.5, 0.0], dtype=torch.float64)
     name = "euler_a_cfg_pp" if eta else "euler_cfg_pp"
-    options = {"noise": torch.ones_like} if eta else {}
+    options = {"noise_source": torch.ones_like} if eta else {}
     start = torch.full((1,), 9.0, dtype=torch.float64)
     x = SAMPLERS[name](
-        lambda x, sigma: x / 2, start, sigmas, last_uncond=lambda: torch.ones(1), **options
+        lambda x, sigma: x / 2, start, sigmas, get_uncond_denoised=lambda: torch.ones(1), **options
     )
     expected = 9.0
     for sigma, sigma_next in ((14.0, 2.0), (2.0, 0.5), (0.5, 0.0)):
@@ -334,13 +339,13 @@ def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
     sigmas = SD.step_sigmas(8, "trailing")
     start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
     theirs = run_scheduler(scheduler, start, sigmas)
-    x = SAMPLERS["ddpm"](saturating_denoise, start.double(), sigmas, noise=torch.ones_like)
+    x = SAMPLERS["ddpm"](saturating_denoise, start.double(), sigmas, noise_source=torch.ones_like)
     torch.testing.assert_close(x.float(), theirs, rtol=0, atol=5e-6)
 
 
 def test_lcm_adds_new_noise_to_each_estimate_but_the_last():
     sigmas = torch.tensor([14.0, 2.0, 0.5, 0.0], dtype=torch.float64)
-    x = SAMPLERS["lcm"](lambda x, sigma: x / 2, torch.ones(1), sigmas, noise=torch.ones_like)
+    x = SAMPLERS["lcm"](lambda x, sigma: x / 2, torch.ones(1), sigmas, noise_source=torch.ones_like)
     assert float(x) == ((1 / 2 + 2.0) / 2 + 0.5) / 2
 
 
@@ -356,7 +361,7 @@ def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
     sigmas = SD.step_sigmas(steps, "tcd")
     start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
     theirs = run_scheduler(scheduler, start, sigmas, eta=eta)
-    options = {"eta": eta, "scale_time": SD.scale_time, "noise": torch.ones_like}
+    options = {"eta": eta, "scale_time": SD.scale_time, "noise_source": torch.ones_like}
     x = SAMPLERS["tcd"](saturating_denoise, start.double(), sigmas, **options)
     ours = x / math.sqrt(1 + float(sigmas[-1]) ** 2)
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-5)

@@ -70,7 +70,7 @@ def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: 
     options = dict(info["params"])
     s_noise = options.pop("s_noise", 1.0)
     if file.rng(name):
-        options["noise"] = lambda like: s_noise * next(draws)
+        options["noise_source"] = lambda like: s_noise * next(draws)
     calls: list[tuple[Tensor, float, Tensor]] = []
     guided = add_guidance(denoiser, cond, uncond if info["uc"] else None, scale)
 
@@ -104,6 +104,6 @@ def test_turbo_sampling_equals_the_recorded_one(steps: int) -> None:
     sigmas = SDXL.step_sigmas(steps, "turbo")
     start = next(noise) * (1 + float(sigmas[0]) ** 2) ** 0.5
     x = SAMPLERS["euler_a"](
-        add_guidance(denoiser, cond[:1]), start, sigmas, noise=lambda like: next(noise)
+        add_guidance(denoiser, cond[:1]), start, sigmas, noise_source=lambda like: next(noise)
     )
     file.assert_close(name, x=x)

@@ -3,6 +3,7 @@
 import pytest
 
 from imagehelp import IDENTICAL, QUICK
+from ldm import pipelines
 from ldm.app.form import get_field_values
 from ldm.diffusion.names import FREEU_PRESETS, SLD_CONCEPTS
 from ldm.generate.command_line import parse_request
@@ -33,6 +34,15 @@ def test_a_png_records_its_guidance_and_can_be_replayed(txt2img, run_ldm, flags,
              for name, v in expected.items()}  # fmt: skip
     assert {name: values[name] for name in shown} == shown
     assert run_ldm("replay", png)[:2] == IDENTICAL
+
+
+def test_a_guidance_rescale_reaches_the_pipeline(txt2img, monkeypatch):
+    calls, make = [], pipelines.txt2img
+    monkeypatch.setattr(
+        pipelines, "txt2img", lambda *args, **kwargs: calls.append(kwargs) or make(*args, **kwargs)
+    )
+    txt2img("--guidance-rescale", "0.5")
+    assert {kwargs["guidance_rescale"] for kwargs in calls} == {0.5}
 
 
 def test_guidance_in_the_text_of_a_png_can_be_parsed():

@@ -57,7 +57,7 @@ def test_samples_equal_the_recorded_ones(steps):
     scale = golden.case(case)["info"]["cf_scale"]
     with torch.no_grad():
         x = sample_normalized_embeddings(
-            prior, cond[:2], cond[2:], steps=steps, scale=scale, noise=lambda _: next(drawn)
+            prior, cond[:2], cond[2:], steps=steps, scale=scale, noise_source=lambda _: next(drawn)
         )
     given = golden.inputs("transformer")
     assert_close(x * given["clip_std"] + given["clip_mean"], golden.outputs(case)["img_feat"])
@@ -71,7 +71,7 @@ def test_ddim_samples_equal_the_recorded_ones():
     start = golden.rng("sample_ddim4")[0][:2]
     with torch.no_grad():
         x = sample_normalized_embeddings(
-            prior, cond[:2], cond[2:], sigmas=sigmas, eta=0.0, noise=lambda _: start
+            prior, cond[:2], cond[2:], sigmas=sigmas, eta=0.0, noise_source=lambda _: start
         )
     given = golden.inputs("transformer")
     expected = golden.outputs("sample_ddim4")["img_feat"]
@@ -120,7 +120,14 @@ def test_a_sampled_embedding_is_denormalised_by_the_statistics():
     mean, std = torch.full((16,), 3.0), torch.full((16,), 0.5)
     runs = [
         sample_image_embeddings(
-            prior, clip, ["a cat"], negative, mean=mean, std=std, steps=4, noise=torch.ones_like
+            prior,
+            clip,
+            ["a cat"],
+            negative,
+            mean=mean,
+            std=std,
+            steps=4,
+            noise_source=torch.ones_like,
         ).detach()
         for negative in ("", "", "a dog")
     ]
@@ -129,7 +136,7 @@ def test_a_sampled_embedding_is_denormalised_by_the_statistics():
     assert not torch.equal(runs[0], runs[2])
     plain = sample_normalized_embeddings(
         prior, encode_texts(clip, ["a cat"]), encode_texts(clip, [""]), steps=4,
-        noise=torch.ones_like,
+        noise_source=torch.ones_like,
     )  # fmt: skip
     assert_close(runs[0], plain * 0.5 + 3)
 

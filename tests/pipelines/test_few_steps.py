@@ -40,7 +40,9 @@ def sample_by_diffusers(pipe, scheduler, cond, **options):
 
 
 def sample_latents(model, cond, uncond=None, **options):
-    return ldm.sample(model, cond, uncond, size=SIZE, noise=make_noise_function(3), **options)
+    return ldm.sample(
+        model, cond, uncond, size=SIZE, noise_source=make_noise_function(3), **options
+    )
 
 
 @pytest.fixture
@@ -117,7 +119,9 @@ def test_a_negative_prompt_that_is_not_read_is_warned_of(distilled_model):
     assert caught[0].filename == __file__  # warnings point at the caller of the package
 
 
-@pytest.mark.parametrize("option", [{"pag": 3.0}, {"rescale": 0.5}, {"guidance_interval": (0, 1)}])
+@pytest.mark.parametrize(
+    "option", [{"pag": 3.0}, {"guidance_rescale": 0.5}, {"guidance_interval": (0, 1)}]
+)
 def test_options_of_guidance_are_refused_if_the_model_embeds_the_scale(distilled_model, option):
     with pytest.raises(ArgumentError, match="embeds the guidance scale: leave it out"):
         ldm.txt2img(distilled_model[0], PROMPT, size=SIZE, **option)

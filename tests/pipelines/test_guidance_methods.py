@@ -40,7 +40,12 @@ METHODS = {
     "perp_neg": {"perp_neg": 1.0, "negative_prompt": "a dog"},
     "pag": {"pag": 3.0},
     "pag at scale 1": {"pag": 3.0, "scale": 1.0},
-    "pag and apg": {"pag": 2.0, "apg": (0, 3, -0.5), "rescale": 0.5, "guidance_interval": (0.3, 9)},
+    "pag and apg": {
+        "pag": 2.0,
+        "apg": (0, 3, -0.5),
+        "guidance_rescale": 0.5,
+        "guidance_interval": (0.3, 9),
+    },
     "pag and sld": {"pag": 2.0, "sld": [1, 20, 0.1, 0.3, 0.4]},
     "freeu": {"freeu": "sdxl", "pag": 3.0},
     "freeu 2": {"freeu": "sdxl", "freeu_version": "2"},

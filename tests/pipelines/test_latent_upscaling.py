@@ -81,7 +81,7 @@ def test_latents_equal_those_of_the_notebook(model, name, monkeypatch):
         [info["prompt"]],
         [info["uncond"]],
         inputs["low_res"],
-        noise=make_recorded_noise(file, name),
+        noise_source=make_recorded_noise(file, name),
         noise_sigma=info["noise_aug_level"],
         noise_kind=info["noise_aug_type"],
         scale=info["scale"],
@@ -158,9 +158,11 @@ def test_latents_are_upscaled_without_being_decoded(model, base, monkeypatch):
         callback=lambda step, total, x, denoised: steps.append((step, total)),
         **options,
     )
-    noise = ldm.pipelines.make_seeded_noise([3])
-    noise(latents[0])  # the base's initial noise
-    expected = sample_upscaled_latent(model, ["a cat"], [""], latents[0], noise=noise, steps=2)
+    noise_source = ldm.pipelines.make_seeded_noise_source([3])
+    noise_source(latents[0])  # the base's initial noise
+    expected = sample_upscaled_latent(
+        model, ["a cat"], [""], latents[0], noise_source=noise_source, steps=2
+    )
     assert torch.equal(latents[1], expected)
     assert steps == [(k, 5) for k in range(5)]
 

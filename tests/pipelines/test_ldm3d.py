@@ -106,7 +106,7 @@ def test_latents_equal_diffusers(file, name):
         sampler="plms" if name == "e2e_4c_pndm" else "ddim",
         sigmas=torch.cat([model.schedule.sigmas[t], model.schedule.sigmas[:1]]),
         scale=info["guidance_scale"],
-        rescale=info["guidance_rescale"],
+        guidance_rescale=info["guidance_rescale"],
         x_T=file.inputs(name)["latents"],
     )
     theirs = file.outputs(name)["latents"][-1]

@@ -60,6 +60,7 @@ def test_a_model_of_no_known_family_is_refused_with_its_conditions():
         ("txt2img", {"stesp": 3}, "unknown keyword of txt2img `stesp`, did you mean `steps`?"),
         ("txt2img", {"strength": 0.2}, "unknown keyword of txt2img `strength`"),
         ("txt2img", {"guidance_scale": 3}, "`guidance_scale`, did you mean `scale`?"),
+        ("txt2img", {"rescale": 0.5}, "`rescale`, did you mean `guidance_rescale`?"),
         ("img2img", {"size": (64, 64)}, "unknown keyword of img2img `size`"),
         ("estimate_depth", {"steps": 3}, "unknown keyword of estimate_depth `steps`"),
         ("txt2img", {"grid": "edm", "scheduler": "karras"}, "unknown keyword of txt2img `grid`"),

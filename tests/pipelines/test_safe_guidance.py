@@ -131,7 +131,7 @@ SETTINGS = SLD(2, 20, 0.01, 0.3, 0.4)
 def add_sld(denoiser, guidance, **options):
     uncond, cond, concept = CONDS
     return add_guidance(
-        denoiser, cond, uncond, 7.5, guidance=guidance, further=[concept], **options
+        denoiser, cond, uncond, 7.5, guidance=guidance, extra_conds=[concept], **options
     )
 
 
@@ -164,10 +164,10 @@ def sample_latents(model, n, **options):
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
 def test_every_image_has_a_momentum_of_its_own(model, sampler):
-    options = {"sampler": sampler, "sld": [1, 20, 0.1, 0.3, 0.4], "rescale": 0.5}
+    options = {"sampler": sampler, "sld": [1, 20, 0.1, 0.3, 0.4], "guidance_rescale": 0.5}
     one, two = (sample_latents(model, n, **options) for n in (1, 2))
     torch.testing.assert_close(one, two[:1], rtol=0, atol=2e-3)
-    plain = sample_latents(model, 1, sampler=sampler, rescale=0.5)
+    plain = sample_latents(model, 1, sampler=sampler, guidance_rescale=0.5)
     assert (plain - one).abs().max() > 0.05
 
 

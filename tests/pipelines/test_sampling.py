@@ -205,15 +205,15 @@ def test_values_of_another_type_are_refused_before_a_network_runs(
     ({"freeu_version": "2"}, "freeu_version needs freeu"),
     ({"sigmas": torch.zeros(0)}, "sigmas must be one or more, and descend"),
     ({"scale": 7}, "scale needs uncond"),
-    ({"rescale": 0.7}, "rescale needs uncond"),
+    ({"guidance_rescale": 0.7}, "guidance_rescale needs uncond"),
     ({"guidance_interval": (0, 5)}, "guidance_interval needs uncond"),
     ({"guidance": Guidance()}, "guidance needs uncond"),
-    ({"further": [Cond(torch.zeros(1, 77, 32))]}, "further needs guidance"),
+    ({"extra_conds": [Cond(torch.zeros(1, 77, 32))]}, "extra_conds needs guidance"),
     ({"strength": 0.5}, "strength needs z"),
     ({"strength": 0.5, "z_t": LATENT}, "strength needs z"),
     ({"z": LATENT, "z_t": LATENT}, "z_t is given, leave out z"),
     ({"x_T": LATENT, "z_t": LATENT}, "z_t is given, leave out x_T"),
-    ({"seeds": 1, "noise": torch.randn_like}, "noise is given, leave out seeds"),
+    ({"seeds": 1, "noise_source": torch.randn_like}, "noise_source is given, leave out seeds"),
     ({"seeds": 1 << 64}, "seeds must be in -2^63 … 2^64 - 1, got 18446744073709551616"),
     ({"seeds": [-(1 << 63) - 1]}, "seeds must be in -2^63 … 2^64 - 1, got -9223372036854775809"),
     ({"scheduler": "karras", "grid": "edm"}, "scheduler is given, leave out grid"),
@@ -221,9 +221,9 @@ def test_values_of_another_type_are_refused_before_a_network_runs(
     ({"sigmas": torch.ones(2), "rho": 7.0}, "sigmas are given, leave out rho"),
     ({"sigmas": torch.ones(2), "steps": 7}, "sigmas have 1 steps, not 7"),
     ({"rho": 7.0, "legacy": "steps"}, "scheduler `uniform` takes no rho"),
-    ({"steps": 4, "end": 5}, "end must be in 0 … 4, the levels of the run, got 5"),
-    ({"steps": 4, "end": -1}, "end must be in 0 … 4, the levels of the run, got -1"),
-    ({"steps": 4, "end": 1, "z": LATENT, "strength": 0.5}, "end must be in 2 … 4, the levels of"),
+    ({"steps": 4, "end_step": 5}, "end_step must be in 0 … 4, the levels of the run, got 5"),
+    ({"steps": 4, "end_step": -1}, "end_step must be in 0 … 4, the levels of the run, got -1"),
+    ({"steps": 4, "end_step": 1, "z": LATENT, "strength": 0.5}, "end_step must be in 2 … 4, the"),
     ({"uncond": Cond(torch.zeros(2, 77, 32))}, "as many rows as cond, 1, got 2"),
 ])  # fmt: skip
 def test_sample_checks_its_arguments(model, monkeypatch, options, message):
@@ -235,7 +235,7 @@ def test_sample_checks_its_arguments(model, monkeypatch, options, message):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"rescale": 0.7}, "rescale has no effect at a guidance scale of 1"),
+    ({"guidance_rescale": 0.7}, "guidance_rescale has no effect at a guidance scale of 1"),
     ({"guidance_interval": (0, 5)}, "guidance_interval has no effect at a guidance scale of 1"),
     ({"s_tmin": 0.1}, "s_tmin and s_tmax have no effect without s_churn"),
     ({"s_tmax": 9.0}, "s_tmin and s_tmax have no effect without s_churn"),
@@ -270,7 +270,7 @@ def test_numbers_may_be_of_numpy_or_tensors(model):
 
 def test_brownian_without_seeds_is_refused_before_a_network_runs(model, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a network runs"))
-    with pytest.raises(ValueError, match="brownian needs seeds, not a source of noise"):
+    with pytest.raises(ValueError, match="brownian needs seeds, not a noise source"):
         run(model, ["a"], sampler="dpmpp_sde", brownian=True, seeds=torch.randn_like)
 
 

@@ -205,13 +205,13 @@ def test_base_and_refiner_may_sample_differently(name: str) -> None:
     info, base, refiner = file.case(name)["info"], load_model("base"), load_model("refiner")
     draws = iter(file.rng(name))
     sigmas = base.schedule.step_sigmas(info["steps"], "sgm_uniform")
-    end = len(file.outputs(name)["sigmas_base"]) - 1
-    options = {"scale": info["guidance"], "legacy": DEMO, "noise": lambda like: next(draws)}
+    end_step = len(file.outputs(name)["sigmas_base"]) - 1
+    options = {"scale": info["guidance"], "legacy": DEMO, "noise_source": lambda like: next(draws)}
     z_t = sample(
-        base, *make_conditions(base, info["prompt"]), size=(64, 128), sigmas=sigmas, end=end,
-        sampler=SAMPLERS[info["sampler"]], **options,
+        base, *make_conditions(base, info["prompt"]), size=(64, 128), sigmas=sigmas,
+        end_step=end_step, sampler=SAMPLERS[info["sampler"]], **options,
     )  # fmt: skip
-    std = float(1 + sigmas[end] ** 2) ** 0.5
+    std = float(1 + sigmas[end_step] ** 2) ** 0.5
     assert_latents_close(z_t * std, file.outputs(name)["z_base"])
     sigmas = refiner.schedule.step_sigmas(info["refiner_steps"], "sgm_uniform")
     sigmas = sigmas[-len(file.outputs(name)["sigmas_refiner"]) :]

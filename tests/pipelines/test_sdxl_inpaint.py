@@ -140,7 +140,9 @@ def test_txt2img_with_rescaled_guidance_and_clip_skip_equals_diffusers(monkeypat
     base = load_model("base")
     monkeypatch.setattr(base.conditioner.text, "blocks_run", 10)
     monkeypatch.setattr(OpenCLIPText, "num_blocks", 2)
-    images = txt2img(base, size=(64, 96), rescale=0.7, callback=latents, **make_options(name, (0,)))
+    images = txt2img(
+        base, size=(64, 96), guidance_rescale=0.7, callback=latents, **make_options(name, (0,))
+    )
     assert_close(name, images, latents)
 
 

@@ -307,7 +307,7 @@ SECTIONS = {
 def test_former_names_of_keys_are_read() -> None:
     trainer = {"max_steps": 1, "checkpoint_gradients": True, "broken_share": 0.5}
     trainer |= {"strategy": "hsdp", "shard": 2}
-    callbacks = {"best": -1, "sampling": {"grid": "karras"}}
+    callbacks = {"best": -1, "sampling": {"grid": "karras", "rescale": 0.5}}
     lightning = {"trainer": trainer, "objective": {"offset_noise": 0.1}, "callbacks": callbacks}
     latents = {"latents": {"cache": "cache", "variants": 3, "batch": 4}}
     result = read_settings({"lightning": lightning, "data": {"params": latents}})
@@ -315,7 +315,7 @@ def test_former_names_of_keys_are_read() -> None:
     assert (result.trainer.max_unreadable_fraction, result.trainer.shard_size) == (0.5, 2)
     assert result.objective == {"noise_offset": 0.1}
     assert result.callbacks.save_top_k == -1
-    assert result.callbacks.sampling == {"scheduler": "karras"}
+    assert result.callbacks.sampling == {"scheduler": "karras", "guidance_rescale": 0.5}
     renamed = {"cache": "cache", "variants_per_image": 3, "batch_size": 4}
     assert result.config["data"]["params"]["latents"] == renamed
 

@@ -13,9 +13,10 @@ Args:
     sigmas: Noise levels (n + 1,) float64, descending; the last may be 0.
     callback: Called after step i with (i, x at sigmas[i + 1], denoised).
     constrain: (x, sigma) -> x, applied before every step, as for inpainting.
-    noise: (like) -> standard normal noise of its shape, the only source of randomness.
-    interval_noise: (like, sigma, next sigma) -> noise of an interval, in place of `noise`; similar
-        to k-diffusion's `noise_sampler`, which is (sigma, next sigma) -> noise.
+    noise_source: (like) -> standard normal noise in the shape of `like`, the only source of
+        randomness.
+    interval_noise: (like, sigma, next sigma) -> noise of the interval between two sigmas, instead
+        of `noise_source`; k-diffusion's `noise_sampler` is (sigma, next sigma) -> noise.
     s_churn, s_tmin, s_tmax: Amount of noise before steps, and the sigmas between which it is
         added (arXiv:2206.00364, algorithm 2).
     eta: Amount of noise after steps: 0 is deterministic, 1 adds as much as DDPM.
@@ -24,7 +25,8 @@ Returns:
     x at sigmas[-1].
 
 Before each of n steps with sigma from s_tmin to s_tmax, churn raises sigma by a factor of
-1 + min(s_churn / n, √2 - 1). There is no argument `s_noise`: scale `noise` instead.
+1 + min(s_churn / n, √2 - 1). There is no argument `s_noise`: scale the noise of
+`noise_source` instead.
 
 Formulation: Karras et al. 2022 (arXiv:2206.00364); other names as in k-diffusion.
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
     Denoise,
-    NoiseSampler,
+    NoiseSource,
     Steps,
     get_ancestral_step,
     pair_sigmas,
@@ -26,24 +26,24 @@ def euler_ancestral_cfg_pp(
     x: Tensor,
     sigmas: Tensor,
     *,
-    last_uncond: Callable[[], Tensor | None] = lambda: None,
+    get_uncond_denoised: Callable[[], Tensor | None] = lambda: None,
     eta: float = 1.0,
-    noise: NoiseSampler | None = None,
+    noise_source: NoiseSource | None = None,
 ) -> Steps:
     """Sample by Euler ancestral CFG++, for guidance scales about 1; eta 0 is Euler CFG++.
 
     Args:
-        last_uncond: Returns the unconditional estimate of the last evaluation; None without
+        get_uncond_denoised: Returns the unconditional estimate of the last evaluation; None without
             guidance: then this is the ancestral Euler method.
     """
     for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
-        uncond = last_uncond()
+        uncond = get_uncond_denoised()
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         slope = (x - (denoised if uncond is None else uncond)) / sigma
         x = denoised + slope * sigma_down
-        if noise:
-            x = x + noise(x) * sigma_up
+        if noise_source:
+            x = x + noise_source(x) * sigma_up
         x = yield x, denoised
 
 

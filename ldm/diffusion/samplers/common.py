@@ -12,7 +12,7 @@ __all__ = [
     "Constrain",
     "Denoise",
     "IntervalNoise",
-    "NoiseSampler",
+    "NoiseSource",
     "StepCallback",
     "Steps",
     "choose_interval_noise",
@@ -26,7 +26,7 @@ __all__ = [
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> denoised x
 # like -> standard normal noise of its shape, regardless of the noise levels
-NoiseSampler = Callable[[Tensor], Tensor]
+NoiseSource = Callable[[Tensor], Tensor]
 # (like, sigma, next sigma) -> noise between the two levels, k-diffusion's `noise_sampler`
 IntervalNoise = Callable[[Tensor, float, float], Tensor]
 # (step, x after it, denoised), after each step
@@ -72,13 +72,13 @@ def pair_sigmas(sigmas: Tensor) -> list[tuple[float, float]]:
     return list(pairwise(sigmas.tolist()))
 
 
-def churn(x: Tensor, sigma: float, gamma: float, noise: NoiseSampler) -> tuple[Tensor, float]:
+def churn(x: Tensor, sigma: float, gamma: float, noise_source: NoiseSource) -> tuple[Tensor, float]:
     """Add noise to x that multiplies sigma by 1 + gamma, at most √2; return x and the new sigma.
 
     Karras et al. 2022 (arXiv:2206.00364), algorithm 2, lines 4 to 6.
     """
     sigma_hat = sigma * (1 + min(gamma, math.sqrt(2) - 1))
-    return x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2), sigma_hat
+    return x + noise_source(x) * math.sqrt(sigma_hat**2 - sigma**2), sigma_hat
 
 
 def get_ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
@@ -95,12 +95,12 @@ def get_ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[flo
 
 
 def choose_interval_noise(
-    noise: NoiseSampler | None, interval_noise: IntervalNoise | None
+    noise_source: NoiseSource | None, interval_noise: IntervalNoise | None
 ) -> IntervalNoise | None:
     """Return `interval_noise`, such as a Brownian path, else `noise` regardless of the levels."""
-    if interval_noise is not None or noise is None:
+    if interval_noise is not None or noise_source is None:
         return interval_noise
-    return lambda like, sigma, sigma_next: noise(like)
+    return lambda like, sigma, sigma_next: noise_source(like)
 
 
 def log_ratio(sigma: float, sigma_next: float) -> float:

@@ -5,18 +5,20 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ldm.diffusion.samplers.common import Denoise, NoiseSampler, Steps, pair_sigmas, sampler
+from ldm.diffusion.samplers.common import Denoise, NoiseSource, Steps, pair_sigmas, sampler
 
 __all__ = ["lcm", "tcd"]
 
 
 @sampler
-def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: NoiseSampler | None = None) -> Steps:
+def lcm(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise_source: NoiseSource | None = None
+) -> Steps:
     """Sample a latent consistency model (arXiv:2310.04378): x' = D + sigma' noise."""
     for sigma, sigma_next in pair_sigmas(sigmas):
         x = denoised = denoise(x, sigma)
-        if noise and sigma_next > 0:
-            x = x + noise(x) * sigma_next
+        if noise_source and sigma_next > 0:
+            x = x + noise_source(x) * sigma_next
         x = yield x, denoised
 
 
@@ -28,7 +30,7 @@ def tcd(
     *,
     eta: float = 0.3,
     scale_time: Callable[[float, float], float] = lambda sigma, factor: factor * sigma,
-    noise: NoiseSampler | None = None,
+    noise_source: NoiseSource | None = None,
 ) -> Steps:
     """Sample by TCD (arXiv:2402.19159): step below the next level, then add noise up to it.
 
@@ -43,6 +45,6 @@ def tcd(
         denoised = denoise(x, sigma)
         sigma_down = min(scale_time(sigma_next, 1 - eta), sigma_next)
         x = denoised + (x - denoised) * (sigma_down / sigma)
-        if noise:
-            x = x + noise(x) * math.sqrt(sigma_next**2 - sigma_down**2)
+        if noise_source:
+            x = x + noise_source(x) * math.sqrt(sigma_next**2 - sigma_down**2)
         x = yield x, denoised

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.diffusion.samplers.common import (
     Constrain,
     Denoise,
-    NoiseSampler,
+    NoiseSource,
     StepCallback,
     get_ancestral_step,
     log_ratio,
@@ -32,7 +32,7 @@ def dpm_fast(
     sigmas: Tensor,
     *,
     eta: float = 1.0,
-    noise: NoiseSampler | None = None,
+    noise_source: NoiseSource | None = None,
     callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
@@ -62,8 +62,8 @@ def dpm_fast(
             x, _ = _step_second_order(denoise, x, sigma, sigma_down, slope, 1 / 2)
         else:
             _, x = _step_third_order(denoise, x, sigma, sigma_down, slope)
-        if noise:
-            x = x + noise(x) * sigma_up
+        if noise_source:
+            x = x + noise_source(x) * sigma_up
         if callback:
             for step in range(sum(orders[:i]), sum(orders[: i + 1])):
                 callback(step, x, denoised)
@@ -83,7 +83,7 @@ def dpm_adaptive(
     icoeff: float = 1.0,
     dcoeff: float = 0.0,
     accept_safety: float = 0.81,
-    noise: NoiseSampler | None = None,
+    noise_source: NoiseSource | None = None,
     callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
@@ -125,8 +125,8 @@ def dpm_adaptive(
             continue
         inverse_errors = inverse_errors[:2]
         x_prev, x, sigma = x_low, x_high, sigma_next
-        if noise:
-            x = x + noise(x) * sigma_up
+        if noise_source:
+            x = x + noise_source(x) * sigma_up
         if callback:
             progress = log_ratio(start, sigma) / log_ratio(start, end)
             steps = math.ceil(progress * (len(sigmas) - 1))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.diffusion.samplers.common import (
     Denoise,
     IntervalNoise,
-    NoiseSampler,
+    NoiseSource,
     Steps,
     choose_interval_noise,
     get_ancestral_step,
@@ -32,14 +32,14 @@ def dpmpp_sde(
     sigmas: Tensor,
     *,
     eta: float = 1.0,
-    noise: NoiseSampler | None = None,
+    noise_source: NoiseSource | None = None,
     interval_noise: IntervalNoise | None = None,
 ) -> Steps:
     """Sample by SDE-DPM-Solver++ of order 2, single step, as k-diffusion's `sample_dpmpp_sde`.
 
     As `dpmpp_2s_ancestral`, with noise in the middle of each step, too.
     """
-    draw = choose_interval_noise(noise, interval_noise)
+    draw = choose_interval_noise(noise_source, interval_noise)
     for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoised_2 = denoise(x, sigma)
         if sigma_next > 0:
@@ -64,7 +64,7 @@ def dpmpp_2m_sde(
     *,
     eta: float = 1.0,
     heun: bool = False,
-    noise: NoiseSampler | None = None,
+    noise_source: NoiseSource | None = None,
     interval_noise: IntervalNoise | None = None,
 ) -> Steps:
     """Sample by SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19), the stochastic `dpmpp_2m`.
@@ -77,7 +77,7 @@ def dpmpp_2m_sde(
             is 1 / (1 - e^-k) - 1 / k, instead of taking its value at the midpoint, 1 / 2.
     """
     denoised_prev, h_prev = None, 0.0
-    draw = choose_interval_noise(noise, interval_noise)
+    draw = choose_interval_noise(noise_source, interval_noise)
     for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)
@@ -101,7 +101,7 @@ def dpmpp_3m_sde(
     sigmas: Tensor,
     *,
     eta: float = 1.0,
-    noise: NoiseSampler | None = None,
+    noise_source: NoiseSource | None = None,
     interval_noise: IntervalNoise | None = None,
 ) -> Steps:
     """Sample by SDE-DPM-Solver++ 3M, as k-diffusion's `sample_dpmpp_3m_sde`.
@@ -110,7 +110,7 @@ def dpmpp_3m_sde(
     in the second.
     """
     history: list[tuple[Tensor, float]] = []  # (estimate, h) of earlier steps, newest first
-    draw = choose_interval_noise(noise, interval_noise)
+    draw = choose_interval_noise(noise_source, interval_noise)
     for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.diffusion.samplers.common import (
     Constrain,
     Denoise,
-    NoiseSampler,
+    NoiseSource,
     StepCallback,
     Steps,
     churn,
@@ -48,12 +48,12 @@ def sample_with_churn(
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
-    noise: NoiseSampler = torch.randn_like,
+    noise_source: NoiseSource = torch.randn_like,
 ) -> Steps:
     """Sample by steps of the ODE, with noise before them (arXiv:2206.00364, algorithm 2)."""
     for sigma, sigma_next in pair_sigmas(sigmas):
         if s_churn and s_tmin <= sigma <= s_tmax:
-            x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
+            x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise_source)
         denoised = denoise(x, sigma)
         x = step(denoise, x, sigma, sigma_next, denoised)
         x = yield x, denoised
@@ -67,7 +67,7 @@ def sample_ancestral(
     *,
     step: Step,
     eta: float = 1.0,
-    noise: NoiseSampler | None = None,
+    noise_source: NoiseSource | None = None,
 ) -> Steps:
     """Sample by steps to a level below the next, sigma_down, each followed by new noise.
 
@@ -78,8 +78,8 @@ def sample_ancestral(
         denoised = denoise(x, sigma)
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         x = step(denoise, x, sigma, sigma_down, denoised)
-        if noise:
-            x = x + noise(x) * sigma_up
+        if noise_source:
+            x = x + noise_source(x) * sigma_up
         x = yield x, denoised
 
 
@@ -155,7 +155,7 @@ def restart(
     x: Tensor,
     sigmas: Tensor,
     *,
-    noise: NoiseSampler = torch.randn_like,
+    noise_source: NoiseSource = torch.randn_like,
     callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
@@ -167,7 +167,7 @@ def restart(
     steps_done, sigma = 0, math.inf
     for levels in _split_at_restarts(sigmas.tolist()):
         if levels[0] > sigma:
-            x = x + noise(x) * math.sqrt(levels[0] ** 2 - sigma**2)
+            x = x + noise_source(x) * math.sqrt(levels[0] ** 2 - sigma**2)
         x = heun(
             denoise,
             x,

@@ -59,14 +59,14 @@ class Img2ImgTask(PreparedImageTask):
 
     def _sample_latent_once(self, model: "LatentDiffusion", batch_size: int) -> "Tensor | None":
         """With legacy `noise`, sample the image's latent once for all batches; else return None."""
-        from ldm.pipelines import add_depth, encode_image, make_noise_sampler
+        from ldm.pipelines import add_depth, encode_image, make_noise_source
 
         legacy = self.request.sampling.legacy
         if "noise" not in legacy:
             return None
         if self._z is None:
             image = add_depth(model, self.image, self.depth)
-            noise = make_noise_sampler(None, batch_size, legacy)
+            noise = make_noise_source(None, batch_size, legacy)
             self._z = encode_image(model, image, batch_size, noise)
         return self._z[:batch_size]
 

@@ -146,7 +146,9 @@ class UnclipTask(PreparedTask):
             negative_prompt=options["negative_prompt"],
             steps=self.inputs.prior_steps,
             scale=self.inputs.prior_scale,
-            noise=pipelines.make_seeded_noise([seed + PRIOR_SEED_OFFSET for seed in seeds]),
+            noise_source=pipelines.make_seeded_noise_source(
+                [seed + PRIOR_SEED_OFFSET for seed in seeds]
+            ),
         )
         return [embedding]
 

@@ -31,7 +31,10 @@ RENAMED_KEYS: Names = {
             "offset_noise": "noise_offset",
             "offset_noise_by": "noise_offset_by",
         },
-        "callbacks": {"best": "save_top_k", "sampling": {"grid": "scheduler"}},
+        "callbacks": {
+            "best": "save_top_k",
+            "sampling": {"grid": "scheduler", "rescale": "guidance_rescale"},
+        },
     },
     "data": {
         "params": {

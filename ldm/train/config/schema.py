@@ -264,7 +264,7 @@ class GridSamplingOptions(TypedDict, total=False):
     sampler: Annotated[str, _one_of(SAMPLERS)]
     scheduler: Annotated[str, _one_of(SCHEDULERS)] | None
     rho: Positive
-    rescale: Probability
+    guidance_rescale: Probability
     unet_tile: Count | None
     legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], TO_LIST]
 
