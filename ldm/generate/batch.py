@@ -19,7 +19,7 @@ from ldm.pipelines.guidance import GuidanceOptions
 from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.pipelines.options import TaskOptions
 from ldm.pipelines.sampling_options import Callback, SamplingOptions
-from ldm.pipelines.task import check_clip_skip
+from ldm.pipelines.task import get_clip_skip_warning
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import NonFinite
 
@@ -111,7 +111,7 @@ def _make_sampling_arguments(request: Request, model: LatentDiffusion) -> dict[s
     arguments |= {name: value for name, value in guidance.items() if value is not None}
     if request.prompts.syntax != PLAIN:
         arguments["syntax"] = request.prompts.syntax
-    if sampling.clip_skip > 1 and check_clip_skip(model, sampling.clip_skip) is None:
+    if sampling.clip_skip > 1 and get_clip_skip_warning(model, sampling.clip_skip) is None:
         arguments["clip_skip"] = sampling.clip_skip
     return arguments
 

@@ -29,16 +29,22 @@ from ldm.loading.model_config import find_schedule_without_weights
 from ldm.loading.published import resolve_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import FAMILIES, SIZE_KEYS, find_family, quote_name, wrong_family
+from ldm.pipelines.families import (
+    FAMILIES,
+    SIZE_KEYS,
+    find_family,
+    make_wrong_family_error,
+    quote_name,
+)
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import (
     SamplingOptions,
-    explain_exceeded_limits,
-    explain_high_sigma,
+    get_high_sigma_warning,
+    get_limit_warning,
     get_sigmas,
 )
 from ldm.pipelines.sdxl import REFINER_FILE
-from ldm.pipelines.task import check_clip_skip
+from ldm.pipelines.task import get_clip_skip_warning
 from ldm.runtime.errors import ArgumentError, MissingArgument
 from ldm.runtime.files import find_file
 
@@ -93,7 +99,7 @@ def _get_few_step_warning(request: Request) -> str | None:
     if variant is None:
         return None
     resolved, name = resolve_sampling(request, variant.defaults), f"`{variant.path.name}`"
-    return explain_exceeded_limits(variant.defaults, name, resolved.steps, resolved.scale)
+    return get_limit_warning(variant.defaults, name, resolved.steps, resolved.scale)
 
 
 def check_steps(request: Request) -> None:
@@ -153,7 +159,7 @@ def find_option_warnings(
     clip_skip = max(request.sampling.clip_skip for request in requests)
     warnings = [
         *(warning for request in requests for warning in _list_ignored_options(request, model)),
-        check_clip_skip(model, clip_skip),
+        get_clip_skip_warning(model, clip_skip),
         *(_get_high_sigma_warning(request, model) for request in requests),
     ]
     return list(dict.fromkeys(filter(None, warnings)))
@@ -174,7 +180,7 @@ def _get_high_sigma_warning(request: Request, model: LatentDiffusion) -> str | N
         "rho": sampling.rho, "sigmas": sampling.sigmas,
     }  # fmt: skip
     sigmas = get_sigmas(model, Quirks.for_model(model, sampling.legacy), options)
-    return explain_high_sigma(sampling.sampler, sampling.scheduler, float(sigmas[0]))
+    return get_high_sigma_warning(sampling.sampler, sampling.scheduler, float(sigmas[0]))
 
 
 def check_checkpoints(
@@ -199,7 +205,7 @@ def check_checkpoints(
         )
     if ckpt is not None and family is not None:
         if family.name not in request.task.families:
-            raise wrong_family(f"`{ckpt.name}`", family.name)
+            raise make_wrong_family_error(f"`{ckpt.name}`", family.name)
         if refiner is not None and not is_sdxl:
             message = f"`{ckpt.name}` is {family.title}: a refiner needs Stable Diffusion XL"
             raise ArgumentError(message, "refiner")

@@ -11,7 +11,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.prompts import (
     MAX_QUOTED_WORDS,
     ParsedPair,
-    describe_truncation,
+    get_truncation_warning,
     parse_fixed_prompt,
 )
 from ldm.prompts import PLAIN, parse_prompt
@@ -59,7 +59,7 @@ def find_prompt_warnings(
     if request.prompts.syntax != PLAIN:
         return warnings
     texts = list(dict.fromkeys([*_get_fixed_prompts(request).values(), *prompts, *negatives]))
-    if warning := describe_truncation(model, texts):
+    if warning := get_truncation_warning(model, texts):
         warnings.append(warning)
     if weighted := next(filter(has_weight_syntax, texts), None):
         words = " ".join(weighted.split()[:MAX_QUOTED_WORDS])

@@ -14,12 +14,12 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["check_arguments"]
 
-# Descriptions of types in messages, and of the numbers of a pair by argument.
-SINGULARS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text",
-             Iterable[str]: "one text or a list of texts"}  # fmt: skip
-PLURALS = {int: "whole numbers", float: "finite numbers", Tensor: "tensors"}
+# Names of types in messages, and meanings of the two numbers of a pair by argument.
+TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text",
+              Iterable[str]: "one text or a list of texts"}  # fmt: skip
+PLURAL_NAMES = {int: "whole numbers", float: "finite numbers", Tensor: "tensors"}
 PAIR_NAMES = {"guidance_interval": "low, high", "crop": "top, left", "negative_crop": "top, left"}
-TOLERANCE = 1  # resampling overshoots a range; pixels in 0 … 255 exceed it by more
+RANGE_TOLERANCE = 1  # resampling overshoots a range; pixels in 0 … 255 exceed it by more
 
 
 def check_arguments(
@@ -28,8 +28,8 @@ def check_arguments(
     """Raise ArgumentError for an argument of another type or shape than its annotation's.
 
     Args:
-        arguments: Those of a task, by name.
-        annotations: Of all its parameters, by name.
+        arguments: The arguments of a task by name.
+        annotations: The annotations of all its parameters by name.
     """
     prompts = arguments.get("prompts")
     num_images = len(prompts) if isinstance(prompts, Sequence) else 1
@@ -39,9 +39,9 @@ def check_arguments(
         types = list(get_args(annotation)) if is_union else [annotation]
         if value is None and NoneType in types:
             continue
-        types = [kind for kind in types if kind is not NoneType]
-        if Sequence[float] in types and Tensor in types:  # of one dimension
-            types.remove(Tensor)
+        types = [item for item in types if item is not NoneType]
+        if Sequence[float] in types and Tensor in types:
+            types.remove(Tensor)  # a tensor of one dimension is checked as a sequence
         if Sequence[str] in types:
             _check(name, value, "one text or a list of texts", is_valid=_are_texts(value))
         elif name == "images":
@@ -59,8 +59,8 @@ def check_arguments(
         elif types == [Tensor]:
             _check(name, value, "a tensor of 4 dimensions", is_valid=_is_batch(value))
         else:
-            allowed = " or ".join(_describe_type(kind, name) for kind in types)
-            is_valid = any(_is_instance(value, kind) for kind in types)
+            allowed = " or ".join(_describe_type(item, name) for item in types)
+            is_valid = any(_is_instance(value, item) for item in types)
             _check(name, value, allowed, is_valid=is_valid)
 
 
@@ -76,43 +76,43 @@ def _check_image(
     model: LatentDiffusion, name: str, image: object, batch_sizes: Container[int]
 ) -> None:
     channels = sorted({3, model.autoencoder.in_channels})
-    kind = "a list of tensors" if name == "images" else "a tensor"
-    allowed = f"{kind} (1, {' or '.join(map(str, channels))}, H, W) in [-1, 1]"
+    container = "a list of tensors" if name == "images" else "a tensor"
+    allowed = f"{container} (1, {' or '.join(map(str, channels))}, H, W) in [-1, 1]"
     _check(name, image, allowed, is_valid=_is_batch(image, batch_sizes, channels))
     _check_range(name, cast(Tensor, image), -1, 1)
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
     lowest, highest = (float(value) for value in values.float().aminmax())
-    if not (low - TOLERANCE <= lowest and highest <= high + TOLERANCE):  # also for NaN
+    if not (low - RANGE_TOLERANCE <= lowest and highest <= high + RANGE_TOLERANCE):  # also for NaN
         message = f"{name} must have values in {low} … {high}, got {lowest:g} … {highest:g}"
         raise ArgumentError(message, name)
 
 
-def _describe_type(kind: object, name: str) -> str:
-    origin, items = get_origin(kind), get_args(kind)
+def _describe_type(annotation: object, name: str) -> str:
+    origin, items = get_origin(annotation), get_args(annotation)
     if origin is tuple:
-        return f"two {PLURALS[items[0]]} ({PAIR_NAMES.get(name, 'height, width')})"
+        return f"two {PLURAL_NAMES[items[0]]} ({PAIR_NAMES.get(name, 'height, width')})"
     if origin is Callable:
         return "a function"
-    if kind in SINGULARS:
-        return SINGULARS[kind]
+    if annotation in TYPE_NAMES:
+        return TYPE_NAMES[annotation]
     if origin is Sequence:
-        return f"a list of {PLURALS.get(items[0], items[0].__name__)}"
-    return f"of type {cast(type, kind).__name__}"
+        return f"a list of {PLURAL_NAMES.get(items[0], items[0].__name__)}"
+    return f"of type {cast(type, annotation).__name__}"
 
 
-def _is_instance(value: object, kind: object) -> bool:
-    """Return whether a value is of a type, or a list, tuple, array or tensor with such items."""
-    origin, items = get_origin(kind), get_args(kind)
+def _is_instance(value: object, annotation: object) -> bool:
+    """Return whether a value has the annotated type; an array or tensor counts as a list."""
+    origin, items = get_origin(annotation), get_args(annotation)
     if origin is Callable:
         return callable(value)
-    if kind in (int, float):
-        return _is_number(value, is_whole=kind is int)
-    if kind is bool:
+    if annotation in (int, float):
+        return _is_number(value, is_whole=annotation is int)
+    if annotation is bool:
         return isinstance(value, bool) or _is_number(value)
     if origin is None:
-        return isinstance(value, cast(type, kind))
+        return isinstance(value, cast(type, annotation))
     if origin is Iterable and isinstance(value, str):
         return True
     is_list = isinstance(value, Collection) and not isinstance(value, str | bytes)
@@ -136,7 +136,7 @@ def _are_texts(value: object) -> bool:
 def _is_batch(
     value: object, batch_sizes: Container[int] | None = None, channels: Container[int] | None = None
 ) -> bool:
-    """Return whether a value is a non-empty tensor of 4 dimensions, with allowed first two."""
+    """Return whether a value is a non-empty tensor (B, C, H, W) of an allowed B and C."""
     return (
         isinstance(value, Tensor)
         and value.dim() == 4
@@ -147,7 +147,7 @@ def _is_batch(
 
 
 def _is_number(value: object, *, is_whole: bool = False) -> bool:
-    """Return whether a value, possibly of NumPy or a tensor, is a finite (whole) number."""
+    """Return whether a value is a finite (whole) number, possibly of NumPy or in a tensor."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dim() > 0):
         return False
     try:

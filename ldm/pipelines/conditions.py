@@ -36,7 +36,7 @@ class EncodedConds(NamedTuple):
 
     Attributes:
         uncond: The condition of the negative prompts; None = the run has no guidance.
-        guidance_conds: The conditions of `Guidance.texts`, in their order; [] without guidance.
+        guidance_conds: The conditions of `Guidance.texts`, in order; () without guidance.
     """
 
     cond: AnyCond
@@ -50,7 +50,7 @@ class ConditionInputs:
 
     Args:
         inputs: Values of batch keys besides text, a row per image.
-        unconditional_inputs: Inputs that differ for the unconditional prediction.
+        unconditional_inputs: The inputs that differ for the unconditional prediction.
         sdxl: Micro-conditions, second prompts and refiner of SDXL.
         size: (height, width) of the images in pixels.
         scale: Guidance scale; None = the default of each model.
@@ -85,11 +85,11 @@ class ConditionInputs:
             return EncodedConds(cond)
 
         text_encoder = model.conditioner.text
-        # None: zeros in place of the text encoder's output, for models that are trained with them.
-        null = None if text_encoder is not None and text_encoder.null is None else ""
+        # None gives zeros as output of the text encoder, for models that are trained with them.
+        empty = None if text_encoder is not None and text_encoder.null is None else ""
         ignores_negative = quirks.ignores_negative(after_base=after_base)
         negatives = [
-            (null, null) if ignores_negative or is_empty(pair) else pair
+            (empty, empty) if ignores_negative or is_empty_pair(pair) else pair
             for pair in self.prompts.negative_prompts
         ]
         negative_inputs = {**inputs, **self.unconditional_inputs}
@@ -101,7 +101,7 @@ class ConditionInputs:
         guidance_conds = [
             encode_prompts(model, [get_prompt_pair(texts[text])] * n, inputs, micro_conds)
             if text
-            else encode_negative([(null, null)] * n, range(n))
+            else encode_negative([(empty, empty)] * n, range(n))
             for text in (self.guidance.texts if self.guidance else ())
         ]
         return EncodedConds(cond, uncond, guidance_conds)
@@ -109,7 +109,7 @@ class ConditionInputs:
     def _needs_uncond(self, model: LatentDiffusion, cond: AnyCond) -> bool:
         """Return whether a run also predicts from negative prompts; warn if they are ignored."""
         if model.guidance_embed_dim is not None:
-            if not all(map(is_empty, self.prompts.negative_prompts)):
+            if not all(map(is_empty_pair, self.prompts.negative_prompts)):
                 warn_caller(f"{quote_name(model)} does not read a negative prompt: ignored")
             return False
         scale = get_default_scale(model, self.sampler) if self.scale is None else self.scale
@@ -117,9 +117,9 @@ class ConditionInputs:
         return scale != 1 or takes_uncond or has_composition(cond)
 
 
-def is_empty(prompts: ParsedPair | PromptPair) -> bool:
+def is_empty_pair(pair: ParsedPair | PromptPair) -> bool:
     """Return whether both prompts of a pair are empty; parsed ones count as not empty."""
-    return not isinstance(prompts, ParsedPair) and not any(prompts)
+    return not isinstance(pair, ParsedPair) and not any(pair)
 
 
 def has_composition(cond: AnyCond) -> bool:
@@ -209,8 +209,8 @@ def encode_prompts(
         return cond
     # The inputs have a row per prompt already; those of texts and micro-conditions are repeated.
     row_indices = torch.tensor([distinct.index(prompt) for prompt in prompts])
-    slots = cond.tensors()
+    tensors = cond.tensors()
     for name in ("crossattn", "vector") if micro_conds else ("crossattn",):
-        if name in slots:
-            slots[name] = slots[name][row_indices.to(slots[name].device)]
-    return Cond(**slots)
+        if name in tensors:
+            tensors[name] = tensors[name][row_indices.to(tensors[name].device)]
+    return Cond(**tensors)

@@ -1,4 +1,4 @@
-"""Families of models, recognised by the batch keys that their encoders read."""
+"""Families of models, recognized by the batch keys that their encoders read."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, WrongFamily
 
 __all__ = [
-    "FAMILIES", "Family", "check_family", "check_model", "find_family", "is_sdxl", "quote_name",
-    "wrong_family",
+    "FAMILIES", "Family", "check_family", "check_model", "find_family", "is_sdxl",
+    "make_wrong_family_error", "quote_name",
 ]  # fmt: skip
 
-# Sizes that Stable Diffusion XL reads; its other keys determine the family.
+# Size conditioning of Stable Diffusion XL; the other batch keys determine the family.
 SIZE_KEYS = {"original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"}
 
 
@@ -24,8 +24,8 @@ class Family:
     Args:
         keys: Batch keys that the encoders of all its models read, without SIZE_KEYS.
         title: Name in messages.
-        function: The task for it, in `ldm.pipelines`.
-        optional_keys: Batch keys that the encoders of some of its models read, too.
+        function: Name of its task in `ldm.pipelines`.
+        optional_keys: Batch keys that only the encoders of some of its models read.
     """
 
     keys: Set[str]
@@ -41,7 +41,7 @@ FAMILIES = {
     "depth": Family({"txt", "depth"}, "a depth model", "depth2img"),
     "upscaling": Family({"txt", "lowres", "noise_level"}, "an upscaling model", "upscale"),
     "rgbd-upscaling": Family(
-        {"txt", "rgbd"}, "an upscaling model for colour and depth", "upscale_rgbd", {"noise_level"}
+        {"txt", "rgbd"}, "an upscaling model for color and depth", "upscale_rgbd", {"noise_level"}
     ),
     "latent-upscaling": Family(
         {"txt", "lowres_latent", "noise_sigma"}, "an x2 latent upscaler", "upscale_latent"
@@ -60,14 +60,14 @@ def find_family(conditioner: Conditioner) -> str | None:
 
 
 def is_sdxl(model: LatentDiffusion) -> bool:
-    """Return whether the model is Stable Diffusion XL or its refiner: it reads sizes."""
+    """Return whether the model is Stable Diffusion XL or its refiner, by its size conditioning."""
     return not SIZE_KEYS.isdisjoint(model.conditioner.keys)
 
 
-def check_model(model: object, name: str = "model") -> None:
+def check_model(model: object, argument: str = "model") -> None:
     """Raise ArgumentError for an argument that is not a model."""
     if not isinstance(model, LatentDiffusion):
-        raise ArgumentError(f"{name} must be what `ldm.load` returns, got {model!r}", name)
+        raise ArgumentError(f"{argument} must be what `ldm.load` returns, got {model!r}", argument)
 
 
 def check_family(model: LatentDiffusion, *families: str) -> None:
@@ -81,11 +81,11 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
         if not keys:
             raise WrongFamily("this model has no conditions: use `ldm.sample` and `model.decode`")
         raise WrongFamily(f"this model reads {keys}, and no task provides that")
-    raise wrong_family(quote_name(model), name)
+    raise make_wrong_family_error(quote_name(model), name)
 
 
-def wrong_family(model: str, family: str) -> WrongFamily:
-    """Return the error for a model that a task does not support; it names the task that does."""
+def make_wrong_family_error(model: str, family: str) -> WrongFamily:
+    """Make the error for a model that a task does not support; it names the task that does."""
     title, function = FAMILIES[family].title, FAMILIES[family].function
     hint = f"use `{function}`"
     if family == "refiner":

@@ -13,17 +13,17 @@ __all__ = ["make_freeu", "resolve_freeu_factors"]
 
 
 def resolve_freeu_factors(
-    model: LatentDiffusion, value: str | Sequence[float] | FreeUFactors
+    model: LatentDiffusion, freeu: str | Sequence[float] | FreeUFactors
 ) -> FreeUFactors:
-    """Return the given factors, or those of a preset; "auto" is that of the model's family."""
+    """Return the factors, given or of a preset; "auto" is the preset of the model's family."""
     text = model.conditioner.text
     sd_version = 1 if text is None else text.sd_version or 1
-    return FreeUFactors.parse(value, "sdxl" if is_sdxl(model) else f"sd{sd_version}")
+    return FreeUFactors.parse(freeu, "sdxl" if is_sdxl(model) else f"sd{sd_version}")
 
 
 def make_freeu(
     model: LatentDiffusion,
-    value: str | Sequence[float] | FreeUFactors,
+    freeu: str | Sequence[float] | FreeUFactors,
     version: str | None = None,
 ) -> FreeU:
     """Build FreeU with the factors of each output block of the model's UNet.
@@ -31,7 +31,7 @@ def make_freeu(
     Args:
         version: A name in FREEU_VERSIONS; None = "1".
     """
-    factors, version = resolve_freeu_factors(model, value), version or "1"
+    factors, version = resolve_freeu_factors(model, freeu), version or "1"
     check_name("version of freeu", version, FREEU_VERSIONS, argument="freeu_version")
     unet = model.unet
     if not isinstance(unet, UNet):

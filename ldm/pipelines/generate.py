@@ -18,7 +18,7 @@ from ldm.pipelines.finite import check_finite
 from ldm.pipelines.guidance import make_guidance
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.latent_upscaling import Upscaling, sample_upscaled_latent
-from ldm.pipelines.options import TextOptions, select_sampling, select_sdxl
+from ldm.pipelines.options import TextOptions, select_sampling_options, select_sdxl_options
 from ldm.pipelines.prompts import PromptBatch, repeat_texts
 from ldm.pipelines.quirks import Quirks, make_noise_source
 from ldm.pipelines.sampling import sample
@@ -32,7 +32,7 @@ __all__ = ["generate", "make_task_noise_source"]
 
 
 class RunOptions(SamplingOptions, total=False):
-    """Keywords of `sample`: those of the caller, and others that tasks set themselves."""
+    """Keywords of `sample`: those that callers of a task pass, and those that the task sets."""
 
     scale: Scale | None
     noise_source: NoiseSource
@@ -47,7 +47,7 @@ class RunOptions(SamplingOptions, total=False):
 
 
 def make_task_noise_source(prompts: Sequence[str], options: SamplingOptions) -> NoiseSource:
-    """Return the noise sampler of a task, a row per prompt, for its seeds."""
+    """Make the noise source of a task from its seeds; noise has a row per prompt."""
     return make_noise_source(options.get("seeds"), len(prompts), options.get("legacy", ()))
 
 
@@ -73,16 +73,17 @@ def generate(
 
     Args:
         inputs: Values of the batch keys that the model reads besides text, a row per prompt.
-        unconditional_inputs: Those that differ for the unconditional prediction; None = none do.
-        vae_tile: Side in latent pixels of the decoder's tiles; None = decode whole.
+        unconditional_inputs: The inputs that differ for the unconditional prediction; None = no
+            input differs.
+        vae_tile: Side in latent pixels of the decoder's tiles; None = no tiles.
         scale, noise_source, z, strength, size, constrain: See `sample`.
         constrain_refiner: `constrain` for the steps of a refiner; None = no constraint.
-        upscaling: Upscaler that doubles the latents before they are decoded; None = none.
+        upscaling: Upscaler that doubles the latents before they are decoded; None = no upscaler.
         options: See `sample` and `SDXLOptions`.
     Returns:
         (B, C, H, W) float32 in [-1, 1]; C = 3, or 4 or 6 for models with depth.
     """
-    sampling, sdxl = select_sampling(options), select_sdxl(options)
+    sampling, sdxl = select_sampling_options(options), select_sdxl_options(options)
     quirks = Quirks.for_model(model, sampling.get("legacy", ()))
     guidance, syntax = make_guidance(options, quirks), options.get("syntax", PLAIN)
     shape = get_latent_shape(model, len(prompts), size, z=z, x_T=sampling.get("x_T"))
@@ -91,20 +92,17 @@ def generate(
     check_size(model, pixel_size, sdxl)
     if upscaling is not None:
         upscaling.check_run(model, height, width, syntax)
-    start = {
-        "z": z,
-        "strength": strength,
-        "size": size,
-        "noise_source": noise_source,
-        "constrain": constrain,
-    }
-    run_options = cast(RunOptions, {**sampling, "scale": scale, "guidance": guidance, **start})
+    run_options = cast(RunOptions, {
+        **sampling, "scale": scale, "guidance": guidance, "z": z, "strength": strength,
+        "size": size, "noise_source": noise_source, "constrain": constrain,
+    })  # fmt: skip
     sigmas = get_sigmas(model, quirks, run_options)
-    total, first = len(sigmas) - 1, 0
+    total_steps, first_step = len(sigmas) - 1, 0
     if z is not None:
-        default = model.defaults.steps if sampling.get("sigmas") is None else total
-        first, _ = quirks.find_first_step(strength, sampling.get("steps") or default, total)
-    steps = total - first
+        default_steps = model.defaults.steps if sampling.get("sigmas") is None else total_steps
+        requested_steps = sampling.get("steps") or default_steps
+        first_step, _ = quirks.find_first_step(strength, requested_steps, total_steps)
+    steps = total_steps - first_step
     prompt_batch = PromptBatch.parse(prompts, negative_prompt, sdxl, guidance, syntax, steps)
     prompt_batch.warn(model)
     condition_inputs = ConditionInputs(
@@ -128,7 +126,7 @@ def generate(
             handover = Handover.from_options(sdxl).find_index(model.schedule, sigmas, quirks)
             latent = _sample_with_refiner(
                 model, refiner, conds, refiner_conds, run_options, constrain_refiner, sigmas,
-                first, max(handover, first),
+                first_step, max(handover, first_step),
             )  # fmt: skip
         else:
             latent = _sample(model, conds, run_options)
@@ -153,17 +151,17 @@ def _sample_with_refiner(
     options: RunOptions,
     constrain_refiner: Constrain | None,
     sigmas: Tensor,
-    first: int,
+    first_step: int,
     handover: int,
 ) -> Tensor:
     """Sample with the base until the handover, then with the refiner, without new noise.
 
     Args:
         sigmas: Noise levels of a run from pure noise.
-        first: Index in sigmas at which the run begins.
+        first_step: Index in sigmas at which the run begins.
         handover: Index in sigmas at which the refiner takes over.
     """
-    make_callback = partial(_shift_steps, options.get("callback"), len(sigmas) - 1 - first)
+    make_callback = partial(_shift_steps, options.get("callback"), len(sigmas) - 1 - first_step)
     quirks = Quirks.for_model(model, options.get("legacy", ()))
     options = {**options, "sigmas": sigmas, "scheduler": None, "rho": None}
     base_options: RunOptions = {
@@ -175,8 +173,8 @@ def _sample_with_refiner(
         options["noise_source"](z_t)
     refiner_options: RunOptions = {
         **options, "sigmas": sigmas[handover:], "steps": None, "z_t": z_t, "z": None, "x_T": None,
-        "strength": 1.0, "callback": make_callback(handover - first),
-        "constrain": constrain_refiner, "step_offset": handover - first,
+        "strength": 1.0, "callback": make_callback(handover - first_step),
+        "constrain": constrain_refiner, "step_offset": handover - first_step,
         "freeu": None, "freeu_version": None,  # its factors are for the base model
     }  # fmt: skip
     return _sample(refiner, refiner_conds, refiner_options)

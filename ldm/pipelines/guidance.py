@@ -1,4 +1,4 @@
-"""Keywords of tasks that choose a guidance method, and the construction of that method."""
+"""Keywords of tasks that select a guidance method, and functions that build and check it."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,14 +25,14 @@ __all__ = ["GuidanceOptions", "check_guidance", "make_guidance"]
 
 
 class GuidanceOptions(TypedDict, total=False):
-    """Keywords that choose the guidance method, by default classifier-free guidance (CFG).
+    """Keywords that select the guidance method, by default classifier-free guidance (CFG).
 
     At most one of `sld`, `apg` and `perp_neg`; `pag` combines with each, and with CFG.
 
     Attributes:
         sld: Safe latent diffusion: a name in SLD_PRESETS, or five numbers as in `SLD`.
-        sld_concept: What it guides away from: a text, or a name in SLD_CONCEPTS; None =
-            "original". Each model encodes it as it does the prompt, with the same sizes and images.
+        sld_concept: The concept that it guides away from: a text, or a name in SLD_CONCEPTS; None =
+            "original". It is encoded as the prompt, with the same sizes and images.
         apg: Adaptive projected guidance: three numbers as in `APG`.
         perp_neg: Perp-Neg: weight of the component of the negative prompt perpendicular to the
             prompt; 1 as published.
@@ -47,7 +47,7 @@ class GuidanceOptions(TypedDict, total=False):
 
 
 def make_guidance(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
-    """Build the guidance, a new object for each run; return None for classifier-free guidance."""
+    """Build the guidance method, a new object for each run; None = classifier-free guidance."""
     guidance: Guidance | None = _make_safe_guidance(options, quirks)
     if (apg := options.get("apg")) is not None:
         guidance = ProjectedGuidance(APG.parse(apg))
@@ -59,15 +59,15 @@ def make_guidance(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
 
 
 def check_guidance(
-    model: LatentDiffusion, scale: Scale | None, keywords: Mapping[str, object], quirks: Quirks
+    model: LatentDiffusion, scale: Scale | None, arguments: Mapping[str, object], quirks: Quirks
 ) -> None:
-    """Raise ArgumentError for guidance or FreeU that has no effect, or that a model can't have.
+    """Raise ArgumentError for guidance or FreeU without effect, or not supported by the model.
 
     Args:
         scale: Guidance scale; None = the default of the sampler or the model.
-        keywords: All keywords of a task, by name.
+        arguments: All arguments of a task by name.
     """
-    values = {name: value for name, value in keywords.items() if value is not None}
+    values = {name: value for name, value in arguments.items() if value is not None}
     methods = [name for name in GuidanceOptions.__annotations__ if name in values]
     sampler = cast(str | None, values.get("sampler"))
     scale = get_default_scale(model, sampler) if scale is None else scale

@@ -20,7 +20,7 @@ __all__ = [
 
 
 class DecodingOptions(TypedDict, total=False):
-    """Keywords of tasks about decoding.
+    """Keywords of tasks for decoding.
 
     Attributes:
         on_latent: Called with the final latents (B, C, h, w) of the batch before they are decoded,
@@ -56,7 +56,7 @@ def decode_latent(
     """Decode z (B, C, h, w) to images (B, 3, H, W), or more channels with depth, in [-1, 1].
 
     Args:
-        vae_tile: Side in latent pixels of overlapping tiles to decode; None = decode whole.
+        vae_tile: Side in latent pixels of overlapping tiles to decode; None = no tiles.
     """
     check_finite(z, "the UNet")
     if on_latent is not None:
@@ -70,7 +70,7 @@ def add_depth(model: LatentDiffusion, image: Tensor, depth: Tensor | None) -> Te
 
     Args:
         image: (1, 3, H, W), or with the channels of depth already.
-        depth: (1, 1, H, W) in [0, 1], larger is nearer; None = there is none, or the image has it.
+        depth: (1, 1, H, W) in [0, 1], larger is nearer; None = no depth, or the image has it.
     """
     channels = model.autoencoder.in_channels
     if depth is None and image.shape[1] == channels:

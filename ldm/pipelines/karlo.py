@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 NUM_TIMESTEPS = 1000  # of the noise schedule that the prior was trained with
-CLAMP = 10.0  # limit of predicted values, in standard deviations; as in Karlo
+MAX_PREDICTION = 10.0  # limit of predicted values, in standard deviations; as in Karlo
 
 
 def sample_image_embeddings(
@@ -54,7 +54,7 @@ def sample_image_embeddings(
 
     Args:
         clip: The CLIP that the prior was trained with, with its text encoder.
-        negative_prompt: One for all texts, or one for each.
+        negative_prompt: One negative prompt for all texts, or one for each.
         mean, std: (D,) mean and standard deviation of CLIP's embeddings, from Karlo's file.
         steps, scale, noise_source: See `sample_normalized_embeddings`.
     """
@@ -111,7 +111,7 @@ def sample_normalized_embeddings(
     shape = (len(cond), prior.out_proj.out_features)
     initial_noise = noise_source(torch.empty(shape, device=prior.out_proj.weight.device))
     return SAMPLERS["ddim"](
-        lambda x, sigma: denoise(x, sigma).clamp(-CLAMP, CLAMP),
+        lambda x, sigma: denoise(x, sigma).clamp(-MAX_PREDICTION, MAX_PREDICTION),
         initial_noise * math.sqrt(1 + float(sigmas[0]) ** 2),
         sigmas,
         eta=eta,
@@ -133,6 +133,6 @@ def get_prior_sigmas(schedule: Schedule, steps: int) -> Tensor:
 
 
 def check_prior_steps(steps: int) -> None:
-    """Raise ArgumentError for a number of steps that the prior cannot take."""
+    """Raise ArgumentError for a number of steps that the prior does not support."""
     if not 2 <= steps <= NUM_TIMESTEPS:
         raise ArgumentError(f"steps of the prior must be in 2 … {NUM_TIMESTEPS}, got {steps}")

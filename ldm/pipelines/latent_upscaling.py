@@ -35,7 +35,7 @@ __all__ = [
     "check_latent",
     "check_noise",
     "check_plain_syntax",
-    "check_sides",
+    "check_sides_for_tiling",
     "sample_upscaled_latent",
 ]
 
@@ -62,7 +62,7 @@ class Upscaling:
     def check_run(self, base: LatentDiffusion, height: int, width: int, syntax: str) -> None:
         """Raise ArgumentError unless `model` can upscale latents (height, width) of the base."""
         self.check(base)
-        check_sides(self.model, height, width)
+        check_sides_for_tiling(self.model, height, width)
         check_plain_syntax(syntax)
 
     def check(self, base: LatentDiffusion) -> None:
@@ -110,7 +110,7 @@ def check_latent(model: LatentDiffusion, latent: Tensor, n: int) -> None:
         )
 
 
-def check_sides(model: LatentDiffusion, height: int, width: int) -> None:
+def check_sides_for_tiling(model: LatentDiffusion, height: int, width: int) -> None:
     """Raise ArgumentError if a latent (height, width) would be padded along a circular axis."""
     assert isinstance(model.unet, LatentUpscalerUNet)
     multiple = model.unet.size_multiple // LATENT_UPSCALE_FACTOR
@@ -136,7 +136,7 @@ def sample_upscaled_latent(
     scale: Scale | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Sample latents (B, C, 2h, 2w) from low-res ones (1 | B, C, h, w), a row per prompt.
+    """Sample latents (B, C, 2h, 2w), one per prompt, from low-res latents (1 | B, C, h, w).
 
     The low-res latent is padded to sides that the UNet supports, and the result is cropped; tiles
     of the UNet are enlarged to such sides.
@@ -148,7 +148,7 @@ def sample_upscaled_latent(
     """
     n, (height, width) = len(prompts), latent.shape[-2:]
     assert isinstance(model.unet, LatentUpscalerUNet)
-    check_sides(model, height, width)
+    check_sides_for_tiling(model, height, width)
     tile = options.get("unet_tile")
     if tile is not None:
         options["unet_tile"] = _round_up(tile, model.unet.size_multiple)
@@ -174,7 +174,7 @@ def sample_upscaled_latent(
     x_T = _draw_initial_noise(latent, options.get("x_T"), noise_source)
     # `sample` takes and returns latents scaled to the same variance at every level; this model
     # needs x itself.
-    first, last = float(sigmas[0]), float(sigmas[-1])
+    first_sigma, last_sigma = float(sigmas[0]), float(sigmas[-1])
     run_options: SamplingOptions = {
         **options, "x_T": None, "sigmas": sigmas, "steps": None, "scheduler": None, "rho": None
     }  # fmt: skip
@@ -182,21 +182,22 @@ def sample_upscaled_latent(
         model,
         cond,
         uncond,
-        z_t=x_T * (first / math.hypot(1, first)),
+        z_t=x_T * (first_sigma / math.hypot(1, first_sigma)),
         scale=1 if uncond is None else scale,
         noise_source=noise_source,
         **run_options,
     )
     z = z[..., : LATENT_UPSCALE_FACTOR * height, : LATENT_UPSCALE_FACTOR * width]
-    return z * math.hypot(1, last)
+    return z * math.hypot(1, last_sigma)
 
 
 def _round_up(side: int, multiple: int) -> int:
+    """Round a side up to a multiple, at least twice `multiple`."""
     return max(side + -side % multiple, 2 * multiple)
 
 
 def _pad(latent: Tensor, multiple: int) -> Tensor:
-    """Pad by repeating the last row and column, to a multiple, at least twice `multiple`."""
+    """Pad to sides of `_round_up` by repeating the last row and column."""
     height, width = (_round_up(side, multiple) for side in latent.shape[-2:])
     return F.pad(
         latent, (0, width - latent.shape[-1], 0, height - latent.shape[-2]), mode="replicate"
@@ -204,10 +205,10 @@ def _pad(latent: Tensor, multiple: int) -> Tensor:
 
 
 def _draw_initial_noise(latent: Tensor, x_T: Tensor | None, noise_source: NoiseSource) -> Tensor:
-    """Return noise of twice the size of a padded latent.
+    """Draw noise of twice the size of a padded latent.
 
     Args:
-        x_T: Noise for its top left corner, or for all of it; None = draw all.
+        x_T: Noise that replaces the top left corner, or all of it; None = nothing is replaced.
     """
     n, channels, height, width = latent.shape
     height, width = LATENT_UPSCALE_FACTOR * height, LATENT_UPSCALE_FACTOR * width

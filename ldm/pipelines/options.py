@@ -22,12 +22,12 @@ from ldm.pipelines.sampling_options import (
     get_latent_shape,
     get_sigmas,
 )
-from ldm.pipelines.sdxl import REFINER_MULTIPLE, SDXLOptions, check_sdxl
+from ldm.pipelines.sdxl import REFINER_SIZE_MULTIPLE, SDXLOptions, check_sdxl
 from ldm.prompts import PLAIN, check_syntax
 
 __all__ = [
     "GuidedOptions", "TaskArguments", "TaskOptions", "TextOptions", "UnguidedOptions",
-    "check_options", "select_sampling", "select_sdxl",
+    "check_options", "select_sampling_options", "select_sdxl_options",
 ]  # fmt: skip
 
 
@@ -65,31 +65,33 @@ class TaskArguments(TextOptions, total=False):
 
 
 def _check_initial_latent(model: LatentDiffusion, arguments: TaskArguments) -> None:
-    """Raise ArgumentError for a size, or initial latents, that do not fit the model."""
+    """Raise ArgumentError for a size or initial latents that do not fit the model."""
     size, image = arguments.get("size"), arguments.get("image")
     if image is not None:
         if find_family(model.conditioner) in ("upscaling", "latent-upscaling"):
             return  # their latents are larger than the image
-        multiple = REFINER_MULTIPLE if arguments.get("refiner") is not None else model.downscale
+        multiple = (
+            REFINER_SIZE_MULTIPLE if arguments.get("refiner") is not None else model.downscale
+        )
         height, width = (side + -side % multiple for side in image.shape[-2:])
         size = height, width
     z, x_T = arguments.get("z"), arguments.get("x_T")
     get_latent_shape(model, len(arguments["prompts"]), size if z is None else None, z=z, x_T=x_T)
 
 
-def select_sampling(options: Mapping[str, object]) -> SamplingOptions:
+def select_sampling_options(options: Mapping[str, object]) -> SamplingOptions:
     """Return the keywords of `sample` among those of a task.
 
-    Without seeds, which the noise source of the task replaces, but for those of Brownian paths.
+    Seeds are left out unless Brownian paths need them, as tasks pass a noise source instead.
     """
-    names = SamplingOptions.__annotations__
+    names = set(SamplingOptions.__annotations__)
     if not options.get("brownian"):
-        names = {name: kind for name, kind in names.items() if name != "seeds"}
+        names.remove("seeds")
     return cast(SamplingOptions, _select(options, names))
 
 
-def select_sdxl(options: Mapping[str, object]) -> SDXLOptions:
-    """Return the keywords for SDXL among those of a task."""
+def select_sdxl_options(options: Mapping[str, object]) -> SDXLOptions:
+    """Return the keywords of SDXL among those of a task."""
     return cast(SDXLOptions, _select(options, SDXLOptions.__annotations__))
 
 
@@ -99,7 +101,7 @@ def _select(options: Mapping[str, object], names: Collection[str]) -> dict[str, 
 
 def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     """Raise ArgumentError for a keyword whose value is invalid, or that the model does not take."""
-    sampling = select_sampling(arguments)
+    sampling = select_sampling_options(arguments)
     sampler = sampling.get("sampler") or model.defaults.sampler
     guidance_rescale = sampling.get("guidance_rescale", 0.0)
     step_noise = StepNoise(
@@ -122,7 +124,7 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
         interval,
     )
     quirks = Quirks.for_model(model, sampling.get("legacy", ()))
-    # All that follow raise ArgumentError for invalid values or combinations.
+    # Each of these calls raises ArgumentError for invalid values or combinations.
     get_sigmas(model, quirks, sampling)
     _check_initial_latent(model, arguments)
     check_tiles(tile=arguments.get("tile"), unet_tile=sampling.get("unet_tile"))
@@ -130,7 +132,7 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     guidance = make_guidance(arguments, quirks)
     check_guidance(model, arguments.get("scale"), arguments, quirks)
     check_embedded_guidance(model, guidance, guidance_rescale, interval)
-    check_sdxl(model, select_sdxl(arguments))
+    check_sdxl(model, select_sdxl_options(arguments))
     syntax = arguments.get("syntax", PLAIN)
     check_syntax(syntax)
     negative_prompt = arguments.get("negative_prompt", "")

@@ -14,12 +14,13 @@ from ldm.runtime.errors import ArgumentError
 from ldm.runtime.warn import warn_caller
 
 __all__ = [
-    "ParsedPair", "PromptBatch", "PromptOptions", "PromptPair", "TextPair", "describe_truncation",
-    "get_prompt_pair", "parse_fixed_prompt", "parse_pair", "repeat_texts", "warn_about_prompts",
+    "ParsedPair", "PromptBatch", "PromptOptions", "PromptPair", "TextPair", "get_prompt_pair",
+    "get_truncation_warning", "parse_fixed_prompt", "parse_pair", "repeat_texts",
+    "warn_about_prompts",
 ]  # fmt: skip
 
 MAX_QUOTED_WORDS = 4  # of a prompt, in warnings
-PLACEHOLDER_STEPS = 50  # for texts of which only the syntax is checked
+PLACEHOLDER_STEPS = 50  # number of steps for checks of a text's syntax
 
 TextPair = tuple[str, str]  # for the first and the second text encoder
 PromptPair = tuple[str | Prompt | None, str | Prompt | None]  # None gives zeros
@@ -68,9 +69,9 @@ class PromptBatch:
     """The prompts of a batch of images, parsed unless their syntax is plain.
 
     Args:
-        prompts: Of each image.
-        negative_prompts: Of each image; empty ones are not parsed.
-        guidance_texts: Those of `Guidance.texts` that are not empty, parsed likewise, by text.
+        prompts: The prompts of each image.
+        negative_prompts: The negative prompts of each image; empty ones are not parsed.
+        guidance_texts: The parsed texts of `Guidance.texts` that are not empty, by text.
     """
 
     prompts: Sequence[ParsedPair | TextPair]
@@ -91,8 +92,8 @@ class PromptBatch:
 
         Args:
             negative_prompt: One for all prompts, or one for each.
-            sdxl: Holds the prompts for the second text encoder.
-            guidance: Its texts are parsed, too.
+            sdxl: Options with the prompts for the second text encoder.
+            guidance: The guidance method, whose texts are parsed, too.
         """
         n = len(prompts)
         pairs = _pair_texts(prompts, sdxl.get("prompt_2"), n, "prompt")
@@ -182,7 +183,7 @@ def _pair_texts(
     return list(zip(firsts, seconds, strict=True))
 
 
-def describe_truncation(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
+def get_truncation_warning(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
     """Return a warning about the first text that plain syntax truncates, else None."""
     for encoder in model.conditioner.find_all(TextEncoder):
         for text in texts:
@@ -195,7 +196,7 @@ def describe_truncation(model: LatentDiffusion, texts: Iterable[str]) -> str | N
 def warn_about_prompts(model: LatentDiffusion, prompts: Sequence[ParsedPair | TextPair]) -> None:
     """Warn about text that the model truncates, or that the syntax reads literally."""
     plain = [text for pair in prompts if isinstance(pair, tuple) for text in pair if text]
-    messages = [describe_truncation(model, dict.fromkeys(plain))]
+    messages = [get_truncation_warning(model, dict.fromkeys(plain))]
     for pair in prompts:
         if isinstance(pair, ParsedPair):
             messages += [*pair.first.warnings, *pair.second.warnings]

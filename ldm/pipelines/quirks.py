@@ -77,28 +77,28 @@ class Quirks:
             )
         return replace(denoiser, parameterization="eps") if v_as_eps or x0_as_eps else denoiser
 
-    def find_first_step(self, strength: float, steps: int, total: int) -> tuple[int, int]:
+    def find_first_step(self, strength: float, steps: int, total_steps: int) -> tuple[int, int]:
         """Find the noise levels at which a run on an image begins.
 
         Args:
             strength: Fraction of the steps to run, 0 … 1.
             steps: Requested number of steps.
-            total: Actual number of steps, which the quirk "steps" changes.
+            total_steps: Actual number of steps, which the quirk "steps" changes.
         Returns:
             (index of the first sigma, index of the sigma of the noise added to the image).
         """
         if "refiner-from-noise" in self:
             return 0, 0
         if "legacy-steps" in self:
-            first = total + 1 - max(int(strength * (total + 1)), 1)
+            first = total_steps + 1 - max(int(strength * (total_steps + 1)), 1)
             return first, first
         if "strength" in self:
-            first = total - min(int(strength * steps), total - 1)
+            first = total_steps - min(int(strength * steps), total_steps - 1)
             return first, first - 1
-        steps_to_run = round(float(strength) * total)
+        steps_to_run = round(float(strength) * total_steps)
         if strength > 0:
             steps_to_run = max(steps_to_run, 1)
-        return total - steps_to_run, total - steps_to_run
+        return total_steps - steps_to_run, total_steps - steps_to_run
 
     def ignores_negative(self, *, after_base: bool) -> bool:
         """Return whether a model, or a refiner after its base, ignores the negative prompt."""
@@ -127,8 +127,9 @@ class Quirks:
         indices = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            def network(z_t: Tensor, t: Tensor, **slots: Tensor | None) -> Tensor:
-                return model.denoiser.network(z_t, torch.full_like(t, indices[sigma]), **slots)
+            def network(z_t: Tensor, t: Tensor, **conditioning: Tensor | None) -> Tensor:
+                t = torch.full_like(t, indices[sigma])
+                return model.denoiser.network(z_t, t, **conditioning)
 
             denoiser = Denoiser(network, model.schedule, "eps")
             return add_guidance(denoiser, cond, uncond, scale)(x, sigma)
@@ -139,11 +140,11 @@ class Quirks:
 def make_noise_source(
     seeds: int | Sequence[int] | NoiseSource | None, n: int, legacy: Iterable[str] = ()
 ) -> NoiseSource:
-    """Make `noise(like)` for n rows; each call continues the random sequences.
+    """Make a noise source for n rows; each call continues the random sequences.
 
     Args:
         seeds: One for each row, or the first of consecutive ones; None = drawn from torch's
-            generator; a noise sampler is returned unchanged.
+            generator; a noise source is returned unchanged.
         legacy: Names in LEGACY; "noise" draws all rows from the global generator of the device.
     """
     if callable(seeds):
@@ -164,27 +165,27 @@ def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
     if isinstance(seeds, Tensor):
         seeds = seeds.tolist()
     if isinstance(seeds, Sized):
-        rows = given = [operator.index(seed) for seed in seeds]
+        row_seeds = given_seeds = [operator.index(seed) for seed in seeds]
     else:
-        given = [operator.index(seeds)]
-        rows = [given[0] + k for k in range(n)]
-    if len(rows) != n:
-        raise ArgumentError(f"{len(rows)} seeds were given for {n} images", "seeds")
-    for seed in given:
+        given_seeds = [operator.index(seeds)]
+        row_seeds = [given_seeds[0] + k for k in range(n)]
+    if len(row_seeds) != n:
+        raise ArgumentError(f"{len(row_seeds)} seeds were given for {n} images", "seeds")
+    for seed in given_seeds:
         if not -(1 << 63) <= seed < 1 << 64:  # as `torch.manual_seed` takes
             raise ArgumentError(f"seeds must be in -2^63 … 2^64 - 1, got {seed}", "seeds")
-    return rows
+    return row_seeds
 
 
 def make_seeded_noise_source(seeds: Sequence[int]) -> NoiseSource:
-    """Make `noise(like)` whose row k has a CPU generator of its own, seeded seeds[k] mod 2^64."""
+    """Make a noise source whose row k has its own CPU generator, seeded with seeds[k] mod 2^64."""
     generators = [torch.Generator().manual_seed(seed % (1 << 64)) for seed in seeds]
 
-    def noise(like: Tensor) -> Tensor:
+    def draw_noise(like: Tensor) -> Tensor:
         rows = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
         return torch.stack(rows).to(like.device)
 
-    return noise
+    return draw_noise
 
 
 def draw_global_noise(like: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ def draw_global_noise(like: Tensor) -> Tensor:
 
 
 def _compute_original_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Compute the original's `uniform` sigmas, often of more steps than requested."""
+    """Compute the original's `uniform` sigmas, which often have more steps than requested."""
     if not 1 <= steps <= len(schedule):
         raise ArgumentError(f"steps must be in 1 … {len(schedule)}, got {steps}", "steps")
     t = torch.arange(0, len(schedule), len(schedule) // steps) + 1

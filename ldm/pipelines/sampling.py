@@ -45,10 +45,10 @@ from ldm.pipelines.sampling_options import (
     check_no_conflict_with_sigmas,
     check_sampling,
     check_tiles,
-    explain_exceeded_limits,
-    explain_high_sigma,
     get_default_scale,
+    get_high_sigma_warning,
     get_latent_shape,
+    get_limit_warning,
     get_sigmas,
 )
 from ldm.runtime.arguments import as_list
@@ -106,11 +106,11 @@ def sample(
     """Sample a latent for each row of `cond`.
 
     Args:
-        cond: The condition, which may compose prompts and depend on the step. That of a model
-            without conditions, `model.condition({})`, has no rows: as many as z_t, x_T, z or
-            `seeds` are then sampled, else one.
-        uncond: The unconditional or negative condition of guidance; None = no guidance, and then
-            no scale, unless the model embeds it.
+        cond: The condition, which may compose prompts and depend on the step. For a model without
+            conditions, `model.condition({})`, it has no rows: there are then as many latents as
+            rows of z_t, x_T, z or `seeds`, else one.
+        uncond: The unconditional or negative condition of guidance; None = no guidance; `scale` is
+            then refused, unless the model embeds it.
         z: (1 | B, C, h, w), the latent to add noise to and start from; None = start from pure
             noise.
         strength: Fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
@@ -151,11 +151,11 @@ def sample(
         noise_source: Function (like) -> standard normal noise in the shape of `like`; None = that
             of `seeds`. If both are given, `seeds` are only for `brownian`.
         callback: Called with (step, steps, x, denoised) after each step; may raise Stop with a
-            latent, which tasks then decode. None = nothing is called.
+            latent, which tasks then decode. None = not called.
         constrain: (x, sigma) -> x, applied before every step; None = no constraint.
         step_offset: Number of the run's first step, for conditions that depend on the step; no step
             is skipped.
-        unet_tile: Side in latent pixels of overlapping tiles to run the network on; None = whole.
+        unet_tile: Side in latent pixels of overlapping tiles that the network runs on; None = none.
         tiling: Axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
             "xy" for textures, or "none". Tasks apply it to the autoencoder, too.
         legacy: Quirks of the original to reproduce, names in LEGACY.
@@ -194,11 +194,11 @@ def sample(
         raise ArgumentError("sigmas must be one or more, and descend", "sigmas")
     else:
         # The quirk `strength` counts the steps that were asked for, not those of the run.
-        given_steps = None if "strength" in quirks else steps
-        check_no_conflict_with_sigmas(len(sigmas) - 1, given_steps, scheduler, rho)
+        requested_steps = None if "strength" in quirks else steps
+        check_no_conflict_with_sigmas(len(sigmas) - 1, requested_steps, scheduler, rho)
     check_embedded_guidance(model, guidance, guidance_rescale, guidance_interval)
     name = _quote_variant_name(model)
-    if warning := explain_exceeded_limits(model.defaults, name, steps, scale):
+    if warning := get_limit_warning(model.defaults, name, steps, scale):
         warn_caller(warning)
     n = len(cond) or _count_rows(z_t, x_T, z, seeds)
     noise_source = noise_source or make_noise_source(seeds, n, quirks.names)
@@ -218,7 +218,7 @@ def sample(
             raise ArgumentError(f"{message}{end_step}", "end_step")
         sigmas = sigmas[: end_step + 1]
     sigmas = sigmas[first:]
-    if z_t is None and (warning := explain_high_sigma(sampler, scheduler, float(sigmas[0]))):
+    if z_t is None and (warning := get_high_sigma_warning(sampler, scheduler, float(sigmas[0]))):
         warn_caller(warning)
     denoiser = quirks.get_denoiser(model, sampler)
     if freeu is not None:
@@ -330,7 +330,7 @@ def _check_guidance(
 
 
 def _count_rows(*values: object) -> int:
-    """Return the length of the first of the values that has one; 1 if none has."""
+    """Return the length of the first value that has a length; 1 if none has."""
     for value in values:
         if isinstance(value, Sized) and not (isinstance(value, Tensor) and value.dim() == 0):
             return len(value)
@@ -366,8 +366,8 @@ def _tile_network(denoiser: Denoiser, tile: int | None) -> Denoiser:
     if tile is None:
         return denoiser
 
-    def network(z_t: Tensor, t: Tensor, **slots: Tensor | None) -> Tensor:
-        return apply_tiled(lambda patch: denoiser.network(patch, t, **slots), z_t, tile)
+    def network(z_t: Tensor, t: Tensor, **conditioning: Tensor | None) -> Tensor:
+        return apply_tiled(lambda patch: denoiser.network(patch, t, **conditioning), z_t, tile)
 
     return replace(denoiser, network=network)
 
@@ -383,8 +383,8 @@ def _get_sampler_options(
     """Return the keyword arguments of the sampler's function.
 
     Args:
-        always_draws: Draw noise even where eta is 0, as the original did.
-        is_continued: Whether another model samples on from the result.
+        always_draws: Whether to draw noise even where eta is 0, as the original did.
+        is_continued: Whether another model continues from the result.
     """
     spec, s_noise, s_tmax = SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
     scaled_noise = noise_source if s_noise == 1 else lambda like: s_noise * noise_source(like)
@@ -408,7 +408,7 @@ def _get_sampler_options(
 def _make_interval_noise(
     seeds: int | Sequence[int] | NoiseSource | None, n: int, sigmas: Tensor, s_noise: float
 ) -> IntervalNoise:
-    """Return (like, sigma, next sigma) -> noise between two levels, by a path for each row."""
+    """Make (like, sigma, next sigma) -> noise between the levels, from a Brownian path per row."""
     assert not callable(seeds)  # as `check_sampling` has checked
     levels = sigmas[sigmas > 0].tolist()
     paths = BrownianPaths(get_row_seeds(seeds, n), levels[-1], levels[0])

@@ -24,11 +24,11 @@ __all__ = [
     "check_no_conflict_with_sigmas",
     "check_sampling",
     "check_tiles",
-    "explain_exceeded_limits",
-    "explain_high_sigma",
     "get_default_scale",
     "get_default_scheduler",
+    "get_high_sigma_warning",
     "get_latent_shape",
+    "get_limit_warning",
     "get_sigmas",
 ]
 
@@ -64,10 +64,9 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions) -> Tensor:
-    """Return the sigmas (steps + 1,) of a run, float64: `sigmas`, else those of the scheduler.
+    """Return the sigmas (steps + 1,) of a run, float64: the given ones, else the scheduler's.
 
-    The scheduler may be replaced for SDXL, and a sampler may skip a sigma, see
-    `ldm.diffusion.names`.
+    SDXL may use another scheduler, and a sampler may skip a sigma, see `ldm.diffusion.names`.
     """
     sampler = options.get("sampler") or model.defaults.sampler
     steps, rho = options.get("steps"), options.get("rho")
@@ -93,14 +92,14 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
 
 
 def check_no_conflict_with_sigmas(
-    total: int, steps: int | None, scheduler: str | None, rho: float | None
+    total_steps: int, steps: int | None, scheduler: str | None, rho: float | None
 ) -> None:
-    """Raise ArgumentError for options that given sigmas, of `total` steps, replace."""
+    """Raise ArgumentError for options that the given sigmas, of `total_steps` steps, replace."""
     for name, value in (("scheduler", scheduler), ("rho", rho)):
         if value is not None:
             raise ArgumentError(f"sigmas are given, leave out {name}", name)
-    if steps not in (None, total):
-        raise ArgumentError(f"sigmas have {total} steps, not {steps}", "steps")
+    if steps not in (None, total_steps):
+        raise ArgumentError(f"sigmas have {total_steps} steps, not {steps}", "steps")
 
 
 def get_default_scheduler(model: LatentDiffusion, sampler: str) -> str:
@@ -112,14 +111,14 @@ def get_default_scheduler(model: LatentDiffusion, sampler: str) -> str:
     4. "trailing" for zero terminal SNR, as sampling must begin at the last timestep
        (arXiv:2305.08891, §3.3), else "uniform".
     """
-    defaults = SAMPLERS[sampler]
-    if defaults.high_sigma_scheduler and model.schedule.sigmas[-1] > HIGH_SIGMA:
-        return defaults.high_sigma_scheduler
-    scheduler = defaults.scheduler or model.defaults.scheduler
+    spec = SAMPLERS[sampler]
+    if spec.high_sigma_scheduler and model.schedule.sigmas[-1] > HIGH_SIGMA:
+        return spec.high_sigma_scheduler
+    scheduler = spec.scheduler or model.defaults.scheduler
     return scheduler or ("trailing" if model.schedule.zero_snr else "uniform")
 
 
-def explain_high_sigma(sampler: str, scheduler: str | None, sigma: float) -> str | None:
+def get_high_sigma_warning(sampler: str, scheduler: str | None, sigma: float) -> str | None:
     """Return a warning if a sampler makes broken images from the first sigma, else None.
 
     Args:
@@ -149,16 +148,16 @@ def get_default_scale(
     return default if scale is None else scale
 
 
-def explain_exceeded_limits(
+def get_limit_warning(
     defaults: Defaults, name: str, steps: int | None, scale: Scale | None
 ) -> str | None:
     """Return a warning if a few-step model gets too many steps or too high a scale, else None.
 
     Args:
-        defaults: Of the few-step model, or of the LoRA that makes a model few-step.
-        name: Name of the file of the model or LoRA, for the message.
-        steps: None = unknown, not checked.
-        scale: Guidance scale; not checked if None or a function of sigma.
+        defaults: Defaults of the few-step model, or of the LoRA that makes a model few-step.
+        name: File name of the model or LoRA, for the message.
+        steps: Number of sampling steps; None = not checked.
+        scale: Guidance scale; None or a function of sigma = not checked.
     """
     max_steps, max_scale = defaults.max_steps, defaults.max_scale
     excess = []
@@ -199,7 +198,7 @@ def check_sampling(
 
 
 def check_tiles(**sides: int | None) -> None:
-    """Raise ArgumentError for sides of tiles below 1, given by argument."""
+    """Raise ArgumentError for a tile whose side is below 1; sides are passed by argument name."""
     for name, side in sides.items():
         if side is not None and side < 1:
             raise ArgumentError(f"{name} must be 1 or more, got {side}", name)
@@ -232,7 +231,7 @@ def get_latent_shape(
 
     Args:
         size: (H, W) in pixels; None = the size of the first of `latents`, else the model's own.
-        latents: Those that are given, by argument.
+        latents: Initial latents by argument name; None = not given.
     """
     given = {name: latent for name, latent in latents.items() if latent is not None}
     like = next(iter(given.values()), None)

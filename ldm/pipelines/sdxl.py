@@ -1,6 +1,6 @@
-"""Options of Stable Diffusion XL: sizes and scores, second prompts, and its refiner.
+"""Options of Stable Diffusion XL: micro-conditioning, second prompts, and the refiner.
 
-Podell et al. 2023 (arXiv:2307.01952): sizes, section 2.2; refiner, section 2.5.
+Podell et al. 2023 (arXiv:2307.01952): micro-conditioning, section 2.2; refiner, section 2.5.
 """
 
 import logging
@@ -32,11 +32,11 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-REFINER_MULTIPLE = 64  # pixels: the autoencoder downscales by 8, the refiner's UNet by 8 more
-REFINER_FILE = "`sd_xl_refiner_1.0.safetensors`"  # the published one, in messages
+REFINER_SIZE_MULTIPLE = 64  # pixels: the autoencoder downscales by 8, the refiner's UNet by 8 more
+REFINER_FILE = "`sd_xl_refiner_1.0.safetensors`"  # the published refiner, for messages
 REFINER_STRENGTH = 0.15  # as in sgm's demo
-AESTHETIC_SCORES = (6.0, 2.5)  # of prompt and negative prompt
-API_SCORES = (5.0, 5.0)  # sgm's `SamplingPipeline`
+AESTHETIC_SCORES = (6.0, 2.5)  # defaults for the prompt and the negative prompt
+API_SCORES = (5.0, 5.0)  # the same in sgm's `SamplingPipeline`
 # (height, width) of the aspect ratio buckets that sgm's demo offers for the base model.
 BUCKETS = [
     (1408, 704), (1344, 704), (1344, 768), (1280, 768), (1216, 832), (1152, 832), (1152, 896),
@@ -44,8 +44,8 @@ BUCKETS = [
     (896, 1152), (832, 1152), (832, 1216), (768, 1280), (768, 1344), (704, 1344), (704, 1408),
     (704, 1472), (640, 1536), (640, 1600), (576, 1664), (576, 1728),
 ]  # fmt: skip
-TRAINING_SIDE = 128  # of latents, for models trained with these buckets
-FAR_RATIO = 1.25  # ratio of sides above which a size is reported as far from the nearest bucket
+TRAINING_LATENT_SIDE = 128  # of models trained with these buckets
+MAX_BUCKET_RATIO = 1.25  # a size whose sides differ more from the nearest bucket's is reported
 
 MicroConditions = Mapping[str, Sequence[float]]  # size, crop and score of an image, by batch key
 
@@ -53,8 +53,8 @@ MicroConditions = Mapping[str, Sequence[float]]  # size, crop and score of an im
 class SDXLOptions(TypedDict, total=False):
     """Keywords of tasks for SDXL: second prompts, micro-conditioning and the refiner.
 
-    The sizes are conditions, not those of the result. `negative_*` are for the negative prompt;
-    sizes default to those for the prompt.
+    The sizes are conditions, not the size of the result. Keywords `negative_*` are for the negative
+    prompt; by default its sizes are those for the prompt.
 
     Attributes:
         prompt_2: Prompts for the second text encoder; None = `prompts`.
@@ -67,7 +67,7 @@ class SDXLOptions(TypedDict, total=False):
         refiner: Model that finishes the images, from the noise level where the base stops.
         refiner_strength: Fraction of the steps that the refiner takes, 0 … 1; None = 0.15.
         refiner_start: Instead of refiner_strength, the fraction of the timesteps that the base
-            takes, 0 … 1, as `denoising_end` in diffusers.
+            takes, 0 … 1, `denoising_end` in diffusers.
     """
 
     prompt_2: str | Sequence[str] | None
@@ -133,7 +133,8 @@ class Handover:
 
     Args:
         strength: Fraction of the steps that the refiner takes.
-        start: Instead of it, the fraction of the timesteps that the base takes; None = `strength`.
+        start: Fraction of the timesteps that the base takes, instead of `strength`; None = not
+            given.
     """
 
     strength: float = REFINER_STRENGTH
@@ -157,11 +158,11 @@ class Handover:
         if self.start is None:
             return quirks.find_first_step(self.strength, steps, steps)[0]
         # The lowest timestep of the base, rounded as in diffusers.
-        last = round(len(schedule) - len(schedule) * float(self.start))
-        if last == len(schedule):
+        last_timestep = round(len(schedule) - len(schedule) * float(self.start))
+        if last_timestep == len(schedule):
             return 0
         # 1e-6: a sigma that equals this level up to rounding is still the base's.
-        return int((sigmas[:-1] > schedule.sigmas[last] * (1 - 1e-6)).sum())
+        return int((sigmas[:-1] > schedule.sigmas[last_timestep] * (1 - 1e-6)).sum())
 
 
 def get_micro_conditions(
@@ -200,12 +201,12 @@ def get_micro_conditions(
 def check_size(model: LatentDiffusion, size: tuple[int, int], options: SDXLOptions) -> None:
     """Raise ArgumentError for a size that a refiner does not support; log if it is unusual."""
     has_refiner = options.get("refiner") is not None
-    if has_refiner and any(side % REFINER_MULTIPLE for side in size):
+    if has_refiner and any(side % REFINER_SIZE_MULTIPLE for side in size):
         raise ArgumentError(
-            f"height and width must be multiples of {REFINER_MULTIPLE} with a refiner, got "
+            f"height and width must be multiples of {REFINER_SIZE_MULTIPLE} with a refiner, got "
             f"{size[0]} x {size[1]}", "size",
         )  # fmt: skip
-    if is_sdxl(model) and model.image_size == TRAINING_SIDE:
+    if is_sdxl(model) and model.image_size == TRAINING_LATENT_SIDE:
         _log_nearest_bucket(size)
 
 
@@ -214,9 +215,8 @@ def _log_nearest_bucket(size: tuple[int, int]) -> None:
     """Log, once per size, the bucket of the nearest aspect ratio, if it is far from the size."""
     height, width = size
     nearest = min(BUCKETS, key=lambda bucket: abs(math.log(bucket[0] * width / bucket[1] / height)))
-    if max(abs(math.log(nearest[0] / height)), abs(math.log(nearest[1] / width))) > math.log(
-        FAR_RATIO
-    ):
+    log_ratios = (math.log(nearest[0] / height), math.log(nearest[1] / width))
+    if max(map(abs, log_ratios)) > math.log(MAX_BUCKET_RATIO):
         log.info(
             "%dx%d (height x width) is far from the sizes that this model was trained with, the "
             "nearest is %dx%d", *size, *nearest,

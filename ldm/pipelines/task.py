@@ -18,10 +18,10 @@ from ldm.pipelines.options import GuidedOptions, TaskArguments, check_options
 from ldm.runtime.errors import ArgumentError, NonFinite, UnknownName, unknown_name
 from ldm.runtime.warn import warn_caller
 
-__all__ = ["check_clip_skip", "task"]
+__all__ = ["get_clip_skip_warning", "task"]
 
 P = ParamSpec("P")
-FORMER_KEYWORDS = {"grid": "scheduler"}
+FORMER_KEYWORDS = {"grid": "scheduler"}  # still accepted
 # Keyword of diffusers, or former one of ours -> the keyword that the error suggests.
 SUGGESTED_KEYWORDS = {
     "generator": "seeds", "guidance_scale": "scale", "height": "size", "mask_image": "mask",
@@ -33,10 +33,10 @@ SUGGESTED_KEYWORDS = {
 def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """Decorate the function of a task to check its arguments first, and to run without gradients.
 
-    Its first parameter is `model`. If it has `**options: Unpack[…Options]`, these are the keywords
-    that it takes besides its own, and it has a parameter `prompts`. The decorated function raises
-    WrongFamily for a model of another family, UnknownName for an unknown keyword, and ArgumentError
-    for an invalid value.
+    Its first parameter is `model`. If it has `**options: Unpack[…Options]`, it takes these keywords
+    besides its own, and it has a parameter `prompts`. The decorated function raises WrongFamily for
+    a model of another family, UnknownName for an unknown keyword, and ArgumentError for an invalid
+    value.
 
     Args:
         families: Names in FAMILIES of the models that the task works with.
@@ -63,11 +63,11 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
                     continue
                 if takes_options and keyword in GuidedOptions.__annotations__:
                     raise ArgumentError(f"{keyword} needs a model that reads prompts", keyword)
-                kind = f"keyword of {function.__name__}"
+                description = f"keyword of {function.__name__}"
                 if (nearest := SUGGESTED_KEYWORDS.get(keyword, "")) in allowed:
-                    message = f"unknown {kind} `{keyword}`, did you mean `{nearest}`?"
+                    message = f"unknown {description} `{keyword}`, did you mean `{nearest}`?"
                     raise UnknownName(message, keyword)
-                raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
+                raise unknown_name(description, keyword, allowed[1:], argument=keyword)
             names = ("tiling", "clip_skip")
             context_options = {name: keywords.pop(name) for name in names if name in keywords}
             if isinstance(legacy := keywords.get("legacy"), str):
@@ -85,15 +85,15 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
                 check_options(model, cast(TaskArguments, arguments))
             tiling = str(context_options.get("tiling", "none"))
             skip = cast(int, context_options.get("clip_skip", 1))
-            if (warning := check_clip_skip(model, skip)) is not None:
+            if (warning := get_clip_skip_warning(model, skip)) is not None:
                 warn_caller(warning)
             try:
                 with circular_padding(tiling), clip_skip(skip):
                     return function(*bound.args, **bound.kwargs)
             except NonFinite as error:
-                for loaded in (model, keywords.get("refiner")):
-                    if isinstance(loaded, LatentDiffusion):
-                        check_weights(loaded, error)
+                for used_model in (model, keywords.get("refiner")):
+                    if isinstance(used_model, LatentDiffusion):
+                        check_weights(used_model, error)
                 raise
 
         return wrapper
@@ -101,20 +101,24 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
     return decorate
 
 
-def check_clip_skip(model: LatentDiffusion, number: int) -> str | None:
-    """Return a warning if a clip skip has no effect on a model, else None."""
-    if number < 1:
-        raise ArgumentError(f"clip_skip must be 1 or more, got {number}", "clip_skip")
-    if number == 1:
+def get_clip_skip_warning(model: LatentDiffusion, skip: int) -> str | None:
+    """Return a warning if a clip skip has no effect on a model, else None.
+
+    Raises:
+        ArgumentError: It is below 1, or exceeds the layers of the text encoder.
+    """
+    if skip < 1:
+        raise ArgumentError(f"clip_skip must be 1 or more, got {skip}", "clip_skip")
+    if skip == 1:
         return None
     encoders = model.conditioner.find_all(TextEncoder)
     layers = [encoder.num_blocks for encoder in encoders if encoder.takes_clip_skip]
     if not layers:
         return (
-            f"clip_skip {number} is ignored: it is for Stable Diffusion 1, which "
+            f"clip_skip {skip} is ignored: it is for Stable Diffusion 1, which "
             f"{quote_name(model)} is not"
         )
-    if number > min(layers):
-        message = f"clip_skip {number}: the text encoder has {min(layers)} layers"
+    if skip > min(layers):
+        message = f"clip_skip {skip}: the text encoder has {min(layers)} layers"
         raise ArgumentError(message, "clip_skip")
     return None

@@ -43,10 +43,15 @@ from ldm.pipelines.latent_upscaling import (
     check_latent,
     check_noise,
     check_plain_syntax,
-    check_sides,
+    check_sides_for_tiling,
     sample_upscaled_latent,
 )
-from ldm.pipelines.options import GuidedOptions, TextOptions, select_sampling, select_sdxl
+from ldm.pipelines.options import (
+    GuidedOptions,
+    TextOptions,
+    select_sampling_options,
+    select_sdxl_options,
+)
 from ldm.pipelines.prompts import (
     ParsedPair,
     TextPair,
@@ -58,7 +63,7 @@ from ldm.pipelines.prompts import (
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import invert
 from ldm.pipelines.sampling_options import get_sigmas
-from ldm.pipelines.sdxl import REFINER_MULTIPLE, get_micro_conditions
+from ldm.pipelines.sdxl import REFINER_SIZE_MULTIPLE, get_micro_conditions
 from ldm.pipelines.task import task
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, MissingArgument, Stop
@@ -89,12 +94,12 @@ def txt2img(
         scale: Guidance scale; 1 = no guidance, None = the model's default.
         size: (height, width) in pixels, multiples of 8, of 64 with a refiner; None = the model's
             training size.
-        tile: Side in latent pixels of overlapping tiles to decode; None = decode whole.
+        tile: Side in latent pixels of overlapping tiles to decode; None = no tiles.
         upscaling: The x2 latent upscaler that doubles the latents, and its options, such as
-            `ldm.Upscaling(ldm.load(ckpt="sd-x2-latent-upscaler", base=model))`; None = none.
+            `ldm.Upscaling(ldm.load(ckpt="sd-x2-latent-upscaler", base=model))`; None = no upscaler.
         options: Keywords of `sample`; `on_latent`, see `DecodingOptions`; `syntax` and `clip_skip`,
-            see `PromptOptions`; other guidance methods, see `GuidanceOptions`; for SDXL those of
-            `SDXLOptions`, such as
+            see `PromptOptions`; other guidance methods, see `GuidanceOptions`; for SDXL the
+            keywords of `SDXLOptions`, such as
             `txt2img(model, prompts, refiner=ldm.load(ckpt="sd_xl_refiner_1.0.safetensors"))`.
     Returns:
         (B, C, H, W) float32 in [-1, 1]; C = 3, or 4 or 6 for models with depth.
@@ -202,12 +207,12 @@ def inpaint(
             z = encode_image(model, padded, n, noise_source)
         if options.get("refiner") is not None:  # the refiner does not read masks
             options["x_T"] = x_T = _get_initial_noise(options, noise_source, masked_z)
-            original = encode_image(model, padded, n, noise_source) if z is None else z
-            constrain_refiner = _keep_unmasked(binary_mask, original, x_T, model.downscale)
+            image_z = encode_image(model, padded, n, noise_source) if z is None else z
+            constrain_refiner = _make_constraint(binary_mask, image_z, x_T, model.downscale)
     else:
         z = encode_image(model, padded, n, noise_source)
         options["x_T"] = x_T = _get_initial_noise(options, noise_source, z)
-        constrain = constrain_refiner = _keep_unmasked(binary_mask, z, x_T, model.downscale)
+        constrain = constrain_refiner = _make_constraint(binary_mask, z, x_T, model.downscale)
     images = generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise_source=noise_source, z=z,
         strength=strength, size=(padded.shape[-2], padded.shape[-1]), constrain=constrain,
@@ -284,7 +289,7 @@ def upscale(
     encoder = model.conditioner.get(LowRes)
     _check_noise_level(noise_level, encoder.max_noise_level)
     low_res = image.to(model.device, torch.float32).expand(n, -1, -1, -1)
-    # The original draws noise in this memory format.
+    # The original draws its noise in this memory format.
     low_res = low_res.contiguous(memory_format=torch.channels_last)
     level = torch.full((n,), noise_level, device=model.device)
     inputs = {
@@ -378,7 +383,7 @@ def upscale_latent(
     if latent is None:
         if image is None:
             raise MissingArgument("neither an image nor a latent is given", "image")
-        check_sides(model, *(-(-side // model.downscale) for side in image.shape[-2:]))
+        check_sides_for_tiling(model, *(-(-side // model.downscale) for side in image.shape[-2:]))
         latent = encode_image(model, image, n, noise_source)
     else:
         if image is not None:
@@ -387,7 +392,7 @@ def upscale_latent(
     try:
         z = sample_upscaled_latent(
             model, prompts, negatives, latent, noise_source=noise_source, noise_sigma=noise_sigma,
-            noise_kind=noise_kind, scale=scale, **select_sampling(options),
+            noise_kind=noise_kind, scale=scale, **select_sampling_options(options),
         )  # fmt: skip
     except Stop as stop:
         if stop.latent is None:
@@ -398,8 +403,8 @@ def upscale_latent(
 
 
 def _get_size_multiple(model: LatentDiffusion, options: TextOptions) -> int:
-    """Return the number that the sides of images must be multiples of, in pixels."""
-    return model.downscale if options.get("refiner") is None else REFINER_MULTIPLE
+    """Return the number of pixels that the sides of images must be multiples of."""
+    return model.downscale if options.get("refiner") is None else REFINER_SIZE_MULTIPLE
 
 
 def _get_initial_noise(options: TextOptions, noise_source: NoiseSource, like: Tensor) -> Tensor:
@@ -407,8 +412,8 @@ def _get_initial_noise(options: TextOptions, noise_source: NoiseSource, like: Te
     return noise_source(like) if x_T is None else x_T.to(like)
 
 
-def _keep_unmasked(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constrain:
-    """Return (x, sigma) -> x that resets x to the noisy z where a mask (1, 1, H, W) is 0.
+def _make_constraint(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constrain:
+    """Make (x, sigma) -> x that resets x to the noisy z where a mask (1, 1, H, W) is 0.
 
     Args:
         factor: Downscaling factor of the autoencoder.
@@ -437,15 +442,15 @@ def _invert_to_noise(
     """
     options["scheduler"] = options.get("scheduler") or "uniform"
     quirks = Quirks.for_model(model, options.get("legacy", ()))
-    sigmas = get_sigmas(model, quirks, select_sampling(options))
-    steps, total = options.get("steps"), len(sigmas) - 1
+    sigmas = get_sigmas(model, quirks, select_sampling_options(options))
+    steps, total_steps = options.get("steps"), len(sigmas) - 1
     steps = model.defaults.steps if steps is None else steps
     # At strength 0 one step, as the last level may be 0.
-    first, noise_index = (
-        min(index, total - 1) for index in quirks.find_first_step(strength, steps, total)
-    )
+    indices = quirks.find_first_step(strength, steps, total_steps)
+    first, noise_index = (min(index, total_steps - 1) for index in indices)
     height, width = (side * model.downscale for side in z.shape[-2:])
-    micro_conds, _ = get_micro_conditions(model, select_sdxl(options), (height, width), Quirks())
+    sdxl = select_sdxl_options(options)
+    micro_conds, _ = get_micro_conditions(model, sdxl, (height, width), Quirks())
     warn_about_prompts(model, [source])
     cond = encode_prompts(model, [get_prompt_pair(source)] * len(z), {}, micro_conds)
     z_t = invert(model, z, cond, sigmas=sigmas[first:], legacy=quirks.names)

@@ -1,4 +1,4 @@
-"""Tasks of models that read images instead of text, or besides it.
+"""Tasks of models that read images instead of text or in addition to it.
 
 unclip          prompts, images or embeddings      stable unCLIP
 vary            images                             SD 1 fine-tuned for image variations
@@ -22,7 +22,7 @@ from ldm.pipelines import karlo
 from ldm.pipelines.families import quote_name
 from ldm.pipelines.generate import generate, make_task_noise_source
 from ldm.pipelines.images import decode_latent
-from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling
+from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling_options
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.sampling_options import get_default_scale
 from ldm.pipelines.task import task
@@ -134,7 +134,7 @@ def vary(
     takes_uncond = SAMPLERS[options.get("sampler") or model.defaults.sampler].takes_uncond
     is_guided = scale != 1 or takes_uncond
     uncond = model.condition({"jpg": [None]}).repeat(n) if is_guided else None
-    sampling = select_sampling(options)
+    sampling = select_sampling_options(options)
     z = sample(
         model, cond.repeat(n), uncond, scale=scale, size=size, noise_source=noise_source, **sampling
     )

@@ -148,7 +148,7 @@ def test_txt2img_with_rescaled_guidance_and_clip_skip_equals_diffusers(monkeypat
 
 def test_a_refiner_begins_where_diffusers_ends_the_base(monkeypatch) -> None:
     """The recorded latent is not a multiple of 8, which our check of the size requires."""
-    monkeypatch.setattr("ldm.pipelines.sdxl.REFINER_MULTIPLE", 32)
+    monkeypatch.setattr("ldm.pipelines.sdxl.REFINER_SIZE_MULTIPLE", 32)
     latents, name = LatentRecorder(), "txt2img_denoising_end"
     txt2img(
         load_model("base"), original_size=(64, 96), target_size=(64, 96), callback=latents,
