@@ -335,7 +335,7 @@ def _add_embedder(
         )
     embedder.model, embedder.blur = _copy_with_shared_weights(clip.model), clip.blur
     augmentor = compat_encoders.CLIPEmbeddingNoiseAugmentation(
-        {}, noise.max_noise_level, timestep_dim=noise.width
+        {}, noise.max_noise_level, timestep_dim=noise.embed_dim
     )
     augmentor.data_mean, augmentor.data_std = noise.get_statistics()
     _copy_schedule(augmentor, noise, noise.schedule)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.compat.class_swap import swap_classes
 from ldm.encoders import tokenizer
-from ldm.encoders.text import CLIP_LARGE, CLIP_SIZES, CLIPText
+from ldm.encoders.text import CLIP_CONFIGS, CLIP_LARGE_CONFIG, CLIPText
 from ldm.encoders.towers import select_tokens
 from ldm.loading.files.checkpoint import read_checkpoint
 
@@ -137,7 +137,7 @@ class CLIPTextTransformer(nn.Module):
         x = self.final_layer_norm(x)
         pooled = None
         if input_ids is not None:
-            ends = (input_ids == tokenizer.END).int().argmax(dim=1).to(x.device)  # the first
+            ends = (input_ids == tokenizer.END_ID).int().argmax(dim=1).to(x.device)  # the first
             pooled = select_tokens(x, ends)
         return TextOutput(x, pooled, states)
 
@@ -239,9 +239,9 @@ class CLIPTokenizer:
 
     bos_token, eos_token = tokenizer.CLIP.start, tokenizer.CLIP.end
     pad_token = unk_token = tokenizer.CLIP.end
-    bos_token_id, eos_token_id = tokenizer.START, tokenizer.END
-    pad_token_id = unk_token_id = tokenizer.END
-    vocab_size = tokenizer.END + 1
+    bos_token_id, eos_token_id = tokenizer.START_ID, tokenizer.END_ID
+    pad_token_id = unk_token_id = tokenizer.END_ID
+    vocab_size = tokenizer.END_ID + 1
 
     def __init__(self, max_length: int = 77) -> None:
         self.model_max_length = max_length
@@ -348,6 +348,8 @@ def _read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     elif (path := Path(config, "config.json")).is_file():
         entries = json.loads(path.read_text("utf-8"))
     else:
-        entries = CLIP_SIZES.get(str(config), {})
+        entries = CLIP_CONFIGS.get(str(config), {})
     entries = entries.get("text_config", entries)
-    return CLIP_LARGE | {key: entries[key] for key in CLIP_LARGE.keys() & entries.keys()}
+    return CLIP_LARGE_CONFIG | {
+        key: entries[key] for key in CLIP_LARGE_CONFIG.keys() & entries.keys()
+    }

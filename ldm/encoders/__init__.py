@@ -1,4 +1,4 @@
-"""Encoders of conditions: each turns one entry of a batch into one slot of `Cond`.
+"""Conditioning encoders: each turns one entry of a batch into one slot of `Cond`.
 
 Reading order:
 
@@ -9,7 +9,7 @@ Reading order:
     image                     image encoders, noise augmentation of embeddings
     lowres, depth, dpt        images concatenated to the latent
     sizes, labels             numbers, class labels, tensors as they are
-    safety                    the safety checker, which is not a condition
+    safety                    the safety checker, which does not condition anything
 
 open_clip (for its vocabulary) and timm are imported only here. Nothing is downloaded, and all
 encoders can be built on the meta device.

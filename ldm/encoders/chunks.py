@@ -16,11 +16,11 @@ from ldm.encoders import tokenizer
 from ldm.prompts.prompt import Piece, Section, Text
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["COMMA", "Chunk", "Splitter", "Unit", "split_at_commas"]
+__all__ = ["COMMA_ID", "Chunk", "Splitter", "Unit", "split_at_commas"]
 
-COMMA = 267  # id of `,</w>`
-BACKTRACK = 20  # maximum number of tokens after the last comma to move to the next chunk (A1111)
-INVERSION = -1  # in place of any (negative) id of a textual inversion
+COMMA_ID = 267  # of `,</w>`
+MAX_BACKTRACK = 20  # tokens after the last comma that may move to the next chunk (A1111)
+INVERSION_ID = -1  # stands for all ids of textual inversions, which are negative
 MAX_WORD_TOKENS = 7  # words with more tokens are split (ComfyUI)
 
 
@@ -30,7 +30,7 @@ class Unit:
 
     ids: tuple[int, ...]
     weight: float = 1.0
-    piece: int = 0  # index of their piece in the text, for compel's weighting
+    piece_index: int = 0  # of their piece in the text, for compel's weighting
 
 
 Chunk = list[Unit]
@@ -66,18 +66,18 @@ class Splitter:
 
     def to_ids(self, chunk: Chunk) -> list[int]:
         """Return the token ids of a chunk, with start token, end token and padding."""
-        ids = [tokenizer.START, *(i for unit in chunk for i in unit.ids), tokenizer.END]
-        return ids + [self.variant.pad] * (self.length - len(ids))
+        ids = [tokenizer.START_ID, *(i for unit in chunk for i in unit.ids), tokenizer.END_ID]
+        return ids + [self.variant.pad_id] * (self.length - len(ids))
 
-    def list_weights(self, chunk: Chunk) -> list[float]:
+    def get_token_weights(self, chunk: Chunk) -> list[float]:
         """Return the weights of a chunk's tokens, (length,)."""
         weights = [1.0, *(unit.weight for unit in chunk for _ in unit.ids)]
         return weights + [1.0] * (self.length - len(weights))
 
-    def list_pieces(self, chunk: Chunk) -> list[int]:
+    def get_piece_indices(self, chunk: Chunk) -> list[int]:
         """Return the index of the piece of each token, (length,); -1 for special tokens."""
-        pieces = [-1, *(unit.piece for unit in chunk for _ in unit.ids)]
-        return pieces + [-1] * (self.length - len(pieces))
+        indices = [-1, *(unit.piece_index for unit in chunk for _ in unit.ids)]
+        return indices + [-1] * (self.length - len(indices))
 
     def _make_units(self, section: Section, first_piece: int, syntax: str) -> Iterator[Unit]:
         """Yield the units of a section, whose pieces are counted from `first_piece`."""
@@ -107,26 +107,26 @@ def _split_comfy_words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
 
 
 def split_at_commas(sections: Sequence[Chunk], chunk_size: int = 75) -> list[Chunk]:
-    """Fill chunks as A1111; where one overflows soon after a comma, split it after that comma.
+    """Fill chunks as A1111 does: a chunk that overflows soon after a comma ends with that comma.
 
     Args:
-        sections: Units between two BREAKs; each section starts a new chunk.
+        sections: The units between BREAKs; each section starts a new chunk.
     """
     chunks: list[Chunk] = []
     for index, section in enumerate(sections):
         chunk: Chunk = []
-        comma = None  # unit index of the last comma in the chunk
+        comma = None  # index of the chunk's last comma, in units
         for unit in section:
             if _count_tokens(chunk) + len(unit.ids) > chunk_size:
-                is_word = unit.ids[0] >= 0 and unit.ids[0] != COMMA
-                if comma is not None and is_word and _count_tokens(chunk[comma:]) <= BACKTRACK:
+                is_word = unit.ids[0] >= 0 and unit.ids[0] != COMMA_ID
+                if comma is not None and is_word and _count_tokens(chunk[comma:]) <= MAX_BACKTRACK:
                     chunks.append(chunk[: comma + 1])
                     chunk = chunk[comma + 1 :]
                 else:
                     chunks.append(chunk)
                     chunk = []
                 comma = None
-            if unit.ids == (COMMA,):
+            if unit.ids == (COMMA_ID,):
                 comma = len(chunk)
             chunk.append(unit)
         is_last = index == len(sections) - 1
@@ -145,17 +145,17 @@ def _fill_chunks(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
 
 
 def _split_at_sentences(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
-    """Split after the last period that fits, else the last of `,.;:`, else a word, as compel."""
+    """Split as compel: after the last period that fits, else the last `,`, `;` or `:`, or word."""
     chunks: list[Chunk] = []
     remaining = list(units)
     while _count_tokens(remaining) > chunk_size:
         fit_count = bisect_right(list(accumulate(len(unit.ids) for unit in remaining)), chunk_size)
-        last_ids = [max(unit.ids[-1], INVERSION) for unit in remaining[:fit_count]]
+        last_ids = [max(unit.ids[-1], INVERSION_ID) for unit in remaining[:fit_count]]
         ends = (
             end
-            for symbols in _find_split_ids()
+            for split_ids in _load_split_ids()
             for end in range(fit_count, 0, -1)
-            if last_ids[end - 1] in symbols
+            if last_ids[end - 1] in split_ids
         )
         end = next(ends, fit_count)
         chunks.append(remaining[:end])
@@ -164,12 +164,16 @@ def _split_at_sentences(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
 
 
 @cache
-def _find_split_ids() -> tuple[frozenset[int], ...]:
-    """Return the ids after which to split, in order of preference."""
+def _load_split_ids() -> tuple[frozenset[int], ...]:
+    """Return sets of token ids after which to split, the preferred set first."""
     ids, _ = tokenizer.load_vocabulary()
-    period, *others = (ids[symbol + "</w>"] for symbol in ".,;:")
+    period, *separators = (ids[symbol + "</w>"] for symbol in ".,;:")
     word_ends = (i for symbol, i in ids.items() if symbol.endswith("</w>"))
-    return frozenset([period]), frozenset([period, *others]), frozenset([*word_ends, INVERSION])
+    return (
+        frozenset([period]),
+        frozenset([period, *separators]),
+        frozenset([*word_ends, INVERSION_ID]),
+    )
 
 
 def _count_tokens(units: Sequence[Unit]) -> int:

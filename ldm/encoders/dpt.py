@@ -97,11 +97,11 @@ class DPT(nn.Module):
             if i in self.hooks:
                 outputs.append(tokens)
         names = ("act_postprocess3", "act_postprocess4")
-        maps = (
+        vit_maps = (
             _reassemble(cast(nn.ModuleDict, self.pretrained[name]), output, size)
             for name, output in zip(names, outputs, strict=True)
         )
-        return [first, second, *maps]
+        return [first, second, *vit_maps]
 
 
 class FeatureFusion(nn.Module):
@@ -143,7 +143,7 @@ def _build_reassembly(dim: int) -> dict[str, nn.Module]:
 
 
 def _reassemble(layers: nn.ModuleDict, tokens: Tensor, size: torch.Size) -> Tensor:
-    """Turn tokens (B, 1 + h w, D) into a map (B, D, h, w), half the size with layer "4"."""
+    """Turn tokens (B, 1 + h w, D) into a feature map (B, D, h, w), halved by layer "4" if any."""
     cls, patches = tokens[:, :1], tokens[:, 1:]
     patches = torch.cat([patches, cls.expand_as(patches)], dim=-1)  # (B, h w, 2 D)
     patches = cast(nn.ModuleDict, layers["0"])["project"](patches)  # (B, h w, D)

@@ -25,9 +25,9 @@ __all__ = [
     "preprocess",
 ]  # fmt: skip
 
-# Mean and standard deviation of the pixels in [0, 1] that CLIP was trained with.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+# Mean and standard deviation, by channel, of pixels in [0, 1] in CLIP's training data.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # open_clip's `vision_cfg` of the models in `text.TEXT_SIZES`
 VISION_CONFIGS: dict[str, dict[str, float]] = {
@@ -75,12 +75,12 @@ def preprocess(
 
 def normalize_pixels(pixels: Tensor) -> Tensor:
     """Normalize pixels (B, 3, H, W) in [0, 1] as CLIP's input."""
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     return (pixels - mean) / std
 
 
 class CLIPVision(nn.Module):
-    """Images -> CLIP embeddings (B, D); base class; `antialias` and `blur`: see `preprocess`."""
+    """Images -> CLIP embeddings (B, D); base class. For `antialias` and `blur` see `preprocess`."""
 
     def __init__(self, clip: CLIP, *, freeze: bool, antialias: bool, blur: Blur) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class CLIPVision(nn.Module):
         self.requires_grad_(not freeze)
 
     @property
-    def width(self) -> int:
+    def embed_dim(self) -> int:
         """Features of an embedding, D."""
         return self.model.visual.proj.shape[1]
 
@@ -177,7 +177,7 @@ class CLIPImage(CLIPVision, Encoder):
 
     def forward(self, images: Tensor | Sequence[Tensor | None]) -> Tensor:
         """Encode images (3, H, W) in [-1, 1] as tokens (B, 1, D), None as zeros."""
-        tokens = torch.zeros(len(images), 1, self.width, device=self.model.visual.proj.device)
+        tokens = torch.zeros(len(images), 1, self.embed_dim, device=self.model.visual.proj.device)
         indices = [k for k, image in enumerate(images) if image is not None]
         if indices:
             tokens[indices, 0] = self.embed([image for image in images if image is not None])
@@ -209,7 +209,7 @@ class EmbeddingNoise(nn.Module):
     ) -> None:
         super().__init__()
         self.schedule = register_schedule(self, noise_schedule_config or {})
-        self.width = timestep_dim
+        self.embed_dim = timestep_dim
         self.max_noise_level = max_noise_level
         self.clip_stats_path = clip_stats_path
         self.statistics: tuple[Tensor, Tensor] | None = None
@@ -219,10 +219,10 @@ class EmbeddingNoise(nn.Module):
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Set mean and standard deviation of the embeddings, D values each."""
-        if mean.numel() != self.width or std.numel() != self.width:
+        if mean.numel() != self.embed_dim or std.numel() != self.embed_dim:
             raise ArgumentError(
                 f"embedding statistics of {mean.numel()} and {std.numel()} values do not fit "
-                f"embeddings of width {self.width}"
+                f"embeddings of {self.embed_dim} features"
             )
         self.statistics = (
             mean.detach().float().reshape(1, -1),
@@ -251,7 +251,7 @@ class EmbeddingNoise(nn.Module):
         """Add noise to embeddings (B, D).
 
         Args:
-            level: Noise level, int or int64 (B,). Level 0 adds a little noise, too.
+            level: Noise level, int or int64 (B,). Even level 0 adds a little noise.
             noise: Standard normal noise (B, D).
 
         Returns:
@@ -262,7 +262,7 @@ class EmbeddingNoise(nn.Module):
             last = self.max_noise_level - 1
             raise ArgumentError(f"noise levels are 0 … {last}, got {level.tolist()}")
         noised = self.schedule.add_noise(self.scale(embedding), noise, level)  # (B, D)
-        level_embedding = timestep_embedding(level, self.width)  # (B, D)
+        level_embedding = timestep_embedding(level, self.embed_dim)  # (B, D)
         return torch.cat([self.unscale(noised), level_embedding], dim=1)  # (B, 2 D)
 
     def scale(self, embedding: Tensor) -> Tensor:
@@ -298,9 +298,9 @@ class ImageEmbedding(Encoder):
         embedding_key: str = "jpg",
     ) -> None:
         super().__init__()
-        if clip.width != noise.width:
+        if clip.embed_dim != noise.embed_dim:
             raise ArgumentError(
-                f"timestep_dim {noise.width} is not the embedding's width {clip.width}"
+                f"timestep_dim must be {clip.embed_dim}, as the embeddings, got {noise.embed_dim}"
             )
         self.clip = clip.requires_grad_(not freeze)
         self.noise = noise
@@ -313,11 +313,11 @@ class ImageEmbedding(Encoder):
     def forward(self, vectors: Tensor | Sequence[Tensor | None]) -> Tensor:
         """Return vectors of `prepare`, (B, 2 D) float32, with zeros for None."""
         device = self.clip.model.visual.proj.device
-        zeros = torch.zeros(2 * self.noise.width, device=device)
+        zeros = torch.zeros(2 * self.noise.embed_dim, device=device)
         return torch.stack([zeros if vector is None else vector.to(zeros) for vector in vectors])
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Make `embedding` from images and `noise_level`, int or (B,), random if missing."""
+        """Make `embedding` from images and `noise_level`, int or (B,); if missing, it is random."""
         if self.key in batch:
             return {}
         assert self.cache_key is not None
@@ -335,9 +335,9 @@ def _get_vision_kwargs(arch: str | Config) -> dict[str, Any]:
     else:
         config = arch.get("vision_cfg") or {}
     check_names("vision_cfg key", config, VISION_DEFAULTS)
-    size: dict[str, Any] = {**VISION_DEFAULTS, **config}
-    size["heads"] = size["width"] // size.pop("head_width")
-    return size
+    kwargs: dict[str, Any] = {**VISION_DEFAULTS, **config}
+    kwargs["heads"] = kwargs["width"] // kwargs.pop("head_width")
+    return kwargs
 
 
 def _choose_gaussian(factor: float, blur: Blur) -> tuple[float, int]:

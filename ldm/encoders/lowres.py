@@ -19,7 +19,7 @@ from ldm.runtime.errors import ArgumentError
 
 
 def register_schedule(module: nn.Module, config: Config) -> Schedule:
-    """Build a noise schedule and register its tables as buffers, as checkpoints have them.
+    """Build a noise schedule, and register its tables as buffers with the names in checkpoints.
 
     Args:
         config: Keyword arguments of `make_betas`, with `beta_schedule` for `name`.
@@ -41,7 +41,7 @@ class LowRes(Encoder):
     Its noise level is another condition, see `NoiseLevel`.
 
     Args:
-        noise_schedule_config: See `register_schedule`; None adds no noise at any level.
+        noise_schedule_config: See `register_schedule`; None = no noise at any level.
         max_noise_level: Noise levels are 0 … max_noise_level - 1.
         low_scale_key: Batch key of the image without noise.
     """
@@ -94,7 +94,7 @@ class NoiseLevel(Encoder):
 
 
 class RGBDLatent(Encoder):
-    """The latent of a low-resolution RGBD image, as channels (B, C, h, w), without noise.
+    """The latent of a low-resolution RGBD image, as channels (B, C, h, w); no noise is added.
 
     Args:
         max_noise_level: Noise levels are 0 … max_noise_level - 1; only UNets that embed the level
@@ -127,8 +127,8 @@ class LowResLatent(Encoder):
         """Add noise to a latent (B, C, h, w), and divide by sqrt(1 + sigma²) to keep the variance.
 
         Args:
-            noise: Standard normal noise; None leaves the latent unchanged: "fake" noise, of which
-                the network gets the sigma only.
+            noise: Standard normal noise; None leaves the latent unchanged, for "fake" noise, of
+                which the network only gets the sigma.
         """
         return latent if noise is None else (latent + sigma * noise) / (1 + sigma**2) ** 0.5
 
@@ -150,7 +150,7 @@ class PatchesToChannels(Encoder):
 
     Args:
         key: Batch key of the image, (B, C, n h, n w).
-        patch: n, the number of patches along each side (not their size).
+        patch: The number n of patches along each side, not their size.
     """
 
     slot: Slot = "concat"
@@ -168,7 +168,7 @@ class PatchesToChannels(Encoder):
 
 
 class MaskedImage(Encoder):
-    """Mask, and latent of the masked image (B, 1 + C, h, w): the condition for inpainting."""
+    """The condition for inpainting: mask and latent of the masked image, (B, 1 + C, h, w)."""
 
     slot: Slot = "concat"
     key = "masked"

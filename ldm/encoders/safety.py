@@ -3,9 +3,9 @@
     image --resize_and_center_crop, normalize--> VisionTower --> e (D,)
     score k = cos(e, concept k) - threshold k, rounded to 3 decimals; above 0 the image is flagged
 
-There are 17 concepts, and 3 special-care concepts, which come first and flag no image themselves:
-once one has a score above 0, all later scores are 0.01 higher. The texts of the concepts were not
-published; Rando et al. 2022 (arXiv:2210.04610) found all 17 to be sexual.
+There are 17 concepts. 3 special-care concepts are scored before them: they do not flag an image,
+but after the first score above 0 all later scores are 0.01 higher. The texts of the concepts were
+not published; Rando et al. 2022 (arXiv:2210.04610) found all 17 to be sexual.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from ldm.imaging.pixels import resize_and_center_crop
 
 __all__ = ["SafetyChecker", "Verdict"]
 
-ADJUSTMENT = 0.01  # added to scores after a match of a special-care concept
-SCORE_DECIMALS = 3  # after rounding
+SPECIAL_CARE_ADJUSTMENT = 0.01  # added to scores after a match of a special-care concept
+SCORE_DECIMALS = 3
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Verdict:
         return [k for k, score in enumerate(self.scores) if score > 0]
 
     @property
-    def special(self) -> list[int]:
+    def special_concepts(self) -> list[int]:
         """Indices of the matched special-care concepts."""
         return [k for k, score in enumerate(self.special_scores) if score > 0]
 
@@ -59,18 +59,19 @@ class SafetyChecker(nn.Module):
     """A vision tower of CLIP, with an embedding and a threshold per concept.
 
     Args:
-        visual: Embeds images as (B, D).
-        concepts, special: Number of concepts, and of special-care concepts.
+        visual: The vision tower, which embeds images as (B, D).
     """
 
-    def __init__(self, visual: VisionTower, *, concepts: int = 17, special: int = 3) -> None:
+    def __init__(
+        self, visual: VisionTower, *, num_concepts: int = 17, num_special_concepts: int = 3
+    ) -> None:
         super().__init__()
         embed_dim = visual.proj.shape[1]
         self.visual = visual
-        self.concept_embeds = nn.Parameter(torch.empty(concepts, embed_dim))
-        self.concept_embeds_weights = nn.Parameter(torch.empty(concepts))
-        self.special_care_embeds = nn.Parameter(torch.empty(special, embed_dim))
-        self.special_care_embeds_weights = nn.Parameter(torch.empty(special))
+        self.concept_embeds = nn.Parameter(torch.empty(num_concepts, embed_dim))
+        self.concept_embeds_weights = nn.Parameter(torch.empty(num_concepts))
+        self.special_care_embeds = nn.Parameter(torch.empty(num_special_concepts, embed_dim))
+        self.special_care_embeds_weights = nn.Parameter(torch.empty(num_special_concepts))
 
     @torch.no_grad()
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
@@ -87,23 +88,25 @@ class SafetyChecker(nn.Module):
 
     def judge_embeddings(self, embeddings: Tensor) -> list[Verdict]:
         """Score images by their embeddings (B, D)."""
-        special_cosines, concept_cosines = (
+        special_similarities, concept_similarities = (
             F.normalize(embeddings.float()) @ F.normalize(concept_embeddings.float()).mT
             for concept_embeddings in (self.special_care_embeds, self.concept_embeds)
         )  # (B, 3) and (B, 17)
-        pairs = zip(special_cosines.tolist(), concept_cosines.tolist(), strict=True)
-        return [self._score_cosines(*cosines) for cosines in pairs]
+        pairs = zip(special_similarities.tolist(), concept_similarities.tolist(), strict=True)
+        return [self._score_similarities(*similarities) for similarities in pairs]
 
-    def _score_cosines(self, special_cosines: list[float], concept_cosines: list[float]) -> Verdict:
+    def _score_similarities(
+        self, special_similarities: list[float], concept_similarities: list[float]
+    ) -> Verdict:
         special_scores, adjustment = [], 0.0
         thresholds = self.special_care_embeds_weights.tolist()
-        for cosine, threshold in zip(special_cosines, thresholds, strict=True):
-            special_scores.append(round(cosine - threshold + adjustment, SCORE_DECIMALS))
+        for similarity, threshold in zip(special_similarities, thresholds, strict=True):
+            special_scores.append(round(similarity - threshold + adjustment, SCORE_DECIMALS))
             if special_scores[-1] > 0:
-                adjustment = ADJUSTMENT
+                adjustment = SPECIAL_CARE_ADJUSTMENT
         thresholds = self.concept_embeds_weights.tolist()
         scores = [
-            round(cosine - threshold + adjustment, SCORE_DECIMALS)
-            for cosine, threshold in zip(concept_cosines, thresholds, strict=True)
+            round(similarity - threshold + adjustment, SCORE_DECIMALS)
+            for similarity, threshold in zip(concept_similarities, thresholds, strict=True)
         ]
         return Verdict(tuple(scores), tuple(special_scores))

@@ -40,14 +40,14 @@ from ldm.runtime.errors import ArgumentError, check_name
 
 
 class TextSize(NamedTuple):
-    """Size of a text encoder."""
+    """The size of a text encoder of open_clip."""
 
     width: int  # features per token
     heads: int
     layers: int
 
 
-# Text encoders of open_clip by name, which `-quickgelu` may follow.
+# Sizes by model name in open_clip, without the suffix `-quickgelu`.
 TEXT_SIZES = {
     "ViT-B-32": TextSize(512, 8, 12),
     "ViT-B-16": TextSize(512, 8, 12),
@@ -58,7 +58,7 @@ TEXT_SIZES = {
     "ViT-bigG-14": TextSize(1280, 20, 32),
 }
 
-CLIP_LARGE: dict[str, Any] = {
+CLIP_LARGE_CONFIG: dict[str, Any] = {  # of transformers
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -68,12 +68,14 @@ CLIP_LARGE: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-CLIP_BASE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-CLIP_SIZES = {
-    "openai/clip-vit-base-patch16": CLIP_LARGE | CLIP_BASE,
-    "openai/clip-vit-base-patch32": CLIP_LARGE | CLIP_BASE,
+CLIP_BASE_CONFIG = CLIP_LARGE_CONFIG | {
+    "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8
+}  # fmt: skip
+CLIP_CONFIGS = {
+    "openai/clip-vit-base-patch16": CLIP_BASE_CONFIG,
+    "openai/clip-vit-base-patch32": CLIP_BASE_CONFIG,
 }
-# Keys of a transformers config that are ignored.
+# Keys of transformers' configs that are ignored.
 IGNORED_CLIP_KEYS = frozenset(
     {
         "projection_dim", "attention_dropout", "dropout", "initializer_factor", "initializer_range",
@@ -88,11 +90,10 @@ _clip_skip: ContextVar[int] = ContextVar("clip_skip", default=1)
 
 @contextmanager
 def clip_skip(skip: int) -> Iterator[None]:
-    """Within the context, skip last layers of text encoders with `takes_clip_skip`.
+    """Skip the last layers of text encoders with `takes_clip_skip` within the `with` block.
 
     Args:
-        skip: 1 runs all layers, 2 all but the last …, as in A1111; the final norm follows in each
-            case.
+        skip: 1 runs all layers, 2 all but the last …, as in A1111; then the final norm is applied.
     """
     token = _clip_skip.set(skip)
     try:
@@ -118,10 +119,10 @@ class TextEncoder(Encoder):
         length: Tokens per prompt, 77.
         always_return_pooled: Whether the output is a `Cond` of the context and a vector (B, P), the
             output of the last block at the first end token.
-        always_return_mask: Whether it also has a mask without the tokens after that one.
-        token_ids: CLIP's ids of the tokens that a pruned token embedding holds, (rows - 1,) sorted:
-            row i holds token `token_ids[i - 1]`, row 0 stands for every other token. None if it is
-            not pruned.
+        always_return_mask: Whether it also has a mask, which excludes the tokens after that one.
+        token_ids: CLIP's ids of the tokens in a pruned token embedding, (rows - 1,) sorted: row i
+            is the embedding of token `token_ids[i - 1]`, row 0 that of all other tokens. None = not
+            pruned.
         added_embeddings: Textual inversions, lower-case token -> vectors (n, D); not part of the
             state dict.
         cache: Outputs by prompt, used while the encoder is frozen and has no LoRA; None = no cache.
@@ -192,7 +193,7 @@ class TextEncoder(Encoder):
         return len(tokenizer.encode(prompt, self.tokenizer_variant, self._get_added_tokens()))
 
     def find_truncated_text(self, prompt: str) -> str:
-        """Return the end of a prompt that does not fit into `length` tokens; "" if all fits."""
+        """Return the end of a prompt that exceeds `length` tokens; "" if the prompt fits."""
         return tokenizer.find_truncated_text(
             prompt, self.tokenizer_variant, self.length, self._get_added_tokens()
         )
@@ -210,7 +211,7 @@ class TextEncoder(Encoder):
 
     def encode_tokens(self, tokens: Tensor, is_masked: Tensor | None = None) -> Tensor | Cond:
         """Encode token ids (B, N); `is_masked`: see `TextTower.forward`."""
-        ends = (tokens == tokenizer.END).int().argmax(dim=1)  # the first
+        ends = (tokens == tokenizer.END_ID).int().argmax(dim=1)  # the first
         context, pooled = self.tower(
             self._to_rows(tokens),
             self.num_blocks - self.skipped_blocks,
@@ -352,8 +353,8 @@ class OpenCLIPText(TextEncoder):
         arch: Name in TEXT_SIZES, open_clip model config (`embed_dim`, `text_cfg`), or a text_cfg.
         version: "openai" selects quick GELU; any other value is ignored.
         layer: "last", or "penultimate" for the output of the penultimate block.
-        compact_vocab: Rows of a pruned token embedding, see `token_ids`; None if it is not pruned.
-        always_return_pooled: Whether to return a pooled output as well, projected to `embed_dim`.
+        compact_vocab: Rows of a pruned token embedding, see `token_ids`; None = not pruned.
+        always_return_pooled: Whether to also return a pooled output, projected to `embed_dim`.
         legacy: Whether the final norm follows `layer`, as in Stable Diffusion 2.
     """
 
@@ -421,15 +422,15 @@ class CLIPText(TextEncoder):
     """Prompts -> context (B, 77, D) by OpenAI's CLIP, with transformers' parameter names.
 
     Args:
-        version: Name in CLIP_SIZES; any other selects the sizes of ViT-L/14.
+        version: Name in CLIP_CONFIGS; any other selects the config of ViT-L/14.
         layer: "last"; "pooled" for the vector at the first end token alone, (B, 1, D); "hidden" for
             the hidden state `layer_idx`, without the final norm.
         layer_idx: Index of the hidden state, -layers - 1 … layers; 0 is the embedding. Only for
             layer "hidden".
-        arch: Overrides of the sizes of `version`, by transformers' names (`hidden_size` …); None
-            for no overrides.
-        always_return_pooled: Whether to return a pooled output as well.
-        always_return_mask: Whether to return a mask of the tokens up to the first end token.
+        arch: Entries of a transformers config (`hidden_size` …) that replace those of `version`;
+            None = no replacements.
+        always_return_pooled: Whether to also return a pooled output.
+        always_return_mask: Whether to also return a mask of the tokens up to the first end token.
     """
 
     sd_version = 1
@@ -498,7 +499,7 @@ def get_open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
 
 
 def _get_clip_kwargs(version: str, arch: Config) -> dict[str, Any]:
-    kwargs = dict(CLIP_SIZES.get(version, CLIP_LARGE))
+    kwargs = dict(CLIP_CONFIGS.get(version, CLIP_LARGE_CONFIG))
     for key in arch.keys() - IGNORED_CLIP_KEYS:
         kwargs[_check_choice(key, kwargs, "arch key")] = arch[key]
     _check_choice(kwargs["hidden_act"], ACTIVATIONS, "hidden_act")
@@ -515,8 +516,8 @@ def _count_blocks(layer: str, layer_idx: int | None, layers: int) -> int:
     return layer_idx % (layers + 1)
 
 
-def _check_choice(value: str, allowed: Collection[str], what: str = "layer") -> str:
-    check_name(what, value, allowed)
+def _check_choice(value: str, allowed: Collection[str], description: str = "layer") -> str:
+    check_name(description, value, allowed)
     return value
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-START, END = 49406, 49407  # ids of the special tokens
+START_ID, END_ID = 49406, 49407  # ids of the special tokens
 AddedTokens = Mapping[str, Sequence[int]]  # lower-case token -> its (negative) ids
 NO_TOKENS: AddedTokens = MappingProxyType({})
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -30,9 +30,8 @@ MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 WEIGHT_SYNTAX = re.compile(
     r"(?<!\\)(\((\\.|[^(\\])*:\s*[+-]?\d*\.?\d+\s*\)|\(\([^()]+\)\)|\[\[[^][]+\]\])"
 )
-NUM_MERGES = (
-    48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file contains more than CLIP uses
-)
+# 49408 ids - 2 * 256 bytes - 2 special tokens; the file contains more merges than CLIP uses.
+NUM_MERGES = 48894
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,25 @@ class Variant:
     """A variant of the tokenizer.
 
     Args:
-        start, end: Text of the special tokens, which prompts may contain.
-        pad: Id of the padding token.
-        unescape: Whether to decode HTML entities in texts with "<", too, where ftfy keeps them.
-        split_first: Whether the text is split at special tokens before it is cleaned.
+        start, end: Texts of the special tokens, which prompts may contain.
+        pad_id: Id of the padding token.
+        unescapes_html: Whether to also decode HTML entities in texts with "<", which ftfy keeps.
+        splits_before_cleaning: Whether to split at special tokens before cleaning, not after.
     """
 
     start: str
     end: str
-    pad: int
-    unescape: bool
-    split_first: bool
+    pad_id: int
+    unescapes_html: bool
+    splits_before_cleaning: bool
 
 
-OPEN_CLIP = Variant("<start_of_text>", "<end_of_text>", 0, unescape=True, split_first=False)
-CLIP = Variant("<|startoftext|>", "<|endoftext|>", END, unescape=False, split_first=True)
+OPEN_CLIP = Variant(
+    "<start_of_text>", "<end_of_text>", 0, unescapes_html=True, splits_before_cleaning=False
+)
+CLIP = Variant(
+    "<|startoftext|>", "<|endoftext|>", END_ID, unescapes_html=False, splits_before_cleaning=True
+)
 
 
 def tokenize(
@@ -62,12 +65,12 @@ def tokenize(
 ) -> Tensor:
     """Convert texts to token ids (B, length) int64: start token, words, end token, padding.
 
-    A longer text is truncated; the last id is then the end token.
+    Longer texts are truncated, and still end with the end token.
     """
     rows = []
     for text in texts:
-        ids = [START, *encode(text, variant, added)[: length - 2], END]
-        rows.append(ids + [variant.pad] * (length - len(ids)))
+        ids = [START_ID, *encode(text, variant, added)[: length - 2], END_ID]
+        rows.append(ids + [variant.pad_id] * (length - len(ids)))
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
 
@@ -79,7 +82,7 @@ def encode(text: str, variant: Variant, added: AddedTokens = NO_TOKENS) -> list[
         encoded = (added.get(piece.lower()) or encode(piece, variant) for piece in pieces)
         return [token_id for ids in encoded for token_id in ids]
     word_pattern, special_pattern = _compile_patterns(variant)
-    pieces = special_pattern.split(text) if variant.split_first else [text]
+    pieces = special_pattern.split(text) if variant.splits_before_cleaning else [text]
     words = (word for piece in pieces for word in word_pattern.findall(_clean(piece, variant)))
     return [token_id for word in words for token_id in _encode_word(word, variant)]
 
@@ -111,8 +114,8 @@ def load_vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     with gzip.open(_find_merges_file(), "rt", encoding="utf-8") as file:
         next(file)  # a version line
         merges = [(a, b) for a, b in (next(file).split() for _ in range(NUM_MERGES))]
-    letters = list(_map_bytes_to_letters().values())
-    symbols = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
+    chars = list(_map_bytes_to_chars().values())
+    symbols = [*chars, *(char + "</w>" for char in chars), *(a + b for a, b in merges)]
     ids = {symbol: k for k, symbol in enumerate(symbols)}
     return ids, {pair: rank for rank, pair in enumerate(merges)}
 
@@ -131,14 +134,14 @@ def _clean(text: str, variant: Variant) -> str:
     import ftfy
 
     text = ftfy.fix_text(text)
-    if variant.unescape:
+    if variant.unescapes_html:
         text = html.unescape(html.unescape(text))
     return " ".join(text.split()).lower()
 
 
 @cache
 def _compile_patterns(variant: Variant) -> tuple[Any, Any]:
-    """Compile patterns for words, and for special tokens (as a group, which `split` keeps)."""
+    """Compile the patterns of words and of special tokens (a group, so that `split` keeps them)."""
     import regex
 
     specials = f"{regex.escape(variant.start)}|{regex.escape(variant.end)}"
@@ -148,12 +151,12 @@ def _compile_patterns(variant: Variant) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1 << 16)
 def _encode_word(word: str, variant: Variant) -> tuple[int, ...]:
-    """Merge the bytes of a word, the pair of the lowest rank first."""
+    """Convert a word to token ids: merge its bytes, the pair of the lowest rank first."""
     if word in (variant.start, variant.end):
-        return (START if word == variant.start else END,)
+        return (START_ID if word == variant.start else END_ID,)
     ids, ranks = load_vocabulary()
-    letters = _map_bytes_to_letters()
-    symbols = [letters[byte] for byte in word.encode("utf-8")]
+    chars = _map_bytes_to_chars()
+    symbols = [chars[byte] for byte in word.encode("utf-8")]
     symbols[-1] += "</w>"  # marks the end of a word
     while len(symbols) > 1:
         pairs = set(pairwise(symbols))
@@ -179,12 +182,12 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 @cache
-def _map_bytes_to_letters() -> dict[int, str]:
+def _map_bytes_to_chars() -> dict[int, str]:
     """Map each byte to the printable character that represents it, in order of ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unprintable = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    return letters | {byte: chr(256 + k) for k, byte in enumerate(unprintable)}
+    chars = {byte: chr(byte) for byte in printable}
+    return chars | {byte: chr(256 + k) for k, byte in enumerate(unprintable)}
 
 
 def _find_merges_file() -> Path:

@@ -1,4 +1,4 @@
-"""Contexts of parsed prompts: encode chunks, weight their tokens, concatenate the contexts."""
+"""Encode parsed prompts: encode chunks, weight their tokens, concatenate the contexts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ MIN_WEIGHT = 1e-5  # compel's; its factor tan((1 - weight) pi / 2) is infinite a
 
 @dataclass
 class PromptEncoder:
-    """Makes contexts of parsed prompts.
+    """Encodes parsed prompts as contexts.
 
     Args:
-        encode_tokens: `TextEncoder.encode_tokens`: (ids (k, N), is_masked (k, N) or None) ->
-            its output.
+        encode_tokens: `TextEncoder.encode_tokens`, (ids (k, N), is_masked (k, N) or None) ->
+            context, or `Cond` of context and pooled output.
         device: Device of the text encoder.
     """
 
@@ -33,30 +33,30 @@ class PromptEncoder:
     device: torch.device
 
     def encode(self, prompt: Prompt) -> tuple[Tensor, Tensor | None]:
-        """Return context (1, k N, D) and pooled output (1, P), if any, of a prompt of k chunks."""
+        """Encode a prompt of k chunks as context (1, k N, D) and pooled output (1, P), if any."""
         outputs = [self._encode_part(part, prompt.syntax) for part in prompt.parts]
         return torch.cat([context for context, _ in outputs]).flatten(0, 1)[None], outputs[0][1]
 
     def _encode_part(self, part: Part, syntax: str) -> tuple[Tensor, Tensor | None]:
-        """Return the context (k, N, D) and the pooled output (1, P) of a weighted sum of texts."""
+        """Encode a blend of texts as context (k, N, D) and pooled output (1, P), if any."""
         outputs = [self._encode_text(text, syntax) for text in part.texts]
         context, pooled = outputs[0]
         if part.mix != (1.0,):
-            count = max(len(context) for context, _ in outputs)
-            contexts = [self._append_empty_chunks(context, count) for context, _ in outputs]
-            context = _sum_weighted(part.mix, contexts)
+            num_chunks = max(len(context) for context, _ in outputs)
+            contexts = [self._append_empty_chunks(context, num_chunks) for context, _ in outputs]
+            context = _compute_weighted_sum(part.mix, contexts)
             vectors = [vector for _, vector in outputs if vector is not None]
-            pooled = _sum_weighted(part.mix, vectors) if vectors else None
+            pooled = _compute_weighted_sum(part.mix, vectors) if vectors else None
         if part.weight != 1:
-            context = self._empty + (context - self._empty) * part.weight
+            context = self._empty_context + (context - self._empty_context) * part.weight
         return context, pooled
 
     def _encode_text(self, text: Text, syntax: str) -> tuple[Tensor, Tensor | None]:
-        """Return the weighted context (k, N, D), and the pooled output (1, P) of chunk 0."""
+        """Encode a text as weighted context (k, N, D) and pooled output (1, P) of its chunk 0."""
         chunks = self.splitter.split(text, syntax)
         ids = torch.tensor([self.splitter.to_ids(chunk) for chunk in chunks], device=self.device)
         weights = torch.tensor(
-            [self.splitter.list_weights(chunk) for chunk in chunks], device=self.device
+            [self.splitter.get_token_weights(chunk) for chunk in chunks], device=self.device
         )[..., None]  # (k, N, 1)
         context, pooled = split_output(self.encode_tokens(ids, None))
         pooled = None if pooled is None else pooled[:1]
@@ -79,8 +79,8 @@ class PromptEncoder:
 
         A piece of weight w is masked in a context that gets the blend weight tan((1 - w) pi / 2).
         """
-        pieces = [self.splitter.list_pieces(chunk) for chunk in chunks]
-        piece_indices = torch.tensor(pieces)  # (k, N)
+        indices = [self.splitter.get_piece_indices(chunk) for chunk in chunks]
+        piece_indices = torch.tensor(indices)  # (k, N)
         weighted_sum, weight_sum = self._scale_from_empty(context, weights), 1.0
         for index, piece in enumerate(piece for section in text for piece in section):
             positions = (piece_indices.flatten() == index).nonzero()
@@ -98,15 +98,16 @@ class PromptEncoder:
 
     def _scale_from_empty(self, context: Tensor, weights: Tensor) -> Tensor:
         """Return empty + weight (context - empty) per token, exactly the context at weight 1."""
-        empty, context = self._empty.float(), context.float()
+        empty, context = self._empty_context.float(), context.float()
         return torch.where(weights == 1, context, empty + (context - empty) * weights)
 
-    def _append_empty_chunks(self, context: Tensor, count: int) -> Tensor:
-        """Append the context of empty chunks, up to `count` chunks."""
-        return torch.cat([context, self._empty.expand(count - len(context), -1, -1)])
+    def _append_empty_chunks(self, context: Tensor, num_chunks: int) -> Tensor:
+        """Append the context of empty chunks, up to `num_chunks` in all."""
+        empty = self._empty_context.expand(num_chunks - len(context), -1, -1)
+        return torch.cat([context, empty])
 
     @cached_property
-    def _empty(self) -> Tensor:
+    def _empty_context(self) -> Tensor:
         """Context (1, N, D) of the empty prompt."""
         ids = torch.tensor([self.splitter.to_ids([])], device=self.device)
         return split_output(self.encode_tokens(ids, None))[0]
@@ -124,13 +125,13 @@ def _weight_and_restore_mean(context: Tensor, weights: Tensor) -> Tensor:
 
 
 def split_output(output: Tensor | Cond) -> tuple[Tensor, Tensor | None]:
-    """Return context and pooled output, if any, of a text encoder."""
+    """Split the output of a text encoder into context and pooled output, if any."""
     if isinstance(output, Tensor):
         return output, None
     assert output.crossattn is not None
     return output.crossattn, output.vector
 
 
-def _sum_weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+def _compute_weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     terms = [weight * value for weight, value in zip(weights, values, strict=True)]
     return torch.stack(terms).sum(dim=0)

@@ -123,7 +123,7 @@ class CLIPJudge:
         length = len(self.clip.positional_embedding)
         tokens = tokenizer.tokenize(prompts, tokenizer.OPEN_CLIP, length)
         tokens = tokens.to(self.clip.text_projection.device)
-        ends = (tokens == tokenizer.END).int().argmax(dim=1)
+        ends = (tokens == tokenizer.END_ID).int().argmax(dim=1)
         _, pooled = self.clip(tokens, len(self.clip.blocks), ends=ends)
         assert isinstance(pooled, Tensor)
         return pooled.cpu()

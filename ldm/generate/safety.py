@@ -81,7 +81,7 @@ def _make_safety_info(verdict: Verdict, unsafe_action: str | None) -> Info:
     return {
         "flagged": verdict.is_flagged,
         "concepts": verdict.concepts,
-        "special": verdict.special,
+        "special": verdict.special_concepts,
         "scores": list(verdict.scores),
         "special_scores": list(verdict.special_scores),
         "action": unsafe_action if verdict.is_flagged else None,

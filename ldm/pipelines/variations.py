@@ -63,10 +63,10 @@ def unclip(
     scale = get_default_scale(model, options.get("sampler"), 10.0) if scale is None else scale
     noise_source = make_task_noise_source(prompts, options)
     n, encoder = len(prompts), model.conditioner.get(ImageEmbedding)
-    width = encoder.noise.width
+    embed_dim = encoder.noise.embed_dim
     for embedding in embeddings:
-        if embedding.shape[-1:] != (width,) or embedding[..., 0].numel() not in (1, n):
-            message = f"embeddings must be tensors (1 or {n}, {width}), got "
+        if embedding.shape[-1:] != (embed_dim,) or embedding[..., 0].numel() not in (1, n):
+            message = f"embeddings must be tensors (1 or {n}, {embed_dim}), got "
             raise ArgumentError(f"{message}{tuple(embedding.shape)}", "embeddings")
     num_sources = len(images) + len(embeddings)
     levels = list(noise_levels) if isinstance(noise_levels, Sized) else [noise_levels] * num_sources
@@ -87,7 +87,7 @@ def unclip(
         embedding = embedding.to(model.device, torch.float32).expand(n, -1)  # (B, D)
         mean = mean + weight * encoder.noise(embedding, level, noise_source(embedding))
     if mix_level is not None:
-        embedding = mean[:, :width]  # without the embedding of the noise level
+        embedding = mean[:, :embed_dim]  # without the embedding of the noise level
         mean = encoder.noise(embedding, mix_level, noise_source(embedding))
     return generate(
         model, prompts, negative_prompt, {"embedding": mean}, scale, tile,

@@ -224,12 +224,12 @@ def test_the_version_selects_the_activation():
         (lambda: CLIPImage(model="RN50"), "unknown arch `RN50`"),
         (lambda: CLIPImage(model=TINY, blur="kornia"), "unknown blur `kornia`"),
         (lambda: EmbeddingNoise(timestep_dim=8).set_statistics(torch.ones(9), torch.ones(9)),
-         "statistics of 9 and 9 values do not fit embeddings of width 8"),
+         "statistics of 9 and 9 values do not fit embeddings of 8 features"),
         (lambda: EmbeddingNoise(clip_stats_path="karlo/stats.th").scale(torch.ones(1, 256)),
          "statistics of CLIP's embeddings, `karlo/stats.th`, are missing"),
         (lambda: EmbeddingNoise()(torch.ones(1, 256), 1000, torch.ones(1, 256)), "0 … 999"),
         (lambda: ImageEmbedding(clip=OpenCLIPImage(arch=TINY), noise=EmbeddingNoise()),
-         "timestep_dim 256 is not the embedding's width 24"),
+         "timestep_dim must be 24, as the embeddings, got 256"),
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_named(build, message):

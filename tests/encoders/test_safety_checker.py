@@ -82,7 +82,7 @@ def test_decisions_are_the_recorded_ones_exactly(checker, case):
     assert torch.equal(special, expected["special_scores"])
     assert [v.is_flagged for v in verdicts] == expected["flagged"].bool().tolist()
     for name, lists in (("bad", [v.concepts for v in verdicts]),
-                        ("special", [v.special for v in verdicts])):  # fmt: skip
+                        ("special", [v.special_concepts for v in verdicts])):  # fmt: skip
         assert [row.nonzero().flatten().tolist() for row in expected[name]] == lists
 
 

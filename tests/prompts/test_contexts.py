@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.conditioning import Cond
-from ldm.encoders.chunks import COMMA, Unit, split_at_commas
+from ldm.encoders.chunks import COMMA_ID, Unit, split_at_commas
 from ldm.encoders.text import TextEncoder
 from ldm.prompts import parse_prompt
 from ldm.prompts.a1111 import parse_emphasis
@@ -38,7 +38,7 @@ def parse_chunk(text: str) -> list[list[Unit]]:
         if word == "B":
             sections.append([])
         elif word == ",":
-            sections[-1].append(Unit((COMMA,)))
+            sections[-1].append(Unit((COMMA_ID,)))
         elif word.endswith("t"):  # a textual inversion
             sections[-1].append(Unit(tuple(range(-int(word[:-1]), 0))))
         else:
@@ -71,7 +71,7 @@ def compute_a1111_context(encoder: TextEncoder, text: str, syntax: str = "a1111"
     for units in split_at_commas([_units(encoder, section) for section in parse_emphasis(text)]):
         ids = [49406, *(i for unit in units for i in unit.ids), 49407]
         weights = [1, *(unit.weight for unit in units for _ in unit.ids)]
-        pad = encoder.tokenizer_variant.pad
+        pad = encoder.tokenizer_variant.pad_id
         output = tower(torch.tensor([ids + [pad] * (77 - len(ids))]), output_hidden_states=True)
         z = output.hidden_states[-2] if is_penultimate else output.last_hidden_state
         w = torch.tensor(weights + [1] * (77 - len(weights)), dtype=torch.float64)[:, None]

@@ -111,4 +111,4 @@ def _build_checker(state: dict[str, Tensor], heads: int | None, error_prefix: st
         mlp_ratio=hidden / width,
         quick_gelu=True,
     )
-    return SafetyChecker(visual, concepts=num_concepts, special=num_special)
+    return SafetyChecker(visual, num_concepts=num_concepts, num_special_concepts=num_special)

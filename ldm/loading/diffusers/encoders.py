@@ -9,8 +9,15 @@ from typing import Any, Literal
 
 from ldm.encoders import tokenizer
 from ldm.encoders.depth import ARCHS as DEPTH_ARCHS, MIDAS_SIZE, MiDaSDepth
-from ldm.encoders.image import MEAN, STD, VISION_CONFIGS, VISION_DEFAULTS
-from ldm.encoders.text import CLIP_LARGE, TEXT_SIZES, CLIPText, OpenCLIPText, TextEncoder, TextSize
+from ldm.encoders.image import PIXEL_MEAN, PIXEL_STD, VISION_CONFIGS, VISION_DEFAULTS
+from ldm.encoders.text import (
+    CLIP_LARGE_CONFIG,
+    TEXT_SIZES,
+    CLIPText,
+    OpenCLIPText,
+    TextEncoder,
+    TextSize,
+)
 from ldm.encoders.towers import VOCAB_SIZE, CLIPBlock, OpenCLIPBlock, VisionTower, quick_gelu
 from ldm.loading.diffusers.networks import read_uniform, validate_config
 from ldm.runtime.errors import ConfigError, check_name
@@ -39,7 +46,7 @@ PROCESSOR_DEFAULTS = {
 PROCESSOR_OPTIONS = {
     "CLIPImageProcessor": {
         "do_center_crop": False, "do_convert_rgb": True,
-        "image_mean": list(MEAN), "image_std": list(STD),
+        "image_mean": list(PIXEL_MEAN), "image_std": list(PIXEL_STD),
     },
     "DPTImageProcessor": {
         "keep_aspect_ratio": False, "ensure_multiple_of": 1,
@@ -82,9 +89,9 @@ def make_text_config(encoder: TextEncoder) -> JsonObject:
         "hidden_act": _get_activation(block),
         "layer_norm_eps": norm.eps,
         "projection_dim": projection,
-        "bos_token_id": tokenizer.START,
-        "eos_token_id": tokenizer.END,
-        "pad_token_id": encoder.tokenizer_variant.pad,
+        "bos_token_id": tokenizer.START_ID,
+        "eos_token_id": tokenizer.END_ID,
+        "pad_token_id": encoder.tokenizer_variant.pad_id,
     }
 
 
@@ -112,7 +119,7 @@ def parse_sdxl_text_config(config: Config, *, pooled: bool) -> JsonObject:
 
 def _parse_openai_arch(config: Config) -> JsonObject:
     """Return the parameter `arch` of CLIPText: keys that differ from the config of ViT-L/14."""
-    defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
+    defaults = {key: v for key, v in CLIP_LARGE_CONFIG.items() if key != "vocab_size"}
     arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
     return {"arch": arch} if arch else {}
 
@@ -161,11 +168,11 @@ def make_tokenizer_files(encoder: TextEncoder) -> JsonObject:
     # transformers uses CLIP's names of these tokens also for open_clip's models.
     start, end = tokenizer.CLIP.start, tokenizer.CLIP.end
     tokens = {token_id: token for token, token_id in ids.items()}
-    pad = tokens.get(encoder.tokenizer_variant.pad, end)
+    pad = tokens.get(encoder.tokenizer_variant.pad_id, end)
     specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     tokenizer_config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": encoder.length}
     return {
-        "vocab.json": ids | {start: tokenizer.START, end: tokenizer.END},
+        "vocab.json": ids | {start: tokenizer.START_ID, end: tokenizer.END_ID},
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, ranks)]) + "\n",
         "tokenizer_config.json": tokenizer_config | specials | {"do_lower_case": True},
         "special_tokens_map.json": specials,

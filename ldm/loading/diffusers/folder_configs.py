@@ -200,7 +200,7 @@ def _make_encoder_configs(
         files[PROCESSOR_CONFIG] = encoders.make_processor_config("CLIPImageProcessor", size)
     if image is not None:
         name = layout.COMPONENT_CLASSES["image_normalizer"][1]
-        files[NORMALIZER_CONFIG] = {"_class_name": name, "embedding_dim": image.noise.width}
+        files[NORMALIZER_CONFIG] = {"_class_name": name, "embedding_dim": image.noise.embed_dim}
         files[EMBEDDING_NOISE_CONFIG] = _make_noise_config(specs["image"]["params"]["noise"])
     if pipeline_key in ("lowres", "rgbd"):  # unused by rgbd, but required by its pipeline
         files[LOW_RES_NOISE_CONFIG] = _make_noise_config(specs[pipeline_key])
