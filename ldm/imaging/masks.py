@@ -4,8 +4,8 @@ The painted area of a mask file is determined by the first of these rules that a
 
     partly transparent              opaque pixels; if these are black and white, the white ones
     two values                      the higher value
-    labels, and 255 for "ignored"   the labels: 1 … MAX_LABEL
-    a palette of colours            all but the darkest colour
+    class labels, 255 = "ignored"   the labels 1 … MAX_LABEL
+    a palette of colors             all but the darkest color
     anything else                   its values, 0 … 255; from THRESHOLD on they are inpainted
 """
 
@@ -22,7 +22,7 @@ __all__ = ["load_mask", "make_mask"]
 
 log = logging.getLogger(__name__)
 
-THRESHOLD = 128  # minimum value of a pixel that is inpainted
+THRESHOLD = 128  # pixels with at least this value are inpainted
 MAX_LABEL = 32  # maximum class label (VOC has 20); 255 means "ignored" in such masks
 MAX_GRAY_RANGE = 48  # maximum difference of the channels of a gray pixel
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -62,8 +62,8 @@ def make_mask(
     """Make the mask of an image file, "L", white = inpaint.
 
     Args:
-        mask: A file; None = the box, else the transparent parts of the image.
-        box: (left, top, right, bottom) in pixels; ignored if there is a mask file.
+        mask: A mask file; None = the box, else the transparent parts of the image.
+        box: (left, top, right, bottom) in pixels; ignored if `mask` is given.
         grow: Pixels by which the mask is dilated.
         blur: Standard deviation of a Gaussian blur of the mask, in pixels.
     Raises:
@@ -104,14 +104,14 @@ def _find_painted_area(stored: StoredImage) -> Image.Image:
             if _is_black_and_white(values[opacity >= THRESHOLD]):
                 return Image.fromarray(np.where(opacity >= THRESHOLD, values, 0).astype(np.uint8))
             stored = StoredImage(stored.name, alpha)
-    values, (low, high) = stored.compute_luminance(), stored.find_finite_range()
+    values, (low, high) = stored.to_gray_array(), stored.find_finite_range()
     has_two_values = low < high and np.isin(values[np.isfinite(values)], (low, high)).all()
     if has_two_values or (stored.image.mode in ("P", "PA") and is_colored(stored.image)):
         return Image.fromarray((values > low).astype(np.uint8) * 255)
     gray = stored.to_gray()
     histogram = np.bincount(np.asarray(gray).ravel(), minlength=256)
-    labelled, ignored = histogram[1 : MAX_LABEL + 1].sum(), histogram[255]  # pixel counts
-    if labelled > ignored > 0 and not histogram[MAX_LABEL + 1 : 255].any():
+    num_labeled, num_ignored = histogram[1 : MAX_LABEL + 1].sum(), histogram[255]
+    if num_labeled > num_ignored > 0 and not histogram[MAX_LABEL + 1 : 255].any():
         log.warning(
             "the mask `%s` has small values and 255, like labels of a dataset: labels are "
             "inpainted, 255 (ignored) is not", stored.name,
@@ -119,14 +119,14 @@ def _find_painted_area(stored: StoredImage) -> Image.Image:
         return gray.point(lambda value: 255 * (0 < value <= MAX_LABEL))
     if stored.image.mode != "F" and _has_much_color(stored.image):
         log.warning(
-            "the mask `%s` is a colour image: bright areas are inpainted; use a black and white "
+            "the mask `%s` is a color image: bright areas are inpainted; use a black and white "
             "mask if you do not want that", stored.name,
         )  # fmt: skip
     return gray
 
 
 def _has_much_color(image: Image.Image) -> bool:
-    """Return whether over 2 % of the pixels are coloured, more than JPEG makes of grey images."""
+    """Return whether over 2 % of the pixels are colored, more than after JPEG on gray images."""
     rgb = np.asarray(image.convert("RGB"), np.int16)
     return bool((np.ptp(rgb, axis=-1) > MAX_GRAY_RANGE).mean() > 0.02)
 

@@ -1,7 +1,7 @@
 """Save an image with depth as a textured 3D mesh, a .glb file for viewers of 3D models.
 
-The mesh ("relief" for users) is a height field with two triangles in each cell. Depth is relative,
-so its scale is arbitrary: the nearest point is HEIGHT above the farthest.
+The mesh (users see "relief") is a height field with two triangles in each cell. Depth is relative,
+so its scale is arbitrary: the nearest point is RELIEF_HEIGHT above the farthest.
 """
 
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["can_save_meshes", "check_can_save_meshes", "save_mesh"]
 
-HEIGHT = 0.35  # as a fraction of the image's longer side
+RELIEF_HEIGHT = 0.35  # as a fraction of the image's longer side
 MAX_VERTICES = 256  # along the longer side of the mesh: at most 130,050 triangles
 
 
@@ -43,7 +43,7 @@ def save_mesh(path: str | Path, image: Image.Image, depth: Image.Image) -> int:
     z = np.asarray(heights.resize((columns, rows), Image.Resampling.BOX))
     v, u = np.meshgrid(np.linspace(0, 1, rows), np.linspace(0, 1, columns), indexing="ij")
     width, height = (side / max(image.size) for side in image.size)
-    vertices = np.stack([(u - 0.5) * width, (0.5 - v) * height, z * HEIGHT], axis=-1)
+    vertices = np.stack([(u - 0.5) * width, (0.5 - v) * height, z * RELIEF_HEIGHT], axis=-1)
     indices = np.arange(rows * columns).reshape(rows, columns)
     # The corners of each cell: a b above c d.
     a, b, c, d = indices[:-1, :-1], indices[:-1, 1:], indices[1:, :-1], indices[1:, 1:]

@@ -84,7 +84,7 @@ def _parse_size(text: str) -> list[int]:
 
 
 def _parse_numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    return [float(number) for number in text.split(",")]
 
 
 def _parse_tiling(text: str) -> str:
@@ -98,10 +98,10 @@ def _find_concept_name(text: str) -> str:
 
 def _get_sampler_label(name: str) -> str:
     """Return A1111's name of a sampler; `dpm`, a variant of `dpmpp_2m`, has the same name."""
-    row = SAMPLERS.get(name)
-    if row is None:
+    spec = SAMPLERS.get(name)
+    if spec is None:
         return name
-    return SAMPLERS[row.function].label if row.function in SAMPLERS else row.label
+    return SAMPLERS[spec.function].label if spec.function in SAMPLERS else spec.label
 
 
 def _get_emphasis(syntax: str) -> str:
@@ -189,9 +189,9 @@ SETTINGS = {
     "TI hashes": Setting("embeddings", None, partial(_format_hashes, key="hash")),
     "Version": Setting("version", str),
 }
-FORMER_NAMES = {"Mask grow": "Mask expand"}  # of version 0.1
-# Values that are not written, besides None, "", [] and {}.
-DEFAULTS = {
+FORMER_SETTING_NAMES = {"Mask grow": "Mask expand"}  # of version 0.1
+# By key; default values are not written, nor are None, "", [] and {}.
+DEFAULT_VALUES = {
     "resize_mode": "crop", "mask_grow": 0, "mask_blur": 0, "tiling": "none", "s_churn": 0,
     "s_tmin": 0, "s_noise": 1, "brownian": False, "syntax": "plain", "noise_sigma": 0,
 }  # fmt: skip
@@ -207,11 +207,11 @@ def write_png(path: str | Path, image: Image.Image, info: JsonMapping) -> None:
         info: See the top of this file; `sha256` is added. Sets become lists, other values that
             JSON does not support become strings.
     """
-    entries = {**info, "sha256": hash_pixels(image)}
+    metadata = {**info, "sha256": hash_pixels(image)}
     text = PngInfo()
     # Pillow writes tEXt for Latin-1, else iTXt; neither can encode lone surrogates.
     text.add_text("parameters", format_parameters(info).encode("utf-8", "replace").decode())
-    text.add_text(JSON_KEY, json.dumps(entries, default=_to_json))
+    text.add_text(JSON_KEY, json.dumps(metadata, default=_to_json))
     image.save(path, "PNG", pnginfo=text)
 
 
@@ -247,7 +247,7 @@ def _read_user_comment(image: Image.Image) -> str | None:
 
 
 def hash_pixels(image: Image.Image) -> str:
-    """Return the SHA-256 of the RGB, or 16-bit grey, pixels of an image in hexadecimal."""
+    """Return the SHA-256 of the RGB, or 16-bit gray, pixels of an image in hexadecimal."""
     pixels = image if image.mode == "I;16" else image.convert("RGB")
     return hashlib.sha256(pixels.tobytes()).hexdigest()
 
@@ -266,7 +266,7 @@ def format_parameters(info: JsonMapping) -> str:
 def _iter_settings(info: JsonMapping) -> Iterator[tuple[str, str]]:
     """Yield A1111's names and values of the settings in the info, in A1111's order."""
     sampler, strength = info.get("sampler"), info.get("refiner_strength")
-    row = SAMPLERS.get(sampler or "")
+    spec = SAMPLERS.get(sampler or "")
     values = {
         **info,
         "schedule_type": _get_schedule_type(info),
@@ -274,7 +274,7 @@ def _iter_settings(info: JsonMapping) -> Iterator[tuple[str, str]]:
     }
     if strength is not None:
         values["refiner_start"] = round(1 - strength, 4)
-    defaults = DEFAULTS | {"eta": row.eta if row else 0}
+    defaults = DEFAULT_VALUES | {"eta": spec.eta if spec else 0}
     skipped = ["Eta" if sampler in FIXED_SCHEDULE_SAMPLERS else "Eta DDIM"]
     if not info.get("s_churn"):
         skipped += ["Sigma tmin", "Sigma tmax"]
@@ -310,17 +310,17 @@ def parse_parameters(parameters: str) -> JsonObject:
     Returns:
         See `read_info`.
     """
-    *body, last = parameters.strip().split("\n")
-    settings = SETTING_PATTERN.findall(last)
+    *prompt_lines, last_line = parameters.strip().split("\n")
+    settings = SETTING_PATTERN.findall(last_line)
     if len(settings) < 3:
-        body, settings = [*body, last], []
-    prompt, _, negative = "\n".join(["", *body]).partition("\nNegative prompt:")
+        prompt_lines, settings = [*prompt_lines, last_line], []
+    prompt, _, negative = "\n".join(["", *prompt_lines]).partition("\nNegative prompt:")
     info: JsonObject = {"prompt": prompt[1:], "negative_prompt": negative.strip()}
     other_settings = {}
     for name, quoted in settings:
         value = _unquote(quoted)
         try:
-            setting = SETTINGS.get(FORMER_NAMES.get(name, name))
+            setting = SETTINGS.get(FORMER_SETTING_NAMES.get(name, name))
             if setting is not None and setting.parse is not None:
                 info[setting.key] = setting.parse(value)
             else:
@@ -342,8 +342,8 @@ def parse_parameters(parameters: str) -> JsonObject:
     if other_settings.get("Sampler") == DDIM_CFG_PP and "scale" in info and not is_forge:
         info["scale"] /= 12.5
     info |= parse_sampler(other_settings, version)
-    row = SAMPLERS.get(info.get("sampler", ""))
-    if row and row.takes_brownian and not is_ours:
+    spec = SAMPLERS.get(info.get("sampler", ""))
+    if spec and spec.takes_brownian and not is_ours:
         info["brownian"] = True  # as in A1111, which uses k-diffusion's samplers
     return {**info, "other": other_settings} if other_settings else info
 
@@ -372,15 +372,15 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
     if name:
         labels = {sampler.label: key for key, sampler in SAMPLERS.items()}
         options["sampler"] = "euler_cfg_pp" if name == DDIM_CFG_PP else labels.get(name, name)
-    row = SAMPLERS.get(options.get("sampler", ""))
+    spec = SAMPLERS.get(options.get("sampler", ""))
     ignores_schedule = options.get("sampler") in FIXED_SCHEDULE_SAMPLERS or name == DDIM_CFG_PP
-    if row and not is_ours and (ignores_schedule or schedule in ("", "Automatic")):
+    if spec and not is_ours and (ignores_schedule or schedule in ("", "Automatic")):
         match = re.match(r"(?:.*v)?(\d+)\.(\d+)", version)
         is_before_1_9 = match is not None and (int(match[1]), int(match[2])) < (1, 9)
         # Before 1.9 these two were part of the sampler's name; a name without them means "normal".
-        was_in_name = row.a1111_scheduler in ("karras", "exponential")
+        was_in_name = spec.a1111_scheduler in ("karras", "exponential")
         is_normal = is_before_1_9 and was_in_name
-        options["scheduler"] = "normal" if is_normal else row.a1111_scheduler
+        options["scheduler"] = "normal" if is_normal else spec.a1111_scheduler
     elif schedule in schedulers:
         options["scheduler"] = schedulers[schedule]
     if "scheduler" in options:

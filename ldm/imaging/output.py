@@ -23,7 +23,7 @@ __all__ = ["OutputFolder", "check_outdir", "get_depth_path"]
 
 
 def check_outdir(outdir: str | Path) -> None:
-    """Raise ArgumentError if a folder cannot be written into, or not be created."""
+    """Raise ArgumentError if a folder cannot be created or written into."""
     path = Path(outdir).expanduser()
     existing = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     if not existing.is_dir():
@@ -117,24 +117,24 @@ def _write_if_free(
 ) -> bool:
     """Write an image, and its depth, if their paths are free; return whether they were."""
     paths = [path, *([get_depth_path(path)] if depth is not None else [])]
-    partial = path.with_name(f".{path.name}.part")
-    partial_depth = path.with_name(f".{get_depth_path(path).name}.part")
+    partial_path = path.with_name(f".{path.name}.part")
+    partial_depth_path = path.with_name(f".{get_depth_path(path).name}.part")
     try:
-        partial.open("xb").close()
+        partial_path.open("xb").close()
     except FileExistsError:
         return False
     try:
         # Checked only now: another process may have finished this number meanwhile.
         if any(map(os.path.lexists, paths)):
-            partial.unlink()
+            partial_path.unlink()
             return False
         if depth is not None:
-            write_png(partial_depth, depth, {**info, "image": "depth"})
-            os.replace(partial_depth, get_depth_path(path))
-        write_png(partial, image, info)
-        os.replace(partial, path)
+            write_png(partial_depth_path, depth, {**info, "image": "depth"})
+            os.replace(partial_depth_path, get_depth_path(path))
+        write_png(partial_path, image, info)
+        os.replace(partial_path, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
-        partial_depth.unlink(missing_ok=True)
+        partial_path.unlink(missing_ok=True)
+        partial_depth_path.unlink(missing_ok=True)
         raise
     return True

@@ -17,7 +17,7 @@ __all__ = [
     "to_tensor", "to_uint8",
 ]  # fmt: skip
 
-PADDING = 2  # pixels between and around the images of a grid
+GRID_PADDING = 2  # pixels between and around the images of a grid
 
 
 def to_uint8(images: Tensor, truncate: bool = False) -> np.ndarray:
@@ -31,16 +31,16 @@ def to_uint8(images: Tensor, truncate: bool = False) -> np.ndarray:
     Raises:
         ValueError: An image contains NaN.
     """
-    unit = ((images.detach().float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
+    normalized = ((images.detach().float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
     # `clamp` keeps NaN, whose conversion to uint8 is undefined.
-    if unit.isnan().any():
+    if normalized.isnan().any():
         raise ValueError("the image contains NaN: it cannot be converted to 8 bits")
-    pixels = unit * 255 if truncate else (unit * 255).round()
+    pixels = normalized * 255 if truncate else (normalized * 255).round()
     return pixels.to(torch.uint8).cpu().numpy()
 
 
 def to_pil(images: Tensor, truncate: bool = False) -> list[Image.Image]:
-    """Convert each image of a batch to a PIL image, "RGB"; arguments as `to_uint8`."""
+    """Convert each image of a batch to a PIL image, "RGB"; arguments as for `to_uint8`."""
     return [Image.fromarray(pixels) for pixels in to_uint8(images, truncate)]
 
 
@@ -68,11 +68,12 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
         return images[0].convert("RGB")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    cell_width, cell_height = width + PADDING, height + PADDING
-    grid = Image.new("RGB", (columns * cell_width + PADDING, rows * cell_height + PADDING))
+    cell_width, cell_height = width + GRID_PADDING, height + GRID_PADDING
+    grid_size = (columns * cell_width + GRID_PADDING, rows * cell_height + GRID_PADDING)
+    grid = Image.new("RGB", grid_size)
     for k, image in enumerate(images):
         row, column = divmod(k, columns)
-        grid.paste(image, (column * cell_width + PADDING, row * cell_height + PADDING))
+        grid.paste(image, (column * cell_width + GRID_PADDING, row * cell_height + GRID_PADDING))
     return grid
 
 

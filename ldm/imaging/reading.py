@@ -83,9 +83,10 @@ TRANSPOSES = {  # by EXIF orientation
     5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }  # fmt: skip
-SIDE_SWAPS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
-# Pillow scales the pixels of these PNGs to 8 bits, but not their transparent color: raw mode ->
-# factor for it.
+TRANSPOSES_THAT_SWAP_SIDES = (
+    Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90,
+)  # fmt: skip
+# PNGs of these raw modes: Pillow scales their pixels to 8 bits, but not their transparent color.
 TRANSPARENT_COLOR_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
@@ -96,17 +97,17 @@ class StoredImage:
     Attributes:
         name: File name, for messages.
         image: Image of any mode; "F" for values of more than 8 bits.
-        white: The value of white in mode "F"; None = unknown.
-        warnings: Texts without the file name, such as "has several pages, the first is used".
+        white_level: The value of white in mode "F"; None = unknown.
+        warnings: Warnings without the file name, such as "has several pages, the first is used".
     """
 
     name: str | Path
     image: Image.Image
-    white: float | None = None
+    white_level: float | None = None
     warnings: list[str] = field(default_factory=list)
 
-    def compute_luminance(self) -> np.ndarray:
-        """Return luminance (H, W) float32: 0 = black, white = `white`, or 255 for 8 bits."""
+    def to_gray_array(self) -> np.ndarray:
+        """Convert to gray values (H, W) float32, of 0 … `white_level`, or 0 … 255 for 8 bits."""
         image = self.image if self.image.mode == "F" else _to_rgb(self.image).convert("L")
         return np.asarray(image, np.float32)
 
@@ -115,15 +116,15 @@ class StoredImage:
         if self.image.mode == "F":
             if "transparency" not in self.image.info:
                 return None
-            is_opaque = self.compute_luminance() != self.image.info["transparency"]
+            is_opaque = self.to_gray_array() != self.image.info["transparency"]
             return Image.fromarray(is_opaque.astype(np.uint8) * 255)
         if not self.image.has_transparency_data:
             return None
         return _to_rgb(self.image).getchannel("A")
 
     def find_finite_range(self) -> tuple[float, float]:
-        """Return the least and the greatest finite luminance; warn of others."""
-        values = self.compute_luminance()
+        """Return the least and the greatest finite gray value; warn of NaN and infinity."""
+        values = self.to_gray_array()
         finite = values[np.isfinite(values)]
         if not finite.size:
             raise FileFormatError(f"`{self.name}` has no finite values")
@@ -134,16 +135,16 @@ class StoredImage:
         return float(finite.min()), float(finite.max())
 
     def to_gray(self) -> Image.Image:
-        """Convert to luminance of 8 bits, "L"."""
+        """Convert to 8-bit gray values, "L"."""
         if self.image.mode != "F":
             return _to_rgb(self.image).convert("L")
         low, high = self.find_finite_range()
-        if self.white is None:
+        if self.white_level is None:
             self._add_warning(f"has values from {low:g} to {high:g}, which become black and white")
             span = max(high - low, 1e-30)  # not 0, for an image of one value
         else:
-            low, span = 0.0, self.white
-        levels = np.nan_to_num((self.compute_luminance() - low) * (255 / span), nan=0.0)
+            low, span = 0.0, self.white_level
+        levels = np.nan_to_num((self.to_gray_array() - low) * (255 / span), nan=0.0)
         return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
 
     def to_srgb(self) -> Image.Image:
@@ -187,7 +188,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def load_stored(path: str | Path) -> StoredImage:
-    """Load an image file with its stored values; errors as `load_image`."""
+    """Load an image file with its stored values; errors as for `load_image`."""
     return decode_stored(_find_file(path).read_bytes(), path)
 
 
@@ -201,7 +202,7 @@ def decode_srgb(data: bytes, name: str | Path) -> Image.Image:
 
 
 def decode_stored(data: bytes, name: str | Path) -> StoredImage:
-    """Decode the bytes of an image file; arguments and errors as `decode_srgb`."""
+    """Decode the bytes of an image file with its stored values; arguments as for `decode_srgb`."""
     with open_image(BytesIO(data), name) as file:
         warning_texts = []
         # Other images in these formats are layers, previews and maps of the first one.
@@ -209,7 +210,7 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
             warning_texts.append("is animated or has several pages, the first is used")
         if file.format == "PNG" and (space := _find_color_space(data)):
             warning_texts.append(
-                f"has {space} colours (cICP), which are read as sRGB: convert it first"
+                f"has {space} colors (cICP), which are read as sRGB: convert it first"
             )
         _scale_transparent_color(file)
         if file.format == "TIFF" and _is_planar_16_bit(file):
@@ -222,10 +223,10 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
             image = image.convert("RGB")  # some programs leave the unused alpha channel at 0
         if image.mode[0] not in "IF":  # "I", "I;16" and "F" have more than 8 bits
             return StoredImage(name, image, warnings=warning_texts)
-        values, white = _read_values(file, image)
+        values, white_level = _read_values(file, image)
         float_image = Image.fromarray(values)
         float_image.info = image.info
-        return StoredImage(name, float_image, white, warning_texts)
+        return StoredImage(name, float_image, white_level, warning_texts)
 
 
 @contextmanager
@@ -280,7 +281,7 @@ def read_size(file: str | Path | BytesIO) -> tuple[int, int]:
     """Read (width, height) of the upright image from the header; errors as `open_image`."""
     with open_image(file, None if isinstance(file, (str, Path)) else "the image") as image:
         # Pillow swaps the sides of a rotated TIFF itself.
-        is_rotated = image.format != "TIFF" and _find_transpose(image) in SIDE_SWAPS
+        is_rotated = image.format != "TIFF" and _find_transpose(image) in TRANSPOSES_THAT_SWAP_SIDES
         return image.size[::-1] if is_rotated else image.size
 
 
@@ -293,7 +294,7 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
 
 
 def is_colored(image: Image.Image) -> bool:
-    """Return whether any pixel is not grey."""
+    """Return whether any pixel is not gray."""
     pixels = np.asarray(image.convert("RGB"))
     return bool((pixels != pixels[..., :1]).any())
 
@@ -325,7 +326,7 @@ def _find_transpose(image: ImageFile.ImageFile) -> Image.Transpose | None:
 
 
 def _find_color_space(data: bytes) -> str | None:
-    """Return the colour space in a PNG's chunk cICP (ITU-T H.273); None for sRGB."""
+    """Return the color space in a PNG's chunk cICP (ITU-T H.273); None for sRGB."""
     start = data.find(b"cICP", 0, data.find(b"IDAT"))
     if start < 0:
         return None
@@ -336,7 +337,7 @@ def _find_color_space(data: bytes) -> str | None:
 
 
 def _is_planar_16_bit(file: ImageFile.ImageFile) -> bool:
-    """Return whether each colour has a plane of more than 8 bits, which Pillow reads as 8 bits."""
+    """Return whether each color has a plane of more than 8 bits, which Pillow reads as 8 bits."""
     tags = getattr(file, "tag_v2", {})
     is_planar = tags.get(Tag.PlanarConfiguration) == 2
     return is_planar and max(tags.get(Tag.BitsPerSample, (8,))) > 8
@@ -347,7 +348,7 @@ def _is_fully_transparent(image: Image.Image) -> bool:
 
 
 def _scale_transparent_color(file: ImageFile.ImageFile) -> None:
-    """Scale the transparent colour of a PNG to 8 bits, in place."""
+    """Scale the transparent color of a PNG to 8 bits, in place."""
     color = file.info.get("transparency")
     if color is None or not file.tile or file.format != "PNG":
         return
@@ -357,7 +358,7 @@ def _scale_transparent_color(file: ImageFile.ImageFile) -> None:
 
 
 def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndarray, float | None]:
-    """Return values of more than 8 bits, (H, W) float32, and the value of white; None = unknown.
+    """Return values of more than 8 bits, (H, W) float32, and the white level; None = unknown.
 
     Args:
         file: The file, for its mode and tags.
@@ -372,16 +373,16 @@ def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndar
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0, 1)
     if file.mode.startswith("I;16"):
-        white_candidates = [2 ** tags.get(Tag.BitsPerSample, (16,))[0] - 1]
+        candidates = [2 ** tags.get(Tag.BitsPerSample, (16,))[0] - 1]
     elif file.mode == "F":
         is_integral = (finite == finite.round()).all()  # then 8 or 16 bits in a wider container
-        white_candidates = [1, 255, 65535] if is_integral else [1]
+        candidates = [1, 255, 65535] if is_integral else [1]
     else:  # 32 bits of a TIFF, or the 16 bits of another format
-        white_candidates = [255, 65535] if tags else [65535]
-    white = next((value for value in white_candidates if low >= 0 and high <= value), None)
+        candidates = [255, 65535] if tags else [65535]
+    white_level = next((value for value in candidates if low >= 0 and high <= value), None)
     if tags.get(Tag.PhotometricInterpretation) == 0:  # white is 0, which Pillow leaves as it is
-        values = (white or 0) - values
-    return values, white
+        values = (white_level or 0) - values
+    return values, white_level
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -397,7 +398,7 @@ def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Imag
 
     Args:
         image: The image in its stored mode.
-        rgb: The image as RGB, without regard to the profile.
+        rgb: The image converted to RGB without the profile.
     """
     space, transform = _build_transform(profile)
     if space == "GRAY" and image.mode in ("1", "L", "LA"):
@@ -405,7 +406,7 @@ def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Imag
     elif space == "CMYK" and image.mode == "CMYK":
         rgb = image
     elif space != "RGB " or image.mode == "CMYK":
-        raise ValueError("a profile of another colour space")
+        raise ValueError("a profile of another color space")
     return rgb.convert("RGB") if transform is None else transform.apply(rgb)
 
 
@@ -421,7 +422,7 @@ def _apply_gamma(rgb: Image.Image, gamma: float) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _build_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Return the colour space of a profile, and the transform to sRGB if it changes anything."""
+    """Return the color space of a profile, and the transform to sRGB if it changes anything."""
     source = ImageCms.ImageCmsProfile(BytesIO(profile))
     space = source.profile.xcolor_space
     mode = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}.get(space, "")

@@ -1,4 +1,4 @@
-"""Join and split colour and depth in one tensor, as LDM3D's autoencoders read and write them.
+"""Join and split color and depth in one tensor, as LDM3D's autoencoders read and write them.
 
     (B, 4, H, W)    red, green, blue, depth
     (B, 6, H, W)    red, green, blue, unused, high byte and low byte of the depth
@@ -14,8 +14,8 @@ from torch import Tensor
 
 __all__ = ["join_depth", "join_side_by_side", "split_color", "split_depth"]
 
-COLOR_CHANNELS = 3
-WHITE = 65535  # largest value of 16 bits
+NUM_COLORS = 3
+MAX_DEPTH_LEVEL = 65535  # of 16 bits
 
 
 def join_depth(images: Tensor, depth: Tensor, channels: int) -> Tensor:
@@ -26,18 +26,18 @@ def join_depth(images: Tensor, depth: Tensor, channels: int) -> Tensor:
         depth: (B, 1, H, W) in [0, 1].
         channels: Channels of the result, 4 or 6; the unused channel is -1.
     """
-    if channels == COLOR_CHANNELS + 1:
+    if channels == NUM_COLORS + 1:
         return torch.cat([images, depth * 2 - 1], dim=1)
-    # The autoencoder of six channels has 8 bits each: two channels hold the 16 bits of the depth.
-    levels = (depth * WHITE).round()
+    # Channels of this autoencoder have 8 bits each: two hold the 16 bits of the depth.
+    levels = (depth * MAX_DEPTH_LEVEL).round()
     high = (levels / 256).floor()
     encoded = torch.cat([torch.zeros_like(high), high, levels - 256 * high], dim=1) / 127.5 - 1
     return torch.cat([images, encoded], dim=1)
 
 
 def split_color(images: Tensor) -> Tensor:
-    """Return the colours (B, 3, H, W) of images with or without depth."""
-    return images[:, :COLOR_CHANNELS]
+    """Return the colors (B, 3, H, W) of images with or without depth."""
+    return images[:, :NUM_COLORS]
 
 
 def split_depth(images: Tensor) -> list[Image.Image]:
@@ -45,14 +45,15 @@ def split_depth(images: Tensor) -> list[Image.Image]:
 
     As in the original, bytes are rounded with 6 channels, and depth is truncated with 4.
     """
-    channels = images.shape[1] - COLOR_CHANNELS
+    channels = images.shape[1] - NUM_COLORS
     if not channels:
         return []
-    unit = (images[:, COLOR_CHANNELS:].detach().float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
+    normalized = (images[:, NUM_COLORS:].detach().float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
     if channels == 1:
-        levels = unit[:, 0] * WHITE
+        levels = normalized[:, 0] * MAX_DEPTH_LEVEL
     else:
-        levels = (unit[:, 1] * 255).round() * 256 + (unit[:, 2] * 255).round()
+        high, low = (normalized[:, 1] * 255).round(), (normalized[:, 2] * 255).round()
+        levels = high * 256 + low
     return [Image.fromarray(level) for level in levels.astype(np.uint16)]
 
 

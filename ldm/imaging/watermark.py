@@ -1,12 +1,12 @@
 """Embed and read invisible watermarks, compatible with the package invisible-watermark.
 
 The bits of the payload are repeated over the 4 x 4 blocks of an image's U plane (of YUV) at half
-resolution. Each block carries a bit in one number, moved to a quarter or three quarters of a step
-of 36: its largest coefficient after the first (`dwtDct`), or its largest singular value
-(`dwtDctSvd`).
+resolution. Each block carries a bit in one number, which is quantized to a quarter (0) or three
+quarters (1) of a step of 36: its largest coefficient after the first (`dwtDct`), or its largest
+singular value (`dwtDctSvd`).
 
 `dwtDct`, used by the Stable Diffusion scripts, is reproduced pixel for pixel with its defects: it
-swaps two detail bands, truncates fractions, and rarely survives JPEG or flat colours. Our
+swaps two detail bands, truncates fractions, and rarely survives JPEG or flat colors. Our
 `dwtDctSvd` changes nothing else, so it is 1 to 12 dB less visible than the package's, which can
 read it. No DCT is needed: `dwtDct` has none, and an orthogonal transform does not change singular
 values.
@@ -47,7 +47,7 @@ PAYLOADS = {
     "SDXL": bytes.fromhex("B3EC907BB19E"),  # generative-models and diffusers
 }
 MIN_PIXELS = 256 * 256  # width x height; the package refuses smaller images
-STEP = 36.0  # quantization step
+QUANTIZATION_STEP = 36.0
 SQRT_HALF = 0.7071067811865476  # the taps of the Haar wavelet
 SIGNIFICANCE = 1e-6  # p-value of random bits below which a damaged payload counts as present
 # 8-bit YUV as in OpenCV: fixed point with 14 fractional bits, rounded, saturated.
@@ -56,12 +56,12 @@ SHIFT, ROUND, CENTER = 14, 1 << 13, 128 << 14
 
 @dataclass(frozen=True)
 class Finding:
-    """How much of a payload, written by a method, is found in an image.
+    """The result of looking for a payload, written by a method, in an image.
 
     Attributes:
         payload: Name in PAYLOADS.
         method: A name in METHODS.
-        agreement: Fraction of the payload's bits that the majority of their blocks has right.
+        agreement: Fraction of the payload's bits that are correct by a majority of their blocks.
         votes: Fraction of all blocks that carry the correct bit.
         verdict: `found` (all bits), `damaged` (more bits than by chance) or `absent`.
     """
@@ -150,9 +150,9 @@ def detect_watermarks(image: Image.Image) -> list[Finding]:
         for name, payload in PAYLOADS.items():
             bits = _to_bits(payload)
             correct = int((_decode_majority(votes, len(bits)) == bits).sum())
-            fraction = float((votes == np.resize(bits, votes.shape)).mean())
+            correct_votes = float((votes == np.resize(bits, votes.shape)).mean())
             verdict = _decide_verdict(correct, len(bits))
-            findings.append(Finding(name, method, correct / len(bits), fraction, verdict))
+            findings.append(Finding(name, method, correct / len(bits), correct_votes, verdict))
     return sorted(
         findings,
         key=lambda finding: (finding.verdict != "absent", finding.agreement, finding.votes),
@@ -170,7 +170,7 @@ def _decide_verdict(correct: int, length: int) -> Literal["found", "damaged", "a
 
 
 def _read_votes(image: Image.Image, method: Method) -> np.ndarray:
-    """Return the bit that each block carries, (blocks,) bool."""
+    """Return the bit that each block carries, (num_blocks,) bool."""
     _check_image(image, method)
     rgb = np.asarray(image.convert("RGB"))
     blocks = _split_blocks(_apply_haar(_crop_to_blocks(rgb_to_yuv(rgb)[1]))[0])  # (n, 4, 4)
@@ -178,7 +178,7 @@ def _read_votes(image: Image.Image, method: Method) -> np.ndarray:
         carriers = blocks.reshape(len(blocks), 16)[:, 1:].max(1)
     else:
         carriers = np.linalg.svd(blocks, compute_uv=False)[:, 0]
-    return np.asarray(carriers % STEP > STEP / 2)
+    return np.asarray(carriers % QUANTIZATION_STEP > QUANTIZATION_STEP / 2)
 
 
 def _decode_majority(votes: np.ndarray, length: int) -> np.ndarray:
@@ -233,8 +233,9 @@ def _write_dwt_dct_svd(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
 
 
 def _quantize(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Move each value to a quarter (bit 0) or three quarters (bit 1) of its step."""
-    return np.asarray((values // STEP + 0.25 + 0.5 * np.resize(bits, values.shape)) * STEP)
+    """Move each value to a quarter (bit 0) or three quarters (bit 1) of its quantization step."""
+    offsets = 0.25 + 0.5 * np.resize(bits, values.shape)
+    return np.asarray((values // QUANTIZATION_STEP + offsets) * QUANTIZATION_STEP)
 
 
 def _crop_to_blocks(plane: np.ndarray) -> np.ndarray:

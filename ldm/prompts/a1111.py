@@ -7,7 +7,7 @@ a AND b :0.5      two subprompts, whose guidance is summed with weights
 (x) (x:1.3) [x]   weight 1.1, 1.3, 1/1.1
 BREAK             start a new chunk of tokens
 
-There is one syntax for each value of its setting "Emphasis".
+There is one syntax for each value of A1111's setting "Emphasis".
 """
 
 import re
@@ -40,7 +40,7 @@ NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 EMPHASIS = re.compile(rf"\\[()\[\]\\]|\\|\(|\[|:\s*(?P<weight>{NUMBER})\s*\)|\)|\]|[^\\()\[\]:]+|:")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 SUBPROMPT_WEIGHT = re.compile(rf"\s*:\s*({NUMBER})\s*$")
-WHEN = re.compile(rf"\s*({NUMBER})\s*\]")
+SWITCH_STEP = re.compile(rf"\s*({NUMBER})\s*\]")
 PLAIN_TEXT = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 
 
@@ -63,7 +63,7 @@ def parse(text: str, steps: int, is_negative: bool, *, syntax: str) -> ParsedPro
 
 def _build_prompt(text: str, syntax: str) -> Prompt:
     sections = ((Piece(text),),) if syntax == "a1111_none" else parse_emphasis(text)
-    if syntax == "a1111_ignore":  # pieces are not joined: tokens are those of the other syntaxes
+    if syntax == "a1111_ignore":  # pieces stay separate, to be tokenized as in the other syntaxes
         sections = tuple(tuple(replace(p, weight=1.0) for p in section) for section in sections)
     return Prompt(syntax, (Part((sections,)),))
 
@@ -88,7 +88,7 @@ def parse_emphasis(text: str) -> Text:
     open_round_brackets: list[int] = []  # index of the first piece in each open bracket
     open_square_brackets: list[int] = []
 
-    def multiply(first: int, factor: float) -> None:
+    def multiply_weights(first: int, factor: float) -> None:
         pieces[first:] = [(piece, weight * factor) for piece, weight in pieces[first:]]
 
     for match in EMPHASIS.finditer(text):
@@ -98,11 +98,11 @@ def parse_emphasis(text: str) -> Text:
         elif token == "[":
             open_square_brackets.append(len(pieces))
         elif match["weight"] is not None and open_round_brackets:
-            multiply(open_round_brackets.pop(), float(match["weight"]))
+            multiply_weights(open_round_brackets.pop(), float(match["weight"]))
         elif token == ")" and open_round_brackets:
-            multiply(open_round_brackets.pop(), ROUND_BRACKET_FACTOR)
+            multiply_weights(open_round_brackets.pop(), ROUND_BRACKET_FACTOR)
         elif token == "]" and open_square_brackets:
-            multiply(open_square_brackets.pop(), SQUARE_BRACKET_FACTOR)
+            multiply_weights(open_square_brackets.pop(), SQUARE_BRACKET_FACTOR)
         elif token.startswith("\\") and len(token) == 2:
             pieces.append((token[1], 1.0))
         else:
@@ -111,9 +111,9 @@ def parse_emphasis(text: str) -> Text:
                     pieces.append((None, 1.0))
                 pieces.append((section, 1.0))
     for first in open_round_brackets:
-        multiply(first, ROUND_BRACKET_FACTOR)
+        multiply_weights(first, ROUND_BRACKET_FACTOR)
     for first in open_square_brackets:
-        multiply(first, SQUARE_BRACKET_FACTOR)
+        multiply_weights(first, SQUARE_BRACKET_FACTOR)
     sections: list[list[Piece]] = [[]]
     for piece, weight in pieces:
         if piece is None:
@@ -128,12 +128,12 @@ Node = Callable[[int], str]  # step, counted from 1 -> text
 
 @dataclass
 class _ScheduleParser:
-    """Recursive descent parser of one text, which collects the steps after which it changes."""
+    """Recursive descent parser of one text; collects the steps after which the text may change."""
 
     text: str
     steps: int
     position: int = 0
-    changes: set[int] = field(default_factory=set)
+    switch_steps: set[int] = field(default_factory=set)
     literal_brackets: list[str] = field(default_factory=list)
 
     def parse_all(self) -> Node | None:
@@ -163,11 +163,11 @@ class _ScheduleParser:
                 nodes.append(_make_constant(plain[0]))
                 self.position = plain.end()
                 continue
-            start, changes = self.position, set(self.changes)
+            start, switch_steps = self.position, set(self.switch_steps)
             parsers = {"(": self.parse_round_bracket, "[": self.parse_square_bracket}
             node = parsers[self.next_char]() if self.next_char in parsers else None
             if node is None:
-                self.position, self.changes = start, changes  # also drops changes recorded since
+                self.position, self.switch_steps = start, switch_steps
                 break
             nodes.append(node)
         return _concatenate(nodes)
@@ -195,27 +195,27 @@ class _ScheduleParser:
             return self.parse_alternatives(first)
         if not self.take(":"):
             return None
-        if when := WHEN.match(self.text, self.position):
-            return self.make_switch(_make_constant(""), first, when)
+        if switch := SWITCH_STEP.match(self.text, self.position):
+            return self.make_switch(_make_constant(""), first, switch)
         second = self.parse_sequence()
-        if self.take(":") and (when := WHEN.match(self.text, self.position)):
-            return self.make_switch(first, second, when)
+        if self.take(":") and (switch := SWITCH_STEP.match(self.text, self.position)):
+            return self.make_switch(first, second, switch)
         return None
 
     def parse_alternatives(self, first: Node) -> Node | None:
         nodes = [first]
         while self.take("|"):
             nodes.append(self.parse_sequence())
-        self.changes |= set(range(1, self.steps + 1))
+        self.switch_steps |= set(range(1, self.steps + 1))
         return (lambda step: nodes[(step - 1) % len(nodes)](step)) if self.take("]") else None
 
-    def make_switch(self, before: Node, after: Node, when: re.Match[str]) -> Node:
-        """Build the node of a schedule, whose end `when` matched."""
-        self.position = when.end()
-        last = self.find_last_step(when[1])
-        if last >= 1:
-            self.changes.add(last)
-        return lambda step: (before if step <= last else after)(step)
+    def make_switch(self, before: Node, after: Node, switch: re.Match[str]) -> Node:
+        """Build the node of a schedule, given the match of its step and closing bracket."""
+        self.position = switch.end()
+        last_step = self.find_last_step(switch[1])
+        if last_step >= 1:
+            self.switch_steps.add(last_step)
+        return lambda step: (before if step <= last_step else after)(step)
 
     def find_last_step(self, number: str) -> int:
         """Return the last step before a switch: a number with a dot is a fraction of the steps."""
@@ -235,7 +235,7 @@ class _ScheduleParser:
 
 
 def expand_schedule(text: str, steps: int) -> tuple[list[tuple[int, str]], list[str]]:
-    """Expand schedules and alternation into (last step, text), in order.
+    """Expand schedules and alternation into (last step, text) entries, in order.
 
     Returns:
         The entries, and warnings about text that was read literally.
@@ -245,7 +245,7 @@ def expand_schedule(text: str, steps: int) -> tuple[list[tuple[int, str]], list[
     if node is None:
         warning = f"a schedule is read as plain text, as `|` stands outside of [ ]: {quote(text)}"
         return [(steps, text)], [warning] if "[" in text else []
-    last_steps = sorted({*parser.changes, steps})
+    last_steps = sorted({*parser.switch_steps, steps})
     warnings = [
         f"not a schedule, read as plain text: {quote(group)}" for group in parser.literal_brackets
     ]

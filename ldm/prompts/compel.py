@@ -1,12 +1,12 @@
 """Parse the syntax of compel, which InvokeAI uses.
 
-    word+ word-- (a b)++ "a b"1.3 (a b)1.3    factor 1.1 for each plus, 0.9 for each minus, or 1.3
+    word+ word-- (a b)++ "a b"1.3 (a b)1.3    weight times 1.1 per plus, 0.9 per minus, or 1.3
     ("one", "another").blend(0.7, 0.3)        sum of contexts with weights, normalized to 1
     ("one", "another").and(1, 0.5)            concatenated contexts, with weights
     cat.swap(dog, t_start=0.2, t_end=1)       cat, but dog between these fractions of the steps
 
-A last argument `no_normalize` of blend keeps its weights unchanged. `swap` changes the text during
-sampling, not attention maps. Text that is not valid syntax is read literally, as in compel, but
+With `no_normalize` as its last argument, blend does not normalize its weights. `swap` changes the
+text during sampling, not attention maps. Invalid syntax is read literally, as in compel, but
 brackets must be closed.
 """
 
@@ -43,12 +43,12 @@ LORA = re.compile(r"\b(?:use|with)Lora\s*\(")
 
 @dataclass(frozen=True)
 class Swap:
-    """A text that is replaced by another one between two fractions of the steps, start and end."""
+    """A text that is replaced by another one from fraction t_start to t_end of the steps."""
 
     original: tuple[Piece, ...]
     edited: tuple[Piece, ...]
-    start: float
-    end: float
+    t_start: float
+    t_end: float
 
 
 Item = Piece | Swap
@@ -63,7 +63,7 @@ def parse(text: str, steps: int) -> ParsedPrompt:
     blends = _parse_operators(re.sub(r",(\S)", r", \1", text))
     texts = [items for blend in blends for items in blend.texts]
     swaps = [item for items in texts for item in items if isinstance(item, Swap)]
-    fractions = {fraction for swap in swaps for fraction in (swap.start, swap.end)}
+    fractions = {fraction for swap in swaps for fraction in (swap.t_start, swap.t_end)}
     first_steps = {_find_first_step(fraction, steps) for fraction in fractions}
     last_steps = [*sorted(first - 1 for first in first_steps if 0 < first < steps), steps]
     entries = [(last, _build_prompt(blends, last, steps)) for last in last_steps]
@@ -98,7 +98,8 @@ def _build_section(items: Items, step: int, steps: int) -> Section:
         if isinstance(item, Piece):
             pieces.append(item)
         else:
-            start, end = (_find_first_step(fraction, steps) for fraction in (item.start, item.end))
+            fractions = (item.t_start, item.t_end)
+            start, end = (_find_first_step(fraction, steps) for fraction in fractions)
             pieces += item.edited if start <= step < end else item.original
     return join_pieces(pieces, " ")
 
@@ -171,7 +172,7 @@ class _Parser:
             self.position += 1
 
     def take(self, literal: str) -> bool:
-        """Skip white space and a literal; return False, and do not move, if it is not next."""
+        """Skip whitespace and a literal; return False, and do not move, if it is not next."""
         start = self.position
         self.skip_space()
         if self.text.startswith(literal, self.position):
@@ -199,7 +200,7 @@ class _Parser:
         return None
 
     def parse_prompt(self) -> Items:
-        """Parse to the end; invalid syntax is read as text up to the next white space."""
+        """Parse to the end; invalid syntax is read as text up to the next whitespace."""
         items: Items = []
         while True:
             self.skip_space()

@@ -8,11 +8,11 @@ __all__ = [
     "join_pieces", "quote",
 ]  # fmt: skip
 
-MAX_QUOTED = 40  # characters of a prompt in messages
+MAX_QUOTED_CHARS = 40  # of a prompt, in messages
 
 
 class PromptWarning(UserWarning):
-    """Text of a prompt has no effect, or is read literally although it looks like syntax."""
+    """Text of a prompt has no effect, or looks like syntax but is read literally."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Prompt:
     """A prompt that a text encoder encodes as one context.
 
     Args:
-        syntax: Name of the syntax, which determines how chunks and weights are applied.
+        syntax: Name of the syntax, which determines how to split into chunks and apply weights.
         parts: Parts whose contexts are concatenated, usually one.
     """
 
@@ -65,7 +65,7 @@ class PromptSteps:
     """A subprompt, which may change from step to step.
 
     Args:
-        entries: (last step, prompt), in order.
+        entries: (last step of the prompt, prompt), in order; steps are counted from 0.
         weight: Factor of its difference from the negative prompt.
     """
 
@@ -97,7 +97,7 @@ class ParsedPrompt:
 
 
 def join_pieces(pieces: Iterable[Piece], separator: str = "") -> Section:
-    """Join neighboring pieces of equal weight; return one empty piece for no pieces."""
+    """Join neighboring pieces of equal weight; return one empty piece if there are none."""
     joined: list[Piece] = []
     for piece in pieces:
         if joined and joined[-1].weight == piece.weight:
@@ -108,5 +108,5 @@ def join_pieces(pieces: Iterable[Piece], separator: str = "") -> Section:
 
 
 def quote(text: str) -> str:
-    """Return a text in backticks for a message, shortened to MAX_QUOTED characters."""
-    return f"`{text}`" if len(text) <= MAX_QUOTED else f"`{text[:MAX_QUOTED]} …`"
+    """Return a text in backticks for a message, shortened to MAX_QUOTED_CHARS."""
+    return f"`{text}`" if len(text) <= MAX_QUOTED_CHARS else f"`{text[:MAX_QUOTED_CHARS]} …`"

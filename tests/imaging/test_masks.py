@@ -169,7 +169,7 @@ def test_a_depth_map_of_any_bit_depth_spans_zero_to_one(tmp_path, image, suffix)
 def test_a_depth_map_with_colours_is_named(tmp_path, caplog):
     paint_shape("red").save(tmp_path / "x.png")
     assert (load_depth(tmp_path / "x.png")[0, 0].numpy() == SHAPE).all()
-    assert "x.png` has colours: their luminance is used as depth" in caplog.text
+    assert "x.png` has colors: their gray values are used as depth" in caplog.text
 
 
 def test_values_that_are_not_finite_do_not_widen_the_range(tmp_path, caplog):
@@ -205,7 +205,7 @@ def test_a_photo_given_as_mask_is_named(tmp_path, caplog):
     noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
     load_mask(tmp_path / "photo.png", (8, 8))
-    assert "photo.png` is a colour image: bright areas" in caplog.text
+    assert "photo.png` is a color image: bright areas" in caplog.text
     caplog.clear()
     soft = np.random.default_rng(0).integers(0, 255, (8, 8, 1), np.uint8).repeat(3, 2)
     Image.fromarray(soft).save(tmp_path / "soft.png")
