@@ -76,13 +76,11 @@ CLIP_CONFIGS = {
     "openai/clip-vit-base-patch32": CLIP_BASE_CONFIG,
 }
 # Keys of transformers' configs that are ignored.
-IGNORED_CLIP_KEYS = frozenset(
-    {
-        "projection_dim", "attention_dropout", "dropout", "initializer_factor", "initializer_range",
-        "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "architectures",
-        "torch_dtype", "dtype", "transformers_version", "_name_or_path",
-    }
-)  # fmt: skip
+IGNORED_CLIP_KEYS = {
+    "projection_dim", "attention_dropout", "dropout", "initializer_factor", "initializer_range",
+    "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "architectures", "torch_dtype",
+    "dtype", "transformers_version", "_name_or_path",
+}  # fmt: skip
 
 
 _clip_skip: ContextVar[int] = ContextVar("clip_skip", default=1)

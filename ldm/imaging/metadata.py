@@ -36,13 +36,9 @@ from ldm.prompts.a1111 import EMPHASIS_MODES
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "format_parameters",
-    "hash_pixels",
-    "parse_parameters",
-    "parse_sampler",
-    "read_info",
+    "format_parameters", "hash_pixels", "parse_parameters", "parse_sampler", "read_info",
     "write_png",
-]
+]  # fmt: skip
 
 JSON_KEY = "ldm"
 FIXED_SCHEDULE_SAMPLERS = ("ddim", "plms", "unipc")  # A1111 ignores the schedule type for these
@@ -51,10 +47,6 @@ FIXED_SCHEDULE_SAMPLERS = ("ddim", "plms", "unipc")  # A1111 ignores the schedul
 def _format_value(value: object) -> str:
     values = value if isinstance(value, list) else [value]
     return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
-
-
-def _format_path(path: str) -> str:
-    return PurePath(path).stem
 
 
 def _format_file(file: Mapping[str, str]) -> str:
@@ -85,10 +77,6 @@ def _parse_size(text: str) -> list[int]:
 
 def _parse_numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
-
-
-def _parse_tiling(text: str) -> str:
-    return "xy" if text == "True" else text  # A1111 writes only "True"
 
 
 def _find_concept_name(text: str) -> str:
@@ -140,7 +128,7 @@ SETTINGS = {
     "Seed": Setting("seed", int),
     "Size": Setting("size", _parse_size, lambda size: f"{size[1]}x{size[0]}"),
     "Model hash": Setting("checkpoint_hash", str),
-    "Model": Setting("checkpoint", str, _format_path),
+    "Model": Setting("checkpoint", str, lambda path: PurePath(path).stem),
     "VAE hash": Setting("vae", None, lambda vae: vae.get("hash") or ""),
     "VAE": Setting("vae", None, lambda vae: PurePath(vae["path"]).name),
     "Denoising strength": Setting("strength", float),
@@ -151,7 +139,8 @@ SETTINGS = {
     "Mask blur": Setting("mask_blur", float),
     "Noise level": Setting("noise_level", int),
     "Depth range": Setting("depth_range"),
-    "Tiling": Setting("tiling", _parse_tiling),
+    # A1111 writes "True" for both axes.
+    "Tiling": Setting("tiling", lambda text: "xy" if text == "True" else text),
     "Mix noise level": Setting("mix_noise_level"),
     "Image weights": Setting("weight"),
     "Eta": Setting("eta", float),

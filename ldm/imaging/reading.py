@@ -28,18 +28,9 @@ from PIL import (
 from ldm.runtime.errors import FileFormatError, MissingFile
 
 __all__ = [
-    "IMAGE_SUFFIXES",
-    "StoredImage",
-    "decode_srgb",
-    "decode_stored",
-    "flatten_on_white",
-    "is_colored",
-    "list_images",
-    "load_image",
-    "load_stored",
-    "open_image",
-    "read_size",
-]
+    "IMAGE_SUFFIXES", "StoredImage", "decode_srgb", "decode_stored", "flatten_on_white",
+    "is_colored", "list_images", "load_image", "load_stored", "open_image", "read_size",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -24,18 +24,9 @@ from PIL import Image
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = [
-    "METHODS",
-    "PAYLOADS",
-    "Finding",
-    "Method",
-    "can_hold_watermark",
-    "detect_watermarks",
-    "embed_floats",
-    "embed_or_warn",
-    "embed_watermark",
-    "measure_agreement",
-    "read_bits",
-]
+    "METHODS", "PAYLOADS", "Finding", "Method", "can_hold_watermark", "detect_watermarks",
+    "embed_floats", "embed_or_warn", "embed_watermark", "measure_agreement", "read_bits",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

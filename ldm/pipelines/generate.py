@@ -23,7 +23,7 @@ from ldm.pipelines.prompts import PromptBatch, repeat_texts
 from ldm.pipelines.quirks import Quirks, make_noise_source
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_shape, get_sigmas
-from ldm.pipelines.sdxl import Handover, check_size
+from ldm.pipelines.sdxl import check_size, find_handover
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import Stop
 from ldm.runtime.warn import warn_caller
@@ -106,15 +106,9 @@ def generate(
     prompt_batch = PromptBatch.parse(prompts, negative_prompt, sdxl, guidance, syntax, steps)
     prompt_batch.warn(model)
     condition_inputs = ConditionInputs(
-        prompt_batch,
-        inputs,
-        unconditional_inputs or {},
-        sdxl,
-        pixel_size,
-        scale,
-        guidance,
+        prompt_batch, inputs, unconditional_inputs or {}, sdxl, pixel_size, scale, guidance,
         sampling.get("sampler"),
-    )
+    )  # fmt: skip
     conds = condition_inputs.encode(model, quirks)
     try:
         if upscaling is not None:
@@ -123,7 +117,7 @@ def generate(
             latent = _sample_and_upscale(model, upscaling, conds, texts, run_options, steps)
         elif (refiner := sdxl.get("refiner")) is not None:
             refiner_conds = condition_inputs.encode(refiner, quirks, after_base=True)
-            handover = Handover.from_options(sdxl).find_index(model.schedule, sigmas, quirks)
+            handover = find_handover(model.schedule, sigmas, sdxl, quirks)
             latent = _sample_with_refiner(
                 model, refiner, conds, refiner_conds, run_options, constrain_refiner, sigmas,
                 first_step, max(handover, first_step),

@@ -27,12 +27,9 @@ from ldm.pipelines.prompts import repeat_texts
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "check_prior_steps",
-    "encode_texts",
-    "get_prior_sigmas",
-    "sample_image_embeddings",
+    "check_prior_steps", "encode_texts", "get_prior_sigmas", "sample_image_embeddings",
     "sample_normalized_embeddings",
-]
+]  # fmt: skip
 
 NUM_TIMESTEPS = 1000  # of the noise schedule that the prior was trained with
 MAX_PREDICTION = 10.0  # limit of predicted values, in standard deviations; as in Karlo

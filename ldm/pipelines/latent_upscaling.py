@@ -30,14 +30,9 @@ from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = [
-    "LATENT_UPSCALE_FACTOR",
-    "Upscaling",
-    "check_latent",
-    "check_noise",
-    "check_plain_syntax",
-    "check_sides_for_tiling",
-    "sample_upscaled_latent",
-]
+    "LATENT_UPSCALE_FACTOR", "Upscaling", "check_latent", "check_noise", "check_plain_syntax",
+    "check_sides_for_tiling", "sample_upscaled_latent",
+]  # fmt: skip
 
 LATENT_UPSCALE_FACTOR = 2  # of the sides
 

@@ -105,24 +105,14 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     sampler = sampling.get("sampler") or model.defaults.sampler
     guidance_rescale = sampling.get("guidance_rescale", 0.0)
     step_noise = StepNoise(
-        sampling.get("eta"),
-        sampling.get("s_churn", 0.0),
-        sampling.get("s_tmin", 0.0),
-        sampling.get("s_tmax"),
-        sampling.get("s_noise", 1.0),
-        sampling.get("brownian", False),
-    )
-    strength = arguments.get("strength", 1.0)
+        sampling.get("eta"), sampling.get("s_churn", 0.0), sampling.get("s_tmin", 0.0),
+        sampling.get("s_tmax"), sampling.get("s_noise", 1.0), sampling.get("brownian", False),
+    )  # fmt: skip
     interval = sampling.get("guidance_interval")
     check_sampling(
-        sampler,
-        sampling.get("scheduler"),
-        step_noise,
-        strength,
-        guidance_rescale,
-        arguments.get("seeds"),
-        interval,
-    )
+        sampler, sampling.get("scheduler"), step_noise, arguments.get("strength", 1.0),
+        guidance_rescale, arguments.get("seeds"), interval,
+    )  # fmt: skip
     quirks = Quirks.for_model(model, sampling.get("legacy", ()))
     # Each of these calls raises ArgumentError for invalid values or combinations.
     get_sigmas(model, quirks, sampling)

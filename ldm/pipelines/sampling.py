@@ -197,7 +197,8 @@ def sample(
         requested_steps = None if "strength" in quirks else steps
         check_no_conflict_with_sigmas(len(sigmas) - 1, requested_steps, scheduler, rho)
     check_embedded_guidance(model, guidance, guidance_rescale, guidance_interval)
-    name = _quote_variant_name(model)
+    variant = model.provenance.get("variant")  # of a LoRA that makes the model few-step
+    name = f"`{variant['file']}`" if variant else quote_name(model)
     if warning := get_limit_warning(model.defaults, name, steps, scale):
         warn_caller(warning)
     n = len(cond) or _count_rows(z_t, x_T, z, seeds)
@@ -353,12 +354,6 @@ def _add_initial_noise(
     x = x_T * std if quirks.starts_from_noise(strength) else z.to(x_T) + sigma * x_T
     # With a quirk, noise_index is not `first`: the VP-scaled latent is taken for one at `first`.
     return x * (_compute_std(sigmas[first]) / std), first
-
-
-def _quote_variant_name(model: LatentDiffusion) -> str:
-    """Return the name of the file that makes a model few-step: that of a LoRA, else its own."""
-    variant = model.provenance.get("variant")
-    return f"`{variant['file']}`" if variant else quote_name(model)
 
 
 def _tile_network(denoiser: Denoiser, tile: int | None) -> Denoiser:

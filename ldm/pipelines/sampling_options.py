@@ -18,19 +18,10 @@ from ldm.pipelines.quirks import Quirks
 from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = [
-    "Callback",
-    "SamplingOptions",
-    "check_embedded_guidance",
-    "check_no_conflict_with_sigmas",
-    "check_sampling",
-    "check_tiles",
-    "get_default_scale",
-    "get_default_scheduler",
-    "get_high_sigma_warning",
-    "get_latent_shape",
-    "get_limit_warning",
-    "get_sigmas",
-]
+    "Callback", "SamplingOptions", "check_embedded_guidance", "check_no_conflict_with_sigmas",
+    "check_sampling", "check_tiles", "get_default_scale", "get_default_scheduler",
+    "get_high_sigma_warning", "get_latent_shape", "get_limit_warning", "get_sigmas",
+]  # fmt: skip
 
 DEFAULT_SCALE = 9.0  # of the original's scripts; commands may have others
 

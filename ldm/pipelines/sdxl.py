@@ -6,9 +6,8 @@ Podell et al. 2023 (arXiv:2307.01952): micro-conditioning, section 2.2; refiner,
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from torch import Tensor
 
@@ -20,15 +19,9 @@ from ldm.runtime.errors import ArgumentError
 from ldm.runtime.warn import warn_caller
 
 __all__ = [
-    "REFINER_FILE",
-    "REFINER_STRENGTH",
-    "Handover",
-    "MicroConditions",
-    "SDXLOptions",
-    "check_sdxl",
-    "check_size",
-    "get_micro_conditions",
-]
+    "REFINER_FILE", "REFINER_STRENGTH", "MicroConditions", "SDXLOptions", "check_sdxl",
+    "check_size", "find_handover", "get_micro_conditions",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -91,23 +84,23 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
     Warns of sizes that a refiner alone does not read.
     """
     refiner = options.get("refiner")
-    names = [name for name, value in options.items() if value is not None]
-    if names and not is_sdxl(model):
+    given = [name for name, value in options.items() if value is not None]
+    if given and not is_sdxl(model):
         raise ArgumentError(
-            f"{names[0]} is for Stable Diffusion XL, which {quote_name(model)} is not", names[0]
+            f"{given[0]} is for Stable Diffusion XL, which {quote_name(model)} is not", given[0]
         )
     for name in ("prompt_2", "negative_prompt_2"):
-        if name in names and "text_2" not in model.conditioner.encoders:
+        if name in given and "text_2" not in model.conditioner.encoders:
             raise ArgumentError(f"{name} needs a second text encoder, this model has one", name)
     for name in ("target_size", "negative_target_size"):
-        if name in names and "target_size_as_tuple" not in model.conditioner.keys:
+        if name in given and "target_size_as_tuple" not in model.conditioner.keys:
             warn_caller(f"{quote_name(model)} does not read {name}: ignored")
     for name in ("aesthetic_score", "negative_aesthetic_score"):
-        if name in names and refiner is None and find_family(model.conditioner) != "refiner":
+        if name in given and refiner is None and find_family(model.conditioner) != "refiner":
             raise ArgumentError(f"{name} is for the refiner, the base does not read it", name)
     if refiner is None:
         for name in ("refiner_strength", "refiner_start"):
-            if name in names:
+            if name in given:
                 raise ArgumentError(f"{name} needs a refiner", name)
         return
     if find_family(refiner.conditioner) != "refiner":
@@ -122,47 +115,29 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
             f"{quote_name(refiner)} has latents other than those of {quote_name(model)}: refine "
             "its images instead, with `img2img`", "refiner",
         )  # fmt: skip
-    if "refiner_strength" in names and "refiner_start" in names:
+    if "refiner_strength" in given and "refiner_start" in given:
         raise ArgumentError("give refiner_strength or refiner_start, not both", "refiner_start")
-    Handover.from_options(options)
-
-
-@dataclass(frozen=True)
-class Handover:
-    """The point of a run at which the base model stops and the refiner begins.
-
-    Args:
-        strength: Fraction of the steps that the refiner takes.
-        start: Fraction of the timesteps that the base takes, instead of `strength`; None = not
-            given.
-    """
-
-    strength: float = REFINER_STRENGTH
-    start: float | None = None
-
-    def __post_init__(self) -> None:
-        name = "refiner_strength" if self.start is None else "refiner_start"
-        value = self.strength if self.start is None else self.start
-        if not 0 <= value <= 1:
+    for name in ("refiner_strength", "refiner_start"):
+        value = cast(float | None, options.get(name))
+        if value is not None and not 0 <= value <= 1:
             raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
 
-    @classmethod
-    def from_options(cls, options: SDXLOptions) -> "Handover":
-        """Return the handover that the options describe."""
-        strength, start = options.get("refiner_strength"), options.get("refiner_start")
-        return cls(start=start) if strength is None else cls(strength, start)
 
-    def find_index(self, schedule: NoiseSchedule, sigmas: Tensor, quirks: Quirks) -> int:
-        """Return the index in sigmas (n + 1,) of the first level of the refiner."""
-        steps = len(sigmas) - 1
-        if self.start is None:
-            return quirks.find_first_step(self.strength, steps, steps)[0]
-        # The lowest timestep of the base, rounded as in diffusers.
-        last_timestep = round(len(schedule) - len(schedule) * float(self.start))
-        if last_timestep == len(schedule):
-            return 0
-        # 1e-6: a sigma that equals this level up to rounding is still the base's.
-        return int((sigmas[:-1] > schedule.sigmas[last_timestep] * (1 - 1e-6)).sum())
+def find_handover(
+    schedule: NoiseSchedule, sigmas: Tensor, options: SDXLOptions, quirks: Quirks
+) -> int:
+    """Return the index in sigmas (n + 1,) at which the refiner takes over from the base model."""
+    steps, start = len(sigmas) - 1, options.get("refiner_start")
+    if start is None:
+        strength = options.get("refiner_strength")
+        strength = REFINER_STRENGTH if strength is None else strength
+        return quirks.find_first_step(strength, steps, steps)[0]
+    # The lowest timestep of the base, rounded as in diffusers.
+    last_timestep = round(len(schedule) - len(schedule) * float(start))
+    if last_timestep == len(schedule):
+        return 0
+    # 1e-6: a sigma that equals this level up to rounding is still the base's.
+    return int((sigmas[:-1] > schedule.sigmas[last_timestep] * (1 - 1e-6)).sum())
 
 
 def get_micro_conditions(

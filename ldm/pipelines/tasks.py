@@ -292,10 +292,8 @@ def upscale(
     # The original draws its noise in this memory format.
     low_res = low_res.contiguous(memory_format=torch.channels_last)
     level = torch.full((n,), noise_level, device=model.device)
-    inputs = {
-        "lowres": encoder.add_noise(low_res, level, noise_source(low_res)),
-        "noise_level": level,
-    }
+    noised = encoder.add_noise(low_res, level, noise_source(low_res))
+    inputs = {"lowres": noised, "noise_level": level}
     tile = model.image_size if tile is None else tile
     if options.get("unet_tile") is None:
         options["unet_tile"] = tile

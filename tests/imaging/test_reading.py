@@ -261,7 +261,7 @@ def test_a_png_with_other_colours_than_srgb_is_named(tmp_path, caplog, code, not
     chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     path.write_bytes(data[:33] + chunk + data[33:])
     load_image(path)
-    assert (f"has {note} colours" in caplog.text) if note else not caplog.text
+    assert (f"has {note} colors" in caplog.text) if note else not caplog.text
 
 
 def test_the_images_of_a_folder_are_listed_without_hidden_files(tmp_path):

@@ -10,7 +10,7 @@ from ldm.loading.build import build_on_meta
 from ldm.model import LatentDiffusion
 from ldm.pipelines import WrongFamily, img2img, inpaint, txt2img
 from ldm.pipelines.quirks import Quirks
-from ldm.pipelines.sdxl import Handover, check_size, get_micro_conditions
+from ldm.pipelines.sdxl import check_size, find_handover, get_micro_conditions
 from ldm.runtime.errors import ArgumentError
 from loading import tinyfamilies
 
@@ -80,19 +80,19 @@ def test_sizes_follow_the_image_and_negative_ones_the_positive():
 
 
 @pytest.mark.parametrize(
-    ("handover", "legacy", "index"),
+    ("options", "legacy", "index"),
     [
-        (Handover(), (), 42),  # round(0.15 * 50) = 8 steps of 50 for the refiner
-        (Handover(), ("legacy-steps",), 44),
-        (Handover(strength=0.0), (), 50),
-        (Handover(start=0.8), (), 40),  # timesteps from 200 on: 999, 979 … 219, 199
-        (Handover(start=0.0), (), 0),
+        ({}, (), 42),  # round(0.15 * 50) = 8 steps of 50 for the refiner
+        ({}, ("legacy-steps",), 44),
+        ({"refiner_strength": 0.0}, (), 50),
+        ({"refiner_start": 0.8}, (), 40),  # timesteps from 200 on: 999, 979 … 219, 199
+        ({"refiner_start": 0.0}, (), 0),
     ],
 )
-def test_the_handover_is_at_a_step(handover, legacy, index):
+def test_the_handover_is_at_a_step(options, legacy, index):
     schedule = build_model("xl").schedule
     sigmas = schedule.step_sigmas(50, "sgm_uniform")
-    assert handover.find_index(schedule, sigmas, Quirks(frozenset(legacy))) == index
+    assert find_handover(schedule, sigmas, options, Quirks(frozenset(legacy))) == index
 
 
 def test_an_unusual_size_is_logged(caplog):
