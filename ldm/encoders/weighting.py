@@ -34,8 +34,9 @@ class PromptEncoder:
 
     def encode(self, prompt: Prompt) -> tuple[Tensor, Tensor | None]:
         """Encode a prompt of k chunks as context (1, k N, D) and pooled output (1, P), if any."""
-        outputs = [self._encode_part(part, prompt.syntax) for part in prompt.parts]
-        return torch.cat([context for context, _ in outputs]).flatten(0, 1)[None], outputs[0][1]
+        outputs = (self._encode_part(part, prompt.syntax) for part in prompt.parts)
+        contexts, pooled = zip(*outputs, strict=True)
+        return torch.cat(contexts).flatten(0, 1)[None], pooled[0]
 
     def _encode_part(self, part: Part, syntax: str) -> tuple[Tensor, Tensor | None]:
         """Encode a blend of texts as context (k, N, D) and pooled output (1, P), if any."""

@@ -97,7 +97,7 @@ def _get_emphasis(syntax: str) -> str:
     return "" if syntax == "a1111" else EMPHASIS_MODES.get(syntax, "")
 
 
-def _describe_safety(safety: JsonMapping) -> str:
+def _format_safety(safety: JsonMapping) -> str:
     """Format the result of the safety checker: flagged or passed, highest score, action."""
     action = f", {safety['action']}" if safety.get("action") else ""
     return f"{'flagged' if safety['flagged'] else 'passed'} {max(safety['scores']):+.3f}{action}"
@@ -169,7 +169,7 @@ SETTINGS = {
     "PAG scale": Setting("pag", float),
     "FreeU": Setting("freeu", str),
     "FreeU version": Setting("freeu_version", str),
-    "Safety checker": Setting("safety", None, _describe_safety),
+    "Safety checker": Setting("safety", None, _format_safety),
     "Refiner": Setting("refiner", _parse_file, _format_file),
     "Refiner switch at": Setting("refiner_start", float),
     "Latent upscaler": Setting("upscaler", None, _format_file),

@@ -67,7 +67,7 @@ class Finding:
 def embed_watermark(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """Return a copy of the image with the payload in it.
+    """Embed a payload in a copy of the image.
 
     Args:
         image: RGB, at least 256 * 256 pixels.
@@ -76,8 +76,8 @@ def embed_watermark(
     _check_image(image, method)
     if image.mode != "RGB":
         raise ArgumentError(f"image has mode `{image.mode}`, a watermark needs `RGB`")
-    write = _write_dwt_dct if method == "dwtDct" else _write_dwt_dct_svd
-    return Image.fromarray(write(np.asarray(image), _to_bits(payload)))
+    write_bits = _write_dwt_dct if method == "dwtDct" else _write_dwt_dct_svd
+    return Image.fromarray(write_bits(np.asarray(image), _to_bits(payload)))
 
 
 def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
@@ -100,14 +100,14 @@ def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
 def embed_or_warn(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """Embed a payload; warn if the image is too small or the payload cannot be read back."""
+    """Embed a payload; log a warning if the image is too small or it cannot be read back."""
     if not can_hold_watermark(image.size):
         log.warning("%dx%d is too small for a watermark, saved without", *image.size)
         return image
-    marked = embed_watermark(image, payload, method)
-    if measure_agreement(marked, payload, method) < 1:
+    watermarked = embed_watermark(image, payload, method)
+    if measure_agreement(watermarked, payload, method) < 1:
         log.warning("the %s watermark cannot be read back from this image", method)
-    return marked
+    return watermarked
 
 
 def can_hold_watermark(size: tuple[int, int]) -> bool:

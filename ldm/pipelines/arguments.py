@@ -43,7 +43,7 @@ def check_arguments(
         if Sequence[float] in types and Tensor in types:
             types.remove(Tensor)  # a tensor of one dimension is checked as a sequence
         if Sequence[str] in types:
-            _check(name, value, "one text or a list of texts", is_valid=_are_texts(value))
+            _check_value(name, value, "one text or a list of texts", is_valid=_are_texts(value))
         elif name == "images":
             is_list = isinstance(value, list | tuple)
             is_list = is_list or (isinstance(value, Tensor) and value.dim() == 5)
@@ -53,18 +53,18 @@ def check_arguments(
             _check_image(model, name, value, (1, num_images))
         elif name in ("mask", "depth"):
             is_valid = _is_batch(value, (1, num_images), (1,))
-            _check(name, value, "a tensor (1, 1, H, W)", is_valid=is_valid)
+            _check_value(name, value, "a tensor (1, 1, H, W)", is_valid=is_valid)
             if name == "mask":  # the depth of depth models has any range
                 _check_range(name, cast(Tensor, value), 0, 1)
         elif types == [Tensor]:
-            _check(name, value, "a tensor of 4 dimensions", is_valid=_is_batch(value))
+            _check_value(name, value, "a tensor of 4 dimensions", is_valid=_is_batch(value))
         else:
             allowed = " or ".join(_describe_type(item, name) for item in types)
             is_valid = any(_is_instance(value, item) for item in types)
-            _check(name, value, allowed, is_valid=is_valid)
+            _check_value(name, value, allowed, is_valid=is_valid)
 
 
-def _check(name: str, value: object, allowed: str, *, is_valid: bool) -> None:
+def _check_value(name: str, value: object, allowed: str, *, is_valid: bool) -> None:
     if not is_valid:
         text = " ".join(shorten(value).split())  # in one line
         if isinstance(value, Tensor):
@@ -78,7 +78,7 @@ def _check_image(
     channels = sorted({3, model.autoencoder.in_channels})
     container = "a list of tensors" if name == "images" else "a tensor"
     allowed = f"{container} (1, {' or '.join(map(str, channels))}, H, W) in [-1, 1]"
-    _check(name, image, allowed, is_valid=_is_batch(image, batch_sizes, channels))
+    _check_value(name, image, allowed, is_valid=_is_batch(image, batch_sizes, channels))
     _check_range(name, cast(Tensor, image), -1, 1)
 
 
@@ -122,8 +122,8 @@ def _is_instance(value: object, annotation: object) -> bool:
         values = list(cast(Iterable[object], value))
     except TypeError:  # an array or tensor without dimensions
         return False
-    is_long_enough = origin is not tuple or len(values) == len(items)
-    return is_long_enough and all(_is_instance(item, items[0]) for item in values)
+    has_right_length = origin is not tuple or len(values) == len(items)
+    return has_right_length and all(_is_instance(item, items[0]) for item in values)
 
 
 def _are_texts(value: object) -> bool:

@@ -10,7 +10,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.families import quote_name
 from ldm.runtime.errors import NonFinite
 
-__all__ = ["check_finite", "check_weights"]
+__all__ = ["check_finite", "check_finite_weights"]
 
 TensorOrCond = TypeVar("TensorOrCond", Tensor, Cond)
 
@@ -19,7 +19,7 @@ def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:
     """Return the value; raise NonFinite if it contains NaN or infinity.
 
     Args:
-        stage: Part of the model that computed it, for the error.
+        stage: The part of the model that computed the value, for the error.
     """
     tensors = [value] if isinstance(value, Tensor) else value.tensors().values()
     if not all(tensor.isfinite().all() for tensor in tensors):
@@ -27,8 +27,8 @@ def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:
     return value
 
 
-def check_weights(model: LatentDiffusion, error: NonFinite) -> None:
-    """Raise a NonFinite that names weights that are not finite, if there are any."""
+def check_finite_weights(model: LatentDiffusion, error: NonFinite) -> None:
+    """Raise a NonFinite that names a weight that is NaN or infinite, if there is one."""
     weights = {name: w for name, w in model.named_parameters() if w.is_floating_point()}
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         dtype = weights[broken[0]].dtype

@@ -131,7 +131,8 @@ def find_handover(
     if start is None:
         strength = options.get("refiner_strength")
         strength = REFINER_STRENGTH if strength is None else strength
-        return quirks.find_first_step(strength, steps, steps)[0]
+        first_step, _ = quirks.find_first_step(strength, steps, steps)
+        return first_step
     # The lowest timestep of the base, rounded as in diffusers.
     last_timestep = round(len(schedule) - len(schedule) * float(start))
     if last_timestep == len(schedule):

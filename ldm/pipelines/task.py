@@ -13,7 +13,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.pipelines.arguments import check_arguments
 from ldm.pipelines.families import check_family, quote_name
-from ldm.pipelines.finite import check_weights
+from ldm.pipelines.finite import check_finite_weights
 from ldm.pipelines.options import GuidedOptions, TaskArguments, check_options
 from ldm.runtime.errors import ArgumentError, NonFinite, UnknownName, unknown_name
 from ldm.runtime.warn import warn_caller
@@ -44,11 +44,11 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
 
     def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         signature = inspect.signature(function)
-        *_, last = parameters = list(signature.parameters.values())
-        takes_options = last.kind is last.VAR_KEYWORD
+        *_, last_parameter = parameters = list(signature.parameters.values())
+        takes_options = last_parameter.kind is last_parameter.VAR_KEYWORD
         annotations = {p.name: p.annotation for p in parameters if p.kind is not p.VAR_KEYWORD}
         if takes_options:
-            (options_type,) = get_args(last.annotation)
+            (options_type,) = get_args(last_parameter.annotation)
             annotations |= options_type.__annotations__
         allowed = list(annotations)
 
@@ -79,7 +79,7 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
             model = arguments.pop("model")
             check_family(model, *families)
             if takes_options:
-                arguments.pop(last.name, None)  # each is an argument of its own
+                arguments.pop(last_parameter.name, None)  # each is an argument of its own
             check_arguments(model, {**arguments, **context_options}, annotations)
             if takes_options:
                 check_options(model, cast(TaskArguments, arguments))
@@ -93,7 +93,7 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
             except NonFinite as error:
                 for used_model in (model, keywords.get("refiner")):
                     if isinstance(used_model, LatentDiffusion):
-                        check_weights(used_model, error)
+                        check_finite_weights(used_model, error)
                 raise
 
         return wrapper
