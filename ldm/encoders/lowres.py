@@ -188,8 +188,9 @@ class MaskedImage(Encoder):
 def mask_image(image: Tensor, mask: Tensor) -> Tensor:
     """Set an image (B, 3, H, W) to 0 (gray) where a mask (B, 1, H, W) is at least 0.5."""
     if mask.shape[-2:] != image.shape[-2:]:
-        expected, given = (f"{x.shape[-1]}x{x.shape[-2]}" for x in (image, mask))
-        raise ArgumentError(f"the mask must have the image's size {expected}, got {given}", "mask")
+        image_size, mask_size = (f"{x.shape[-1]}x{x.shape[-2]}" for x in (image, mask))
+        message = f"the mask must have the image's size {image_size}, got {mask_size}"
+        raise ArgumentError(message, "mask")
     return image * (mask < 0.5)
 
 

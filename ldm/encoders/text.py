@@ -1,4 +1,4 @@
-"""Text encoders of Stable Diffusion: those of OpenAI's CLIP and of OpenCLIP.
+"""Text encoders of Stable Diffusion: OpenAI's CLIP and OpenCLIP.
 
 Nothing is downloaded: sizes are in tables here, weights come from a checkpoint.
 
@@ -166,7 +166,7 @@ class TextEncoder(Encoder):
     def takes_clip_skip(self) -> bool:
         """Whether CLIP skip applies, as the context is the output of the last layer.
 
-        It does not for Stable Diffusion 2 and SDXL, which use the penultimate layer anyway.
+        It does not apply to Stable Diffusion 2 and SDXL, which always use the penultimate layer.
         """
         return False
 
@@ -254,7 +254,7 @@ class TextEncoder(Encoder):
     def count_chunk_tokens(self, prompt: ParsedPrompt) -> tuple[int, int]:
         """Return the number of tokens of a parsed prompt, and the capacity of its chunks.
 
-        With several texts (prompt editing, AND), both are those of the text with the most chunks.
+        With several texts (prompt editing, AND), both are for the text with the most chunks.
         """
         chunk_size = self.length - 2
         capacity, count = chunk_size, 0
@@ -290,7 +290,7 @@ class TextEncoder(Encoder):
         return self.length
 
     def get_token_embeddings(self, text: str | None = None) -> Tensor:
-        """Return the embeddings (n, D) of the n tokens of a text; the whole table for None."""
+        """Return the embeddings (n, D) of the n tokens of a text; None = of all tokens."""
         table = self.embedding_table.detach()
         if text is None:
             return table

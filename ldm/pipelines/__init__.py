@@ -5,7 +5,7 @@ variations          unclip, vary, and the Karlo prior
 task                their decorator, which checks model and keywords
 arguments           checks of the types of their arguments
 options             their keywords; those for prompts, SDXL, … are in the modules that read them
-generate            what the tasks with prompts have in common: encode, sample, decode
+generate            encode, sample and decode, for all tasks with prompts
 prompts             texts -> parsed prompts
 conditions          parsed prompts and other inputs -> conditions of a model
 images              images -> latents, and back

@@ -207,7 +207,7 @@ def encode_prompts(
     cond = model.condition(batch)
     if len(distinct) == len(prompts):
         return cond
-    # The inputs have a row per prompt already; those of texts and micro-conditions are repeated.
+    # The inputs have a row per prompt already; outputs of texts and micro-conditions are repeated.
     row_indices = torch.tensor([distinct.index(prompt) for prompt in prompts])
     tensors = cond.tensors()
     for name in ("crossattn", "vector") if micro_conds else ("crossattn",):

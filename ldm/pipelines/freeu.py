@@ -15,7 +15,7 @@ __all__ = ["make_freeu", "resolve_freeu_factors"]
 def resolve_freeu_factors(
     model: LatentDiffusion, freeu: str | Sequence[float] | FreeUFactors
 ) -> FreeUFactors:
-    """Return the factors, given or of a preset; "auto" is the preset of the model's family."""
+    """Return the factors, or those of a preset; "auto" is the preset of the model's family."""
     text = model.conditioner.text
     sd_version = 1 if text is None else text.sd_version or 1
     return FreeUFactors.parse(freeu, "sdxl" if is_sdxl(model) else f"sd{sd_version}")

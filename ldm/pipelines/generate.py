@@ -1,4 +1,4 @@
-"""Encode prompts, sample and decode: what the tasks with prompts have in common.
+"""Encode prompts, sample and decode, for all tasks with prompts.
 
 A refiner continues where the model stops, or an x2 latent upscaler doubles the latents.
 """

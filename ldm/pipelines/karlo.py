@@ -1,7 +1,7 @@
 """Sampling from the Karlo prior: texts -> CLIP image embeddings, the input of unCLIP.
 
 The prior is a diffusion model over image embeddings: `ldm.nets.karlo.Prior` predicts x0, sampled by
-DDIM. Its embeddings are those of the CLIP whose text encoder encodes the texts.
+DDIM. Its embeddings belong to the CLIP whose text encoder encodes the texts.
 
     texts --CLIP's text encoder--> Cond --sampling--> embedding (B, D) --noise--> unCLIP model
 

@@ -93,7 +93,7 @@ class PromptBatch:
         Args:
             negative_prompt: One for all prompts, or one for each.
             sdxl: Options with the prompts for the second text encoder.
-            guidance: The guidance method, whose texts are parsed, too.
+            guidance: The guidance method; its texts are parsed as well.
         """
         n = len(prompts)
         pairs = _pair_texts(prompts, sdxl.get("prompt_2"), n, "prompt")

@@ -117,7 +117,7 @@ def sample(
         x_T: (B, C, h, w), the initial noise, standard normal; None = drawn.
         z_t: (B, C, h, w), a noisy latent √ᾱ z + √(1-ᾱ) noise, at the first of `sigmas`, to continue
             from without new noise; None = start from z or from pure noise.
-        size: (height, width) in pixels; None = the size of z or x_T, else the model's own.
+        size: (height, width) in pixels; None = the size of z or x_T, else the training size.
         steps: Number of steps, 1 … T; None = the model's default.
         sampler: A name in SAMPLERS; None = the model's default.
         scheduler: A name in SCHEDULERS; None = `get_default_scheduler`.
@@ -157,7 +157,7 @@ def sample(
             is skipped.
         unet_tile: Side in latent pixels of overlapping tiles that the network runs on; None = none.
         tiling: Axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
-            "xy" for textures, or "none". Tasks apply it to the autoencoder, too.
+            "xy" for textures, or "none". Tasks also apply it to the autoencoder.
         legacy: Quirks of the original to reproduce, names in LEGACY.
         grid: Former name of `scheduler`.
     Returns:
@@ -193,7 +193,7 @@ def sample(
     elif not len(sigmas) or (sigmas.diff() > 0).any():  # they may be a part of a checked run
         raise ArgumentError("sigmas must be one or more, and descend", "sigmas")
     else:
-        # The quirk `strength` counts the steps that were asked for, not those of the run.
+        # The quirk `strength` counts the requested steps, not the steps of the run.
         requested_steps = None if "strength" in quirks else steps
         check_no_conflict_with_sigmas(len(sigmas) - 1, requested_steps, scheduler, rho)
     check_embedded_guidance(model, guidance, guidance_rescale, guidance_interval)
@@ -293,15 +293,15 @@ def invert(
 
 def _check_combinations(arguments: Mapping[str, object]) -> None:
     """Raise ArgumentError for an argument of `sample` that others leave without effect."""
-    given = {name for name, value in arguments.items() if value is not None}
+    given_names = {name for name, value in arguments.items() if value is not None}
     unset = {"strength": arguments["strength"] == 1, "extra_conds": not arguments["extra_conds"],
              "seeds": arguments["brownian"]}  # fmt: skip
-    given -= {name for name, is_unset in unset.items() if is_unset}
+    given_names -= {name for name, is_unset in unset.items() if is_unset}
     for name, other in REQUIRES.items():
-        if name in given and other not in given:
+        if name in given_names and other not in given_names:
             raise ArgumentError(f"{name} needs {other}", name)
     for name, other in EXCLUDED_BY.items():
-        if name in given and other in given:
+        if name in given_names and other in given_names:
             raise ArgumentError(f"{other} is given, leave out {name}", name)
 
 
@@ -319,13 +319,13 @@ def _check_guidance(
     guidance = arguments["guidance"]
     perturbs = isinstance(guidance, Guidance) and guidance.perturbs  # it needs no `uncond`
     names = ["scale"] if perturbs else ["scale", "guidance", "guidance_interval"]
-    given = [name for name in names if arguments[name] is not None]
-    given += ["guidance_rescale"] if arguments["guidance_rescale"] and not perturbs else []
+    given_names = [name for name in names if arguments[name] is not None]
+    given_names += ["guidance_rescale"] if arguments["guidance_rescale"] and not perturbs else []
     has_uncond = arguments["uncond"] is not None
-    if given and scale != 1 and not has_uncond:
-        raise ArgumentError(f"{given[0]} needs uncond", given[0])
+    if given_names and scale != 1 and not has_uncond:
+        raise ArgumentError(f"{given_names[0]} needs uncond", given_names[0])
     if scale == 1 and not (has_uncond and SAMPLERS[sampler].takes_uncond):
-        for name in given:
+        for name in given_names:
             if name in ("guidance_rescale", "guidance_interval"):
                 warn_caller(f"{name} has no effect at a guidance scale of 1")
 
@@ -396,7 +396,7 @@ def _get_sampler_options(
     if spec.scales_time:
         options["scale_time"] = schedule.scale_time
     if spec.function == "dpmpp_2m" and is_continued:
-        options["lower_order_final"] = False  # its last step is not that of the run
+        options["lower_order_final"] = False  # as its last step is not the last of the run
     return options
 
 

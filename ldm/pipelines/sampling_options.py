@@ -29,7 +29,7 @@ Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, steps, x, denois
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keyword arguments of `sample` that all tasks accept; see there."""
+    """Keyword arguments of `sample` that all tasks accept; see `sample`."""
 
     steps: int | None
     sampler: str | None
@@ -128,7 +128,7 @@ def get_high_sigma_warning(sampler: str, scheduler: str | None, sigma: float) ->
 def get_default_scale(
     model: LatentDiffusion, sampler: str | None, default: float = DEFAULT_SCALE
 ) -> float:
-    """Return the default guidance scale of the sampler, else of the model, else `default`.
+    """Return the sampler's default guidance scale, else the model's, else `default`.
 
     Args:
         sampler: A name in SAMPLERS; None = the model's default.
@@ -221,13 +221,13 @@ def get_latent_shape(
     """Return the shape (n, C, h, w) of a run's latents.
 
     Args:
-        size: (H, W) in pixels; None = the size of the first of `latents`, else the model's own.
+        size: (H, W) in pixels; None = the size of the first of `latents`, else the training size.
         latents: Initial latents by argument name; None = not given.
     """
-    given = {name: latent for name, latent in latents.items() if latent is not None}
-    like = next(iter(given.values()), None)
+    given_latents = {name: latent for name, latent in latents.items() if latent is not None}
+    like = next(iter(given_latents.values()), None)
     shape = (n, model.channels, *_get_latent_size(model, size, like))
-    for name, latent in given.items():
+    for name, latent in given_latents.items():
         if latent.shape[1:] != shape[1:] or len(latent) not in (1 if name == "z" else n, n):
             message = f"{name} must be a tensor {shape}, got a tensor {tuple(latent.shape)}"
             raise ArgumentError(message, name)
@@ -237,7 +237,7 @@ def get_latent_shape(
 def _get_latent_size(
     model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
-    """Return (h, w) of latents: of `size` (H, W) in pixels, else of `like`, else the model's."""
+    """Return (h, w) of latents for `size` (H, W) in pixels; None = of `like`, else in training."""
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
     downscale_factor = model.downscale

@@ -84,23 +84,24 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
     Warns of sizes that a refiner alone does not read.
     """
     refiner = options.get("refiner")
-    given = [name for name, value in options.items() if value is not None]
-    if given and not is_sdxl(model):
+    given_names = [name for name, value in options.items() if value is not None]
+    if given_names and not is_sdxl(model):
         raise ArgumentError(
-            f"{given[0]} is for Stable Diffusion XL, which {quote_name(model)} is not", given[0]
+            f"{given_names[0]} is for Stable Diffusion XL, which {quote_name(model)} is not",
+            given_names[0],
         )
     for name in ("prompt_2", "negative_prompt_2"):
-        if name in given and "text_2" not in model.conditioner.encoders:
+        if name in given_names and "text_2" not in model.conditioner.encoders:
             raise ArgumentError(f"{name} needs a second text encoder, this model has one", name)
     for name in ("target_size", "negative_target_size"):
-        if name in given and "target_size_as_tuple" not in model.conditioner.keys:
+        if name in given_names and "target_size_as_tuple" not in model.conditioner.keys:
             warn_caller(f"{quote_name(model)} does not read {name}: ignored")
     for name in ("aesthetic_score", "negative_aesthetic_score"):
-        if name in given and refiner is None and find_family(model.conditioner) != "refiner":
+        if name in given_names and refiner is None and find_family(model.conditioner) != "refiner":
             raise ArgumentError(f"{name} is for the refiner, the base does not read it", name)
     if refiner is None:
         for name in ("refiner_strength", "refiner_start"):
-            if name in given:
+            if name in given_names:
                 raise ArgumentError(f"{name} needs a refiner", name)
         return
     if find_family(refiner.conditioner) != "refiner":
@@ -115,7 +116,7 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
             f"{quote_name(refiner)} has latents other than those of {quote_name(model)}: refine "
             "its images instead, with `img2img`", "refiner",
         )  # fmt: skip
-    if "refiner_strength" in given and "refiner_start" in given:
+    if "refiner_strength" in given_names and "refiner_start" in given_names:
         raise ArgumentError("give refiner_strength or refiner_start, not both", "refiner_start")
     for name in ("refiner_strength", "refiner_start"):
         value = cast(float | None, options.get(name))

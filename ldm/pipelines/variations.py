@@ -52,7 +52,7 @@ def unclip(
 
     Args:
         images: Each (1, 3, H, W).
-        embeddings: CLIP image embeddings to mix with those of the images, each (1 | B, D).
+        embeddings: CLIP image embeddings to mix with the images', each (1 | B, D).
         weights: Of images, then embeddings; normalized to sum to 1. None = equal weights.
         noise_levels: Timesteps of the noise on the embeddings, one for all or one for each; more
             noise, more variation.

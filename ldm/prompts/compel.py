@@ -142,7 +142,7 @@ def _parse_operators(text: str) -> list[_Blend]:
 
 
 def _parse_weights(options: list[tuple[str, str]], count: int, operator: str) -> list[float]:
-    """Return the weight of each text; those of a blend sum to 1, unless no_normalize is last."""
+    """Return the weight of each text; in a blend they sum to 1, unless no_normalize is last."""
     is_normalized = operator == "blend"
     if is_normalized and options and options[-1] == ("", "no_normalize"):
         options, is_normalized = options[:-1], False
