@@ -36,14 +36,16 @@ class Buckets:
         if self.step < 1 or self.size % self.step:
             raise ArgumentError(f"buckets: size {self.size} is not a multiple of step {self.step}")
         if not self.sizes:
-            raise ArgumentError(f"buckets: no sides from {self.shortest} to {self.longest}")
+            shortest, longest = self._get_limits()
+            raise ArgumentError(
+                f"buckets: no bucket of size {self.size} has sides from {shortest} to {longest}"
+            )
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """All (width, height), from tall to wide."""
         step, area = self.step, self.size**2
-        shortest = self.shortest or max(step, self.size // 2)
-        longest = self.longest or 2 * self.size
+        shortest, longest = self._get_limits()
         sizes = set()
         for side in range(math.ceil(shortest / step) * step, longest + 1, step):
             other_side = min(area // side, longest) // step * step
@@ -59,3 +61,6 @@ class Buckets:
             return abs(math.log(w / h * height / width)), -w * h
 
         return min(range(len(self.sizes)), key=make_sort_key)
+
+    def _get_limits(self) -> tuple[int, int]:
+        return self.shortest or max(self.step, self.size // 2), self.longest or 2 * self.size

@@ -113,7 +113,7 @@ class EmojiTransform(Transform):
             file_name = row.get("file_name", "a row")
             raise FileFormatError(
                 f"`{file_name}` has no `{missing[0]}` in its metadata, which the transform `emoji`"
-                " needs; `photo` is the one for images with texts"
+                " needs; `photo` is the transform for images with captions"
             )
         name = row["object"]
         if row.get("keywords") and rng.random() < self.keyword_probability:

@@ -29,10 +29,10 @@ def write_shards(folder: ImageFolder, pattern: str, *, count: int = 1000) -> Ite
         pattern: Pattern of the paths, "data-%06d.tar".
         count: Samples per shard.
     Raises:
-        ArgumentError: The pattern has no place for a number, or the count is below 1.
+        ArgumentError: The pattern has no placeholder for a number, or the count is below 1.
     """
     if not re.fullmatch(r"[^%]*%0?\d*d[^%]*", pattern):
-        raise ArgumentError(f"`{pattern}` has no place for a number, such as `data-%06d.tar`")
+        raise ArgumentError(f"`{pattern}` has no placeholder for a number, such as `data-%06d.tar`")
     if count < 1:
         raise ArgumentError(f"count must be 1 or more, got {count}", "count")
     indices = iter({name: index for index, name in enumerate(folder.iter_names())}.values())

@@ -294,17 +294,17 @@ def _clip_gradients(network: TrainedNetwork, scale: float, max_norm: float | Non
 
 
 def _agree_on_actions(
-    run: Run, seconds: float, requests: set[str], actions: Actions
+    run: Run, seconds: float, requested_actions: set[str], actions: Actions
 ) -> tuple[bool, list[str]]:
     """Agree with all processes on training time; return whether to stop, and the due actions."""
     is_main_process = run.ranks.is_main_process
     due = [
-        (trigger.is_due(run.state.step) and is_main_process) or name in requests
+        (trigger.is_due(run.state.step) and is_main_process) or name in requested_actions
         for name, (trigger, _) in actions.items()
     ]
     # All take the time of the main process: the others contribute 0 to the maximum.
     total = run.state.seconds + seconds if is_main_process else 0.0
-    values = [total, "stop" in requests, *due]
+    values = [total, "stop" in requested_actions, *due]
     run.state.seconds, should_stop, *flags = run.ranks.all_reduce_max(values)
     return bool(should_stop), [name for name, flag in zip(actions, flags, strict=True) if flag]
 

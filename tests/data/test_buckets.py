@@ -35,7 +35,10 @@ def test_sides_stay_within_the_limits():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"size": 500}, "500 is not a multiple"), ({"size": 64, "shortest": 128}, "no sides")],
+    [
+        ({"size": 500}, "500 is not a multiple"),
+        ({"size": 64, "shortest": 128}, "no bucket of size 64 has sides from 128 to 128"),
+    ],
 )
 def test_impossible_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

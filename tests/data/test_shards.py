@@ -232,7 +232,7 @@ def test_webdataset_reads_what_we_pack(tmp_path):
     assert ours == theirs == [folder.read_bytes(k) for k in range(23)]
     batch = read(Shards(str(tmp_path / "*.tar"), EmojiTransform(size=16)), 1)[0]
     assert batch["jpg"].shape == (2, 3, 16, 16)
-    with pytest.raises(ValueError, match="no place for a number"):
+    with pytest.raises(ValueError, match="no placeholder for a number"):
         list(write_shards(folder, str(tmp_path / "emoji.tar")))
     with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
         list(write_shards(folder, str(tmp_path / "%d.tar"), count=0))

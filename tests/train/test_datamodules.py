@@ -90,7 +90,7 @@ def test_the_data_module_of_tar_files_is_translated(caplog: pytest.LogCaptureFix
 def test_the_data_module_of_sgm_is_translated() -> None:
     translated = translate_data_module(parse(STABLE))
     assert read_data(translated) == DataOptions(**parse(STABLE_TRANSLATION))
-    with pytest.raises(ValueError, match=r"data: `sgm.data.mnist.MNISTLoader` cannot be read"):
+    with pytest.raises(ValueError, match=r"data: `sgm.data.mnist.MNISTLoader` is not supported"):
         read_data(translate_data_module(parse("{target: sgm.data.mnist.MNISTLoader}")))
     with pytest.raises(ValueError, match="data.params.train: `x` should be a mapping"):
         translate_data_module({**parse(STABLE), "params": {"train": "x"}})
@@ -136,7 +136,7 @@ def test_simple_datasets_are_translated(spec: str, translation: str) -> None:
     ("params", "message"),
     [
         ("train: {target: taming.data.faceshq.CelebAHQTrain, params: {size: 256}}",
-         r"data.params.train: `taming.*` cannot be read.*{root: DIR, .*size: 256"),
+         r"data.params.train: `taming.*` is not supported.*{root: DIR, .*size: 256"),
         ("train: {target: ldm.data.simple.FolderData, params: {root_dir: x, image_transforms: "
          "[{target: torchvision.transforms.Resize}]}}", "data.params.train: Resize needs `size`"),
         (f"train: {FOLDER}, batch_size: null", "needs `batch_size`"),
@@ -188,5 +188,5 @@ def test_a_folder_replaces_a_dataset_that_was_never_published() -> None:
     raw = read_yaml(path, [f"data.params.train.{override}" for override in overrides])
     raw["data"]["params"]["validation"] = None
     assert read_data(raw["data"]).train == parse(f"{{root: photos, transform: {photo}}}")
-    with pytest.raises(ValueError, match="ImageNetSRTrain` cannot be read here"):
+    with pytest.raises(ValueError, match="ImageNetSRTrain` is not supported"):
         read_data(read_yaml(path)["data"])

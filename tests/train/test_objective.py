@@ -222,7 +222,7 @@ def test_a_measured_scale_equals_the_originals() -> None:
     assert task.model.scale_factor == pytest.approx(recorded["scale_factor"].item(), rel=1e-6)
     exported = task.get_weights_to_export([])["scale_factor"]
     assert float(exported) == pytest.approx(task.model.scale_factor, rel=1e-6)
-    with pytest.raises(ValueError, match="scale_by_std measures `scale_factor`, which is"):
+    with pytest.raises(ValueError, match="scale_by_std needs `scale_factor` 1, not"):
         set_scale_by_std(task.model, recorded["z"], torch.Generator())
 
 

@@ -85,7 +85,7 @@ class TensorStore:
         if total == 0:
             return 0
         if has_length:
-            log.info("computing %d of `%s` for `%s`", total, self.prefix, self.folder)
+            log.info("computing %d %s for `%s`", total, self.prefix, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         num_failed = 0
         pending: dict[Hashable, list[tuple[str, Entry]]] = {}  # not written yet, by group

@@ -261,6 +261,6 @@ def _pop_ignored(params: JsonObject, reasons: Mapping[str, str], where: str) -> 
 
 def _unsupported_target(where: str, target: object, size: object = 512) -> ValueError:
     return ValueError(
-        f"{where}: `{target}` cannot be read here (only {', '.join(ORIGINAL_DATASETS)}); write"
+        f"{where}: `{target}` is not supported (only {', '.join(ORIGINAL_DATASETS)}); write"
         f" {{root: DIR, transform: {{name: photo, size: {size}}}}} with a folder of images"
     )

@@ -28,7 +28,7 @@ LIGHTNING_ONLY_SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused
 IGNORED_TRAINER_ARGUMENTS = {
     **dict.fromkeys(
         ("num_processes", "auto_select_gpus", "distributed_backend"),
-        "--nproc, --gpus or torchrun choose the processes",
+        "--nproc, --gpus or torchrun determine the processes",
     ),
     **dict.fromkeys(
         ("logger", "checkpoint_callback", "enable_checkpointing", "enable_progress_bar",
@@ -173,7 +173,7 @@ def _translate_trainer(result: _Translation) -> None:
         result.add_ignored("lightning.trainer", ["devices"], "`gpus` is set")
     elif arguments["accelerator"] == "cpu" and arguments["devices"] not in (None, 1, "1", "auto"):
         result.add_ignored(
-            "lightning.trainer", ["devices"], "--nproc or torchrun choose the processes"
+            "lightning.trainer", ["devices"], "--nproc or torchrun determine the processes"
         )
     if arguments["fast_dev_run"]:
         trainer["max_steps"] = int(arguments["fast_dev_run"])

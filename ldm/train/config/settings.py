@@ -132,8 +132,8 @@ class Settings:
             )
             if lr > HIGH_LEARNING_RATE and not self.model.is_autoencoder:
                 log.warning(
-                    "learning rate %.2e: above %.0e diffusion models often diverge; "
-                    "if base_learning_rate is not to be scaled, set scale_lr: false",
+                    "learning rate %.2e: diffusion models often diverge above %.0e; set "
+                    "scale_lr: false if base_learning_rate should not be scaled",
                     lr, HIGH_LEARNING_RATE,
                 )  # fmt: skip
         return _build_schedule(self.optimizer, lr), explanation

@@ -47,7 +47,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-SHARDED_BLOCKS = (ResBlock, TransformerBlock)  # separately, so that one is gathered at a time
+SHARDED_BLOCKS = (ResBlock, TransformerBlock)  # sharded one by one, to gather one at a time
 START_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
 # Long, as ranks may be busy; the heartbeat detects lost ones.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -193,7 +193,7 @@ def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
         if time.monotonic() - start > START_TIMEOUT.total_seconds():
             joined = sum(store.check([f"{session}/{other}"]) for other in other_ranks)
             raise TimeoutError(
-                f"{joined} of {len(other_ranks)} other processes have started in {START_TIMEOUT}"
+                f"only {joined} of {len(other_ranks)} other processes started in {START_TIMEOUT}"
             )
         time.sleep(0.05)
     return session

@@ -73,7 +73,9 @@ def set_scale_by_std(model: LatentDiffusion, images: Tensor, generator: torch.Ge
         images: (B, 3, H, W) in [-1, 1], the first batch of the data.
     """
     if model.scale_factor != 1:
-        raise ValueError(f"scale_by_std measures `scale_factor`, which is {model.scale_factor}")
+        raise ValueError(
+            f"scale_by_std needs `scale_factor` 1, not {model.scale_factor}, as it is measured"
+        )
     with torch.no_grad():
         model.scale_factor = 1 / float(model.encode(images.to(model.device), generator).std())
 

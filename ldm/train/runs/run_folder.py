@@ -66,7 +66,10 @@ def find_run(request: TrainRequest, torchrun_ids: Sequence[str] = ()) -> Existin
             if not {*torchrun_ids}.isdisjoint(launch.get("starters", ())):
                 return ExistingRun(folder.resolve(), _find_state_since(folder, launch))
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            log.warning("no run of this torchrun was found to resume; wrappers must `exec`")
+            message = (
+                "found no run of this torchrun to resume; scripts that it starts must `exec` python"
+            )
+            log.warning(message)
     if path:
         return _find_run_by_path(path, logdir)
     if request.resume is None:
