@@ -44,15 +44,9 @@ from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import decode_text, is_hidden
 
 __all__ = [
-    "RawSample",
-    "Shards",
-    "decode_sample",
-    "expand_patterns",
-    "find_image_key",
-    "get_sample_name",
-    "parse_metadata",
-    "read_shard",
-]
+    "RawSample", "Shards", "decode_sample", "expand_patterns", "find_image_key", "get_sample_name",
+    "parse_metadata", "read_shard",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

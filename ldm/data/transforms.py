@@ -33,13 +33,8 @@ from ldm.runtime.errors import FileFormatError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "CROP_POSITIONS",
-    "SIZE_KEYS",
-    "PhotoTransform",
-    "TagShuffle",
-    "Transform",
-    "get_captions",
-]
+    "CROP_POSITIONS", "SIZE_KEYS", "PhotoTransform", "TagShuffle", "Transform", "get_captions",
+]  # fmt: skip
 
 CROP_POSITIONS = ("centre", "random")
 SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")

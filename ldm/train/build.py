@@ -26,13 +26,9 @@ from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.task import LossFunction, Task
 
 __all__ = [
-    "build_diffusion_task",
-    "build_state",
-    "build_task",
-    "collect_diffusion_options",
-    "configure_model",
-    "set_gradient_checkpointing",
-]
+    "build_diffusion_task", "build_state", "build_task", "collect_diffusion_options",
+    "configure_model", "set_gradient_checkpointing",
+]  # fmt: skip
 
 
 def configure_model(model: nn.Module, trainer: TrainerOptions) -> None:

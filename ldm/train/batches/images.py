@@ -19,12 +19,8 @@ from ldm.runtime.errors import ArgumentError, ConfigError, MissingFile
 from ldm.runtime.types import JsonMapping
 
 __all__ = [
-    "build_transform",
-    "check_images",
-    "fill_vocabulary",
-    "open_images",
-    "warn_of_missing_captions",
-]
+    "build_transform", "check_images", "fill_vocabulary", "open_images", "warn_of_missing_captions",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

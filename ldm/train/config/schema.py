@@ -34,33 +34,13 @@ from ldm.train.tasks.criterion import WEIGHTINGS
 from ldm.train.tasks.diffusion import LEGACY_TRAINING
 
 __all__ = [
-    "OPTIMIZER_OPTIONS",
-    "AutoencoderObjective",
-    "CallbackOptions",
-    "ClassImageOptions",
-    "CriterionOptions",
-    "DataOptions",
-    "DiffusionObjective",
-    "EmojiOptions",
-    "EvaluationOptions",
-    "FolderOptions",
-    "HubOptions",
-    "LatentCacheOptions",
-    "LightningTrainerArguments",
-    "LoaderOptions",
-    "LoraOptions",
-    "ModelConfig",
-    "ModelParams",
-    "OptimizerOptions",
-    "PhotoOptions",
-    "ShardOptions",
-    "TextCacheOptions",
-    "TextualInversionOptions",
-    "TrainerOptions",
-    "list_keys",
-    "parse_duration",
-    "validate_section",
-]
+    "OPTIMIZER_OPTIONS", "AutoencoderObjective", "CallbackOptions", "ClassImageOptions",
+    "CriterionOptions", "DataOptions", "DiffusionObjective", "EmojiOptions", "EvaluationOptions",
+    "FolderOptions", "HubOptions", "LatentCacheOptions", "LightningTrainerArguments",
+    "LoaderOptions", "LoraOptions", "ModelConfig", "ModelParams", "OptimizerOptions",
+    "PhotoOptions", "ShardOptions", "TextCacheOptions", "TextualInversionOptions", "TrainerOptions",
+    "list_keys", "parse_duration", "validate_section",
+]  # fmt: skip
 
 T = TypeVar("T")
 

@@ -34,16 +34,9 @@ from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.train.tasks.task import Batch, Losses, LossFunction
 
 __all__ = [
-    "LossModule",
-    "Ranks",
-    "connect",
-    "eval_mode",
-    "gather_shards",
-    "is_sharded",
-    "reshard",
-    "set_gradient_sync",
-    "shard",
-]
+    "LossModule", "Ranks", "connect", "eval_mode", "gather_shards", "is_sharded", "reshard",
+    "set_gradient_sync", "shard",
+]  # fmt: skip
 
 T = TypeVar("T")
 

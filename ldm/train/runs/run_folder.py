@@ -22,14 +22,9 @@ from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.request import TrainRequest
 
 __all__ = [
-    "ExistingRun",
-    "find_run",
-    "link_newest_run",
-    "list_states",
-    "prepare_folder",
-    "read_config",
+    "ExistingRun", "find_run", "link_newest_run", "list_states", "prepare_folder", "read_config",
     "save_config",
-]
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -33,13 +33,9 @@ from ldm.runtime.types import JsonMapping
 from ldm.train.tasks.task import Batch, Losses, Task
 
 __all__ = [
-    "AdversarialLossConfig",
-    "AdversarialTask",
-    "ReconstructionTask",
-    "build_autoencoder_task",
-    "compute_psnr",
-    "normalize_latents",
-]
+    "AdversarialLossConfig", "AdversarialTask", "ReconstructionTask", "build_autoencoder_task",
+    "compute_psnr", "normalize_latents",
+]  # fmt: skip
 
 # Maximum of the adaptive weight of the GAN loss, the original's `d_weight`, and what is added to
 # its denominator.
