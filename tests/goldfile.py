@@ -38,7 +38,7 @@ class GoldenFile:
     def outputs(self, case: str) -> dict[str, Tensor]:
         return self.select(f"{case}/out/")
 
-    def rng(self, case: str) -> list[Tensor]:
+    def draws(self, case: str) -> list[Tensor]:
         return [v for _, v in sorted(self.select(f"{case}/rng/").items())]
 
     def case(self, name: str) -> dict[str, Any]:

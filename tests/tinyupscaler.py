@@ -20,10 +20,10 @@ DDCONFIG = {
 
 def make_tiny_config() -> dict[str, Any]:
     """Make the published config with the sizes of the golden files."""
-    file = load_golden("seed_x2_unet")
+    golden = load_golden("seed_x2_unet")
     config = read_yaml(CONFIG)
     params = config["model"]["params"]
-    params["unet"]["params"] = file.meta["config"]["k_diffusion"]
+    params["unet"]["params"] = golden.meta["config"]["k_diffusion"]
     arch = load_golden("seed_x2_text").meta["config"]["tiny_hf_config"]
     params["conditioner"]["params"]["text"]["params"] |= {"arch": arch, "layer_idx": 4}
     params["autoencoder"]["params"]["ddconfig"] = DDCONFIG
@@ -45,9 +45,9 @@ def _make_weight(name: str, value: Tensor, salt: str) -> Tensor:
     return make_weight(name, tuple(value.shape), salt)
 
 
-def make_recorded_noise(file: GoldenFile, case: str):
+def make_recorded_noise(golden: GoldenFile, case: str):
     """Return a noise sampler that gives the recorded draws of a case in turn."""
-    draws = iter(file.rng(case))
+    draws = iter(golden.draws(case))
     return lambda like: next(draws)
 
 

@@ -13,7 +13,7 @@ from ldm.compat.encoders import CLIPEmbeddingNoiseAugmentation, SpatialRescaler
 from ldm.compat.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation, SimpleImageConcat
 
-X4 = {"linear_start": 1e-4, "linear_end": 0.02}
+LINEAR = {"linear_start": 1e-4, "linear_end": 0.02}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 
 
@@ -21,7 +21,7 @@ def test_low_resolution_images_equal_the_recorded_ones():
     golden = load_golden("low_scale_model")
     inputs, expected = golden.inputs("image"), golden.outputs("image")
     seeds = golden.case("image")["info"]["seeds"]
-    model = ImageConcatWithNoiseAugmentation(noise_schedule_config=X4, max_noise_level=350)
+    model = ImageConcatWithNoiseAugmentation(noise_schedule_config=LINEAR, max_noise_level=350)
     assert len(model.state_dict()) == 8
     torch.manual_seed(seeds[0])
     z, level = model(inputs["x"], inputs["noise_level"])
@@ -57,7 +57,7 @@ def test_noised_embeddings_equal_the_recorded_ones(case, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
-def test_a_rescaled_map_has_its_channels_mixed(mode):
+def test_spatial_rescaler_resizes_and_maps_channels(mode):
     encoder, x = SpatialRescaler(2, mode, 0.5, 6, 3), torch.randn(1, 6, 16, 9)
     resized = F.interpolate(
         F.interpolate(x, scale_factor=0.5, mode=mode), scale_factor=0.5, mode=mode
@@ -70,11 +70,11 @@ def test_a_rescaled_map_has_its_channels_mixed(mode):
 
 def test_the_depth_input_of_a_sample_equals_the_recorded_one():
     golden, case = load_golden("e2e_depth2img"), "midas_transform_320x192"
-    image, recorded = golden.inputs(case)["image"], golden.outputs(case)
+    image, expected = golden.inputs(case)["image"], golden.outputs(case)
     sample = data.AddMiDaS("dpt_hybrid")({"jpg": image / 127.5 - 1})
     assert isinstance(sample["midas_in"], np.ndarray)
-    assert list(sample["midas_in"].shape) == recorded["shape"].tolist()
-    assert_close(torch.from_numpy(sample["midas_in"])[:, ::8, ::8], recorded["sub"], 1e-5)
+    assert list(sample["midas_in"].shape) == expected["shape"].tolist()
+    assert_close(torch.from_numpy(sample["midas_in"])[:, ::8, ::8], expected["sub"], 1e-5)
 
 
 def test_the_loader_of_depth_networks_can_be_replaced(monkeypatch):
@@ -88,11 +88,11 @@ def test_the_loader_of_depth_networks_can_be_replaced(monkeypatch):
 
 
 def test_learning_rates_follow_lists_of_cycles():
-    factor = LambdaLinearScheduler([10], [1.0], [1.0], [1e-6], [100000])
-    assert factor(0) == 1e-6
-    assert factor.schedule(10) == factor(5000) == 1.0
-    subclass = type("OfAProgram", (LambdaLinearScheduler,), {})
-    assert subclass([10], [1.0], [1.0], [1e-6], [100000])(5000) == 1.0
+    subclass = type("ThirdPartyScheduler", (LambdaLinearScheduler,), {})
+    for cls in (LambdaLinearScheduler, subclass):
+        linear = cls([10], [1.0], [1.0], [1e-6], [100000])
+        assert linear(0) == 1e-6
+        assert linear.schedule(10) == linear(5000) == 1.0
     cosine = LambdaWarmUpCosineScheduler(10, 0.1, 1.0, 0.0, 110)
     assert cosine(5) == 0.5
     assert cosine(60) == pytest.approx(0.55)

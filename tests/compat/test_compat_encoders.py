@@ -1,4 +1,4 @@
-"""`ldm.modules.encoders.modules` of the original, as programs use it."""
+"""`ldm.modules.encoders.modules` of the original, as third-party code uses it."""
 
 import json
 import types
@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from torch import nn
 
 from encoders.encoderhelp import CLIP_ARCH, HIDDEN_LAYERS, OPEN_CLIP_ARCH, PROMPTS, assert_close
@@ -32,7 +33,7 @@ def openclip():
 
 
 class DoubledEmbedding(nn.Module):
-    """Replaces a token embedding, as web UIs do; it has no weight of its own."""
+    """Replaces a token embedding, as web UIs do; it has no attribute `weight`."""
 
     def __init__(self, wrapped):
         super().__init__()
@@ -96,22 +97,21 @@ def test_class_embedding_equals_the_recorded_one():
     assert torch.equal(unconditional["class"], expected["uc_class"])
 
 
-def test_replaced_token_embeddings_are_used(clip, openclip):
-    """By both encoders, however they are called, even without a `weight`."""
+def test_replaced_token_embeddings_are_used_by_both_encoders(clip, openclip):
     embeddings = clip.transformer.text_model.embeddings
-    ids, before = clip.tokenizer(PROMPTS, padding=True, return_tensors="pt")["input_ids"], {}
+    ids = clip.tokenizer(PROMPTS, padding=True, return_tensors="pt")["input_ids"]
     for encoder, owner in ((clip, embeddings), (openclip, openclip.model)):
-        before[encoder], old = encoder.encode(PROMPTS), owner.token_embedding
+        expected, old = encoder.encode(PROMPTS), owner.token_embedding
         positions = embeddings(ids) - embeddings.token_embedding(ids)
         owner.token_embedding = DoubledEmbedding(old)
-        assert not torch.allclose(encoder.encode(PROMPTS), before[encoder])
+        assert not torch.allclose(encoder.encode(PROMPTS), expected)
         if encoder is clip:
             assert_close(embeddings(ids), positions + 2 * old(ids), 1e-6)
         owner.token_embedding = old
-        assert torch.equal(encoder.encode(PROMPTS), before[encoder])
+        assert torch.equal(encoder.encode(PROMPTS), expected)
 
 
-def test_an_embedding_manager_sees_ids_and_their_vectors(clip, openclip):
+def test_an_embedding_manager_gets_token_ids_and_their_embeddings(clip, openclip):
     """Textual inversion with open_clip; `test_embedding_manager` trains one with CLIP."""
     (token,) = clip.tokenizer("horse", add_special_tokens=False)["input_ids"]
     vector = nn.Parameter(openclip.model.token_embedding.weight[token].detach().clone())
@@ -127,14 +127,14 @@ def test_an_embedding_manager_sees_ids_and_their_vectors(clip, openclip):
 
 
 def test_forward_and_class_attributes_are_replaced_on_built_encoders(clip, monkeypatch):
-    """Three chunks of 75 tokens and an earlier layer, as programs around ControlNet do."""
+    """Three chunks of 75 tokens and an earlier layer, as ControlNet's code has it."""
 
     def forward(self, text):
         ids = self.tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        chunks = [[(row + 225 * [end])[i : i + 75] for i in (0, 75, 150)] for row in ids]
-        rows = [[start, *chunk, end] for row in chunks for chunk in row]
-        tokens = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        chunks = [[start, *(prompt + 225 * [end])[i : i + 75], end]
+                  for prompt in ids for i in (0, 75, 150)]  # fmt: skip
+        tokens = torch.tensor(chunks, dtype=torch.int32).to(self.device)
         outputs = self.transformer(input_ids=tokens, output_hidden_states=-self.clip_skip)
         z = outputs.hidden_states[-self.clip_skip]
         z = self.transformer.text_model.final_layer_norm(z)
@@ -144,22 +144,21 @@ def test_forward_and_class_attributes_are_replaced_on_built_encoders(clip, monke
     monkeypatch.setattr(encoders.FrozenCLIPEmbedder, "clip_skip", 2, raising=False)
     context = clip.encode(["a cat", 80 * "dog "])
     assert context.shape == (2, 231, 32)
-    assert not torch.equal(context[0, 77:154], context[1, 77:154])  # the 76th dog is seen
+    assert not torch.equal(context[0, 77:154], context[1, 77:154])  # the 76th dog is read
     monkeypatch.undo()
     norm = clip.transformer.text_model.final_layer_norm
     assert_close(context[:1, :77], norm(clip.encode(["a cat"])), 1e-6)
 
 
 def test_layers_are_those_of_torch(clip, openclip):
-    kinds = {type(layer) for layer in clip.transformer.text_model.encoder.layers.modules()}
-    assert {nn.Linear, nn.LayerNorm} <= kinds
+    classes = {type(layer) for layer in clip.transformer.text_model.encoder.layers.modules()}
+    assert {nn.Linear, nn.LayerNorm} <= classes
     linear = [m for m in (*clip.modules(), *openclip.modules()) if isinstance(m, nn.Linear)]
     assert {type(m) for m in linear} <= {
         nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear  # of MultiheadAttention
     }  # fmt: skip
-    assert all(
-        type(block.attn) is nn.MultiheadAttention for block in openclip.model.transformer.resblocks
-    )
+    blocks = openclip.model.transformer.resblocks
+    assert {type(block.attn) for block in blocks} == {nn.MultiheadAttention}
     assert type(clip.transformer.text_model.embeddings.token_embedding) is nn.Embedding
     assert type(openclip.model.token_embedding) is nn.Embedding
     assert not hasattr(clip, "model")
@@ -174,9 +173,10 @@ def test_an_encoder_built_on_the_meta_device_is_filled_and_halved(build, config)
     expected = full.encode(PROMPTS)
     with torch.device("meta"):
         empty = build(arch=config)
-    older = {"transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
-    empty.load_state_dict(state | (older if build is FrozenCLIPEmbedder else {}), assign=True)
-    empty.device = "cuda"  # follows the weights all the same
+    if build is FrozenCLIPEmbedder:  # as in older checkpoints
+        state["transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    empty.load_state_dict(state, assign=True)
+    empty.device = "cuda"  # has no effect: the device is that of the weights
     assert empty.device == torch.device("cpu")
     assert torch.equal(empty.encode(PROMPTS), expected)
     half = empty.half().encode(PROMPTS)
@@ -196,8 +196,8 @@ def test_the_text_model_equals_that_of_transformers(clip):
     positions = torch.arange(batch.input_ids.shape[1])[None]
     options = {"output_hidden_states": True, "attention_mask": batch.attention_mask}
     expected = theirs(batch.input_ids, position_ids=positions, **options)
-    for more in ({}, {"position_ids": positions}):
-        ours = clip.transformer(input_ids=batch.input_ids.int(), **options, **more)
+    for kwargs in ({}, {"position_ids": positions}):
+        ours = clip.transformer(input_ids=batch.input_ids.int(), **options, **kwargs)
         assert_close(ours.last_hidden_state, expected.last_hidden_state, 2e-6)
         assert_close(ours.pooler_output, expected.pooler_output, 2e-6)
         assert len(ours.hidden_states) == len(expected.hidden_states) == 4
@@ -228,11 +228,9 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
 
     def create(name, pretrained=None, **kwargs):
         names.append(name)
-        small = {
-            "vision_cfg": encoders.UNUSED_VISION_CONFIG,
-            "text_cfg": OPEN_CLIP_ARCH["text_cfg"],
-        }
-        return build(name, pretrained=None, **kwargs, **small)
+        text_cfg = OPEN_CLIP_ARCH["text_cfg"]
+        kwargs |= {"vision_cfg": encoders.UNUSED_VISION_CONFIG, "text_cfg": text_cfg}
+        return build(name, pretrained=None, **kwargs)
 
     old = CLIPTextModel.from_pretrained
 
@@ -247,8 +245,8 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
     assert names == ["ViT-H-14", "openai/clip-vit-large-patch14"]
 
 
-def test_blocks_of_open_clip_take_the_batch_second(openclip):
-    """As programs expect that call each block; in a batch of 77 all sizes would fit."""
+def test_blocks_of_open_clip_take_the_sequence_first(openclip):
+    """As code that calls each block expects; with a batch of 77 both orders would run."""
     import open_clip
 
     prompts = [f"number {k}" for k in range(77)]
@@ -272,11 +270,8 @@ def test_blocks_of_open_clip_take_the_batch_second(openclip):
 
 
 def test_weights_are_read_from_local_files(tmp_path, clip, openclip):
-    from safetensors.torch import save_file
-
-    (tmp_path / "config.json").write_text(
-        json.dumps({"text_config": {**CLIP_ARCH, "dropout": 0.0}})
-    )
+    config = {"text_config": {**CLIP_ARCH, "dropout": 0.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     path = tmp_path / "model.safetensors"
     save_file(openclip.model.state_dict(), path)
     loaded = FrozenOpenCLIPEmbedder(OPEN_CLIP_ARCH, str(path), layer="penultimate")

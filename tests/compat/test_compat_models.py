@@ -1,4 +1,4 @@
-"""The model classes under the original's names: recorded numbers, the surface that programs use.
+"""The model classes under the original's names: recorded values, attributes that programs use.
 
 Worst errors, as a fraction of the largest value: conditioning_routes 3.0e-6, ancestral 1.3e-4 (the
 original's own noise there is 1.7e-4), train_losses 6.6e-7, train_step 1.8e-6.
@@ -9,10 +9,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compathelp import TINY, UNET, randomize
+from compathelp import TINY, UNET, build_model, build_recorded_model, randomize_zeros
 from torch import nn
 
-from compat.recordedmodels import build, build_recorded, recorded
+from goldfile import load_golden
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -26,8 +26,8 @@ SLOW = pytest.mark.slow
 
 
 def test_conditions_reach_the_unet_as_recorded():
-    file = recorded("conditioning_routes")
-    shared, inputs = file.select("shared/"), file.inputs("crossattn_tensor")
+    golden = load_golden("conditioning_routes")
+    shared, inputs = golden.select("shared/"), golden.inputs("crossattn_tensor")
     c, concat = inputs["c"], shared["cc"]
     hybrid = {"c_concat": [concat], "c_crossattn": [c]}
     conditions = {
@@ -41,58 +41,57 @@ def test_conditions_reach_the_unet_as_recorded():
         "uncond": {},
         "sequential_crossattn": {"c_crossattn": [c, shared["uc"]]},
     }
-    for case in file.cases:
-        model = build_recorded("conditioning_routes", case["info"]["config"])
+    for case in golden.cases:
+        model = build_recorded_model("conditioning_routes", case["info"]["config"])
         with torch.no_grad():
             out = model.apply_model(inputs["x"], inputs["t"], conditions[case["name"]])
-        file.assert_close(case["name"], out=out)
+        golden.assert_close(case["name"], out=out)
 
 
-@pytest.mark.parametrize("kind", slow_except(["eps", "x0"], "eps"))
-def test_ancestral_loops_equal_the_recorded_ones(kind):
-    file, model = recorded("ancestral"), build_recorded("ancestral", f"config_{kind}")
-    case = f"ancestral_{kind}"
-    inputs, t = file.inputs(case), torch.tensor([3, 0])
+@pytest.mark.parametrize("parameterization", slow_except(["eps", "x0"], "eps"))
+def test_ancestral_loops_equal_the_recorded_ones(parameterization):
+    case, golden = f"ancestral_{parameterization}", load_golden("ancestral")
+    model = build_recorded_model("ancestral", f"config_{parameterization}")
+    inputs, t = golden.inputs(case), torch.tensor([3, 0])
     c, x0, x_T = inputs["c"], inputs["x0"], inputs["x_T"]
     torch.manual_seed(5)
-    loop, inter = model.p_sample_loop(c, x_T.shape, return_intermediates=True, x_T=x_T)
+    outputs = {}
+    outputs["loop"], xs = model.p_sample_loop(c, x_T.shape, return_intermediates=True, x_T=x_T)
     torch.manual_seed(6)
-    prog, estimates = model.progressive_denoising(
+    outputs["prog"], estimates = model.progressive_denoising(
         c, shape=x_T.shape[1:], batch_size=2, temperature=1, mask=inputs["mask"], x0=x0
     )
     torch.manual_seed(7)
-    few = model.sample(c, batch_size=2, timesteps=5, shape=x_T.shape)
-    inter, estimates = torch.stack(inter), torch.stack(estimates)
-    outputs = {"loop": loop, "inter": inter, "prog": prog, "prog_inter": estimates, "sample5": few}
+    outputs["sample5"] = model.sample(c, batch_size=2, timesteps=5, shape=x_T.shape)
+    outputs |= {"inter": torch.stack(xs), "prog_inter": torch.stack(estimates)}
     with torch.no_grad():
-        triples = {
+        gaussians = {
             "pm": model.p_mean_variance(x_T, c, t, clip_denoised=True),
             "q": model.q_posterior(x0, x_T, t),
             "qs": model.q_mean_variance(x0, t),
         }
-    for name, triple in triples.items():
-        outputs |= {
-            f"{name}_{k}": v for k, v in zip(("mean", "var", "logvar"), triple, strict=True)
-        }
+    for name, moments in gaussians.items():
+        names = (f"{name}_{moment}" for moment in ("mean", "var", "logvar"))
+        outputs |= dict(zip(names, moments, strict=True))
     start = model.predict_start_from_noise(x_T, t, x0)
-    file.assert_close(case, **outputs, start_from_noise=start, prior_bpd=model._prior_bpd(x0))
+    golden.assert_close(case, **outputs, start_from_noise=start, prior_bpd=model._prior_bpd(x0))
 
 
-def test_conversions_of_v_and_x0_models_are_as_recorded():
-    file, model = recorded("ancestral"), build_recorded("ancestral", "config_ddim_x0")
-    inputs = file.inputs("v_helpers")
+def test_conversions_between_v_x0_and_eps_are_as_recorded():
+    golden, model = load_golden("ancestral"), build_recorded_model("ancestral", "config_ddim_x0")
+    inputs = golden.inputs("v_helpers")
     x0, x_T, t = inputs["x0"], inputs["x_T"], inputs["t"]
-    file.assert_close(
+    golden.assert_close(
         "v_helpers", get_v=model.get_v(x0, x_T, t), q_sample=model.q_sample(x0, t, x_T),
         start=model.predict_start_from_z_and_v(x_T, t, x0),
         eps=model.predict_eps_from_z_and_v(x_T, t, x0),
     )  # fmt: skip
-    inputs = file.inputs("ddim_on_x0_model")
-    samples, steps = DDIMSampler(model).sample(
+    inputs = golden.inputs("ddim_on_x0_model")
+    samples, intermediates = DDIMSampler(model).sample(
         4, 2, (4, 8, 12), inputs["c"], x_T=inputs["x_T"], log_every_t=1
     )
-    lists = {key: torch.stack(values) for key, values in steps.items()}
-    file.assert_close("ddim_on_x0_model", samples=samples, **lists)
+    stacked = {name: torch.stack(tensors) for name, tensors in intermediates.items()}
+    golden.assert_close("ddim_on_x0_model", samples=samples, **stacked)
     model.parameterization = "v"
     with pytest.raises(NotImplementedError):
         model.p_sample(inputs["x_T"], inputs["c"], torch.zeros(2, dtype=torch.long))
@@ -100,39 +99,42 @@ def test_conversions_of_v_and_x0_models_are_as_recorded():
 
 
 QUICK_LOSSES = ("eps_elbo_train", "v_l2_train", "learn_logvar_train", "eps_l1_eval")
-LOSSES = [case["name"] for case in recorded("train_losses").cases if case["name"] != "forward_rng"]
+LOSSES = [name for case in load_golden("train_losses").cases
+          if (name := case["name"]) != "forward_rng"]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", slow_except(LOSSES, *QUICK_LOSSES))
 def test_losses_and_gradients_equal_the_recorded_ones(case):
-    file = recorded("train_losses")
-    shared, (options, mode) = file.select("shared/"), case.rsplit("_", 1)
-    model = build(file.meta[f"config_{options}"])
+    golden = load_golden("train_losses")
+    shared, (config, mode) = golden.select("shared/"), case.rsplit("_", 1)
+    model = build_model(golden.meta[f"config_{config}"])
     model.train(mode == "train")
     loss, loss_dict = model.p_losses(shared["x_start"], shared["c"], shared["t"], shared["noise"])
     outputs = {"loss": loss.detach()}
     outputs |= {f"dict/{name}": value.detach() for name, value in loss_dict.items()}
     if mode == "train":
         loss.backward()
-        gradients = {f"grad/{n}": p.grad for n, p in model.named_parameters()}
-        outputs |= {n: g for n, g in gradients.items() if n in file.outputs(case)}
-    assert outputs.keys() == file.outputs(case).keys()
-    file.assert_close(case, **outputs)
+        gradients = {f"grad/{name}": p.grad for name, p in model.named_parameters()}
+        outputs |= {name: gradients[name] for name in gradients.keys() & golden.outputs(case)}
+    assert outputs.keys() == golden.outputs(case).keys()
+    golden.assert_close(case, **outputs)
 
 
-def test_a_diffusion_model_of_images_is_trained():
+def test_a_pixel_space_diffusion_model_is_trained():
     unet = {**TINY, "in_channels": 3, "out_channels": 3, "use_spatial_transformer": False}
     config = {"target": UNET, "params": {**unet, "context_dim": None}}
-    model = randomize(DDPM(config, timesteps=10, use_ema=False, original_elbo_weight=0.5)).train()
+    model = randomize_zeros(
+        DDPM(config, timesteps=10, use_ema=False, original_elbo_weight=0.5)
+    ).train()
     images = torch.rand(2, 8, 8, 3)
     torch.manual_seed(0)
     loss, loss_dict = model.shared_step({"image": images})
     torch.manual_seed(0)
     t, x = torch.randint(0, 10, (2,)), images.movedim(-1, 1).contiguous()
     noise = torch.randn_like(x)
-    error = (model.model(model.q_sample(x, t, noise), t) - noise).square().mean((1, 2, 3))
-    vlb = (model.lvlb_weights[t] * error).mean()
-    torch.testing.assert_close(loss, error.mean() + 0.5 * vlb)
+    mse = (model.model(model.q_sample(x, t, noise), t) - noise).square().mean((1, 2, 3))
+    vlb = (model.lvlb_weights[t] * mse).mean()
+    torch.testing.assert_close(loss, mse.mean() + 0.5 * vlb)
     assert loss_dict.keys() == {"train/loss_simple", "train/loss_vlb", "train/loss"}
     model.learning_rate = 1e-3
     (group,) = model.configure_optimizers().param_groups
@@ -140,16 +142,16 @@ def test_a_diffusion_model_of_images_is_trained():
 
 
 def test_forward_draws_timesteps_then_noise():
-    file = recorded("train_losses")
-    shared, model = file.select("shared/"), build_recorded("train_losses", "config_eps_l2")
+    golden = load_golden("train_losses")
+    shared, model = golden.select("shared/"), build_recorded_model("train_losses", "config_eps_l2")
     torch.manual_seed(1004)
     loss, _ = model(shared["x_start"], shared["c"])
-    file.assert_close("forward_rng", loss=loss.detach())
+    golden.assert_close("forward_rng", loss=loss.detach())
 
 
 def test_steps_of_the_optimizer_and_the_ema_equal_the_recorded_ones():
-    file = recorded("train_step")
-    inputs, model = file.inputs("adamw"), build(file.meta["config"])
+    golden = load_golden("train_step")
+    inputs, model = golden.inputs("adamw"), build_model(golden.meta["config"])
     model.model_ema = LitEma(model.model)
     model.learning_rate = 1e-3
     optimizer, outputs = model.configure_optimizers(), {}
@@ -163,17 +165,14 @@ def test_steps_of_the_optimizer_and_the_ema_equal_the_recorded_ones():
         model.on_train_batch_end()
         outputs[f"loss{step}"] = loss.detach()
         outputs |= {f"step{step}/{name}": v.clone() for name, v in model.state_dict().items()}
-    expected = file.outputs("adamw")
-    file.assert_close("adamw", **{name: outputs[name] for name in expected})
+    expected = golden.outputs("adamw")
+    golden.assert_close("adamw", **{name: outputs[name] for name in expected})
     weight = model.model.diffusion_model.out[2].weight
     trained = weight.detach().clone()
     with model.ema_scope():
-        average = dict(model.model_ema.named_buffers())["diffusion_modelout2weight"]
-        assert torch.equal(weight, average)
+        ema_weight = dict(model.model_ema.named_buffers())["diffusion_modelout2weight"]
+        assert torch.equal(weight, ema_weight)
     assert torch.equal(weight, trained)
-
-
-CONFIGS = {"base_first_stage": "base_eps", "unclip_train": "unclip"}
 
 
 @pytest.mark.parametrize(
@@ -188,13 +187,13 @@ CONFIGS = {"base_first_stage": "base_eps", "unclip_train": "unclip"}
 )  # fmt: skip
 def test_batches_are_encoded_as_recorded(name, case):
     """Worst error 1e-6 of the largest value."""
-    file = recorded(name)
-    info, inputs = file.case(case)["info"], file.inputs(case)
-    image = recorded("get_input_more").tensors["shared/jpg"]
+    golden = load_golden(name)
+    info, inputs = golden.case(case)["info"], golden.inputs(case)
+    image = load_golden("get_input_more").tensors["shared/jpg"]
     batch = {"txt": info["txt"], "jpg": image, **inputs}
     if case == "inpaint":
         batch["masked_image"] = image * (batch["mask"] < 0.5)
-    model = build_recorded(name, f"config_{CONFIGS.get(case, case)}")
+    model = build_recorded_model(name, f"config_{case.removesuffix('_train')}")
     model.train(case == "unclip_train")
     torch.manual_seed(info["seed"])
     z, c = model.get_input(batch, "jpg")[:2]
@@ -203,19 +202,20 @@ def test_batches_are_encoded_as_recorded(name, case):
     for key in ("c_concat", "c_crossattn"):
         if key in outputs:
             (outputs[key],) = outputs[key]
-    file.assert_close(case, **outputs)
+    golden.assert_close(case, **outputs)
     model.eval()
 
 
 def test_first_stage_and_prompts_of_a_batch_are_as_recorded():
-    file, model = recorded("get_input_more"), build_recorded("get_input_more", "config_base_eps")
-    image = file.tensors["shared/jpg"].movedim(-1, 1).contiguous()
+    golden = load_golden("get_input_more")
+    model = build_recorded_model("get_input_more", "config_base_eps")
+    image = golden.tensors["shared/jpg"].movedim(-1, 1).contiguous()
     posterior = model.encode_first_stage(image)
     torch.manual_seed(3)
     z = model.get_first_stage_encoding(posterior)
     z_mode = model.scale_factor * posterior.mode()
     uc = model.get_unconditional_conditioning(3, [""])
-    file.assert_close("base_first_stage", z=z, z_mode=z_mode, uc=uc)
+    golden.assert_close("base_first_stage", z=z, z_mode=z_mode, uc=uc)
     assert model.decode_first_stage(z).shape == image.shape
     with pytest.raises(NotImplementedError):
         model.get_first_stage_encoding("a string")
@@ -225,50 +225,48 @@ def test_first_stage_and_prompts_of_a_batch_are_as_recorded():
 
 @pytest.mark.parametrize("case", ["finetune_extend", "make_it_fit"])
 def test_first_convolutions_of_checkpoints_are_widened_as_recorded(case, tmp_path):
-    file = recorded("misc_cond")
-    old, expected = file.inputs(case)["conv_in_4ch"], file.outputs(case)
-    (name,) = (n for n in expected if n.startswith("conv_in"))
-    weight, path = "model.diffusion_model.input_blocks.0.0.weight", tmp_path / "narrow.ckpt"
-    write_checkpoint(path, {weight: old})
-    config = copy.deepcopy(recorded("get_input_concat").meta["config_inpaint"])
+    golden = load_golden("misc_cond")
+    name, path = "model.diffusion_model.input_blocks.0.0.weight", tmp_path / "narrow.ckpt"
+    write_checkpoint(path, {name: golden.inputs(case)["conv_in_4ch"]})
+    (expected,) = (v for k, v in golden.outputs(case).items() if k.startswith("conv_in"))
+    config = copy.deepcopy(load_golden("get_input_concat").meta["config_inpaint"])
     if case == "make_it_fit":
-        config = copy.deepcopy(recorded("ddim_eps").meta["config"])
+        config = copy.deepcopy(load_golden("ddim_eps").meta["config"])
         config["params"]["make_it_fit"] = True
     else:
         config["params"].pop("finetune_keys")
-    for part in ("cond_stage_config", "first_stage_config"):
-        config["params"][part] = {"target": "torch.nn.Identity"}
-    config["params"]["unet_config"]["params"]["in_channels"] = expected[name].shape[1]
-    model = build(config)
+    for key in ("cond_stage_config", "first_stage_config"):
+        config["params"][key] = {"target": "torch.nn.Identity"}
+    config["params"]["unet_config"]["params"]["in_channels"] = expected.shape[1]
+    model = build_model(config)
     model.init_from_ckpt(str(path))
-    assert torch.equal(model.state_dict()[weight], expected[name])
+    assert torch.equal(model.state_dict()[name], expected)
 
 
 def test_the_scale_factor_of_the_first_batch_is_as_recorded():
-    file = recorded("misc_cond")
-    config = recorded("get_input_more").meta["config_base_eps"]
-    arch = recorded("unclip_condition").meta["tiny_arch"]
-    changes = {"scale_by_std": True, "scale_factor": 1.0}
-    config = {**config, "params": {**config["params"], "first_stage_key": "jpg"}}
-    model = build(config, arch=arch, **changes)
+    golden = load_golden("misc_cond")
+    config = load_golden("get_input_more").meta["config_base_eps"]
+    arch = load_golden("unclip_condition").meta["tiny_arch"]
+    changes = {"scale_by_std": True, "scale_factor": 1.0, "first_stage_key": "jpg"}
+    model = build_model(config, arch=arch, **changes)
     torch.manual_seed(1031)
-    model.on_train_batch_start({"jpg": file.inputs("scale_by_std")["jpg"]}, 0)
-    file.assert_close("scale_by_std", scale_factor=model.state_dict()["scale_factor"])
+    model.on_train_batch_start({"jpg": golden.inputs("scale_by_std")["jpg"]}, 0)
+    golden.assert_close("scale_by_std", scale_factor=model.state_dict()["scale_factor"])
 
 
-def test_conditions_get_noise_at_timesteps_of_their_own():
-    model = build(recorded("ddim_eps").meta["config"], num_timesteps_cond=3)
+def test_conditions_are_noised_on_their_own_timestep_schedule():
+    model = build_model(load_golden("ddim_eps").meta["config"], num_timesteps_cond=3)
     assert model.shorten_cond_schedule
     assert model.cond_ids[[0, 1, 2, 3, 999]].tolist() == [0, 500, 999, 999, 999]
-    shared = recorded("ddim_eps").select("shared/")
+    shared = load_golden("ddim_eps").select("shared/")
     loss, _ = model(shared["x0"], shared["c"])
     assert loss.isfinite()
 
 
 @pytest.mark.slow
 def test_logged_images_have_the_names_of_the_original():
-    model = build_recorded("get_input_more", "config_base_eps")
-    image = recorded("get_input_more").tensors["shared/jpg"]
+    model = build_recorded_model("get_input_more", "config_base_eps")
+    image = load_golden("get_input_more").tensors["shared/jpg"]
     batch = {"jpg": image[:, :64, :64], "txt": ["a cube", "a ball"]}
     model.register_schedule(timesteps=4)  # the loop of all timesteps is long
     try:
@@ -276,7 +274,7 @@ def test_logged_images_have_the_names_of_the_original():
             batch, N=2, n_row=1, ddim_steps=2, split="train", plot_denoise_rows=True,
             unconditional_guidance_scale=2.0, unconditional_guidance_label=[""],
         )  # fmt: skip
-        some = model.log_images(batch, N=1, ddim_steps=2, inpaint=False, return_keys=["inputs"])
+        selected = model.log_images(batch, N=1, ddim_steps=2, inpaint=False, return_keys=["inputs"])
     finally:
         model.register_schedule(linear_start=0.00085, linear_end=0.012)
     assert log.keys() == {
@@ -286,11 +284,11 @@ def test_logged_images_have_the_names_of_the_original():
     }  # fmt: skip
     assert log["samples"].shape == log["conditioning"].shape == (2, 3, 64, 64)
     assert log["progressive_row"].shape == (3, 66 * 2 + 2, 66 * 2 + 2)
-    assert some.keys() == {"inputs"}
+    assert selected.keys() == {"inputs"}
 
 
 def test_models_have_the_attributes_that_programs_look_for():
-    model = build_recorded("ddim_eps")
+    model = build_recorded_model("ddim_eps")
     keys = list(model.state_dict())
     assert keys[:2] == ["betas", "alphas_cumprod"]
     assert not hasattr(model, "conditioner")
@@ -302,8 +300,8 @@ def test_models_have_the_attributes_that_programs_look_for():
     assert model.model.conditioning_key == "crossattn"
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     model.cond_stage_key = "edit"
-    model.first_stage_model, kept = None, model.first_stage_model
-    model.first_stage_model = kept
+    model.first_stage_model, removed = None, model.first_stage_model
+    model.first_stage_model = removed
     model.register_schedule(timesteps=10)
     assert model.betas.shape == (10,)
     model.register_schedule(linear_start=0.00085, linear_end=0.012)
@@ -313,12 +311,12 @@ def test_models_have_the_attributes_that_programs_look_for():
     "case", slow_except(["gen_after_disc", "disc_vanilla", "lpips_gen"], "gen_after_disc")
 )
 def test_losses_of_the_autoencoder_equal_the_recorded_ones(case):
-    file = recorded("ae_loss")
-    info, shared = file.case(case)["info"], file.select("shared/")
-    config = file.meta["config_vae"]
-    model = build(config, lossconfig={"target": "torch.nn.Identity"})
+    golden = load_golden("ae_loss")
+    info, shared = golden.case(case)["info"], golden.select("shared/")
+    config = golden.meta["config_vae"]
+    model = build_model(config, lossconfig={"target": "torch.nn.Identity"})
     loss_module = LPIPSWithDiscriminator(**info["loss_params"])
-    loss_module.load_state_dict(fill(loss_module.state_dict(), file.meta["salt"]))
+    loss_module.load_state_dict(fill(loss_module.state_dict(), golden.meta["salt"]))
     loss_module.train(info["loss_training"])
     posterior = model.encode(shared["x"])
     rec = model.decode(posterior.mean + posterior.std * shared["posterior_noise"])
@@ -327,7 +325,7 @@ def test_losses_of_the_autoencoder_equal_the_recorded_ones(case):
         last_layer=model.get_last_layer(), split="train",
     )  # fmt: skip
     outputs = {"loss": loss.detach(), **{f"log/{k}": v for k, v in loss_dict.items()}}
-    file.assert_close(case, **outputs)
+    golden.assert_close(case, **outputs)
 
 
 def test_an_identity_first_stage_returns_its_input():
@@ -338,48 +336,49 @@ def test_an_identity_first_stage_returns_its_input():
     assert not isinstance(nn.Identity(), AutoencoderKL)
 
 
-LIMITS = {
+SPLIT_PARAMS = {
     "clip_min_weight": 0.01, "clip_max_weight": 0.5, "clip_min_tie_weight": 0.01,
     "clip_max_tie_weight": 0.5, "vqf": 4, "patch_distributed_vq": True,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["concat", "crossattn"])
-def test_patches_are_cut_and_joined_as_recorded(name):
+def test_patches_are_extracted_and_merged_as_recorded(name):
     """Worst error 1.4e-6 of the largest value; weights are equal."""
-    file = recorded("patches_of_models")
-    stage = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
-    model = build(file.meta[f"config_{name}"], first_stage_config=stage)
-    first = file.inputs("apply_concat_tie0")
-    cond = file.inputs("apply_crossattn").get("ctx") if name == "crossattn" else first["c"]
-    for case in file.cases:
+    golden = load_golden("patches_of_models")
+    identity = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    model = build_model(golden.meta[f"config_{name}"], first_stage_config=identity)
+    inputs = golden.inputs("apply_concat_tie0")
+    cond = golden.inputs("apply_crossattn").get("ctx") if name == "crossattn" else inputs["c"]
+    for case in golden.cases:
         if not case["name"].startswith(f"apply_{name}"):
             continue
         info = case["info"]
-        options = {"ks": info["ks"], "stride": info["stride"]}
-        options["tie_braker"] = info.get("tie_braker", False)
-        model.split_input_params = LIMITS | options
+        model.split_input_params = SPLIT_PARAMS | {
+            "ks": info["ks"], "stride": info["stride"], "tie_braker": info.get("tie_braker", False),
+        }  # fmt: skip
         with torch.no_grad():
-            eps = model.apply_model(first["x"], first["t"], cond)
-        file.assert_close(case["name"], eps=eps)
-    model.split_input_params = {**LIMITS, "tie_braker": True}
-    x = file.inputs("fold_w_rect")["x"]
+            eps = model.apply_model(inputs["x"], inputs["t"], cond)
+        golden.assert_close(case["name"], eps=eps)
+    model.split_input_params = {**SPLIT_PARAMS, "tie_braker": True}
+    x = golden.inputs("fold_w_rect")["x"]
     fold, unfold, normalization, weighting = model.get_fold_unfold(x, (7, 4), (3, 2))
     refolded = fold(unfold(x) * weighting.repeat(1, 2, 1, 1, 1).flatten(1, 3)) / normalization
     outputs = {"weighting": weighting, "normalization": normalization, "refolded": refolded}
-    file.assert_close("fold_w_rect", **outputs)
+    golden.assert_close("fold_w_rect", **outputs)
     up = model.get_fold_unfold(torch.zeros(1, 3, 12, 16), (8, 8), (4, 4), uf=4)[2:]
     down = model.get_fold_unfold(torch.zeros(1, 3, 48, 64), (32, 32), (16, 16), df=4)[2:]
-    outputs = {"up_normalization": up[0], "up_weighting": up[1][..., 0]}
-    outputs |= {"down_normalization": down[0], "down_weighting": down[1][..., 0]}
-    file.assert_close("fold_uf_df", **outputs)
-    file.assert_close("delta_border_5x8", d=model.delta_border(5, 8))
+    outputs = {}
+    for name, (normalization, weighting) in (("up", up), ("down", down)):
+        outputs |= {f"{name}_normalization": normalization, f"{name}_weighting": weighting[..., 0]}
+    golden.assert_close("fold_uf_df", **outputs)
+    golden.assert_close("delta_border_5x8", d=model.delta_border(5, 8))
     del model.split_input_params
     assert not model.uses_patches
 
 
 class Pooling(nn.Module):
-    """An autoencoder whose output at a pixel depends on the patch around it alone."""
+    """An autoencoder in which a pixel depends only on its neighborhood."""
 
     def encode(self, x):
         return F.avg_pool2d(x, 4)
@@ -388,12 +387,13 @@ class Pooling(nn.Module):
         return F.interpolate(z, scale_factor=4.0)
 
 
-def test_patches_are_encoded_and_decoded_as_the_whole():
-    config = recorded("patches_of_models").meta["config_concat"]
-    model = build(config, first_stage_config={"target": f"{__name__}.Pooling"})
+def test_patches_give_the_same_result_as_the_whole_image():
+    config = load_golden("patches_of_models").meta["config_concat"]
+    model = build_model(config, first_stage_config={"target": f"{__name__}.Pooling"})
     x, z = torch.randn(1, 3, 48, 64), torch.randn(1, 3, 12, 16)
     image = model.decode_first_stage(z)
-    model.split_input_params = {**LIMITS, "tie_braker": True, "ks": (32, 32), "stride": (16, 16)}
+    patches = {"tie_braker": True, "ks": (32, 32), "stride": (16, 16)}
+    model.split_input_params = SPLIT_PARAMS | patches
     torch.testing.assert_close(model.encode_first_stage(x), F.avg_pool2d(x, 4))
     assert model.split_input_params["original_image_size"] == (48, 64)
     model.split_input_params |= {"ks": (8, 8), "stride": (4, 4)}

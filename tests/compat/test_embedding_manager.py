@@ -1,8 +1,8 @@
-"""Textual inversion as its original code does it: a class between the tokens and the encoder."""
+"""Textual inversion as in its original code: an embedding manager replaces token embeddings."""
 
 import pytest
 import torch
-from compathelp import make_tiny_config, randomize
+from compathelp import make_tiny_config, randomize_zeros
 from torch import nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -10,14 +10,14 @@ from ldm.util import instantiate_from_config
 
 
 class EmbeddingManager(nn.Module):
-    """Replaces the vector of a placeholder, which starts as that of another word."""
+    """Replaces the embedding of a placeholder; its initial value is that of another word."""
 
     def __init__(self, embedder, placeholder, initializer):
         super().__init__()
         self.token = self.find_token(embedder, placeholder)
         embeddings = embedder.transformer.text_model.embeddings
-        first = embeddings.token_embedding.weight[self.find_token(embedder, initializer)]
-        self.vector = nn.Parameter(first.detach().clone())
+        initial = embeddings.token_embedding.weight[self.find_token(embedder, initializer)]
+        self.vector = nn.Parameter(initial.detach().clone())
 
     def find_token(self, embedder, word):
         batch = embedder.tokenizer(
@@ -33,7 +33,7 @@ class EmbeddingManager(nn.Module):
 
 
 class PersonalizedDiffusion(LatentDiffusion):
-    """Trains the vector alone."""
+    """Trains only the embedding."""
 
     def __init__(self, personalization_config, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -50,7 +50,7 @@ class PersonalizedDiffusion(LatentDiffusion):
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_a_step_of_training_changes_the_vector_alone(use_checkpoint):
+def test_a_training_step_changes_only_the_embedding(use_checkpoint):
     config = make_tiny_config()
     config.target = f"{__name__}.PersonalizedDiffusion"
     config.params.personalization_config = {
@@ -59,11 +59,11 @@ def test_a_step_of_training_changes_the_vector_alone(use_checkpoint):
     config.params.cond_stage_trainable = True  # the condition is encoded with gradients
     config.params.unet_config.params.use_checkpoint = use_checkpoint
     torch.manual_seed(0)
-    model = randomize(instantiate_from_config(config))
+    model = randomize_zeros(instantiate_from_config(config))
     model.learning_rate = 0.01
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    same = model.get_learned_conditioning(["a photo of a sculpture"])
-    assert torch.equal(model.get_learned_conditioning(["a photo of a *"]), same)
+    initial_context = model.get_learned_conditioning(["a photo of a sculpture"])
+    assert torch.equal(model.get_learned_conditioning(["a photo of a *"]), initial_context)
     optimizer = model.configure_optimizers()
     batch = {"jpg": torch.rand(2, 16, 16, 3) * 2 - 1, "txt": ["a photo of a *", "a * at night"]}
     model.train()
@@ -73,4 +73,4 @@ def test_a_step_of_training_changes_the_vector_alone(use_checkpoint):
     assert "train/loss_simple" in log
     changed = {k for k, value in model.state_dict().items() if not torch.equal(value, before[k])}
     assert changed == {"embedding_manager.vector"}
-    assert not torch.equal(model.get_learned_conditioning(["a photo of a *"]), same)
+    assert not torch.equal(model.get_learned_conditioning(["a photo of a *"]), initial_context)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BLOCKED = [
+OPTIONAL_PACKAGES = [
     "pytorch_lightning", "lightning", "transformers", "kornia", "taming", "clip", "cv2", "xformers",
 ]  # fmt: skip
 IMPORT_ALL = f"""
 import importlib, sys
-for name in {BLOCKED}:
+for name in {OPTIONAL_PACKAGES}:
     sys.modules[name] = None
 from ldm.compat.names import MODULES
 for name, file in MODULES.items():
@@ -23,7 +23,7 @@ for name, file in MODULES.items():
 
 
 def run(code, cwd=None, **environment):
-    """Run code in a new process that finds the repository first; return the words it prints."""
+    """Run code in a new process with the repository in its path; return the words it prints."""
     env = {"PYTHONPATH": str(ROOT), "PATH": "", **environment}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False)
@@ -38,12 +38,12 @@ def test_every_module_of_the_original_is_imported_without_optional_packages():
 def test_a_module_of_the_original_is_the_module_of_compat_itself():
     import ldm.util
 
-    file = importlib.import_module("ldm.compat.util")
-    assert ldm.util is file
-    assert file.__name__ == file.__spec__.name == "ldm.compat.util"
-    file.print = print
+    module = importlib.import_module("ldm.compat.util")
+    assert ldm.util is module
+    assert module.__name__ == module.__spec__.name == "ldm.compat.util"
+    module.print = print
     assert "print" in vars(importlib.import_module("ldm.util"))
-    del file.print
+    del module.print
 
 
 def test_unknown_module_names_are_not_found():
@@ -54,7 +54,7 @@ def test_unknown_module_names_are_not_found():
 
 @pytest.fixture
 def vendored(tmp_path):
-    """A folder with a namespace package `ldm`."""
+    """Path of a folder with a namespace package `ldm`."""
     for name in (
         "ldm/util.py", "ldm/data/extra.py", "ldm/modules/extra.py", "ldm/thirdp/deep/extra.py",
         "ldm/modules/distributions/distributions.py", "ldm/modules/distributions/__init__.py",
@@ -70,7 +70,7 @@ from importlib.util import find_spec
 for name in sys.argv[1:]:
     print("theirs" if (find_spec(name).origin or "").startswith({folder!r}) else "ours")
 """
-NAMES = [
+MODULES = [
     "ldm.util", "ldm.modules.distributions.distributions", "ldm.modules.ema", "ldm.data.folder",
     "ldm.data.extra", "ldm.modules.extra", "ldm.thirdp.deep.extra",
 ]  # fmt: skip
@@ -80,7 +80,7 @@ NAMES = [
 @pytest.mark.parametrize("variable", ["", "1"])
 def test_a_vendored_folder_adds_its_own_modules(vendored, order, variable):
     path = [vendored, str(ROOT)] if order == "theirs first" else [str(ROOT), vendored]
-    code = f"import sys; sys.argv[1:] = {NAMES};" + PRINT_OWNERS.format(folder=vendored)
+    code = f"import sys; sys.argv[1:] = {MODULES};" + PRINT_OWNERS.format(folder=vendored)
     if order == "added later":
         code = f"import ldm, ldm.data; import sys; sys.path.append({vendored!r});" + code
         path = [str(ROOT)]
@@ -90,7 +90,7 @@ def test_a_vendored_folder_adds_its_own_modules(vendored, order, variable):
 
 
 def test_a_vendored_package_runs_its_own_init(vendored):
-    """Ours has none: parents of the original's names are empty packages."""
+    """Our packages under the original's names are empty."""
     init = Path(vendored, "ldm/modules/distributions/__init__.py")
     init.write_text("from ldm.modules.distributions import extra", "utf-8")
     (init.parent / "extra.py").write_text("value = 3", "utf-8")
@@ -100,7 +100,7 @@ def test_a_vendored_package_runs_its_own_init(vendored):
     assert run(code, PYTHONPATH=f"{ROOT}:{vendored}") == ["ours", "theirs", "3"]
 
 
-def test_a_fork_keeps_its_files_of_data_and_all_else_is_ours(vendored):
+def test_a_fork_replaces_only_its_files_of_ldm_data(vendored):
     for name in ("ldm/data/__init__.py", "ldm/data/folder.py", "ldm/model.py"):
         Path(vendored, name).touch()
     names = ["ldm.data.folder", "ldm.data.hub", "ldm.model"]
@@ -109,7 +109,7 @@ def test_a_fork_keeps_its_files_of_data_and_all_else_is_ours(vendored):
     assert run(code, PYTHONPATH=path, LDM_VENDORED="1") == ["theirs", "ours", "ours"]
 
 
-def test_a_module_or_name_that_is_missing_names_an_alternative(vendored):
+def test_an_import_of_an_unsupported_name_suggests_an_alternative(vendored):
     for name, alternative in (("image_degradation.bsrgan", "BSRGAN"), ("x_transformer", "x-trans")):
         with pytest.raises(ModuleNotFoundError, match=alternative):
             importlib.import_module(f"ldm.modules.{name}")
@@ -120,14 +120,14 @@ def test_a_module_or_name_that_is_missing_names_an_alternative(vendored):
 
 
 def test_a_dotted_name_of_a_class_is_not_a_module():
-    """Web UIs find what to replace by importing ever shorter prefixes."""
+    """Web UIs find what to replace by importing shorter and shorter prefixes."""
     for name in ("ldm.util.default", "ldm.modules.midas.api.MiDaSInference"):
         with pytest.raises(ImportError):
             importlib.import_module(name)
 
 
-def test_files_of_another_distribution_are_named(tmp_path):
-    """Several distributions install a package `ldm`; pip mixes their files with ours."""
+def test_a_distribution_that_overwrites_our_files_is_named(tmp_path):
+    """Several distributions install a package `ldm`, into the same folder as ours."""
     ignore = shutil.ignore_patterns("__pycache__", "app", "generate", "train", "*.csv")
     shutil.copytree(ROOT / "ldm", tmp_path / "ldm", ignore=ignore)
     (tmp_path / "ldm" / "util.py").touch()

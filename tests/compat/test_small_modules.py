@@ -43,7 +43,7 @@ def test_iterable_datasets_have_a_length():
     assert len(samples) == 3
 
 
-def test_captions_become_images():
+def test_captions_are_drawn_as_images():
     images = util.log_txt_as_img((64, 32), ["", "a cat on a mat"])
     assert images.shape == (2, 3, 32, 64)
     assert images.dtype == torch.float64
@@ -55,21 +55,20 @@ def test_captions_become_images():
 def test_distribution_equals_the_recorded_one():
     golden = load_golden("diag_gaussian")
     inputs, outputs = golden.inputs("extreme"), golden.outputs("extreme")
-    one = distributions.DiagonalGaussianDistribution(inputs["moments"])
-    other = distributions.DiagonalGaussianDistribution(inputs["moments_other"])
-    flipped = distributions.DiagonalGaussianDistribution(inputs["moments_other"].flip(0))
-    fixed = distributions.DiagonalGaussianDistribution(inputs["moments_other"], deterministic=True)
+    build, moments = distributions.DiagonalGaussianDistribution, inputs["moments_other"]
+    extreme, other, flipped = map(build, (inputs["moments"], moments, moments.flip(0)))
+    deterministic = build(moments, deterministic=True)
     torch.manual_seed(golden.case("extreme")["info"]["seed"])
-    ours = {
-        "sample": one.sample(),
-        "var": one.var,
+    computed = {
+        "sample": extreme.sample(),
+        "var": extreme.var,
         "kl": other.kl(),
         "kl_other": other.kl(flipped),
-        "nll": other.nll(0.5 * inputs["moments_other"][:, :3]),
-        "det_kl": fixed.kl(),
+        "nll": other.nll(0.5 * moments[:, :3]),
+        "det_kl": deterministic.kl(),
         "normal_kl": distributions.normal_kl(other.mean, other.logvar, 0.0, 0.0),
     }
-    for name, value in ours.items():
+    for name, value in computed.items():
         torch.testing.assert_close(value, outputs[name], rtol=1e-6, atol=1e-6)  # observed: 1.8e-7
     with pytest.raises(AssertionError):
         distributions.normal_kl(0.0, 0.0, 0.0, 0.0)
@@ -80,18 +79,18 @@ def test_ema_follows_trainable_parameters():
     model[1].requires_grad_(False)
     litema = ema.LitEma(model, decay=0.5)
     assert litema.state_dict().keys() == {"decay", "num_updates", "0weight", "0bias"}
-    start = model[0].weight.detach().clone()
+    initial = model[0].weight.detach().clone()
     with torch.no_grad():
         model[0].weight += 1
     for _ in range(10):
         litema(model)
-    remaining = math.prod(min(0.5, (1 + n) / (10 + n)) for n in range(1, 11))
-    assert torch.allclose(litema.state_dict()["0weight"], start + 1 - remaining)
+    initial_weight = math.prod(min(0.5, (1 + n) / (10 + n)) for n in range(1, 11))
+    assert torch.allclose(litema.state_dict()["0weight"], initial + 1 - initial_weight)
     litema.store(model.parameters())
     litema.copy_to(model)
     assert torch.equal(model[0].weight, litema.state_dict()["0weight"])
     litema.restore(model.parameters())
-    assert torch.allclose(model[0].weight, start + 1)
+    assert torch.allclose(model[0].weight, initial + 1)
     litema.reset_num_updates()
     assert litema.num_updates == 0
     assert litema.num_updates.dtype == torch.int32

@@ -1,4 +1,4 @@
-"""What A1111's web UI does: build and fill models, convert to half, replace parts."""
+"""What A1111's web UI does: build models on meta, convert them to half, replace their methods."""
 
 import copy
 import importlib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compathelp import attend, make_tiny_config, randomize
+from compathelp import attend, make_tiny_config, randomize_zeros
 from torch import nn
 
 import ldm.models.diffusion.plms
@@ -17,7 +17,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[2]
-IMPORTED = [
+MODULES = [
     "ldm.data.util", "ldm.models.autoencoder", "ldm.models.diffusion.ddim",
     "ldm.models.diffusion.ddpm", "ldm.models.diffusion.plms", "ldm.modules.attention",
     "ldm.modules.diffusionmodules.model", "ldm.modules.diffusionmodules.openaimodel",
@@ -29,7 +29,7 @@ YAMLS = [
     "v2-midas-inference.yaml", "v2-1-stable-unclip-l-inference.yaml",
     "v2-1-stable-unclip-h-inference.yaml",
 ]  # fmt: skip
-START = f"""
+STARTUP_CODE = f"""
 import importlib.util, os, sys
 for folder in ("repositories/stable-diffusion-stability-ai", ".", ".."):
     if os.path.exists(os.path.join(folder, "ldm/models/diffusion/ddpm.py")):
@@ -37,7 +37,7 @@ for folder in ("repositories/stable-diffusion-stability-ai", ".", ".."):
 sys.path.append(os.path.abspath(folder))
 for name in {YAMLS}:
     assert os.path.exists(os.path.join(folder, "configs/stable-diffusion", name)), name
-for name in {IMPORTED}:
+for name in {MODULES}:
     assert importlib.util.find_spec(name).loader.__class__.__name__ == "CompatFinder", name
 import scripts.extension
 assert scripts.extension.__file__.startswith(os.getcwd())
@@ -46,12 +46,12 @@ print(folder)
 
 
 def test_the_checkout_is_found_where_the_web_ui_looks(tmp_path):
-    """And its folder `scripts` does not hide that of extensions."""
+    """Its folder `scripts` does not hide that of the web UI."""
     (tmp_path / "repositories").mkdir()
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts/extension.py").touch()
     os.symlink(ROOT, tmp_path / "repositories/stable-diffusion-stability-ai")
-    command = [sys.executable, "-c", START]
+    command = [sys.executable, "-c", STARTUP_CODE]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={})
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "repositories/stable-diffusion-stability-ai"
@@ -65,19 +65,19 @@ def config():
 @pytest.fixture(scope="module")
 def state(config):
     torch.manual_seed(0)
-    return randomize(instantiate_from_config(config)).state_dict()
+    return randomize_zeros(instantiate_from_config(config)).state_dict()
 
 
 @pytest.fixture(scope="module")
 def model(config, state):
-    """Shared between tests; those that change its weights take `own_model`."""
+    """A model that tests share; those that change its weights use `model_copy`."""
     model = instantiate_from_config(config)
     model.load_state_dict(state)
     return model.eval()
 
 
 @pytest.fixture
-def own_model(model):
+def model_copy(model):
     return copy.deepcopy(model)
 
 
@@ -94,12 +94,12 @@ def sample(model, steps=2, size=8, **options):
 def test_a_model_is_built_on_the_meta_device_and_filled(config, state, model, monkeypatch):
     """With patched constructors and `_load_from_state_dict` of three classes."""
     filled = []
-    for kind in (nn.Linear, nn.Conv2d, nn.MultiheadAttention):
+    for cls in (nn.Linear, nn.Conv2d, nn.MultiheadAttention):
 
-        def build(self, *args, old=kind.__init__, device=None, **kwargs):
+        def init(self, *args, old=cls.__init__, device=None, **kwargs):
             old(self, *args, device="meta", **kwargs)
 
-        def load(self, state, prefix, *args, old=kind._load_from_state_dict):
+        def load(self, state, prefix, *args, old=cls._load_from_state_dict):
             for name, value in self._parameters.items():
                 if value is not None and value.is_meta:
                     empty = torch.zeros_like(value, device="cpu")
@@ -107,8 +107,8 @@ def test_a_model_is_built_on_the_meta_device_and_filled(config, state, model, mo
             filled.append(prefix)
             old(self, state, prefix, *args)
 
-        monkeypatch.setattr(kind, "__init__", build)
-        monkeypatch.setattr(kind, "_load_from_state_dict", load)
+        monkeypatch.setattr(cls, "__init__", init)
+        monkeypatch.setattr(cls, "_load_from_state_dict", load)
     built = instantiate_from_config(config)
     assert sum(value.is_meta for value in built.state_dict().values()) > 100
     built.load_state_dict(state, strict=False)
@@ -118,14 +118,14 @@ def test_a_model_is_built_on_the_meta_device_and_filled(config, state, model, mo
     assert torch.equal(sample(built.eval()), sample(model))
 
 
-def test_a_model_is_converted_to_half_precision_with_its_vae_set_aside(own_model, monkeypatch):
-    model = own_model
-    expected, tables = sample(model), model.alphas_cumprod
+def test_a_model_without_its_vae_is_converted_to_half_precision(model_copy, monkeypatch):
+    model = model_copy
+    expected, alphas_cumprod = sample(model), model.alphas_cumprod
     assert not hasattr(model, "depth_model")
     vae, model.first_stage_model = model.first_stage_model, None
     model.half()
     model.first_stage_model = vae
-    model.alphas_cumprod = tables
+    model.alphas_cumprod = alphas_cumprod
     assert model.first_stage_model.decoder.conv_in.weight.dtype == torch.float32
     assert model.model.diffusion_model.out[2].weight.dtype == torch.float16
     norm = "ldm.modules.diffusionmodules.util.GroupNorm32.forward"
@@ -134,12 +134,12 @@ def test_a_model_is_converted_to_half_precision_with_its_vae_set_aside(own_model
         out = sample(model)
     assert calls
     assert (out - expected).abs().max() < 0.05 * expected.abs().max()
-    assert not hasattr(model, "conditioner")  # the mark of SDXL
-    assert not hasattr(model.cond_stage_model, "model")  # the mark of SD 2
+    assert not hasattr(model, "conditioner")  # by which it recognizes SDXL
+    assert not hasattr(model.cond_stage_model, "model")  # by which it recognizes SD 2
 
 
-class Wrapper(nn.Module):
-    """Replaces the text encoder, as the class that parses weights in prompts."""
+class TextEncoderWrapper(nn.Module):
+    """Replaces the text encoder, as the class that parses weights in prompts does."""
 
     def __init__(self, wrapped):
         super().__init__()
@@ -148,9 +148,9 @@ class Wrapper(nn.Module):
 
     def forward(self, texts):
         tokenizer, transformer = self.wrapped.tokenizer, self.wrapped.transformer
-        rows = tokenizer(texts, truncation=False, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(texts, truncation=False, add_special_tokens=False)["input_ids"]
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        tokens = torch.tensor([([start, *row] + 77 * [end])[:77] for row in rows])
+        tokens = torch.tensor([([start, *prompt] + 77 * [end])[:77] for prompt in ids])
         outputs = transformer(input_ids=tokens, output_hidden_states=-2)
         return transformer.text_model.final_layer_norm(outputs.hidden_states[-2])
 
@@ -158,7 +158,7 @@ class Wrapper(nn.Module):
 def test_the_text_encoder_is_wrapped(model):
     old = model.cond_stage_model
     before = sample(model)
-    model.cond_stage_model = Wrapper(old)
+    model.cond_stage_model = TextEncoderWrapper(old)
     assert model.cond_stage_model.comma == [267]
     assert not torch.equal(sample(model), before)
     model.cond_stage_model = old
@@ -166,7 +166,7 @@ def test_the_text_encoder_is_wrapped(model):
 
 
 def replace(monkeypatch, path, function):
-    """Replace what a dotted name stands for, found by ever shorter prefixes that import."""
+    """Replace the attribute at a dotted path, whose longest importable prefix is its module."""
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:
@@ -200,7 +200,7 @@ def replace(monkeypatch, path, function):
     ],
 )
 def test_replaced_methods_are_called_on_models_already_built(path, model, monkeypatch):
-    """And images stay the same; `test_networks_in_programs` replaces parts of networks."""
+    """The images stay the same; `test_third_party_networks` replaces layers of networks."""
 
     def run():
         z = sample(model, steps=1)
@@ -219,17 +219,18 @@ def test_replaced_methods_are_called_on_models_already_built(path, model, monkey
     assert (after - before).abs().max() <= 1e-4 * before.abs().max()
 
 
-def test_loras_find_their_layers_by_name_and_type(own_model, monkeypatch):
-    model = own_model
-    names = {"model": "diffusion_model", "cond_stage_model": "transformer"}
-    layers = {}
-    for part, prefix in names.items():
-        for name, layer in getattr(model, part).named_modules():
+def test_loras_find_their_layers_by_name_and_type(model_copy, monkeypatch):
+    model, layers = model_copy, {}
+    for network, prefix in (
+        (model.model, "diffusion_model"),
+        (model.cond_stage_model, "transformer"),
+    ):
+        for name, layer in network.named_modules():
             key = name.replace(".", "_")
             assert name == "" or name.startswith(prefix)
             layers[key] = layer
             layer.network_layer_name = key
-    wanted = {
+    expected = {
         "diffusion_model_input_blocks_1_1_transformer_blocks_0_attn2_to_k": nn.Linear,
         "diffusion_model_input_blocks_1_1_proj_in": nn.Conv2d,
         "diffusion_model_middle_block_0_in_layers_2": nn.Conv2d,
@@ -237,7 +238,7 @@ def test_loras_find_their_layers_by_name_and_type(own_model, monkeypatch):
         "transformer_text_model_encoder_layers_1_self_attn_q_proj": nn.Linear,
         "transformer_text_model_encoder_layers_1_mlp_fc1": nn.Linear,
     }
-    assert {key: type(layers[key]) for key in wanted} == wanted
+    assert {key: type(layers[key]) for key in expected} == expected
     before, called, old = sample(model), set(), nn.Linear.forward
 
     def forward(self, x):
@@ -246,12 +247,11 @@ def test_loras_find_their_layers_by_name_and_type(own_model, monkeypatch):
 
     monkeypatch.setattr(nn.Linear, "forward", forward)
     assert not torch.allclose(sample(model), before)
-    linear = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-    assert called == linear
+    assert called == {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
 
 
-def test_circular_padding_makes_images_tile(own_model):
-    model = own_model
+def test_circular_padding_makes_images_tile(model_copy):
+    model = model_copy
     for layer in model.modules():
         if type(layer) is nn.Conv2d:
             layer.padding_mode = "circular"

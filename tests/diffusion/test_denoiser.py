@@ -82,11 +82,11 @@ SCALINGS = {
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scalings_are_the_recorded_ones(name):
-    file = load_golden("sdxl_denoiser")
-    (parameterization, schedule), sigma = SCALINGS[name], file.inputs(name)["sigma"]
-    numbers = file.case(name)["info"]["params"]
+    golden = load_golden("sdxl_denoiser")
+    (parameterization, schedule), sigma = SCALINGS[name], golden.inputs(name)["sigma"]
+    numbers = golden.case(name)["info"]["params"]
     c_skip, c_out = get_scalings(parameterization, sigma, **numbers)
-    expected = file.outputs(name)
+    expected = golden.outputs(name)
     torch.testing.assert_close(c_skip, expected["c_skip"])
     torch.testing.assert_close(c_out, expected["c_out"])
     if isinstance(schedule, ContinuousSchedule):
@@ -110,8 +110,8 @@ DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_denoisers_of_sdxl_are_the_recorded_ones(name):
-    file = load_golden("sdxl_denoiser")
-    inputs, expected = file.inputs(name), file.outputs(name)
+    golden = load_golden("sdxl_denoiser")
+    inputs, expected = golden.inputs(name), golden.outputs(name)
 
     def network(z_t, t, context=None, y=None):
         torch.testing.assert_close(z_t, expected["net_x"])

@@ -29,15 +29,14 @@ RECORDED_DDIM = [
 RECORDED_DPM = ["S5_cfg", "S10_cfg", "S15_cfg", "S20_cfg", "S6_cfg1", "S2"]
 RECORDED_PLMS = ["cfg1", "cfg", "longer", "two_steps", "mask"]
 
-recorded = functools.cache(load_golden)
 STOCHASTIC = {name for name, row in SAMPLER_ROWS.items() if row.takes_noise}
 
 
 @functools.cache
 def load_denoiser(name: str, parameterization: str | None = None) -> Denoiser:
-    file = recorded(name)
-    params = file.meta["config"]["params"]
-    unet = build_from(file, UNet, params["unet_config"], "model.diffusion_model.")
+    golden = load_golden(name)
+    params = golden.meta["config"]["params"]
+    unet = build_from(golden, UNet, params["unet_config"], "model.diffusion_model.")
     options = {key: params[key] for key in ("linear_start", "linear_end")}
     betas = make_betas("linear", 1000, **options)
     predicts = parameterization or params["parameterization"]
@@ -47,11 +46,11 @@ def load_denoiser(name: str, parameterization: str | None = None) -> Denoiser:
 LEGACY_STEPS = Quirks(frozenset({"steps"}))
 
 
-def replay(file: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler: str = "uniform"):
+def replay(golden: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler: str = "uniform"):
     """Replay a recorded case; return its outputs, with x scaled to z_t, the initial one first."""
-    info = file.case(name)["info"]
-    kwargs, shared = info["kwargs"], file.select("shared/")
-    draws = sorted(file.select(f"{name}/rng/").items())
+    info = golden.case(name)["info"]
+    kwargs, shared = info["kwargs"], golden.select("shared/")
+    draws = sorted(golden.select(f"{name}/rng/").items())
     known_noise = iter([value for key, value in draws if key.endswith("randn_like")])
     step_noise = iter([value for key, value in draws if key.endswith("randn")])
     x_T = shared["x_T"] if "x_T" in kwargs else next(step_noise)
@@ -88,41 +87,41 @@ def replay(file: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler: 
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("name", slow_except(RECORDED_DDIM, *(set(RECORDED_DDIM) - {"longer"})))
 def test_ddim_follows_the_recorded_trajectory(kind, name):
-    file = recorded(f"ddim_{kind}")
-    file.assert_close(name, **replay(file, name, ddim, load_denoiser(f"ddim_{kind}")))
+    golden = load_golden(f"ddim_{kind}")
+    golden.assert_close(name, **replay(golden, name, ddim, load_denoiser(f"ddim_{kind}")))
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("steps", slow_except([8, 5, 1], 5, 1))
 def test_ddim_decodes_from_an_intermediate_step_as_recorded(kind, steps):
-    file = recorded(f"ddim_{kind}")
+    golden = load_golden(f"ddim_{kind}")
     name = f"img2img_tenc{steps}"
-    denoiser, shared = load_denoiser(f"ddim_{kind}"), file.select("shared/")
+    denoiser, shared = load_denoiser(f"ddim_{kind}"), golden.select("shared/")
     sigmas = denoiser.schedule.step_sigmas(10)[-steps - 1 :]
-    x = file.outputs(name)["z_enc"] * (1 + sigmas[0] ** 2).sqrt().float()
+    x = golden.outputs(name)["z_enc"] * (1 + sigmas[0] ** 2).sqrt().float()
     for out, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
         conds = Cond(shared["c"]), None if uncond is None else Cond(uncond)
         end = ddim(add_guidance(denoiser, *conds, scale), x, sigmas)
-        file.assert_close(name, **{out: end / (1 + sigmas[-1] ** 2).sqrt().float()})
+        golden.assert_close(name, **{out: end / (1 + sigmas[-1] ** 2).sqrt().float()})
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("name", slow_except(RECORDED_PLMS, "cfg", "two_steps", "mask"))
 def test_plms_follows_the_recorded_trajectory(kind, name):
-    file = recorded(f"plms_{kind}")
-    file.assert_close(name, **replay(file, name, plms, load_denoiser(f"plms_{kind}", "eps")))
+    golden = load_golden(f"plms_{kind}")
+    golden.assert_close(name, **replay(golden, name, plms, load_denoiser(f"plms_{kind}", "eps")))
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("name", slow_except(RECORDED_DPM, "S15_cfg", "S6_cfg1", "S2"))
 def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
-    file = recorded(f"dpm_{kind}")
+    golden = load_golden(f"dpm_{kind}")
     denoiser = load_denoiser(f"dpm_{kind}")
-    outputs = replay(file, name, dpmpp_2m, denoiser, scheduler="time_uniform")
-    file.assert_close(name, samples=outputs["samples"])
-    steps = file.case(name)["info"]["S"]
+    outputs = replay(golden, name, dpmpp_2m, denoiser, scheduler="time_uniform")
+    golden.assert_close(name, samples=outputs["samples"])
+    steps = golden.case(name)["info"]["S"]
     t = denoiser.schedule.sigma_to_t(denoiser.schedule.step_sigmas(steps, "time_uniform")[:-1])
-    torch.testing.assert_close(t, file.outputs(name)["model_times"].double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(t, golden.outputs(name)["model_times"].double(), rtol=0, atol=1e-3)
 
 
 SIGMAS = torch.logspace(1, -1.3, 201, dtype=torch.float64)

@@ -22,11 +22,11 @@ def build_betas(info):
 
 
 def list_recorded(prefix, name="schedules"):
-    file = load_golden(name)
+    golden = load_golden(name)
     cases = [
-        case for case in file.cases if case["name"].startswith(prefix) and "raises" not in case
+        case for case in golden.cases if case["name"].startswith(prefix) and "raises" not in case
     ]
-    return [(case["info"], file.outputs(case["name"])) for case in cases]
+    return [(case["info"], golden.outputs(case["name"])) for case in cases]
 
 
 def test_betas_equal_the_recorded_ones():
@@ -93,13 +93,15 @@ def test_levels_of_sdxl_are_the_recorded_ones():
             assert_close(edm_sigmas(SD, info["n"], **info["params"]), expected["sigmas"])
         else:
             assert_close(ContinuousSchedule().step_sigmas(info["n"], "karras"), expected["sigmas"])
-    file = load_golden("sdxl_discretization")
+    golden = load_golden("sdxl_discretization")
     other = Schedule(make_betas("linear", 500, linear_start=0.0001, linear_end=0.02))
-    assert_close(other.step_sigmas(10, "sgm_uniform"), file.outputs("legacy_other")["s10"])
-    assert_close(other.step_sigmas(500, "sgm_uniform"), file.outputs("legacy_other")["all"])
-    expected = file.outputs("discrete_denoiser")
+    assert_close(other.step_sigmas(10, "sgm_uniform"), golden.outputs("legacy_other")["s10"])
+    assert_close(other.step_sigmas(500, "sgm_uniform"), golden.outputs("legacy_other")["all"])
+    expected = golden.outputs("discrete_denoiser")
     assert_close(SD.sigmas, expected["sigmas"])
-    assert_close(SD.nearest_sigma(file.inputs("discrete_denoiser")["sigma"]), expected["quantized"])
+    assert_close(
+        SD.nearest_sigma(golden.inputs("discrete_denoiser")["sigma"]), expected["quantized"]
+    )
     assert_close(Schedule(betas_from_sigmas(SD.sigmas)).sigmas, expected["sigmas"])
 
 

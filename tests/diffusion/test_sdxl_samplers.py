@@ -34,8 +34,8 @@ SDXL = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.01
 
 @functools.cache
 def load_recorded() -> tuple[GoldenFile, UNet]:
-    file = load_golden("sdxl_samplers")
-    return file, build_from(file, UNet, file.meta["config_network"]).requires_grad_(False)
+    golden = load_golden("sdxl_samplers")
+    return golden, build_from(golden, UNet, golden.meta["config_network"]).requires_grad_(False)
 
 
 def make_denoiser(name: str) -> Denoiser:
@@ -45,8 +45,8 @@ def make_denoiser(name: str) -> Denoiser:
     return Denoiser(network, SDXL, {"EpsScaling": "eps", "VScaling": "v"}[name], nearest=True)
 
 
-def read_conditions(file: GoldenFile) -> tuple[Cond, Cond]:
-    shared = file.select("shared/")
+def read_conditions(golden: GoldenFile) -> tuple[Cond, Cond]:
+    shared = golden.select("shared/")
     cond, uncond = ((shared[f"{c}_crossattn"], shared[f"{c}_vector"]) for c in ("c", "uc"))
     return Cond(cond[0], vector=cond[1]), Cond(uncond[0], vector=uncond[1])
 
@@ -57,19 +57,19 @@ def get_class_name(config: dict) -> str:
 
 @pytest.mark.parametrize("name", slow_except(CASES, *QUICK))
 def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: str) -> None:
-    file, _ = load_recorded()
-    info, draws = file.case(name)["info"], iter(file.rng(name))
+    golden, _ = load_recorded()
+    info, draws = golden.case(name)["info"], iter(golden.draws(name))
     steps = info["num_steps"] or info["num_steps_at_call"]
     denoiser = make_denoiser(info["denoiser"])
     is_edm_grid = get_class_name(info["discretization"]) == "EDMDiscretization"
     scheduler = "edm" if "params" in info["discretization"] else "karras"
     sigmas = denoiser.schedule.step_sigmas(steps, scheduler if is_edm_grid else "sgm_uniform")
-    cond, uncond = read_conditions(file)
+    cond, uncond = read_conditions(golden)
     guider = info["guider"] or {}
     scale = guider.get("params", {}).get("scale", 1.0)
     options = dict(info["params"])
     s_noise = options.pop("s_noise", 1.0)
-    if file.rng(name):
+    if golden.draws(name):
         options["noise_source"] = lambda like: s_noise * next(draws)
     calls: list[tuple[Tensor, float, Tensor]] = []
     guided = add_guidance(denoiser, cond, uncond if info["uc"] else None, scale)
@@ -78,32 +78,32 @@ def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: 
         calls.append((x, sigma, guided(x, sigma)))
         return calls[-1][2]
 
-    start = file.select("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
+    start = golden.select("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
     x = SAMPLERS[SAMPLER_NAMES[get_class_name({"target": info["sampler"]})]](
         denoise, start, sigmas, **options
     )
     xs, levels, estimates = zip(*calls, strict=True)
-    expected = file.outputs(name)
+    expected = golden.outputs(name)
     levels = torch.tensor(levels, dtype=torch.float64)
     torch.testing.assert_close(levels, expected["sigma_in"][:, 0].double(), rtol=1e-5, atol=0)
-    file.assert_close(name, x_in=torch.stack(xs), denoised=torch.stack(estimates), x=x)
+    golden.assert_close(name, x_in=torch.stack(xs), denoised=torch.stack(estimates), x=x)
     assert next(draws, None) is None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_turbo_sampling_equals_the_recorded_one(steps: int) -> None:
-    file, _ = load_recorded()
+    golden, _ = load_recorded()
     name = f"turbo_{steps}"
-    seed = file.case(name)["info"]["seed"]
+    seed = golden.case(name)["info"]["seed"]
     shape = (1, 4, 8, 8)
     noise = (
         torch.from_numpy(np.random.RandomState(seed + k).randn(*shape)).float() for k in range(9)
     )
     denoiser = make_denoiser("EpsScaling")
-    cond, _ = read_conditions(file)
+    cond, _ = read_conditions(golden)
     sigmas = SDXL.step_sigmas(steps, "turbo")
     start = next(noise) * (1 + float(sigmas[0]) ** 2) ** 0.5
     x = SAMPLERS["euler_a"](
         add_guidance(denoiser, cond[:1]), start, sigmas, noise_source=lambda like: next(noise)
     )
-    file.assert_close(name, x=x)
+    golden.assert_close(name, x=x)

@@ -123,7 +123,7 @@ def test_full_size_embedding_equals_the_recorded_one():
 @pytest.mark.parametrize("case", ["clip_stats", "clip_nostats"])
 def test_noised_embeddings_equal_the_recorded_ones(case):
     golden = load_golden("low_scale_model")
-    given, expected, drawn = golden.inputs(case), golden.outputs(case), golden.rng(case)
+    given, expected, drawn = golden.inputs(case), golden.outputs(case), golden.draws(case)
     path = "statistics.th" if case == "clip_stats" else None
     noise = EmbeddingNoise(timestep_dim=24, noise_schedule_config=COSINE, clip_stats_path=path)
     if path:
@@ -150,14 +150,14 @@ def test_the_vector_of_a_run_equals_the_recorded_one():
     golden, encoder = build_recorded_unclip()
     info = golden.case("uc1_dpm")["info"]
     embedding = encoder.embed(golden.inputs("uc1_dpm")["image"]).expand(2, -1)
-    vector = encoder.noise(embedding, info["noise_level"], golden.rng("uc1_dpm")[0])
+    vector = encoder.noise(embedding, info["noise_level"], golden.draws("uc1_dpm")[0])
     assert_close(vector * info["weight"], golden.outputs("uc1_dpm")["adm"])
 
 
 def test_the_vector_in_training_equals_the_recorded_one():
     golden, encoder = build_recorded_unclip()
     batch = {"jpg": golden.inputs("unclip_train")["jpg"].movedim(-1, 1)}
-    posterior, *_, kept = golden.rng("unclip_train")
+    posterior, *_, kept = golden.draws("unclip_train")
     torch.manual_seed(golden.case("unclip_train")["info"]["seed"])
     torch.randn(posterior.shape)
     rows = encoder.prepare(batch, make_options())["embedding"]

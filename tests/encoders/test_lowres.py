@@ -34,7 +34,7 @@ def test_noised_images_equal_the_recorded_ones():
     golden = load_golden("low_scale_model")
     given, recorded = golden.inputs("image"), golden.outputs("image")
     encoder, lr = LowRes(**X4), given["x"]
-    noise = golden.rng("image")[0]
+    noise = golden.draws("image")[0]
     assert_close(encoder.add_noise(lr, given["noise_level"], noise), recorded["z"], 1e-6)
     seed = golden.case("image")["info"]["seeds"][1]  # draws the level, then the noise
     ours = encoder.prepare({"lr": lr}, make_options(seed=seed))
@@ -55,7 +55,7 @@ def test_upscaling_conditions_equal_the_recorded_ones():
     golden = load_golden("get_input_concat")
     recorded = golden.outputs("upscale")
     torch.manual_seed(golden.case("upscale")["info"]["seed"])
-    torch.randn(golden.rng("upscale")[0].shape)  # the posterior of the large image
+    torch.randn(golden.draws("upscale")[0].shape)  # the posterior of the large image
     conditioner = Conditioner(lowres=LowRes(**X4), level=NoiseLevel())
     batch = {"lr": to_nchw(golden.inputs("upscale")["lr"])}
     cond = conditioner(conditioner.lowres.prepare(batch, make_options()))
@@ -110,7 +110,7 @@ def test_inpainting_conditions_equal_the_recorded_ones(key):
 
     def encode(image):
         posterior = autoencoder.encode(image)
-        noise = golden.rng("inpaint")[1]
+        noise = golden.draws("inpaint")[1]
         return (posterior.mean + posterior.std * noise) * config["scale_factor"]
 
     image, mask = (to_nchw(golden.inputs("inpaint")[k]) for k in ("jpg", "mask"))

@@ -1,7 +1,5 @@
 """The safety checker against recorded runs of diffusers' class, and against that class."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from goldfile import load_golden
 from ldm.loading.addons.safety import load_safety_checker
 from recipe import fill
 
-recorded = functools.cache(load_golden)
 DECISIONS = (
     "none", "one_concept", "only_by_special_care", "same_without_special", "round_up",
     "round_down", "special_chain", "all",
@@ -22,9 +19,9 @@ DECISIONS = (
 
 def make_recorded_weights():
     """Make weights under the names of the published file, with thresholds of 0."""
-    file = recorded("seed_safety_checker")
-    manifest = file.meta["state_dict_manifest"]
-    return fill({name: torch.zeros(shape) for name, shape in manifest.items()}, file.meta["salt"])
+    golden = load_golden("seed_safety_checker")
+    manifest = golden.meta["state_dict_manifest"]
+    return fill({name: torch.zeros(shape) for name, shape in manifest.items()}, golden.meta["salt"])
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +46,31 @@ def make_image(height, width):
 @pytest.mark.parametrize("case", ["pre_square", "pre_landscape", "pre_small"])
 def test_pixels_are_the_recorded_ones(checker, case):
     """Shorter side by Pillow's bicubic, middle cropped; the smallest one is enlarged."""
-    file = recorded("seed_safety_checker")
-    given, size = file.inputs(case), file.case(case)["info"]["size"]
+    golden = load_golden("seed_safety_checker")
+    given, size = golden.inputs(case), golden.case(case)["info"]["size"]
     image = make_image(*size)
     if "image" in given:
         image = Image.fromarray(given["image"].numpy())
     pixels = checker.preprocess(image)[:, :, ::7, ::7]
-    torch.testing.assert_close(pixels, file.outputs(case)["pixels"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(pixels, golden.outputs(case)["pixels"], rtol=0, atol=1e-6)
 
 
 def compute_embeddings(checker):
-    small = recorded("seed_safety_checker").inputs("embed")["small"]
+    small = load_golden("seed_safety_checker").inputs("embed")["small"]
     pixels = F.interpolate(small, (224, 224), mode="bilinear", align_corners=False)
     with torch.no_grad():
         return checker.visual(pixels)
 
 
 def test_embeddings_are_the_recorded_ones(checker):
-    expected = recorded("seed_safety_checker").outputs("embed")["image_embeds"]
+    expected = load_golden("seed_safety_checker").outputs("embed")["image_embeds"]
     torch.testing.assert_close(compute_embeddings(checker), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", DECISIONS)
 def test_decisions_are_the_recorded_ones_exactly(checker, case):
-    file = recorded("seed_safety_checker")
-    given, expected = file.inputs(case), file.outputs(case)
+    golden = load_golden("seed_safety_checker")
+    given, expected = golden.inputs(case), golden.outputs(case)
     checker.concept_embeds_weights.data = given["concept_weights"]
     checker.special_care_embeds_weights.data = given["special_weights"]
     verdicts = checker.judge_embeddings(compute_embeddings(checker))
@@ -91,7 +88,7 @@ def save_diffusers_checker(folder):
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig
 
-    config = recorded("seed_safety_checker").meta["config"]
+    config = load_golden("seed_safety_checker").meta["config"]
     theirs = StableDiffusionSafetyChecker(CLIPConfig(**config)).eval()
     state = make_recorded_weights()
     if not any(name.startswith("vision_model.vision_model.") for name in theirs.state_dict()):

@@ -64,10 +64,10 @@ def test_replay_names_a_missing_or_changed_input(run, run_ldm, photo):
 
 @pytest.mark.parametrize("name", ["s08", "s05_v", "resize", "eta1", "from_file"])
 def test_legacy_img2img_gives_the_recorded_images(run, tmp_path, name):
-    file = load_golden("e2e_img2img")
-    info = file.case(name)["info"]
+    golden = load_golden("e2e_img2img")
+    info = golden.case(name)["info"]
     options, flags = dict(info["options"]), ["--legacy", "--no-watermark"]
-    Image.fromarray(file.inputs(name)["init_image"].numpy()).save(tmp_path / "init.png")
+    Image.fromarray(golden.inputs(name)["init_image"].numpy()).save(tmp_path / "init.png")
     if lines := options.pop("from_file", None):
         (tmp_path / "prompts.txt").write_text("\n".join(lines))
         flags += ["--from-file", tmp_path / "prompts.txt"]
@@ -75,7 +75,7 @@ def test_legacy_img2img_gives_the_recorded_images(run, tmp_path, name):
         flags += [f"--{key}", value]
     _, out, _ = run("img2img", info["model"], "--init-img", tmp_path / "init.png", *flags)
     error = np.abs(
-        np.stack([read_pixels(path) for path in out]) - file.outputs(name)["images"].numpy()
+        np.stack([read_pixels(path) for path in out]) - golden.outputs(name)["images"].numpy()
     )
     assert error.max() <= 1
     assert (error > 0).mean() < 0.05
@@ -250,9 +250,9 @@ def write_random_model(folder, config):
 @pytest.fixture
 def unclip_l(tmp_path):
     """Flags of an unCLIP-L, which lies beside the two files that it takes from Karlo."""
-    file = load_golden("e2e_unclip")
-    config = json.loads(json.dumps(file.meta["config_unclip"]))
-    params, arch = config["params"], file.meta["tiny_arch"]
+    golden = load_golden("e2e_unclip")
+    config = json.loads(json.dumps(golden.meta["config_unclip"]))
+    params, arch = config["params"], golden.meta["tiny_arch"]
     params["cond_stage_config"]["params"]["arch"] = arch
     target = "ldm.modules.encoders.modules.ClipImageEmbedder"
     params["embedder_config"] = {"target": target, "params": {"model": arch}}
@@ -306,11 +306,11 @@ def test_unclip_without_image_and_prior_is_refused_in_one_line(unclip_l, unclip)
 
 @pytest.mark.slow
 def test_image_variations_of_sd_1_are_made_without_text(unclip, run_ldm, tmp_path, photo):
-    file = load_golden("e2e_img2img")
-    config = json.loads(json.dumps(file.meta["config_base_eps"]))
+    golden = load_golden("e2e_img2img")
+    config = json.loads(json.dumps(golden.meta["config_base_eps"]))
     config["params"]["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
-        "params": {"model": file.meta["tiny_arch"]},
+        "params": {"model": golden.meta["tiny_arch"]},
     }
     flags = ["--image", photo, "--n_samples", "2", "--prompt", "a fox"]
     status, out, err = unclip(*write_random_model(tmp_path, config), *flags)

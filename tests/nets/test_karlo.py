@@ -53,7 +53,7 @@ def test_samples_equal_the_recorded_ones(steps):
     golden, prior, cond = load_recorded_prior()
     case = f"sample_{steps}"
     # The original carries the unconditional half along with noise of its own, and never reads it.
-    drawn = iter([noise[:2] for noise in golden.rng(case)])
+    drawn = iter([noise[:2] for noise in golden.draws(case)])
     scale = golden.case(case)["info"]["cf_scale"]
     with torch.no_grad():
         x = sample_normalized_embeddings(
@@ -68,7 +68,7 @@ def test_ddim_samples_equal_the_recorded_ones():
     golden, prior, cond = load_recorded_prior()
     table = Schedule(make_betas("squaredcos_cap_v2")).sigmas
     sigmas = torch.cat([table[[750, 500, 250, 0]], torch.zeros(1)])
-    start = golden.rng("sample_ddim4")[0][:2]
+    start = golden.draws("sample_ddim4")[0][:2]
     with torch.no_grad():
         x = sample_normalized_embeddings(
             prior, cond[:2], cond[2:], sigmas=sigmas, eta=0.0, noise_source=lambda _: start

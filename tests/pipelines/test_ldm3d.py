@@ -118,7 +118,7 @@ def run_upscaling(sr, name):
     unet = "unet_with_level" if info["class_embedding"] else "unet"
     encoder = {"target": "ldm.encoders.lowres.RGBDLatent"}
     model = build_ldm3d_model(sr, unet, "vae", "LatentUpscaleDiffusion", low_scale_config=encoder)
-    draws = iter(sr.rng(name))
+    draws = iter(sr.draws(name))
     return upscale_rgbd(
         model,
         [info["prompt"]],

@@ -75,7 +75,7 @@ def test_a_model_without_conditions_is_sampled_as_recorded():
     weights = fill(restore_names(model.state_dict()), file.meta["salt"])
     model.load_state_dict(rename_weights(weights))
     model.scale_factor = info["scale_factor"]
-    z = sample(model, model.condition({}), x_T=file.rng(name)[0], steps=info["steps"])
+    z = sample(model, model.condition({}), x_T=file.draws(name)[0], steps=info["steps"])
     file.assert_close(name, latents=z, images=model.decode(z))
     for seeds, n in (([1, 2, 3], 3), (torch.tensor(5), 1), (None, 1)):
         assert len(sample(model, model.condition({}), seeds=seeds, steps=1)) == n

@@ -146,7 +146,7 @@ def test_img2img_equals_the_original(name: str) -> None:
     options = make_options(info)
     legacy = DEMO | ({"ignore-negative"} if info["force_uc_zero_embeddings"] else set())
     if info["kwargs"]:
-        posterior, noise, offset = file.rng(name)
+        posterior, noise, offset = file.draws(name)
         draws = iter([posterior])
         options["seeds"] = lambda like: next(draws)
         options["x_T"] = noise + 0.1 * offset.reshape(-1, 1, 1, 1)
@@ -203,7 +203,7 @@ def test_base_and_refiner_may_sample_differently(name: str) -> None:
     """The original takes x of the base for x at the refiner's first level, whatever that is."""
     file = recorded("sdxl_e2e_refine")
     info, base, refiner = file.case(name)["info"], load_model("base"), load_model("refiner")
-    draws = iter(file.rng(name))
+    draws = iter(file.draws(name))
     sigmas = base.schedule.step_sigmas(info["steps"], "sgm_uniform")
     end_step = len(file.outputs(name)["sigmas_base"]) - 1
     options = {"scale": info["guidance"], "legacy": DEMO, "noise_source": lambda like: next(draws)}

@@ -39,7 +39,7 @@ def load_image_and_mask() -> tuple[Tensor, Tensor]:
 def make_options(name: str, order: tuple[int, ...]) -> dict:
     """Options of a case, whose draws we make in another order."""
     file = recorded("sdxl_inpaint")
-    info, rng = file.case(name)["info"], file.rng(name)
+    info, rng = file.case(name)["info"], file.draws(name)
     draws = iter([rng[k] for k in order])
     return {
         "prompts": [info["prompt"]],

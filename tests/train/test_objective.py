@@ -74,7 +74,7 @@ def build_criterion(params: dict[str, Any]) -> Criterion:
 def test_loss_of_drawn_timesteps_and_noise_equals_the_originals() -> None:
     golden = load_golden("train_losses")
     shared = golden.select("shared/")
-    t, noise = golden.rng("forward_rng")
+    t, noise = golden.draws("forward_rng")
     denoiser = Denoiser(build_unet(golden, "config_eps_l2"), SCHEDULE)
     with torch.no_grad():
         error = denoiser.error(shared["x_start"], Cond(crossattn=shared["c"]), t, noise)

@@ -191,11 +191,12 @@ def test_weights_of_the_denoised_latent_equal_the_originals(
 def test_noise_levels_equal_the_originals() -> None:
     """Ours are drawn by quantiles of the normal distribution that the original draws from."""
     golden = load_golden("sdxl_train")
-    (index,) = golden.rng("sampling_discrete")
+    (index,) = golden.draws("sampling_discrete")
     sigma = SCHEDULE.t_to_sigma(index).float()
     assert_close(sigma, golden.outputs("sampling_discrete")["sigma"])
     for levels, draw, name in zip(
-        (LogNormal(), LogNormal(mean=0.4, std=1.7)), golden.rng("sampling_edm"), ("sigma", "other"),
+        (LogNormal(), LogNormal(mean=0.4, std=1.7)), golden.draws("sampling_edm"),
+        ("sigma", "other"),
         strict=True,
     ):  # fmt: skip
         sigma = levels.compute_sigmas(torch.special.ndtr(draw.double())).float()
@@ -279,7 +280,7 @@ def test_losses_and_gradients_of_an_engine_equal_the_originals(
 ) -> None:
     golden = load_golden("sdxl_train")
     model = build_engine(golden, name)
-    losses = compute_engine_loss(golden, name, model, golden.rng(name), monkeypatch)
+    losses = compute_engine_loss(golden, name, model, golden.draws(name), monkeypatch)
     losses["loss"].backward()
     for key, recorded in golden.outputs(name).items():
         if key.startswith("grad/"):
@@ -299,7 +300,7 @@ def test_steps_of_adamw_with_an_average_equal_the_originals(
     multiplier = build_lr_multiplier(params["scheduler_config"])
     ema = EMA(model.unet, params["ema_decay_rate"])
     optimizer = make_optimizer(model.unet, 0.0, weight_decay=1e-2)
-    draws = golden.rng(name)
+    draws = golden.draws(name)
     for step in range(3):
         step_draws = draws[4 * step : 4 * step + 4]
         loss = compute_engine_loss(golden, name, model, step_draws, monkeypatch)["loss"]

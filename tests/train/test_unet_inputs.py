@@ -41,7 +41,7 @@ def test_inputs_equal_the_originals(
     DiffusionTask(model)  # adds the 0.001 of training to the range of depth maps
     info, expected = golden.case(case)["info"], golden.outputs(case)
     batch = {name: to_image(name, value) for name, value in golden.inputs(case).items()}
-    replay(golden.rng(case), monkeypatch)
+    replay(golden.draws(case), monkeypatch)
     actual = prepare_inputs(model, {**batch, "txt": info["txt"]}, DROPOUTS.get(case, {}))
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
@@ -56,7 +56,7 @@ def test_the_first_stage_equals_the_originals(
     )  # which alone has the decoded image
     model, expected = build_recorded_model(golden, "base_eps"), golden.outputs("base_first_stage")
     image = to_image("jpg", golden.inputs("base_first_stage")["jpg"])
-    replay(golden.rng("base_first_stage"), monkeypatch)
+    replay(golden.draws("base_first_stage"), monkeypatch)
     z = model.encode(image)
     torch.testing.assert_close(z, expected["z"], **CLOSE)
     mode = model.autoencoder.encode(image).mode() * model.scale_factor

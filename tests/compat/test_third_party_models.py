@@ -1,15 +1,15 @@
-"""What programs do with the original's model classes, shown by classes like theirs."""
+"""What third-party code does with the original's model classes: subclass, wrap, train, bridge."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-from compathelp import make_tiny_config
+from compathelp import SCHEDULER, build_model, make_tiny_config
 from torch import nn
 
 import ldm
-from compat.recordedmodels import SCHEDULER, build, recorded
+from goldfile import load_golden
 from ldm.compat.bridge import from_modern, to_modern
 from ldm.compat.lightning import PlainModule
 from ldm.diffusion.schedule import Schedule
@@ -37,8 +37,8 @@ WITHOUT_TRAINER = pytest.mark.filterwarnings("ignore:You are trying to `self.log
 SHAPE = (4, 8, 12)
 
 
-class Branch(nn.Module):
-    """Stands for a control network: one convolution of the hint."""
+class ControlBranch(nn.Module):
+    """A control network of one convolution of the hint."""
 
     def __init__(self, hint_channels):
         super().__init__()
@@ -49,7 +49,7 @@ class Branch(nn.Module):
 
 
 class ControlLDM(LatentDiffusion):
-    """The model part of a control network, with keywords of its own before the others."""
+    """A model with a control network, whose arguments come before those of its base class."""
 
     def __init__(self, control_stage_config, control_key, only_mid_control, *args, **kwargs):
         self.control_scales = [1.0]
@@ -95,11 +95,9 @@ class ControlLDM(LatentDiffusion):
 
 @WITHOUT_TRAINER
 def test_a_control_network_is_trained_and_sampled():
-    config = recorded("ddim_eps").meta["config"]
-    branch = {"target": f"{__name__}.Branch", "params": {"hint_channels": 3}}
-    model = ControlLDM(
-        branch, "hint", False, **copy_params(config), cond_stage_trainable=False
-    )  # fmt: skip
+    config = load_golden("ddim_eps").meta["config"]
+    branch = {"target": f"{__name__}.ControlBranch", "params": {"hint_channels": 3}}
+    model = ControlLDM(branch, "hint", False, **copy_params(config), cond_stage_trainable=False)
     model.learning_rate, model.sd_locked = 1e-2, True
     batch = {
         "jpg": torch.randn(2, 8, 12, 4), "txt": torch.randn(2, 7, 32),
@@ -130,8 +128,8 @@ def copy_params(config):
     return params
 
 
-class OwnModel(nn.Module):
-    """A program's own model: helpers, UNet and autoencoder are ours, all else is its own."""
+class ThirdPartyModel(nn.Module):
+    """A model class of third-party code that uses only our helpers, UNet and autoencoder."""
 
     def __init__(self, unet_config, first_stage_config, timesteps):
         super().__init__()
@@ -152,19 +150,20 @@ class OwnModel(nn.Module):
     calls = 0
 
     def q_sample(self, x, t, noise):
-        root = extract_into_tensor(self.alphas_cumprod.sqrt(), t, x.shape)
-        return root * x + extract_into_tensor((1 - self.alphas_cumprod).sqrt(), t, x.shape) * noise
+        alpha = extract_into_tensor(self.alphas_cumprod.sqrt(), t, x.shape)
+        sigma = extract_into_tensor((1 - self.alphas_cumprod).sqrt(), t, x.shape)
+        return alpha * x + sigma * noise
 
     def apply_model(self, x, t, c):
         self.calls += 1
         return self.model(x, t, c_crossattn=[c])
 
 
-def test_a_program_with_its_own_model_class_trains_the_unet_or_only_the_context():
-    config = copy_params(recorded("get_input_more").meta["config_base_eps"])
+def test_a_third_party_model_class_trains_the_unet_or_only_the_context():
+    config = copy_params(load_golden("get_input_more").meta["config_base_eps"])
     unet = config["unet_config"]
     unet["params"]["use_checkpoint"] = True
-    model = OwnModel(unet, config["first_stage_config"], 20)
+    model = ThirdPartyModel(unet, config["first_stage_config"], 20)
     model.load_state_dict(model.state_dict())
     assert isinstance(model.first_stage_model, AutoencoderKL)
     assert not isinstance(model.first_stage_model, VQModelInterface | IdentityFirstStage)
@@ -175,22 +174,22 @@ def test_a_program_with_its_own_model_class_trains_the_unet_or_only_the_context(
     noise = noise_like(x.shape, "cpu")
     context = torch.randn(1, 7, 32, requires_grad=True)
 
-    def loss():
+    def compute_loss():
         return mean_flat((model.apply_model(model.q_sample(x, t, noise), t, context) - noise) ** 2)
 
-    loss().sum().backward()
+    compute_loss().sum().backward()
     assert model.model.diffusion_model.input_blocks[0][0].weight.grad is not None
-    whole, context.grad = context.grad, None
+    expected, context.grad = context.grad, None
     model.model.requires_grad_(False)
-    loss().sum().backward()
-    assert torch.allclose(context.grad, whole, atol=1e-6)
+    compute_loss().sum().backward()
+    assert torch.allclose(context.grad, expected, atol=1e-6)
     model.model_ema(model.model)
     samples, _ = DDIMSampler(model).sample(4, 1, SHAPE, context.detach(), eta=1.0)
     assert (samples.shape, model.calls) == ((1, *SHAPE), 2 + 4)
 
 
 class EpsDenoiser(nn.Module):
-    """The wrapper of k-diffusion: sigmas for timesteps, and a denoiser over `apply_model`."""
+    """The wrapper of k-diffusion: takes sigmas, returns denoised, and calls `apply_model`."""
 
     def __init__(self, model):
         super().__init__()
@@ -198,21 +197,20 @@ class EpsDenoiser(nn.Module):
         self.log_sigmas = ((1 - model.alphas_cumprod) / model.alphas_cumprod).sqrt().log()
 
     def forward(self, x, sigma, **kwargs):
-        log_sigma, table = sigma.log(), self.log_sigmas
-        low = (table < log_sigma[:, None]).sum(1).clamp(1, len(table) - 1) - 1
-        weight = (log_sigma - table[low]) / (table[low + 1] - table[low])
-        t = low + weight
+        log_sigma, log_sigmas = sigma.log(), self.log_sigmas
+        low = (log_sigmas < log_sigma[:, None]).sum(1).clamp(1, len(log_sigmas) - 1) - 1
+        t = low + (log_sigma - log_sigmas[low]) / (log_sigmas[low + 1] - log_sigmas[low])
         shape = (-1, 1, 1, 1)
-        scale = (1 / (sigma**2 + 1) ** 0.5).reshape(shape)
-        eps = self.inner_model.apply_model(x * scale, t, **kwargs)
+        c_in = (1 / (sigma**2 + 1) ** 0.5).reshape(shape)
+        eps = self.inner_model.apply_model(x * c_in, t, **kwargs)
         return x - eps * sigma.reshape(shape)
 
 
 def test_three_way_guidance_over_a_wrapper_with_fractional_timesteps(monkeypatch):
-    config = copy_params(recorded("conditioning_routes").meta["config_hybrid"])
+    config = copy_params(load_golden("conditioning_routes").meta["config_hybrid"])
     config["unet_config"]["params"]["in_channels"] = 8
     target = "ldm.models.diffusion.ddpm.LatentDiffusion"
-    model = build({"target": target, "params": config})
+    model = build_model({"target": target, "params": config})
     calls, old = [], LatentDiffusion.apply_model
 
     def apply_model(self, x_noisy, t, cond, return_ids=False):
@@ -222,10 +220,10 @@ def test_three_way_guidance_over_a_wrapper_with_fractional_timesteps(monkeypatch
     monkeypatch.setattr(LatentDiffusion, "apply_model", apply_model)
     denoiser = EpsDenoiser(model)
     text, image, x = torch.randn(1, 7, 32), torch.randn(1, *SHAPE), torch.randn(1, *SHAPE)
-    null, nothing = torch.zeros_like(text), torch.zeros_like(image)
+    null_text, null_image = torch.zeros_like(text), torch.zeros_like(image)
     cond = {
-        "c_crossattn": [torch.cat([text, null, null])],
-        "c_concat": [torch.cat([image, image, nothing])],
+        "c_crossattn": [torch.cat([text, null_text, null_text])],
+        "c_concat": [torch.cat([image, image, null_image])],
     }
     sigma = torch.full((3,), 2.5)
     with torch.no_grad():
@@ -238,17 +236,16 @@ def test_three_way_guidance_over_a_wrapper_with_fractional_timesteps(monkeypatch
 
 
 @WITHOUT_TRAINER
-def test_the_hooks_of_training_work_without_lightning():
-    """As scripts do that call the hooks themselves."""
-    config = recorded("train_step").meta["config"]
+def test_the_hooks_of_training_may_be_called_without_lightning():
+    config = load_golden("train_step").meta["config"]
     ucg_training = {"label": {"p": 1.0, "val": "none"}}
-    model = build(config, scheduler_config=SCHEDULER, ucg_training=ucg_training)
+    model = build_model(config, scheduler_config=SCHEDULER, ucg_training=ucg_training)
     model.train()
     assert not model.first_stage_model.training
     assert model.first_stage_model.train(True) is model.first_stage_model
     model.learning_rate = 1e-3
-    (optimizer,), (schedule,) = model.configure_optimizers()
-    assert (schedule["interval"], schedule["frequency"]) == ("step", 1)
+    (optimizer,), (scheduler,) = model.configure_optimizers()
+    assert (scheduler["interval"], scheduler["frequency"]) == ("step", 1)
     batch = {
         "jpg": torch.randn(2, 8, 12, 4), "txt": torch.randn(2, 7, 32), "label": ["a", "b"],
     }  # fmt: skip
@@ -273,11 +270,10 @@ def test_the_hooks_of_training_work_without_lightning():
     model.validation_step(batch, 0)
 
 
-def test_an_autoencoder_and_its_discriminator_are_trained_by_hand():
-    """As `test_lightning_fit` does by a Trainer."""
+def test_an_autoencoder_and_its_discriminator_are_trained_without_a_trainer():
     params = {"disc_start": 0, "perceptual_weight": 0.0}
     loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": params}
-    model = build(recorded("ae_loss").meta["config_vae"], lossconfig=loss, ema_decay=0.9)
+    model = build_model(load_golden("ae_loss").meta["config_vae"], lossconfig=loss, ema_decay=0.9)
     if not isinstance(model, PlainModule):
         pytest.skip("Lightning needs a Trainer")
     model.learning_rate = 1e-3
@@ -293,17 +289,16 @@ def test_an_autoencoder_and_its_discriminator_are_trained_by_hand():
     trained = model.decoder.conv_out.weight.detach().clone()
     model.validation_step(batch, 0)
     log = model.log_images(batch)
-    assert torch.equal(
-        model.decoder.conv_out.weight, trained
-    )  # the EMA weights are taken out again
-    names = ("samples", "reconstructions", "samples_ema", "reconstructions_ema")
-    assert log.keys() == {"inputs", *names}
+    assert torch.equal(model.decoder.conv_out.weight, trained)  # not the EMA weights
+    assert log.keys() == {
+        "inputs", "samples", "reconstructions", "samples_ema", "reconstructions_ema",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["base_v", pytest.param("base_eps", marks=pytest.mark.slow)])
-def test_bridges_share_the_weights_both_ways(name):
+def test_models_are_converted_both_ways_and_share_their_weights(name):
     """Worst difference of a UNet's or an encoder's output: 0; of the decoder's: 2.1e-6."""
-    modern = build_recorded_model(recorded("e2e_txt2img"), name)
+    modern = build_recorded_model(load_golden("e2e_txt2img"), name)
     compat_model = from_modern(modern)
     back = to_modern(compat_model)
     weight = modern.unet.out[2].weight
@@ -324,54 +319,55 @@ def test_bridges_share_the_weights_both_ways(name):
 
 
 IMAGE = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
-TASKS = {
-    "depth": ("e2e_depth2img", lambda model, **k: ldm.depth2img(model, ["a"], IMAGE, **k)),
+# By family: golden file, task, class of the original.
+FAMILIES = {
+    "depth": (
+        "e2e_depth2img",
+        lambda model, **k: ldm.depth2img(model, ["a"], IMAGE, **k),
+        LatentDepth2ImageDiffusion,
+    ),
     "inpaint": (
         "e2e_inpaint",
         lambda model, **k: ldm.inpaint(model, ["a"], IMAGE, IMAGE[:, :1] > 0, **k),
+        LatentInpaintDiffusion,
     ),
     "unclip": (
         "e2e_unclip",
         lambda model, **k: ldm.unclip(model, ["a"], [IMAGE], size=(64, 64), **k),
+        ImageEmbeddingConditionedLatentDiffusion,
     ),
     "upscale": (
         "e2e_upscale",
         lambda model, **k: ldm.upscale(model, ["a"], IMAGE[..., :16, :16], noise_level=20, **k),
+        LatentUpscaleDiffusion,
     ),
 }
-COMPAT_CLASSES = {
-    "depth": LatentDepth2ImageDiffusion,
-    "inpaint": LatentInpaintDiffusion,
-    "unclip": ImageEmbeddingConditionedLatentDiffusion,
-    "upscale": LatentUpscaleDiffusion,
-}
 
 
-@pytest.mark.parametrize("name", slow_except(TASKS, "inpaint", "unclip"))
-def test_families_are_bridged_both_ways(name):
-    """The images are equal, bit by bit."""
-    file, task = TASKS[name]
-    modern = build_recorded_model(recorded(file), name)
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "inpaint", "unclip"))
+def test_a_model_converted_both_ways_makes_identical_images(family):
+    golden_name, task, compat_class = FAMILIES[family]
+    modern = build_recorded_model(load_golden(golden_name), family)
     compat_model = from_modern(modern)
-    assert type(compat_model) is COMPAT_CLASSES[name]
+    assert type(compat_model) is compat_class
     back = to_modern(compat_model)
     assert set(back.conditioner.encoders) == set(modern.conditioner.encoders)
-    addresses = {weight.data_ptr() for weight in modern.parameters()}
-    assert addresses == {weight.data_ptr() for weight in compat_model.parameters()}
-    assert addresses == {weight.data_ptr() for weight in back.parameters()}
+    pointers = {weight.data_ptr() for weight in modern.parameters()}
+    for model in (compat_model, back):
+        assert pointers == {weight.data_ptr() for weight in model.parameters()}
     assert torch.equal(*(task(model, steps=2, seeds=[1]) for model in (modern, back)))
 
 
 def test_models_without_a_counterpart_are_refused():
     with pytest.raises(WrongFamily, match="has these encoders: .*, text, text_2"):
-        from_modern(build_recorded_model(recorded("sdxl_e2e_txt2img"), "base"))
-    concat = build(recorded("conditioning_routes").meta["config_concat"])
+        from_modern(build_recorded_model(load_golden("sdxl_e2e_txt2img"), "base"))
+    concat = build_model(load_golden("conditioning_routes").meta["config_concat"])
     with pytest.raises(WrongFamily, match="LatentDiffusion with conditioning_key `concat`"):
         to_modern(concat)
 
 
 def test_settings_without_a_counterpart_are_refused(monkeypatch):
-    modern = build_recorded_model(recorded("e2e_txt2img"), "base_v")
+    modern = build_recorded_model(load_golden("e2e_txt2img"), "base_v")
     text = modern.conditioner.text
     flipped = Schedule(modern.schedule.betas, flip_time=True)
     for owner, name, value, message in (
@@ -388,7 +384,7 @@ def test_settings_without_a_counterpart_are_refused(monkeypatch):
         from_modern(modern)
 
 
-def test_tokens_that_a_program_has_added_are_bridged():
+def test_added_tokens_are_converted():
     compat_model = instantiate_from_config(make_tiny_config()).eval()
     encoder = compat_model.cond_stage_model
     encoder.tokenizer.add_tokens("<thing>")

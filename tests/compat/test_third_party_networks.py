@@ -1,4 +1,4 @@
-"""What programs do with the original's networks: replace, subclass, hook, freeze, build empty."""
+"""What third-party code does with the networks: replace, subclass, hook, freeze, build on meta."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ from types import MethodType
 import pytest
 import torch
 import torch.nn.functional as F
-from compathelp import TINY, attend, compute_error, randomize, tiny_unet
+from compathelp import DDCONFIG, TINY, attend, build_tiny_unet, compute_error, randomize_zeros
 from torch import nn
 
 import ldm
@@ -30,17 +30,17 @@ from ldm.compat.openaimodel import (
 from ldm.compat.util import instantiate_from_config
 from nets.nethelp import get_shapes, make_tiny_inputs, read_recorded_shapes
 
-DECODER = {
-    "ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
-    "in_channels": 3, "resolution": 16, "z_channels": 4,
-}  # fmt: skip
 WITHOUT_TRANSFORMERS = {"use_spatial_transformer": False, "context_dim": None}
 
 
 @pytest.fixture(scope="module")
 def networks():
     """A UNet with transformers, one with AttentionBlock, and a decoder: built before any change."""
-    return tiny_unet(), tiny_unet(**WITHOUT_TRANSFORMERS), randomize(Decoder(**DECODER))
+    return (
+        build_tiny_unet(),
+        build_tiny_unet(**WITHOUT_TRANSFORMERS),
+        randomize_zeros(Decoder(**DDCONFIG)),
+    )
 
 
 @torch.no_grad()
@@ -55,8 +55,8 @@ def expected(networks):
     return run(networks)
 
 
-# What programs replace: (module, name), and the class that is called once for each of its layers.
-REPLACED = {
+# "MODULE NAME" of what third-party code replaces: the class of the layers that each call it once.
+REPLACEMENTS = {
     "attention CrossAttention.forward": CrossAttention,
     "attention BasicTransformerBlock.forward": BasicTransformerBlock,
     "attention BasicTransformerBlock._forward": BasicTransformerBlock,
@@ -78,13 +78,13 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("target", REPLACED)
+@pytest.mark.parametrize("target", REPLACEMENTS)
 def test_replacements_act_on_networks_already_built(target, networks, expected, monkeypatch):
     module, _, path = target.partition(" ")
     owner = import_module(module if module == "torch.nn" else f"ldm.modules.{module}")
     *classes, name = path.split(".")
-    for part in classes:
-        owner = getattr(owner, part)
+    for class_name in classes:
+        owner = getattr(owner, class_name)
     original, calls = getattr(owner, name), []
 
     def replacement(*args, **kwargs):
@@ -92,22 +92,19 @@ def test_replacements_act_on_networks_already_built(target, networks, expected, 
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, replacement)
-    ours = run(networks)
-    kind = REPLACED[target]
+    outputs = run(networks)
+    cls = REPLACEMENTS[target]
     layers = [layer for network in networks for layer in network.modules()]
-    if kind is None:
+    if cls is None:
         assert len(calls) == 2 * sum(type(m).__name__ == "ResnetBlock" for m in layers) + 1
     else:
-        is_kind = (
-            (lambda m: type(m).__name__ == kind)
-            if isinstance(kind, str)
-            else (lambda m: isinstance(m, kind))
-        )
-        assert len(calls) == sum(map(is_kind, layers)) > 0
-    assert all(map(torch.equal, ours, expected))
+        has_class = [type(m).__name__ == cls if isinstance(cls, str) else isinstance(m, cls)
+                     for m in layers]  # fmt: skip
+        assert len(calls) == sum(has_class) > 0
+    assert all(map(torch.equal, outputs, expected))
 
 
-def test_feature_maps_of_odd_sizes_are_joined_by_a_replaced_torch(networks, monkeypatch):
+def test_feature_maps_of_odd_sizes_are_concatenated_by_a_replaced_torch(networks, monkeypatch):
     class ResizingTorch:
         calls = 0
 
@@ -135,19 +132,19 @@ class ControlledUNet(UNetModel):
     def forward(
         self, x, timesteps=None, context=None, control=None, only_mid_control=False, **kwargs
     ):
-        maps = []
+        skips = []
         with torch.no_grad():
             emb = timestep_embedding(timesteps, self.model_channels, repeat_only=False)
             emb = self.time_embed(emb)
             h = x.type(self.dtype)
             for block in self.input_blocks:
                 h = block(h, emb, context)
-                maps.append(h)
+                skips.append(h)
             h = self.middle_block(h, emb, context)
         if control is not None:
             h += control.pop()
         for block in self.output_blocks:
-            skip = maps.pop()
+            skip = skips.pop()
             if control is not None and not only_mid_control:
                 skip = skip + control.pop()
             h = block(torch.cat([h, skip], dim=1), emb, context)
@@ -189,8 +186,8 @@ class ControlBranch(nn.Module):
                 self.input_blocks.append(TimestepEmbedSequential(*block))
                 widths.append(ch)
             if level < len(mults) - 1:
-                half = Downsample(ch, True, dims=2, out_channels=ch)
-                self.input_blocks.append(TimestepEmbedSequential(half))
+                downsample = Downsample(ch, True, dims=2, out_channels=ch)
+                self.input_blocks.append(TimestepEmbedSequential(downsample))
                 widths.append(ch)
         self.middle_block = TimestepEmbedSequential(
             ResBlock(ch, width, 0, **common), attention(ch), ResBlock(ch, width, 0, **common)
@@ -205,30 +202,30 @@ class ControlBranch(nn.Module):
         emb = timestep_embedding(timesteps, self.model_channels, repeat_only=False)
         emb = self.time_embed(emb)
         guided_hint = self.input_hint_block(hint, emb, context)
-        h, maps = x, []
+        h, residuals = x, []
         for i, (block, zero_conv) in enumerate(
             zip(self.input_blocks, self.zero_convs, strict=True)
         ):
             h = block(h, emb, context)
             if i == 0:
                 h = h + guided_hint
-            maps.append(zero_conv(h, emb, context))
+            residuals.append(zero_conv(h, emb, context))
         h = self.middle_block(h, emb, context)
-        return [*maps, self.middle_block_out(h, emb, context)]
+        return [*residuals, self.middle_block_out(h, emb, context)]
 
 
-def test_a_control_branch_starts_without_effect_and_is_trained_alone():
+def test_only_a_control_branch_is_trained_which_starts_without_effect():
     sizes = {
         "num_res_blocks": 2, "channel_mult": [1, 1, 1, 2], "attention_resolutions": [1, 2],
     }  # fmt: skip
-    plain = tiny_unet(**sizes)
+    plain = build_tiny_unet(**sizes)
     config = {"image_size": 8, "in_channels": 4, "model_channels": 32, **sizes}
     target = {"target": f"{__name__}.ControlBranch", "params": {**config, "hint_channels": 3}}
-    branch = randomize(instantiate_from_config(target))
+    branch = randomize_zeros(instantiate_from_config(target))
     for conv in (*branch.zero_convs, branch.middle_block_out, branch.input_hint_block[-1:]):
         zero_module(conv)
-    own = {"input_hint_block", "zero_convs", "middle_block_out"}
-    shared = {key for key in branch.state_dict() if key.split(".")[0] not in own}
+    added = {"input_hint_block", "zero_convs", "middle_block_out"}
+    shared = {key for key in branch.state_dict() if key.split(".")[0] not in added}
     weights = plain.state_dict()
     assert shared == {k for k in weights if k.startswith(("time_", "input_", "middle_"))}
     branch.load_state_dict({key: weights[key] for key in shared}, strict=False)
@@ -238,23 +235,23 @@ def test_a_control_branch_starts_without_effect_and_is_trained_alone():
 
     x, t, context = make_tiny_inputs()
     hint = torch.rand(2, 3, 64, 64)
-    maps = branch(x, hint, t, context)
-    assert [len(maps), len(branch.input_hint_block)] == [13, 9]
+    residuals = branch(x, hint, t, context)
+    assert [len(residuals), len(branch.input_hint_block)] == [13, 9]
     with torch.no_grad():
         assert torch.equal(unet(x, t, context), plain(x, t, context))
-        assert torch.equal(unet(x, t, context, control=list(maps)), plain(x, t, context))
-    unet(x, t, context, control=maps).square().sum().backward()
+        assert torch.equal(unet(x, t, context, control=list(residuals)), plain(x, t, context))
+    unet(x, t, context, control=residuals).square().sum().backward()
     assert all(p.grad is None for p in unet.parameters())
     assert all(conv[0].weight.grad.count_nonzero() for conv in branch.zero_convs)
     assert branch.middle_block_out[0].weight.grad.count_nonzero()
 
 
-def test_attention_is_replaced_layer_by_layer_and_trained_alone(networks, expected):
+def test_attention_is_replaced_layer_by_layer_and_only_its_weights_are_trained(networks, expected):
     unet = copy.deepcopy(networks[0])
-    kinds = []
+    calls = []
 
     def forward(self, x, context=None, mask=None):
-        kinds.append("self" if context is None else "cross")
+        calls.append("self" if context is None else "cross")
         return attend(self, x, context)
 
     for layer in unet.modules():
@@ -265,16 +262,15 @@ def test_attention_is_replaced_layer_by_layer_and_trained_alone(networks, expect
             layer.checkpoint = True
     for name, parameter in unet.named_parameters():
         parameter.requires_grad = "attn2.to_k" in name or "attn2.to_v" in name
-    ours = unet(*make_tiny_inputs())
-    blocks = sum(type(layer) is BasicTransformerBlock for layer in unet.modules())
-    assert kinds == ["self", "cross"] * blocks
-    assert compute_error(ours, expected[0]) < 1e-5
-    ours.square().sum().backward()
-    assert kinds == ["self", "cross"] * blocks + kinds[2 * blocks :]
-    assert len(kinds) == 4 * blocks  # activations were computed again
-    learned = {n for n, p in unet.named_parameters() if p.grad is not None}
-    assert learned == {n for n, p in unet.named_parameters() if p.requires_grad}
-    assert len(learned) == 2 * blocks
+    output = unet(*make_tiny_inputs())
+    num_blocks = sum(type(layer) is BasicTransformerBlock for layer in unet.modules())
+    assert calls == ["self", "cross"] * num_blocks
+    assert compute_error(output, expected[0]) < 1e-5
+    output.square().sum().backward()
+    assert len(calls) == 4 * num_blocks  # activations were computed again
+    trained = {name for name, p in unet.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in unet.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * num_blocks
 
 
 def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected, monkeypatch):
@@ -282,7 +278,7 @@ def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected, monk
     unet = copy.deepcopy(networks[0])
     features = {}
 
-    def keep(name):
+    def make_hook(name):
         return lambda module, args, output: features.setdefault(name, output)
 
     transformer = unet.output_blocks[-1][1]
@@ -294,7 +290,7 @@ def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected, monk
         "geglu": transformer.transformer_blocks[0].ff.net[0],
         "norm": transformer.norm,
     }.items():
-        layer.register_forward_hook(keep(name))
+        layer.register_forward_hook(make_hook(name))
     for i, block in enumerate(unet.output_blocks):
 
         def forward(self, h, emb, context, i=i, original=block.forward):
@@ -337,7 +333,7 @@ def test_blocks_may_be_inserted_and_removed(networks):
 def test_gradient_checkpointing_gives_the_same_gradients_even_to_a_frozen_network():
     gradients = []
     for use_checkpoint in (False, True):
-        unet = tiny_unet(use_checkpoint=use_checkpoint).requires_grad_(False)
+        unet = build_tiny_unet(use_checkpoint=use_checkpoint).requires_grad_(False)
         x, t, context = make_tiny_inputs()
         context.requires_grad_()
         unet(x, t, context).square().sum().backward()
@@ -351,8 +347,8 @@ def test_gradient_checkpointing_gives_the_same_gradients_even_to_a_frozen_networ
 
 
 def test_attributes_are_those_of_the_original(networks):
-    unet = tiny_unet(use_fp16=True)
-    assert [unet.dtype, tiny_unet(use_bf16=True).dtype] == [torch.float16, torch.bfloat16]
+    unet = build_tiny_unet(use_fp16=True)
+    assert [unet.dtype, build_tiny_unet(use_bf16=True).dtype] == [torch.float16, torch.bfloat16]
     assert unet.num_res_blocks == [1, 1]
     assert [unet.image_size, unet._feature_size, unet.predict_codebook_ids] == [8, 416, False]
     unet.dtype = torch.float32
@@ -365,13 +361,13 @@ def test_attributes_are_those_of_the_original(networks):
     attention = transformer.transformer_blocks[0].attn2
     assert [attention.heads, attention.scale] == [4, 0.25]
     decoder = networks[2]
-    assert [decoder.num_resolutions, decoder.num_res_blocks, decoder.resolution] == [2, 1, 16]
+    assert [decoder.num_resolutions, decoder.num_res_blocks, decoder.resolution] == [2, 1, 32]
     resnet = decoder.up[0].block[0]
     assert [resnet.in_channels, resnet.out_channels, resnet.use_conv_shortcut] == [64, 32, False]
     assert not hasattr(decoder.mid.block_1, "nin_shortcut")
 
 
-def test_half_weights_follow_the_dtype_that_is_assigned(networks):
+def test_a_network_computes_in_the_dtype_that_is_assigned(networks):
     unet = copy.deepcopy(networks[0]).bfloat16()
     unet.dtype = torch.bfloat16
     x, t, context = make_tiny_inputs()
@@ -395,14 +391,13 @@ SD2_UNET = {
 }  # fmt: skip
 
 
-def test_a_full_size_network_is_built_empty_by_replaced_constructors(monkeypatch):
-    for kind in (nn.Linear, nn.Conv2d):
-        original = kind.__init__
+def test_a_full_size_network_is_built_on_the_meta_device_by_replaced_constructors(monkeypatch):
+    for cls in (nn.Linear, nn.Conv2d):
 
-        def on_meta(self, *args, original=original, **kwargs):
+        def init_on_meta(self, *args, original=cls.__init__, **kwargs):
             original(self, *args, **{**kwargs, "device": "meta"})
 
-        monkeypatch.setattr(kind, "__init__", on_meta)
+        monkeypatch.setattr(cls, "__init__", init_on_meta)
     unet = UNetModel(**SD2_UNET)
     prefix = "model.diffusion_model."
     published = read_recorded_shapes("v2-inference").items()
@@ -412,7 +407,7 @@ def test_a_full_size_network_is_built_empty_by_replaced_constructors(monkeypatch
 
 
 def test_our_own_models_use_no_class_of_compat():
-    """The original's modules are imported here, and still no config can name their classes."""
+    """No config can name the classes of the original's modules, which are imported here."""
     config = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel"}
     unet = ldm.instantiate({**config, "params": TINY})
     assert not isinstance(unet, UNetModel)
