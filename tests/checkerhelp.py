@@ -8,7 +8,7 @@ from ldm.encoders.towers import VisionTower
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_vision_tower
 
 
-def write_checker(path):
+def write_safety_checker(path):
     """Write a safety checker that flags every image by concept 2, and by no other."""
     torch.manual_seed(0)
     visual = VisionTower(image_size=28, patch_size=14, width=64, layers=1, heads=1, embed_dim=8)
@@ -19,7 +19,8 @@ def write_checker(path):
     checker.concept_embeds_weights.data[2] = -2
     state = checker.state_dict()
     locations = locate_vision_tower(f"model.{name}" for name in state)
-    named = convert_to_diffusers({n.removeprefix("model."): v for n, v in locations.items()}, state)
-    named |= {name: value for name, value in state.items() if "embeds" in name}
-    save_file({name: value.contiguous() for name, value in named.items()}, path)
+    locations = {name.removeprefix("model."): place for name, place in locations.items()}
+    tensors = convert_to_diffusers(locations, state)
+    tensors |= {name: value for name, value in state.items() if "embeds" in name}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     return path

@@ -1,4 +1,4 @@
-"""Tiny models on disk, each a YAML and a checkpoint in the original layout."""
+"""Tiny models on disk, each a YAML and a checkpoint in the original layout; commands on them."""
 
 import json
 from functools import partial
@@ -12,7 +12,7 @@ from PIL import Image
 
 import ldm
 from goldfile import GoldenFile, load_golden
-from imagehelp import QUICK
+from imagehelp import ONE_IMAGE_FLAGS, QUICK_FLAGS
 from ldm.app.model_cache import ModelCache
 from ldm.commands.main import main
 from ldm.generate.load import load_models
@@ -20,13 +20,15 @@ from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_che
 from ldm.loading.weight_names import restore_names
 from pipelines.goldmodels import build_recorded_model, get_config
 
-# Tiny models by family, and the golden file that their config is from.
-RECORDINGS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
-              "base_v": "img2img", "base_eps": "img2img"}  # fmt: skip
+# Tiny models, and the golden file that has their config.
+GOLDEN_NAMES = {
+    "inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
+    "base_v": "img2img", "base_eps": "img2img",
+}  # fmt: skip
 
 
 class ModelFiles(NamedTuple):
-    """Paths of a model, in the order of `ldm.load`, and the flags that name them."""
+    """The files of a model, in the order of the arguments of `ldm.load`."""
 
     config: Path
     ckpt: Path
@@ -34,6 +36,19 @@ class ModelFiles(NamedTuple):
     @property
     def flags(self) -> list[str]:
         return ["--ckpt", str(self.ckpt), "--config", str(self.config)]
+
+
+class CommandResult(NamedTuple):
+    """Exit status of a command, lines of stdout, and stderr."""
+
+    status: int
+    out: list[str]
+    err: str
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether `ldm replay` has reproduced the image."""
+        return (self.status, self.out) == (0, ["identical"])
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +61,9 @@ def cache_models(model_cache, monkeypatch):
     """Share loaded models between tests, except those that a test may change."""
 
     def load(config, ckpt, **options):
-        has_additions = options.get("loras") or options.get("embeddings")
+        has_addons = options.get("loras") or options.get("embeddings")
         is_half = options.get("dtype") != torch.float32  # which a run may convert to float32
-        if has_additions or is_half or not Path(ckpt or ".").exists():
+        if has_addons or is_half or not Path(ckpt or ".").exists():
             return ldm.load(config, ckpt, **options)
         return model_cache(config, ckpt, **options)
 
@@ -62,14 +77,14 @@ def shrink_midas_input(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def recorded() -> GoldenFile:
+def golden() -> GoldenFile:
     return load_golden("e2e_txt2img")
 
 
 @pytest.fixture(scope="session")
-def ema_model(recorded, tmp_path_factory) -> ModelFiles:
-    """A model with raw and EMA weights, whose config asks for the EMA weights."""
-    files = write_model(recorded, "base_v", tmp_path_factory.mktemp("ema"))
+def ema_model(golden, tmp_path_factory) -> ModelFiles:
+    """A model with raw and EMA weights, whose config selects the EMA weights."""
+    files = write_model(golden, "base_v", tmp_path_factory.mktemp("ema"))
     config = json.loads(files.config.read_text())
     config["model"]["params"]["use_ema"] = True
     files.config.write_text(json.dumps(config))
@@ -80,14 +95,14 @@ def ema_model(recorded, tmp_path_factory) -> ModelFiles:
 
 
 @pytest.fixture
-def tiny(families) -> ModelFiles:
+def tiny_model(families) -> ModelFiles:
     return families["base_v"]
 
 
-def write_model(recorded: GoldenFile, name: str, folder: Path) -> ModelFiles:
+def write_model(golden: GoldenFile, name: str, folder: Path) -> ModelFiles:
     files = ModelFiles(folder / f"{name}.yaml", folder / f"{name}.safetensors")
-    files.config.write_text(json.dumps({"model": get_config(recorded, name)}))
-    state = build_recorded_model(recorded, name, with_depth_network=True).state_dict()
+    files.config.write_text(json.dumps({"model": get_config(golden, name)}))
+    state = build_recorded_model(golden, name, with_depth_network=True).state_dict()
     write_checkpoint(files.ckpt, restore_names(state))
     return files
 
@@ -100,8 +115,8 @@ def families(tmp_path_factory):
     """The files of a tiny model of each family."""
     if not FAMILIES:
         folder = tmp_path_factory.mktemp("families")
-        for name, recorded in RECORDINGS.items():
-            FAMILIES[name] = write_model(load_golden(f"e2e_{recorded}"), name, folder)
+        for name, golden_name in GOLDEN_NAMES.items():
+            FAMILIES[name] = write_model(load_golden(f"e2e_{golden_name}"), name, folder)
     return FAMILIES
 
 
@@ -114,16 +129,16 @@ def photo(tmp_path):
 
 @pytest.fixture
 def run_ldm(capsys):
-    """Runs `ldm` with any arguments; returns exit status, lines of stdout and stderr."""
+    """Runs `ldm` with any arguments; returns a `CommandResult`."""
 
     def run_ldm(*arguments):
         capsys.readouterr()
         try:
             status = main([*map(str, arguments)])
-        except SystemExit as stopped:
-            status = stopped.code
+        except SystemExit as exit_error:
+            status = exit_error.code
         out, err = capsys.readouterr()
-        return status, out.splitlines(), err
+        return CommandResult(status, out.splitlines(), err)
 
     return run_ldm
 
@@ -132,14 +147,16 @@ def run_ldm(capsys):
 def run(families, tmp_path, run_ldm):
     """Runs a command on the tiny model of a family; see `run_ldm`."""
 
-    def run(command, name, *flags):
-        return run_ldm(command, *families[name].flags, *QUICK, "--outdir", tmp_path / "out", *flags)
+    common_flags = [*ONE_IMAGE_FLAGS, "--outdir", tmp_path / "out"]
+
+    def run(command, family, *flags):
+        return run_ldm(command, *families[family].flags, *common_flags, *flags)
 
     return run
 
 
 @pytest.fixture
-def txt2img(tiny, tmp_path, run_ldm):
+def txt2img(tiny_model, tmp_path, run_ldm):
     """Runs txt2img at 64x64, with a grid; see `run_ldm`."""
     size = ["--H", 64, "--W", 64, "--outdir", tmp_path / "out"]
-    return partial(run_ldm, "txt2img", *tiny.flags, *QUICK[:-1], *size)
+    return partial(run_ldm, "txt2img", *tiny_model.flags, *QUICK_FLAGS, *size)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import ldm
-from checkerhelp import write_checker
-from imagehelp import QUICK, read_pixels, write_random_lora
+from checkerhelp import write_safety_checker
+from imagehelp import ONE_IMAGE_FLAGS, read_pixels, write_random_lora
 from imaging.badimages import HUGE
 from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
@@ -144,7 +144,7 @@ def test_the_ema_weights_are_used_if_the_config_asks_and_replays_use_those_of_th
     image = run(backend, "txt2img").infos[0]
     assert image["ema"]
     size = ["--H=64", "--W=64", f"--outdir={tmp_path / 'raw'}", "--no-ema"]
-    assert main(["txt2img", *ema_model.flags, *QUICK, *size]) == 0
+    assert main(["txt2img", *ema_model.flags, *ONE_IMAGE_FLAGS, *size]) == 0
     for path in (image["path"], tmp_path / "raw/samples/00000.png"):
         assert replay(backend, path) == "identical"
 
@@ -183,7 +183,7 @@ def test_a_safety_checker_is_selected_by_name_and_its_action_is_in_the_message(
     (tmp_path / "safety_checker").mkdir()
     for file in families["base_v"]:
         shutil.copy(file, tmp_path)
-    checker = write_checker(tmp_path / "safety_checker/sd1.safetensors")
+    checker = write_safety_checker(tmp_path / "safety_checker/sd1.safetensors")
     backend = Backend(Library(tmp_path), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     selected = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
     job = run(backend, "txt2img", **selected)

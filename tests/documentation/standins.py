@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from checkerhelp import write_checker
+from checkerhelp import write_safety_checker
 from imagehelp import write_random_lora
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.build import build_on_meta
@@ -102,7 +102,7 @@ def make_stand_ins(folder: Path) -> None:
     write_checkpoint(folder / "lokr.safetensors", kronecker)
     (folder / "embeddings").mkdir()
     save_file({"<cat>": torch.randn(1, tinyfamilies.WIDTH)}, folder / "embeddings/cat.safetensors")
-    write_checker(folder / "sd-safety-checker")
+    write_safety_checker(folder / "sd-safety-checker")
     (folder / "photos").mkdir()
     for i, name in enumerate(IMAGES):
         side = 32 if name == "small.png" else 96

@@ -28,11 +28,11 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
-def run(tiny, tmp_path, prompts, capsys):
+def run(tiny_model, tmp_path, prompts, capsys):
     """Runs `ldm evaluate`; returns its status, lines of stdout, text of stderr."""
 
     def run(*flags):
-        arguments = [*tiny.flags, "--steps", "2", "--scales", "1,3", "--H", "64", "--W", "64"]
+        arguments = [*tiny_model.flags, "--steps", "2", "--scales", "1,3", "--H", "64", "--W", "64"]
         arguments += ["--precision", "full", "--outdir", str(tmp_path / "out"), "--n_samples", "2"]
         if "--images" not in flags and "--prompts" not in flags:
             arguments += ["--generate", "--prompts", str(prompts)]
@@ -59,7 +59,7 @@ class Means:
         return self.features(images)[:, 0] + torch.tensor([len(prompt) for prompt in prompts])
 
 
-def test_every_scale_has_all_images_from_the_same_noise(run, tiny, tmp_path):
+def test_every_scale_has_all_images_from_the_same_noise(run, tiny_model, tmp_path):
     status, _, err = run()
     assert status == 0
     assert "no reference images" in err
@@ -72,7 +72,7 @@ def test_every_scale_has_all_images_from_the_same_noise(run, tiny, tmp_path):
         assert [row["seed"] for row in rows] == [42, 43, 44, 45, 46]
         assert {row["scale"] for row in rows} == {float(scale[6:])}
         assert {row["watermark"] for row in rows} == {None}
-    assert main(["replay", *tiny.flags, str(folder / "scale-3/00002.png")]) == 0
+    assert main(["replay", *tiny_model.flags, str(folder / "scale-3/00002.png")]) == 0
 
 
 def test_interrupted_run_makes_only_what_is_missing(run, tmp_path):

@@ -12,7 +12,7 @@ TASKS = ["inpaint", "depth2img", "upscale", "unclip"]
 
 @pytest.fixture
 def refuse(run_ldm):
-    """Returns the one line in which a command refuses its input, before it loads a model."""
+    """Runs a command that refuses its input before it loads a model; returns its error line."""
 
     def refuse(task, *flags):
         status, _, err = run_ldm(task, "--ckpt", "absent.ckpt", "--outdir", "absent", *flags)
@@ -43,13 +43,13 @@ def test_a_file_that_is_not_a_mask_or_depth_map_is_refused_in_one_line(refuse, t
     assert "is 10x70, the image 60x70" in line
 
 
-def test_a_grey_animation_is_used_as_the_rgb_image_of_its_first_frame(run, tmp_path):
+def test_a_gray_animation_is_used_as_the_rgb_image_of_its_first_frame(run, tmp_path):
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 48).astype(np.uint8), (40, 1)))
     flipped = ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     ramp.convert("RGB").save(tmp_path / "plain.png")
     ramp.save(tmp_path / "animated.gif", save_all=True, append_images=[flipped])
     flags = ["--steps", "1", "--init-img"]
-    expected = read_pixels(run("img2img", "base_v", *flags, tmp_path / "plain.png")[1][0])
+    expected = read_pixels(run("img2img", "base_v", *flags, tmp_path / "plain.png").out[0])
     assert expected.shape == (40, 48, 3)
     status, out, err = run("img2img", "base_v", *flags, tmp_path / "animated.gif")
     assert status == 0, err

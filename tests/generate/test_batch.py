@@ -22,9 +22,9 @@ class Overflowing(PreparedTask):
         return noise
 
 
-def test_a_batch_repeated_in_float32_draws_the_same_noise(tiny):
-    files = ["--config", str(tiny.config), "--ckpt", str(tiny.ckpt)]
-    request = parse_request(TASKS["txt2img"], [*files, "--precision", "bf16", "--n_iter", "1"])
+def test_a_batch_repeated_in_float32_draws_the_same_noise(tiny_model):
+    flags = [*tiny_model.flags, "--precision", "bf16", "--n_iter", "1"]
+    request = parse_request(TASKS["txt2img"], flags)
     models, (batch,) = load_models(request), plan_batches(request)
     generator = torch.manual_seed(7)
     images = generate_with_fallback(Overflowing(request), batch, models, RunListener())

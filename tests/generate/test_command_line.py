@@ -1,4 +1,4 @@
-"""The command line: flags of the original, mistakes, and requests written and read again."""
+"""The command line: flags of the original, errors, and requests that are written and read back."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_the_quirk_size_rounds_sides_down():
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "value"),
+    ("command", "option", "value"),
     [
         ("--n-samples 5", "n_samples", 5),
         ("--from_file f", "from_file", "f"),
@@ -141,8 +141,8 @@ def test_the_quirk_size_rounds_sides_down():
         ("--sampler euler --sampler=heun", "sampler", "heun"),
     ],
 )
-def test_flags_are_understood_in_both_spellings_and_shortened(command, name, value):
-    assert parse("txt2img", *command.split()).get_values()[name] == value
+def test_flags_are_understood_in_both_spellings_and_abbreviated(command, option, value):
+    assert parse("txt2img", *command.split()).get_values()[option] == value
 
 
 @pytest.mark.parametrize(
@@ -203,19 +203,18 @@ def test_flags_are_understood_in_both_spellings_and_shortened(command, name, val
         ("upscale", "--refiner r.ckpt", "unknown argument `--refiner`"),
     ],
 )  # fmt: skip
-def test_mistakes_exit_with_status_2_and_one_line(task, command, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_a_wrong_command_line_exits_with_status_2_and_one_line(task, command, message, capsys):
+    with pytest.raises(SystemExit) as exit_error:
         parse(task, *command.split())
     err = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2
+    assert exit_error.value.code == 2
     assert message in err[-1]
     assert len(err) <= 2
 
 
 def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     """One option at a time, and all at once."""
-    sides = ("original_size", "crop", "target_size")
-    names_of_pairs = [*sides, *(f"negative_{name}" for name in sides)]
+    micro_conditions = ("original_size", "crop", "target_size")
     values = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
              "attention": "math", "sampler": "dpm", "sigmas": "9,1,0", "strength": ".25",
@@ -224,8 +223,9 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
              "freeu": "1.25,1.5,0.5,0.25", "freeu_version": "2",
              "refiner_strength": ".25", "refiner_start": ".75", "noise_sigma": ".25",
              "noise_kind": "fake", "syntax": "a1111",
-             **dict.fromkeys(names_of_pairs, "8,16")}  # fmt: skip
-    needed = {
+             **dict.fromkeys(micro_conditions, "8,16"),
+             **{f"negative_{name}": "8,16" for name in micro_conditions}}  # fmt: skip
+    required = {
         "sld_concept": ["--sld", "max"],
         "freeu_version": ["--freeu"],
         "unsafe": ["--safety-checker", "x"],
@@ -235,23 +235,19 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     for task in TASKS.values():
         argvs = []
         for name, option in task.options.items():
-            value = values.get(name, "8")
             if not option.flags:
                 argvs.append([f"{name}.x=1"])
             elif option.is_switch:
                 argvs.append([option.flags[0]])
                 if option.is_negatable:
                     argvs.append([option.flags[0].replace("--", "--no-")])
-            elif name in needed:
-                argvs.append([*needed[name], option.flags[0], value])
             else:
-                argvs.append([option.flags[0], value])
-        others = {  # cannot be combined with the rest
+                argvs.append([*required.get(name, []), option.flags[0], values.get(name, "8")])
+        exclusive = {  # cannot be combined with the rest
             "--refiner-start", "--s-churn", "--s-noise", "--brownian", "--syntax", "--sigmas",
-            "--save-latents",
-            "--apg", "--perp-neg",
+            "--save-latents", "--apg", "--perp-neg",
         }  # fmt: skip
-        compatible = [argv for argv in argvs if others.isdisjoint(argv)]
+        compatible = [argv for argv in argvs if exclusive.isdisjoint(argv)]
         parser = build_parser(task)
         for argv in [[], *argvs, list(chain(*compatible))]:
             request = parse_request(task, argv, parser)
@@ -269,27 +265,27 @@ def test_the_choices_of_attention_are_the_backends():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_help(task, capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_error:
         build_parser(TASKS[task]).parse(["--help"])
-    assert stopped.value.code == 0
+    assert exit_error.value.code == 0
     assert TASKS[task].summary.splitlines()[0] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--wrong"], 2)])
-def test_help_and_mistakes_are_fast_and_import_nothing_heavy(arguments, status, tmp_path):
+def test_help_and_errors_are_fast_and_import_no_large_package(arguments, status, tmp_path):
     code = (
         "import sys; from ldm.commands.main import main\n"
         f"try: status = main(['txt2img', *{arguments}])\n"
-        "except SystemExit as stopped: status = stopped.code\n"
-        "heavy = {'torch', 'numpy', 'PIL', 'omegaconf', 'tqdm', 'pydantic'} & {*sys.modules}\n"
-        "sys.exit(', '.join(heavy) or status)"
+        "except SystemExit as error: status = error.code\n"
+        "large = {'torch', 'numpy', 'PIL', 'omegaconf', 'tqdm', 'pydantic'} & {*sys.modules}\n"
+        "sys.exit(', '.join(large) or status)"
     )
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == status, done.stderr
-    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 0.5  # of the CPU
+    assert process.returncode == status, process.stderr
+    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 0.5  # s of CPU time
 
 
 def test_a_closed_pipe_is_not_an_error():

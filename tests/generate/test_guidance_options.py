@@ -2,7 +2,7 @@
 
 import pytest
 
-from imagehelp import IDENTICAL, QUICK
+from imagehelp import ONE_IMAGE_FLAGS
 from ldm import pipelines
 from ldm.app.form import get_field_values
 from ldm.diffusion.names import FREEU_PRESETS, SLD_CONCEPTS
@@ -30,10 +30,10 @@ def test_a_png_records_its_guidance_and_can_be_replayed(txt2img, run_ldm, flags,
     info = read_info(png)
     assert {name: info[name] for name in expected} == expected
     values = get_field_values(info)
-    shown = {name: ",".join(map(str, v)) if isinstance(v, list) else v
-             for name, v in expected.items()}  # fmt: skip
-    assert {name: values[name] for name in shown} == shown
-    assert run_ldm("replay", png)[:2] == IDENTICAL
+    for name, value in expected.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        assert values[name] == text
+    assert run_ldm("replay", png).is_identical
 
 
 def test_a_guidance_rescale_reaches_the_pipeline(txt2img, monkeypatch):
@@ -45,7 +45,7 @@ def test_a_guidance_rescale_reaches_the_pipeline(txt2img, monkeypatch):
     assert {kwargs["guidance_rescale"] for kwargs in calls} == {0.5}
 
 
-def test_guidance_in_the_text_of_a_png_can_be_parsed():
+def test_guidance_options_are_parsed_from_the_text_of_a_png():
     text = ('a cat\nSteps: 3, Seed: 1, APG: "0, 15, -0.5", Perp-neg: 1.5, PAG scale: 3, '
             'FreeU: "1.5, 1.6, 0.9, 0.2", FreeU version: diffusers, '
             'SLD: "10, 1000, 0.01, 0.3, 0.4", SLD concept: original')  # fmt: skip
@@ -71,16 +71,16 @@ def test_each_line_of_a_file_needs_a_negative_prompt_for_perp_neg(tmp_path):
 
 @pytest.mark.slow
 def test_clip_skip_changes_the_image_is_recorded_and_replayed(run_ldm, tmp_path):
-    flags = [*QUICK, "--prompt", "a cat face", "--outdir", tmp_path]
-    (plain,), (path,) = (run_ldm("txt2img", *flags, "--clip-skip", skip)[1] for skip in (1, 2))
+    flags = [*ONE_IMAGE_FLAGS, "--prompt", "a cat face", "--outdir", tmp_path]
+    (plain,), (path,) = (run_ldm("txt2img", *flags, "--clip-skip", skip).out for skip in (1, 2))
     plain, info = read_info(plain), read_info(path)
     assert plain["sha256"] != info["sha256"]
     assert "Clip skip" not in format_parameters(plain)
     assert parse_parameters(format_parameters(info))["clip_skip"] == info["clip_skip"] == 2
-    assert run_ldm("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path).is_identical
 
 
 def test_a_clip_skip_beyond_the_layers_is_an_error_in_one_line(run_ldm, tmp_path):
-    status, _, err = run_ldm("txt2img", *QUICK, "--clip-skip", 9, "--outdir", tmp_path)
+    status, _, err = run_ldm("txt2img", *ONE_IMAGE_FLAGS, "--clip-skip", 9, "--outdir", tmp_path)
     assert status == 1
     assert "error: clip_skip 9: the text encoder has 3 layers (--clip-skip)" in err

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ldm
-from imagehelp import IDENTICAL, write_random_lora
+from imagehelp import write_random_lora
 from ldm.generate.command_line import parse_request
 from ldm.generate.lora_tags import add_tagged_loras, list_local_loras, split_tags
 from ldm.generate.plan import plan_batches
@@ -92,7 +92,7 @@ def test_images_of_a_line_have_its_options_and_replay(run, run_ldm, tmp_path):
     assert [info["size"] for info in infos] == [[64, 64], [64, 72], [64, 72], [64, 64]]
     assert [info["sampler"] for info in infos] == ["ddim", "ddim", "ddim", "euler"]
     assert [info["rows"] for info in infos] == [1, 2, 2, 1]
-    assert run_ldm("replay", infos[1]["path"])[:2] == IDENTICAL
+    assert run_ldm("replay", infos[1]["path"]).is_identical
     _, (command,), _ = run_ldm("replay", infos[1]["path"], "--show-command")
     assert "--from-file=" in command
     assert "--W=72" not in command
@@ -105,9 +105,9 @@ def test_a_grid_holds_images_of_different_sizes(txt2img, tmp_path):
     assert out[-1].endswith("grid-0000.png")
 
 
-def test_each_image_draws_by_its_own_seed(tmp_path):
-    (tmp_path / "colour.txt").write_text("red\ngreen\nblue\n")
-    prompt = "a {big|small|tiny} __colour__ fox, 50% C#"
+def test_dynamic_prompts_are_drawn_by_the_seed_of_each_image(tmp_path):
+    (tmp_path / "color.txt").write_text("red\ngreen\nblue\n")
+    prompt = "a {big|small|tiny} __color__ fox, 50% C#"
     batches = plan("--prompt", prompt, "--wildcards", str(tmp_path), "--n_samples=4", "--n_iter=4")
     texts = {spec.seed: spec.prompt for batch in batches for spec in batch.images}
     assert len({*texts.values()}) > 4
@@ -139,7 +139,7 @@ def test_legacy_noise_refuses_loras_that_differ_between_images(tmp_path):
         (["--dynamic-prompts", "--prompt", "a {b"], "`a {b` is not a dynamic prompt: brackets"),
         (["--dynamic-prompts", "--prompt", "__x__"], "`__x__` needs a folder of wildcards (--wild"),
         (["--wildcards", "none"], "no folder `none` (--wildcards)"),
-        (["--wildcards", "{here}", "--prompt", "__color__"], "unknown wildcard `color`, did you"),
+        (["--wildcards", "{here}", "--prompt", "__colors__"], "unknown wildcard `colors`, did you"),
         (["--prompt", "a <lora:stlye:1>", "--lora-dir", "{here}"], "unknown LoRA `stlye`, did you"),
         (["--prompt", "a <lora:style:1>", "--lora-dir", "no"], "no folder `no` (--lora-dir)"),
         (["--prompt", "a <lora:style:te=x>"], "`te=x`: `x` is not a number"),
@@ -151,8 +151,8 @@ def test_legacy_noise_refuses_loras_that_differ_between_images(tmp_path):
         (["--prompt", "a <hypernet:x:1>"], "hypernetworks are not supported"),
     ],
 )
-def test_mistakes_in_prompts_are_one_line(run, tmp_path, flags, message):
-    (tmp_path / "colour.txt").write_text("red")
+def test_errors_in_prompts_are_one_line(run, tmp_path, flags, message):
+    (tmp_path / "color.txt").write_text("red")
     (tmp_path / "style.safetensors").write_text("")
     (tmp_path / "none").mkdir()
     assert message in run(*(flag.replace("{here}", str(tmp_path)) for flag in flags))
@@ -162,7 +162,7 @@ def test_expanded_prompts_are_recorded_and_replayed(run, run_ldm):
     (info,) = run("--prompt", "a {red|green} fox", "--dynamic-prompts")
     assert info["prompt"] in ("a red fox", "a green fox")
     assert info["prompt"] in format_parameters(info)
-    assert run_ldm("replay", info["path"])[:2] == IDENTICAL
+    assert run_ldm("replay", info["path"]).is_identical
 
 
 def test_a_lora_of_a_later_image_that_does_not_fit_is_refused_before_the_first(run, tmp_path):
@@ -188,13 +188,13 @@ def test_lora_tags_are_removed_from_a_prompt():
 
 
 @pytest.mark.slow
-def test_loras_in_prompts_are_found_recorded_and_replayed(run, run_ldm, tiny, tmp_path):
-    """Each image has its own, and the pixels are those of --lora."""
-    model = ldm.load(*tiny)
+def test_loras_in_prompts_are_found_recorded_and_replayed(run, run_ldm, tiny_model, tmp_path):
+    """Each image uses the LoRAs of its own prompt, and its pixels are those with --lora."""
+    model = ldm.load(*tiny_model)
     (tmp_path / "loras").mkdir()
     for seed, name in enumerate(("one", "two")):
         write_random_lora(tmp_path / f"loras/{name}.safetensors", model, seed)
-    moved = shutil.copy(tiny.ckpt, tmp_path / "model.ckpt")
+    moved = shutil.copy(tiny_model.ckpt, tmp_path / "model.ckpt")
     lines = ["a fox <lora:one:0.5>", "a fox", "a fox <lora:two:0.5:1>", "a fox <lora:one:0>"]
     (tmp_path / "prompts.txt").write_text("\n".join(f"{line} --seed 3" for line in lines))
     flags = ["--ckpt", moved]
@@ -204,12 +204,12 @@ def test_loras_in_prompts_are_found_recorded_and_replayed(run, run_ldm, tiny, tm
     hashes = [read_info(info["path"])["sha256"] for info in infos]
     assert (len({*hashes}), hashes[3]) == (3, hashes[1])
     file = tmp_path / "loras/two.safetensors"
-    (given,) = run(*flags, "--prompt=a fox", "--seed=3", "--lora", f"{file}:0.5:1")
-    assert read_info(given["path"])["sha256"] == hashes[2]
+    (by_flag,) = run(*flags, "--prompt=a fox", "--seed=3", "--lora", f"{file}:0.5:1")
+    assert read_info(by_flag["path"])["sha256"] == hashes[2]
     text = format_parameters(read_info(infos[2]["path"]))
     assert text.startswith("a fox <lora:two:0.5:1>\n")
     assert parse_parameters(text)["prompt"] == "a fox"
-    assert run_ldm("replay", infos[2]["path"])[:2] == IDENTICAL
+    assert run_ldm("replay", infos[2]["path"]).is_identical
 
 
 def test_loras_for_a_checkpoint_of_the_hub_are_in_the_current_folder(tmp_path, monkeypatch):

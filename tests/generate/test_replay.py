@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image, PngImagePlugin
 
-from imagehelp import IDENTICAL, QUICK
+from imagehelp import ONE_IMAGE_FLAGS
 from ldm.imaging.metadata import read_info, write_png
 from ldm.runtime.hashes import find_cached_sha256
 from quick import slow_except
@@ -27,12 +27,12 @@ CASES = [
 
 @pytest.mark.parametrize("flags", slow_except(CASES, *QUICK_CASES), ids=" ".join)
 def test_an_image_replays_identically(txt2img, run_ldm, flags):
-    path = txt2img(*flags, "--skip_grid")[1][-1]
-    assert run_ldm("replay", path)[:2] == IDENTICAL
+    path = txt2img(*flags, "--skip_grid").out[-1]
+    assert run_ldm("replay", path).is_identical
 
 
-def test_a_different_model_is_named_as_the_reason(txt2img, run_ldm, families, tmp_path):
-    path, new = txt2img("--skip_grid")[1][0], tmp_path / "new.png"
+def test_a_different_model_is_reported_as_the_reason(txt2img, run_ldm, families, tmp_path):
+    path, new = txt2img("--skip_grid").out[0], tmp_path / "new.png"
     status, (first, *reasons), _ = run_ldm(
         "replay", path, *families["base_eps"].flags, "--output", new
     )
@@ -46,14 +46,14 @@ def test_a_different_model_is_named_as_the_reason(txt2img, run_ldm, families, tm
 @pytest.mark.parametrize(("flags", "ema"), [([], True), (["--no-ema"], False)])
 def test_a_replay_uses_the_weights_of_the_image(run_ldm, ema_model, tmp_path, flags, ema):
     size = ["--H", 64, "--W", 64, "--outdir", tmp_path]
-    path = run_ldm("txt2img", *ema_model.flags, *QUICK, *size, *flags)[1][0]
+    path = run_ldm("txt2img", *ema_model.flags, *ONE_IMAGE_FLAGS, *size, *flags).out[0]
     info, copy = read_info(path), tmp_path / "copy.png"
     assert info["ema"] == ema
-    assert run_ldm("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path).is_identical
     del info["request"]["ema"]  # as in files of older versions
     with Image.open(path) as image:
         write_png(copy, image, info)
-    assert run_ldm("replay", copy)[:2] == IDENTICAL
+    assert run_ldm("replay", copy).is_identical
     other = "--no-ema" if ema else "--ema"
     status, (_, *reasons), _ = run_ldm("replay", path, other)
     assert status == 1
@@ -62,20 +62,20 @@ def test_a_replay_uses_the_weights_of_the_image(run_ldm, ema_model, tmp_path, fl
 
 def test_input_files_are_found_from_any_folder(run, run_ldm, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(photo.parent)
-    path = run("img2img", "base_v", "--init-img", photo.name)[1][0]
+    path = run("img2img", "base_v", "--init-img", photo.name).out[0]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert run_ldm("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path).is_identical
 
 
 def test_hashes_of_large_input_files_are_cached_on_disk(run, photo, monkeypatch):
     monkeypatch.setattr("ldm.runtime.hashes.LARGE_FILE_BYTES", 1)
-    (path,) = run("img2img", "base_v", "--init-img", str(photo), "--n_samples", "1")[1]
+    (path,) = run("img2img", "base_v", "--init-img", str(photo), "--n_samples", "1").out
     assert find_cached_sha256(photo) == read_info(path)["inputs"]["init_img"][0]["sha256"]
 
 
 def test_an_edited_image_is_reported_as_edited(txt2img, run_ldm, tmp_path):
-    path = txt2img("--skip_grid")[1][0]
+    path = txt2img("--skip_grid").out[0]
     text = PngImagePlugin.PngInfo()
     with Image.open(path) as image:
         text.add_text("ldm", image.info["ldm"])
@@ -88,27 +88,27 @@ def test_an_edited_image_is_reported_as_edited(txt2img, run_ldm, tmp_path):
 
 
 def test_images_that_cannot_be_replayed_are_refused(txt2img, run_ldm, tmp_path):
-    grid = txt2img("--n_samples", "2")[1][-1]
-    assert "is a grid, replay its images: 00000.png, 00001.png" in run_ldm("replay", grid)[2]
+    grid = txt2img("--n_samples", "2").out[-1]
+    assert "is a grid, replay its images: 00000.png, 00001.png" in run_ldm("replay", grid).err
     plain = tmp_path / "plain.png"
     Image.new("RGB", (8, 8)).save(plain)
-    assert "contains no generation parameters" in run_ldm("replay", plain)[2]
+    assert "contains no generation parameters" in run_ldm("replay", plain).err
     write_png(plain, Image.new("RGB", (8, 8)), {"prompt": "a fox"})
-    assert "`seed` is missing" in run_ldm("replay", plain)[2]
+    assert "`seed` is missing" in run_ldm("replay", plain).err
 
 
 def test_a_package_named_in_an_image_is_not_imported_unless_allowed_again(txt2img, run_ldm):
-    path = txt2img("--skip_grid", "--allow-module", "subprocess")[1][0]
+    path = txt2img("--skip_grid", "--allow-module", "subprocess").out[0]
     status, _, err = run_ldm("replay", path)
     assert status == 1
     assert "made with classes of `subprocess`: allow it again if you trust" in err
     assert "(--allow-module)" in err
-    assert run_ldm("replay", path, "--allow-module", "subprocess")[:2] == IDENTICAL
+    assert run_ldm("replay", path, "--allow-module", "subprocess").is_identical
 
 
 @pytest.mark.parametrize(("key", "value"), [("dtype", "int8"), ("inputs", 5), ("line", 5)])
 def test_damaged_parameters_are_refused_in_one_line(txt2img, run_ldm, key, value, tmp_path):
-    path, copy = txt2img("--skip_grid")[1][0], tmp_path / "copy.png"
+    path, copy = txt2img("--skip_grid").out[0], tmp_path / "copy.png"
     with Image.open(path) as image:
         write_png(copy, image, read_info(path) | {key: value})
     status, _, err = run_ldm("replay", copy)
@@ -117,16 +117,16 @@ def test_damaged_parameters_are_refused_in_one_line(txt2img, run_ldm, key, value
 
 
 def test_a_missing_folder_is_named_before_an_image_is_made(txt2img, run_ldm, tmp_path):
-    path = txt2img("--skip_grid")[1][0]
+    path = txt2img("--skip_grid").out[0]
     status, out, err = run_ldm("replay", path, "--output", tmp_path / "no/new.png")
     assert (status, out) == (1, [])
     assert err.strip().endswith("no` to save `new.png` in (--output)")
 
 
-def test_a_missing_checkpoint_is_named(txt2img, run_ldm, tiny, tmp_path):
-    path = txt2img("--skip_grid")[1][0]
-    tiny.ckpt.rename(tmp_path / "elsewhere.safetensors")
+def test_a_missing_checkpoint_is_named(txt2img, run_ldm, tiny_model, tmp_path):
+    path = txt2img("--skip_grid").out[0]
+    tiny_model.ckpt.rename(tmp_path / "elsewhere.safetensors")
     status, _, err = run_ldm("replay", path)
-    (tmp_path / "elsewhere.safetensors").rename(tiny.ckpt)
+    (tmp_path / "elsewhere.safetensors").rename(tiny_model.ckpt)
     assert status == 1
     assert "made with base_v.safetensors (hash " in err

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkerhelp import write_checker
-from imagehelp import IDENTICAL, QUICK, read_pixels
+from checkerhelp import write_safety_checker
+from imagehelp import ONE_IMAGE_FLAGS, read_pixels
 from ldm.generate.command_line import parse_request, to_argv
 from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS
@@ -26,29 +26,28 @@ def test_a_concept_is_read_from_a_file_only_on_the_command_line(tmp_path):
     request = parse("--sld", "10,1000,0.01,0.3,0.4", "--sld-concept", argument)
     assert request.sampling.sld_concept == "a cat, a dog"
     assert parse(*to_argv(request)) == request
-    other = request.with_values({"sld_concept": argument})
-    assert other.sampling.sld_concept == argument
+    changed = request.with_values({"sld_concept": argument})
+    assert changed.sampling.sld_concept == argument
 
 
 @pytest.fixture(scope="module")
 def checker(tmp_path_factory):
-    return write_checker(tmp_path_factory.mktemp("checker") / "checker.safetensors")
+    return write_safety_checker(tmp_path_factory.mktemp("checker") / "checker.safetensors")
 
 
 @pytest.fixture
-def make(txt2img, checker):
+def make_images(txt2img, checker):
     """Makes two images and their grid; returns their metadata and stderr."""
 
-    def make(*flags):
-        own = ["--n_samples", "2", "--safety-checker", checker, "--json"]
-        _, out, err = txt2img(*own, *flags)
+    def make_images(*flags):
+        _, out, err = txt2img("--n_samples", 2, "--safety-checker", checker, "--json", *flags)
         return [json.loads(line) for line in out], err
 
-    return make
+    return make_images
 
 
-def test_scores_are_reported_and_the_image_is_kept(make):
-    infos, err = make()
+def test_scores_are_reported_and_the_image_is_kept(make_images):
+    infos, err = make_images()
     safety = infos[0]["safety"]
     assert (safety["flagged"], safety["concepts"], safety["action"]) == (True, [2], None)
     assert len(safety["scores"]) == 17
@@ -61,21 +60,22 @@ def test_scores_are_reported_and_the_image_is_kept(make):
 
 
 @pytest.mark.parametrize("action", slow_except(("black", "blur"), "black"))
-def test_a_flagged_image_is_hidden_and_recorded_as_such(make, action, run_ldm):
-    plain, _ = make()
-    hidden, err = make("--unsafe", action)
+def test_a_flagged_image_is_hidden_and_recorded_as_such(make_images, action, run_ldm):
+    plain, _ = make_images()
+    hidden, err = make_images("--unsafe", action)
     assert err.count("replaced by black" if action == "black" else ": blurred") == 2
-    now, before = (read_pixels(infos[0]["path"]) for infos in (hidden, plain))
+    pixels, original = (read_pixels(infos[0]["path"]) for infos in (hidden, plain))
     if action == "black":
-        assert not now.any()
+        assert not pixels.any()
     else:
-        assert 0 < np.abs(np.diff(now, axis=0)).mean() < np.abs(np.diff(before, axis=0)).mean() / 3
+        detail, original_detail = (np.abs(np.diff(p, axis=0)).mean() for p in (pixels, original))
+        assert 0 < detail < original_detail / 3
     assert read_info(hidden[0]["path"])["safety"]["action"] == action
-    assert run_ldm("replay", hidden[0]["path"])[:2] == IDENTICAL  # without the checker
+    assert run_ldm("replay", hidden[0]["path"]).is_identical  # without the checker
 
 
-def test_a_dropped_image_is_not_saved(make, tmp_path):
-    infos, err = make("--unsafe", "drop")
+def test_a_dropped_image_is_not_saved(make_images, tmp_path):
+    infos, err = make_images("--unsafe", "drop")
     assert [info["path"] for info in infos] == [None, None]
     assert err.count(": dropped") == 2
     assert not list(tmp_path.rglob("*.png"))
@@ -105,12 +105,12 @@ def test_the_depth_of_a_hidden_image_is_hidden():
 def test_a_folder_of_the_safe_pipeline_suggests_safe_latent_diffusion(tmp_path, run_ldm):
     write_family("sd1", tmp_path / "sd1.safetensors")
     folder = tmp_path / "safe"
-    assert run_ldm("convert", tmp_path / "sd1.safetensors", folder)[0] == 0
+    assert run_ldm("convert", tmp_path / "sd1.safetensors", folder).status == 0
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "StableDiffusionPipelineSafe"
     (folder / "model_index.json").write_text(json.dumps(index))
-    model = ["--ckpt", folder, *QUICK, "--H", 16, "--W", 16, "--outdir", tmp_path / "out"]
+    model = ["--ckpt", folder, *ONE_IMAGE_FLAGS, "--H", 16, "--W", 16, "--outdir", tmp_path / "out"]
     notice = "the model's own pipeline uses safe latent diffusion"
-    for flags, is_said in (([], True), (["--sld", "max"], False)):
+    for flags, is_suggested in (([], True), (["--sld", "max"], False)):
         status, _, err = run_ldm("txt2img", *model, *flags)
-        assert (status, notice in err) == (0, is_said)
+        assert (status, notice in err) == (0, is_suggested)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from imagehelp import IDENTICAL
 from ldm.generate.command_line import parse_request
 from ldm.generate.load import load_models
 from ldm.generate.tasks import TASKS
@@ -15,7 +14,7 @@ from ldm.imaging.metadata import read_info
 from ldm.loading.addons.embeddings import write_embeddings
 from make_tiny_sdxl import make_tiny_sdxl
 
-SMALL = ["--H", "64", "--W", "64", "--n_samples", "2", "--n_iter", "1", "--precision", "full"]
+SMALL_FLAGS = ["--H", "64", "--W", "64", "--n_samples", "2", "--n_iter", "1", "--precision", "full"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def run(models, tmp_path, run_ldm):
 
     def run(command, *flags, ckpt="xl"):
         return run_ldm(
-            command, *SMALL, "--ckpt", models[ckpt], "--outdir", tmp_path / "out", *flags
+            command, *SMALL_FLAGS, "--ckpt", models[ckpt], "--outdir", tmp_path / "out", *flags
         )
 
     return run
@@ -65,8 +64,8 @@ def test_an_image_of_base_and_refiner_replays_identically(run, run_ldm, models):
     _, (command,), _ = run_ldm("replay", info["path"], "--show-command")
     assert f"--refiner={options['refiner']} --refiner-start=0.5" in command
     moved = models["xl-refiner"].rename(models["xl-refiner"].with_name("moved.safetensors"))
-    assert "pass the path of that file (--refiner)" in run_ldm("replay", info["path"])[2]
-    assert run_ldm("replay", info["path"], "--refiner", moved)[:2] == IDENTICAL
+    assert "pass the path of that file (--refiner)" in run_ldm("replay", info["path"]).err
+    assert run_ldm("replay", info["path"], "--refiner", moved).is_identical
     moved.rename(options["refiner"])
 
 
@@ -80,16 +79,16 @@ def test_a_line_of_a_prompt_file_has_prompts_for_both_text_encoders(run, tmp_pat
 
 @pytest.mark.slow
 def test_a_refiner_takes_the_embeddings_that_have_vectors_for_it(models, tmp_path):
-    first, second = torch.ones(1, 32), torch.ones(2, 48)
-    tokens = {"both": [first, second[:1]], "first": [first], "second": [second]}
+    clip, openclip = torch.ones(1, 32), torch.ones(2, 48)
+    tokens = {"both": [clip, openclip[:1]], "clip": [clip], "openclip": [openclip]}
     flags = ["--ckpt", str(models["xl"]), "--refiner", str(models["xl-refiner"])]
     for token, vectors in tokens.items():
         path = tmp_path / f"{token}.safetensors"
         write_embeddings(path, {token: vectors})
         flags += ["--embedding", str(path)]
     loaded = load_models(parse_request(TASKS["txt2img"], flags))
-    assert loaded.base.conditioner.text.added_embeddings.keys() == {"both", "first"}
-    assert loaded.refiner.conditioner.text.added_embeddings.keys() == {"both", "second"}
+    assert loaded.base.conditioner.text.added_embeddings.keys() == {"both", "clip"}
+    assert loaded.refiner.conditioner.text.added_embeddings.keys() == {"both", "openclip"}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_img2img_and_inpaint_take_models_of_sdxl(run, run_ldm, photo, command, c
     assert status == 0, err
     assert read_info(out[0])["scale"] == 5.0
     if ckpt == "xl-inpainting":
-        assert run_ldm("replay", out[0])[:2] == IDENTICAL
+        assert run_ldm("replay", out[0]).is_identical
 
 
 @pytest.mark.slow
@@ -121,7 +120,7 @@ def test_a_distilled_model_has_defaults_of_its_own(run):
 
 
 @pytest.mark.slow
-def test_the_watermark_of_the_original_is_embedded_with_its_quirk(run, run_ldm):
+def test_the_quirk_float_watermark_embeds_the_watermark_of_the_original(run, run_ldm):
     flags = ["--H", "256", "--W", "256", "--steps", "1", "--scale", "1", "--n_samples", "1"]
     images = []
     for legacy, method in (([], "dwtDctSvd"), (["--legacy", "float-watermark"], "dwtDct (floats)")):
@@ -130,10 +129,10 @@ def test_the_watermark_of_the_original_is_embedded_with_its_quirk(run, run_ldm):
         assert (info["watermark"], info["payload"]) == (method, "SDXL")
         images.append(np.asarray(Image.open(out[0])))
     assert (images[0] != images[1]).any()
-    assert run_ldm("replay", out[0])[:2] == IDENTICAL
+    assert run_ldm("replay", out[0]).is_identical
 
 
-def test_an_unusual_size_and_the_scale_factor_of_another_vae_are_reported(run, models):
+def test_an_unusual_size_and_the_scale_factor_of_another_vae_are_warned_of(run, models):
     flags = ["--H", "72", "--steps", "1", "--n_samples", "1", "--vae", models["xl-inpainting"]]
     _, _, err = run("txt2img", *flags)
     assert "72x64 (height x width) is far from the sizes that this model was trained with" in err

@@ -1,4 +1,4 @@
-"""Files of SDXL that do not fit: refused by their headers or configs, before they are loaded."""
+"""Files of SDXL that a command cannot use are refused by their headers or configs."""
 
 import pytest
 import torch
@@ -7,10 +7,9 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.files.checkpoint import write_checkpoint
 from loading import tinyfamilies
 
-UNET = "model.diffusion_model."
-LORA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-# By name: input channels, width of the context and of the vector, transformer blocks.
-SHAPES = {
+UNET_PREFIX = "model.diffusion_model."
+# By model: input channels, width of the context and of the vector, transformer blocks.
+UNET_SIZES = {
     "sd1": (4, 768, None, 16),
     "base": (4, 2048, 2816, 70),
     "inpainting": (9, 2048, 2816, 70),
@@ -20,14 +19,14 @@ SHAPES = {
 
 @pytest.fixture
 def files(tmp_path):
-    """Files with only the weights by which families are recognised."""
+    """Files with only the weights by which families are recognized."""
     paths = {}
-    for name, (channels, context, vector, blocks) in SHAPES.items():
-        state = {f"{UNET}input_blocks.0.0.weight": torch.zeros(8, channels, 3, 3)}
+    for name, (channels, context, vector, blocks) in UNET_SIZES.items():
+        state = {f"{UNET_PREFIX}input_blocks.0.0.weight": torch.zeros(8, channels, 3, 3)}
         if vector:
-            state[f"{UNET}label_emb.0.0.weight"] = torch.zeros(1, vector)
+            state[f"{UNET_PREFIX}label_emb.0.0.weight"] = torch.zeros(1, vector)
         for block in range(blocks):
-            key = f"{UNET}input_blocks.4.1.transformer_blocks.{block}.attn2.to_k.weight"
+            key = f"{UNET_PREFIX}input_blocks.4.1.transformer_blocks.{block}.attn2.to_k.weight"
             state[key] = torch.zeros(1, context)
         paths[name] = tmp_path / f"{name}.safetensors"
         write_checkpoint(paths[name], state)

@@ -54,29 +54,25 @@ def test_a_copy_of_a_shipped_model_has_its_guidance_scale(
 
 
 def test_the_inpainting_model_has_the_autoencoder_of_the_demo_model() -> None:
-    """So that programs that load both keep it in memory once."""
-    text, other = (
-        ldm.load(ckpt=ckpt) for ckpt in (None, find_file(TASKS["inpaint"].demo_model or ""))
-    )
-    theirs = other.autoencoder.state_dict()
-    for name, value in text.autoencoder.state_dict().items():
-        assert torch.equal(value, theirs[name]), name
+    """The app can then share it between both models."""
+    inpainting = ldm.load(ckpt=find_file(TASKS["inpaint"].demo_model or ""))
+    state = inpainting.autoencoder.state_dict()
+    for name, value in ldm.load().autoencoder.state_dict().items():
+        assert torch.equal(value, state[name]), name
 
 
 def test_shipped_models_are_small() -> None:
-    assert (
-        sum(find_file(task.demo_model).stat().st_size for task in TASKS.values() if task.demo_model)
-        < 13e6
-    )
+    paths = [find_file(task.demo_model) for task in TASKS.values() if task.demo_model]
+    assert sum(path.stat().st_size for path in paths) < 13e6
 
 
 @pytest.mark.parametrize("task", slow_except(("txt2img", "upscale"), "upscale"))
 @torch.no_grad()
-def test_flat_colours_are_decoded_without_artefacts(task: str) -> None:
+def test_flat_colors_are_decoded_without_artifacts(task: str) -> None:
     """The largest errors are 0.27 and 0.43; the first decoders had 0.69 and 0.97, in a corner."""
     name = TASKS[task].demo_model
     autoencoder = ldm.load(ckpt=find_file(name) if name else None).autoencoder
-    colours = torch.tensor(list(COLORS.values())) / 127.5 - 1
-    images = colours[:, :, None, None].expand(-1, -1, 128, 128)
+    colors = torch.tensor(list(COLORS.values())) / 127.5 - 1
+    images = colors[:, :, None, None].expand(-1, -1, 128, 128)
     decoded = autoencoder.decode(autoencoder.encode(images).mode()).clamp(-1, 1)
     assert (decoded - images).abs().max() < 0.55

@@ -9,7 +9,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import ldm
-from imagehelp import IDENTICAL
 from ldm.imaging.metadata import read_info
 from ldm.imaging.pixels import to_pil
 from ldm.loading.config import format_yaml
@@ -18,27 +17,26 @@ from ldm.loading.load import save_model
 from ldm.model import LatentSpace
 from tinyupscaler import build_tiny_upscaler, make_tiny_config
 
-QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid", "--device", "cpu"]
+FLAGS = ["--n_samples", "1", "--n_iter", "1", "--skip_grid", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def upscaler(tmp_path_factory):
-    """A folder with `x2.safetensors`, a whole upscaler, and `x2.pth`, its network alone."""
+    """A folder with `x2.safetensors`, an upscaler, `x2.pth`, only its UNet, and small images."""
     folder, model = tmp_path_factory.mktemp("x2"), build_tiny_upscaler()
     save_model(model, folder / "x2.safetensors", {"ldm.config": format_yaml(make_tiny_config())})
     torch.save({"model_ema": model.unet.state_dict()}, folder / "x2.pth")
     (folder / "small").mkdir()
+    image = Image.linear_gradient("L").resize((60, 50)).convert("RGB")
     for name in ("one", "two"):
-        Image.linear_gradient("L").resize((60, 50)).convert("RGB").save(
-            folder / f"small/{name}.png"
-        )
+        image.save(folder / f"small/{name}.png")
     return folder
 
 
 @pytest.fixture
 def run(tmp_path, run_ldm):
     def run(*flags):
-        return run_ldm(*flags, *QUICK, "--outdir", tmp_path / "out")
+        return run_ldm(*flags, *FLAGS, "--outdir", tmp_path / "out")
 
     return run
 
@@ -53,7 +51,7 @@ def test_an_image_and_a_folder_are_upscaled(upscaler, run, run_ldm):
     info = read_info(path)
     assert (info["noise_sigma"], info["scale"], info["sampler"]) == (0.2, 1.0, "euler")
     assert info["scheduler_in_use"] == "time_uniform"
-    assert run_ldm("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path).is_identical
     status, paths, _ = run("upscale", *ckpt, "--indir", upscaler / "small")
     assert status == 0
     assert [path.rpartition("/")[2] for path in paths] == ["one.png", "two.png"]
@@ -69,7 +67,7 @@ def test_images_of_a_text_to_image_model_are_upscaled(upscaler, run, run_ldm, fa
     assert (info["upscaler_steps"], info["upscaler_scale"]) == (2, 1.0)
     with Image.open(info["path"]) as image:
         assert image.size == (2 * info["size"][1], 2 * info["size"][0])
-    assert run_ldm("replay", info["path"])[:2] == IDENTICAL
+    assert run_ldm("replay", info["path"]).is_identical
 
 
 @pytest.mark.parametrize(
@@ -114,11 +112,11 @@ def test_saved_latents_are_upscaled(upscaler, run, run_ldm, families, tmp_path):
     assert (status, path) == (0, str(tmp_path / "out/00000.png"))
     with Image.open(path) as file:
         assert file.size == (128, 128)
-    assert run_ldm("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path).is_identical
 
 
 def test_unsuitable_latents_are_refused(upscaler, run, tmp_path):
-    file, shifted = tmp_path / "a.latent", LatentSpace(4, 8, 3, 0.13025, False)
+    file, sdxl_space = tmp_path / "a.latent", LatentSpace(4, 8, 3, 0.13025, False)
     model = build_tiny_upscaler()
     ckpt = ["--ckpt", upscaler / "x2.safetensors", "--init-img", file]
 
@@ -130,7 +128,7 @@ def test_unsuitable_latents_are_refused(upscaler, run, tmp_path):
     save_latent(file, torch.zeros(4, 8, 8), model, {})
     assert "a latent is doubled as it is, leave height out" in refuse("--H", 64)
     save_file({"latent_tensor": torch.zeros(1, 4, 8, 8)}, file, {"ldm.latent_space":
-              json.dumps(asdict(shifted))})  # fmt: skip
+              json.dumps(asdict(sdxl_space))})  # fmt: skip
     assert "is a latent of another kind than `x2.safetensors` reads" in refuse()
     save_file({"latent_tensor": torch.zeros(2, 4, 8, 8)}, file)
     assert "is not one latent: its shape is (2, 4, 8, 8)" in refuse()
