@@ -49,8 +49,15 @@ def backend(families, tmp_path_factory):
 
 
 def make_backend(families, outdir, **options):
-    folder = families["base_v"].ckpt.parent
-    return Backend(Library(folder, **options), outdir, MODEL_OPTIONS, LIMITS)
+    library = Library(families["base_v"].ckpt.parent, **options)
+    return Backend(library, outdir, MODEL_OPTIONS, LIMITS)
+
+
+def copy_model(files, folder):
+    """Copy the checkpoint and YAML of a tiny model into a new folder of models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copy(file, folder)
 
 
 @pytest.fixture
@@ -58,20 +65,20 @@ def make_request(photo):
     """Builds a request from the form of a task, with changes to its defaults."""
 
     def make_request(backend, task, model=None, **changes):
-        fields = TaskForm(TASKS[task], LIMITS).fields
-        filled = {name: field.kwargs.get("value") for name, field in fields.items()}
-        own = {"steps": 2, "seed": "5", "prompt": "a fox", "strength": 1.0, "init_img": str(photo)}
+        form = TaskForm(TASKS[task], LIMITS)
+        inputs = {"steps": 2, "seed": "5", "prompt": "a fox", "strength": 1.0}
+        inputs |= {"init_img": str(photo), "sketch": make_sketch(photo, (8, 8, 30, 40))}
         if task == "unclip":
-            own["init_img"] = [(str(photo), None)]
+            inputs["init_img"] = [(str(photo), None)]
         if task == "upscale":
-            own["init_img"] = str(photo.with_name("small.png"))
+            inputs["init_img"] = str(photo.with_name("small.png"))
             with Image.open(photo) as image:
-                image.resize((16, 16)).save(own["init_img"])
+                image.resize((16, 16)).save(inputs["init_img"])
         if task in ("txt2img", "unclip"):
-            own |= {"width": 64, "height": 64}
-        own["sketch"] = make_sketch(photo, (8, 8, 30, 40))
-        filled |= {name: own[name] for name in own.keys() & fields.keys()} | changes
-        values = TaskForm(TASKS[task], LIMITS).parse(filled, backend.uploads)
+            inputs |= {"width": 64, "height": 64}
+        values = {name: field.kwargs.get("value") for name, field in form.fields.items()}
+        values |= {name: inputs[name] for name in inputs.keys() & values.keys()} | changes
+        values = form.parse(values, backend.uploads)
         return backend.make_request(TASKS[task], model or f"{MODELS[task]}.safetensors", values)
 
     return make_request
@@ -79,7 +86,7 @@ def make_request(photo):
 
 @pytest.fixture
 def run(make_request):
-    """Runs a task as a job; returns its progress, when it has ended."""
+    """Runs a task as a job; returns its progress at the end."""
 
     def run(backend, task, model=None, **changes):
         def work(progress):
@@ -101,8 +108,9 @@ def make_sketch(photo, box=None):
     return [(str(photo), None), (str(path), None)]
 
 
-def run_job(work):
-    job = Jobs(1).submit("me", "", work)
+def run_job(work, jobs=None):
+    """Run a job of the user `me`; return its progress at the end."""
+    job = (jobs or Jobs(1)).submit("me", "", work)
     while not job.has_ended:
         time.sleep(0.01)
     return job.progress
@@ -127,9 +135,9 @@ def test_each_task_is_offered_the_models_that_serve_it(backend):
 
 @pytest.mark.parametrize("task", slow_except(TASKS, "txt2img", "inpaint"))
 def test_every_task_makes_images_that_replay_identically(backend, families, run, task):
-    job = run(backend, task)
-    assert not job.has_failed, job.message
-    path = job.infos[0]["path"]
+    progress = run(backend, task)
+    assert not progress.has_failed, progress.message
+    path = progress.infos[0]["path"]
     assert Path(path).parent == backend.outdir / "samples"
     assert read_info(path)["task"] == task
     assert replay(backend, path) == "identical"
@@ -152,28 +160,24 @@ def test_the_ema_weights_are_used_if_the_config_asks_and_replays_use_those_of_th
 @pytest.mark.filterwarnings("ignore::ldm.prompts.PromptWarning")  # as `ldm app` does
 def test_large_seeds_are_exact_and_a_truncated_prompt_is_in_the_message(backend, run):
     seed = str(2**64 - 1)  # more than a number of JavaScript holds exactly
-    job = run(backend, "txt2img", prompt="very " * 80, seed=seed)
-    assert "; a prompt is longer than 75 tokens: `very very very very …` is left" in job.message
-    assert job.infos[0]["seed"] == 2**64 - 1
-    assert replay(backend, job.infos[0]["path"]) == "identical"
+    progress = run(backend, "txt2img", prompt="very " * 80, seed=seed)
+    assert "prompt is longer than 75 tokens: `very very very very …` is left" in progress.message
+    assert progress.infos[0]["seed"] == 2**64 - 1
+    assert replay(backend, progress.infos[0]["path"]) == "identical"
 
 
 def test_a_selected_vae_decodes_and_is_found_by_its_hash_on_replay(families, run, tmp_path):
     (tmp_path / "vae").mkdir()
-    for file in families["base_v"]:
-        shutil.copy(file, tmp_path)
-    state = {
-        name: value + 0.1
-        for name, value in read_checkpoint(tmp_path / "base_v.safetensors").state.items()
-    }
-    write_checkpoint(tmp_path / "vae/other.ckpt", state)
+    copy_model(families["base_v"], tmp_path)
+    state = read_checkpoint(families["base_v"].ckpt).state
+    write_checkpoint(tmp_path / "vae/other.ckpt", {name: v + 0.1 for name, v in state.items()})
     backend = Backend(Library(tmp_path), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     plain, other = (run(backend, "txt2img", vae=vae).infos[0] for vae in ("", "other"))
     assert other["vae"]["path"] == "other.ckpt"
     assert (read_pixels(plain["path"]) != read_pixels(other["path"])).any()
     assert replay(backend, other["path"]) == "identical"
-    job = run(backend, "txt2img", vae="../base_v")
-    assert "unknown VAE `../base_v`" in job.message
+    progress = run(backend, "txt2img", vae="../base_v")
+    assert "unknown VAE `../base_v`" in progress.message
 
 
 @pytest.mark.slow
@@ -181,21 +185,20 @@ def test_a_safety_checker_is_selected_by_name_and_its_action_is_in_the_message(
     families, run, tmp_path
 ):
     (tmp_path / "safety_checker").mkdir()
-    for file in families["base_v"]:
-        shutil.copy(file, tmp_path)
+    copy_model(families["base_v"], tmp_path)
     checker = write_safety_checker(tmp_path / "safety_checker/sd1.safetensors")
     backend = Backend(Library(tmp_path), tmp_path / "out", MODEL_OPTIONS, LIMITS)
-    selected = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
-    job = run(backend, "txt2img", **selected)
-    assert "image 0 is flagged by concept 2" in job.message
-    assert "replaced by black" in job.message
-    assert not read_pixels(job.infos[0]["path"]).any()
-    assert job.infos[0]["sld"] == "max"
-    assert replay(backend, job.infos[0]["path"]) == "identical"
-    job = run(backend, "txt2img", **selected | {"unsafe": "drop"})
-    assert [image["path"] for image in job.infos] == [None]
-    job = run(backend, "txt2img", safety_checker=str(checker))
-    assert "unknown safety checker" in job.message
+    options = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
+    progress = run(backend, "txt2img", **options)
+    assert "image 0 is flagged by concept 2" in progress.message
+    assert "replaced by black" in progress.message
+    assert not read_pixels(progress.infos[0]["path"]).any()
+    assert progress.infos[0]["sld"] == "max"
+    assert replay(backend, progress.infos[0]["path"]) == "identical"
+    progress = run(backend, "txt2img", **options | {"unsafe": "drop"})
+    assert [image["path"] for image in progress.infos] == [None]
+    progress = run(backend, "txt2img", safety_checker=str(checker))
+    assert "unknown safety checker" in progress.message
 
 
 def test_the_token_of_an_embedding_counts_once_for_each_vector(backend, families, tmp_path):
@@ -211,20 +214,20 @@ def test_the_token_of_an_embedding_counts_once_for_each_vector(backend, families
 
 
 def test_pixels_outside_the_painted_mask_stay(backend, run, photo):
-    job = run(backend, "inpaint", model="base_v.safetensors")
-    same = (read_pixels(job.infos[0]["path"]) == read_pixels(photo)).all(-1)
+    progress = run(backend, "inpaint", model="base_v.safetensors")
+    same = (read_pixels(progress.infos[0]["path"]) == read_pixels(photo)).all(-1)
     same[8:40, 8:30] = True
     assert same.all()
 
 
 def test_an_estimated_depth_map_can_be_used_as_input(backend, make_request, run):
-    job = Progress()
-    backend.estimate_depth(make_request(backend, "depth2img"), job)
-    map_ = job.infos[0]["path"]
-    with Image.open(map_) as image:
+    progress = Progress()
+    backend.estimate_depth(make_request(backend, "depth2img"), progress)
+    depth_map = progress.infos[0]["path"]
+    with Image.open(depth_map) as image:
         assert image.mode.startswith("I")
-    job = run(backend, "depth2img", depth_map=map_)
-    assert job.infos[0]["inputs"]["depth_map"], job.message
+    progress = run(backend, "depth2img", depth_map=depth_map)
+    assert progress.infos[0]["inputs"]["depth_map"], progress.message
 
 
 @pytest.mark.parametrize(
@@ -246,14 +249,14 @@ def test_an_estimated_depth_map_can_be_used_as_input(backend, make_request, run)
     ],
 )  # fmt: skip
 def test_invalid_and_excessive_values_are_errors_in_one_line(backend, run, task, changes, message):
-    job = run(backend, task, **changes)
-    assert job.has_failed
-    assert message in job.message
+    progress = run(backend, task, **changes)
+    assert progress.has_failed
+    assert message in progress.message
 
 
 def test_an_empty_mask_is_refused(backend, run, photo):
-    job = run(backend, "inpaint", sketch=make_sketch(photo))
-    assert job.message == "The mask is empty. Draw over the area to repaint."
+    progress = run(backend, "inpaint", sketch=make_sketch(photo))
+    assert progress.message == "The mask is empty. Draw over the area to repaint."
 
 
 @pytest.mark.parametrize(
@@ -265,18 +268,18 @@ def test_bad_uploads_are_named_in_one_line_without_the_path(
 ):
     bad = tmp_path / "holiday.png"
     bad.write_bytes(photo.read_bytes()[:2000] if content == "cut" else content)
-    job = run(backend, "img2img", init_img=str(bad))
-    assert read_file_info(str(bad)) == ({}, job.message)
-    assert re.match("`holiday.png` (is|has) ", job.message)
-    assert reason in job.message
-    assert "\n" not in job.message
+    progress = run(backend, "img2img", init_img=str(bad))
+    assert read_file_info(str(bad)) == ({}, progress.message)
+    assert re.match("`holiday.png` (is|has) ", progress.message)
+    assert reason in progress.message
+    assert "\n" not in progress.message
 
 
 def test_the_error_for_a_too_large_image_says_how_to_resize_it(backend, run, tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
     large = {"init_img": str(tmp_path / "large.png")}
-    job = run(backend, "img2img", **large)
-    assert "300x200 is too large, sides up to 256 are allowed: set width or height" in job.message
+    message = run(backend, "img2img", **large).message
+    assert "300x200 is too large, sides up to 256 are allowed: set width or height" in message
     assert not run(backend, "img2img", **large, width=64).has_failed
 
 
@@ -291,7 +294,7 @@ def test_only_models_of_the_folder_that_fit_the_task_are_accepted(backend, name)
         backend.make_request(TASKS["txt2img"], name, {})
 
 
-FORGED = [
+FORGERIES = [
     ({"checkpoint": "/etc/passwd"}, "no model `/etc/passwd`"),
     ({"inputs": {"init_img": [{"path": "/etc/passwd", "sha256": "0" * 64}]}}, "upload it"),
     ({"request": {"overrides": ["model.params.x=1"]}}, "use `ldm replay`"),
@@ -307,6 +310,9 @@ FORGED = [
 ]
 
 
+IMAGE_PATHS: dict[str, str] = {}  # by task: an image that `replay_forged` copies
+
+
 def change_info(info, changes):
     request = changes.get("request")
     if isinstance(request, dict):
@@ -314,20 +320,14 @@ def change_info(info, changes):
     return info | changes
 
 
-@pytest.fixture(scope="module")
-def originals():
-    """Paths of images by task, which `replay_forged` copies."""
-    return {}
-
-
 @pytest.fixture
-def replay_forged(backend, run, originals, tmp_path):
+def replay_forged(backend, run, tmp_path):
     """Replays an image of a task with changed metadata; returns the message."""
 
     def replay_forged(task, **changes):
-        if task not in originals:
-            originals[task] = run(backend, task).infos[0]["path"]
-        path = originals[task]
+        if task not in IMAGE_PATHS:
+            IMAGE_PATHS[task] = run(backend, task).infos[0]["path"]
+        path = IMAGE_PATHS[task]
         with Image.open(path) as image:
             write_png(tmp_path / "forged.png", image, change_info(read_info(path), changes))
         return replay(backend, tmp_path / "forged.png")
@@ -335,13 +335,13 @@ def replay_forged(backend, run, originals, tmp_path):
     return replay_forged
 
 
-@pytest.mark.parametrize(("changes", "message"), FORGED)
+@pytest.mark.parametrize(("changes", "message"), FORGERIES)
 def test_forged_metadata_reads_no_file_and_exceeds_no_limit(replay_forged, changes, message):
     assert message in replay_forged("txt2img", **changes)
 
 
 @pytest.mark.parametrize("option", ["save_depth", "midas"])
-def test_metadata_cannot_choose_a_file_to_write_or_load(backend, replay_forged, photo, option):
+def test_metadata_cannot_name_a_file_to_write_or_load(backend, replay_forged, photo, option):
     upload = Path(backend.uploads.add(photo))
     content = upload.read_bytes()
     inputs = {option: [{"path": str(upload), "sha256": upload.stem}]}
@@ -364,7 +364,7 @@ def test_selected_loras_change_the_image_and_are_found_by_hash_on_replay(familie
     backend = make_backend(families, tmp_path / "out", loras=[(str(lora), 0.5)])
     assert backend.library.list_compatible_loras("base_v.safetensors") == ["1"]
     assert backend.library.list_compatible_loras("upscale.safetensors") == []
-    styled, plain = (run(backend, "txt2img", lora=lora).infos[0] for lora in (["1:0.8"], []))
+    styled, plain = (run(backend, "txt2img", lora=loras).infos[0] for loras in (["1:0.8"], []))
     assert [(lora["path"], lora["weight"]) for lora in styled["loras"]] == [("1.safetensors", 0.8)]
     recorded = [styled["request"][key] for key in ("lora", "ckpt", "outdir")]
     assert recorded == [[["1.safetensors", 0.8]], "base_v.safetensors", "out"]
@@ -390,40 +390,40 @@ def test_reused_parameters_restore_loras_in_sliders_or_else_in_the_prompt(
     families, tmp_path, loras, prompt, selected
 ):
     """`c` is missing: its tag in the prompt leads to an error that names it."""
-    given = [(str(tmp_path / f"{name}.pt"), 1.0) for name in "ab"]
-    for file, _ in given:
-        Path(file).write_bytes(b"")
-    page = FormEvents(make_backend(families, tmp_path / "out", loras=given))
+    available = [(str(tmp_path / f"{name}.pt"), 1.0) for name in "ab"]
+    for path, _ in available:
+        Path(path).touch()
+    events = FormEvents(make_backend(families, tmp_path / "out", loras=available))
     recorded = [{"path": path, "weight": weight} for path, weight in loras]
     info = {"prompt": "a fox", "seed": 1, "loras": recorded}
-    fields = list(page.forms["txt2img"].common_fields)
-    filled = page.fill_fields(info, "base_v.safetensors", {})
+    fields = list(events.forms["txt2img"].common_fields)
+    filled = events.fill_fields(info, "base_v.safetensors", {})
     assert filled[fields.index("prompt")] == prompt
     assert filled[len(fields) :][: len(selected)] == selected
     text = format_parameters({**info, "ldm": "1.0", "steps": 2, "size": [64, 64]})
-    pasted = page.paste_parameters(text, None, "base_v.safetensors", {})
+    pasted = events.paste_parameters(text, None, "base_v.safetensors", {})
     assert (pasted[fields.index("prompt")], pasted[len(fields) :]) == (
         prompt, filled[len(fields) :]
     )  # fmt: skip
-    untouched = page.fill_fields(None, None, {})[len(fields) :]
-    assert page.fill_fields({"prompt": "of another program"}, None, {})[len(fields) :] == untouched
-    assert page.send("upscale", info, "upscale.safetensors", {})[len(fields) : -1] == untouched
+    unchanged = events.fill_fields(None, None, {})[len(fields) :]
+    from_other_program = events.fill_fields({"prompt": "a fox"}, None, {})
+    assert from_other_program[len(fields) :] == unchanged
+    assert events.send("upscale", info, "upscale.safetensors", {})[len(fields) : -1] == unchanged
 
 
 def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
     families, run, tmp_path, monkeypatch
 ):
-    """Also a LoRA that the prompt names."""
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     state = {f"{name}.lora_down.weight": torch.ones(2, 2048)}
     state[f"{name}.lora_up.weight"] = torch.ones(320, 2)
     write_checkpoint(tmp_path / "xl.safetensors", state)
-    given = [(str(tmp_path / "xl.safetensors"), 1.0)]
-    backend = make_backend(families, tmp_path / "out", loras=given)
+    loras = [(str(tmp_path / "xl.safetensors"), 1.0)]
+    backend = make_backend(families, tmp_path / "out", loras=loras)
     monkeypatch.setattr("ldm.app.model_cache.ModelCache.__call__", pytest.fail)
     for changes in ({"lora": ["xl:1"]}, {"prompt": "a fox <lora:xl:1>"}):
-        job = run(backend, "txt2img", **changes)
-        assert "`xl.safetensors` is a LoRA for Stable Diffusion XL, the model is" in job.message
+        message = run(backend, "txt2img", **changes).message
+        assert "`xl.safetensors` is a LoRA for Stable Diffusion XL, the model is" in message
 
 
 @pytest.mark.parametrize(
@@ -440,25 +440,23 @@ def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
 def test_only_offered_loras_are_accepted(families, run, tmp_path, selected, message):
     (tmp_path / "style.pt").write_bytes(b"<html>")
     backend = make_backend(families, tmp_path / "out", loras=[(str(tmp_path / "style.pt"), 1)])
-    job = run(backend, "txt2img", lora=selected)
-    assert message in job.message
-    assert str(tmp_path) not in job.message
+    progress = run(backend, "txt2img", lora=selected)
+    assert message in progress.message
+    assert str(tmp_path) not in progress.message
 
 
 def test_an_unknown_lora_is_reported_without_the_folder_of_the_server(backend, run):
-    job = run(backend, "txt2img", lora=["style:1"])
-    assert "no LoRA `style`; available: none" in job.message
-    assert str(backend.library.folder) not in job.message
+    progress = run(backend, "txt2img", lora=["style:1"])
+    assert "no LoRA `style`; available: none" in progress.message
+    assert str(backend.library.folder) not in progress.message
 
 
 def test_prompts_name_loras_and_wildcards_of_the_models_folder(families, run, tmp_path):
     folder = tmp_path / "models"
-    (folder / "wildcards").mkdir(parents=True)
+    copy_model(families["base_v"], folder)
+    for name in ("wildcards", "loras"):
+        (folder / name).mkdir()
     (folder / "wildcards/animal.txt").write_text("fox\nhare")
-    config = families["base_v"].config.read_text("utf-8")
-    shutil.copy(families["base_v"].ckpt, folder)
-    (folder / "base_v.yaml").write_text(config)
-    (folder / "loras").mkdir()
     lora = write_random_lora(folder / "loras/style.safetensors", ldm.load(*families["base_v"]), 1)
     backend = Backend(Library(folder), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     prompt = "a {red|blue} __animal__ <lora:style:0.5:1>"
@@ -467,8 +465,8 @@ def test_prompts_name_loras_and_wildcards_of_the_models_folder(families, run, tm
     assert [(file["path"], file["weight"]) for file in info["loras"]] == [(lora.name, "0.5:1")]
     assert replay(backend, info["path"]) == "identical"
     assert backend.library.count_tokens("base_v.safetensors", "a fox <lora:style:1>")[0] == 2
-    job = run(backend, "txt2img", prompt="a <lora:stlye:1>")
-    assert job.message == "unknown LoRA `stlye`, did you mean `style`? choose one of style"
+    progress = run(backend, "txt2img", prompt="a <lora:stlye:1>")
+    assert progress.message == "unknown LoRA `stlye`, did you mean `style`? choose one of style"
 
 
 @pytest.mark.parametrize(
@@ -488,13 +486,14 @@ def test_a_replay_uses_the_embeddings_of_the_image(backend, families, run, tmp_p
     width = ldm.load(*families["base_v"]).conditioner.text.width
     with_embeddings = make_backend(families, tmp_path / "out", embeddings=[str(tmp_path)])
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
-    plain, learned = (
-        run(each, "txt2img", prompt="a cat").infos[0]["path"] for each in (backend, with_embeddings)
+    plain, embedded = (
+        run(used_backend, "txt2img", prompt="a cat").infos[0]["path"]
+        for used_backend in (backend, with_embeddings)
     )
-    assert (read_pixels(plain) != read_pixels(learned)).any()
-    assert replay(with_embeddings, plain) == replay(with_embeddings, learned) == "identical"
+    assert (read_pixels(plain) != read_pixels(embedded)).any()
+    assert replay(with_embeddings, plain) == replay(with_embeddings, embedded) == "identical"
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
-    assert "`cat.safetensors`, which is not here" in replay(with_embeddings, learned)
+    assert "`cat.safetensors`, which is not here" in replay(with_embeddings, embedded)
 
 
 def test_a_checkpoint_is_inspected_by_its_name_only(backend):
@@ -502,14 +501,14 @@ def test_a_checkpoint_is_inspected_by_its_name_only(backend):
     assert backend.library.inspect("../../etc/passwd") == "select a checkpoint"
 
 
-def test_progress_is_html_with_what_users_write_escaped():
+def test_progress_is_html_in_which_user_input_is_escaped():
     progress = Progress(message="<script>", preview=Image.new("RGB", (4, 4)))
     assert "&lt;script&gt;" in render_progress(progress)
     assert "data:image/png;base64," in render_preview(progress)
     assert format_info({}) == "No generation parameters found"
 
 
-def test_previews_use_taesd_where_a_file_fits(tmp_path):
+def test_previews_use_taesd_if_a_file_of_it_fits(tmp_path):
     (tmp_path / "vae_approx").mkdir()
     state = {name: 0.1 * torch.randn(v.shape) for name, v in TinyDecoder().state_dict().items()}
     torch.save(state, tmp_path / "vae_approx/taesd_decoder.pth")
@@ -522,46 +521,43 @@ def test_previews_use_taesd_where_a_file_fits(tmp_path):
 
 
 @pytest.fixture
-def with_upscaler(families, tmp_path):
+def upscaler_backend(families, tmp_path):
     """A backend whose folder has a model and an x2 latent upscaler."""
     folder = tmp_path / "models"
-    folder.mkdir()
-    for suffix in (".safetensors", ".yaml"):
-        shutil.copy(families["base_eps"].ckpt.with_suffix(suffix), folder / f"base{suffix}")
+    copy_model(families["base_eps"], folder)
     config = {"ldm.config": format_yaml(make_tiny_config())}
     save_model(build_tiny_upscaler(), folder / "x2.safetensors", config)
     return Backend(Library(folder), tmp_path / "out", MODEL_OPTIONS, LIMITS)
 
 
-def test_a_model_keeps_its_loras_beside_an_upscaler(families, with_upscaler, run, tmp_path):
+def test_a_model_keeps_its_loras_beside_an_upscaler(families, upscaler_backend, run, tmp_path):
     model = ldm.load(*families["base_eps"])
     (tmp_path / "models/lora").mkdir()
     write_random_lora(tmp_path / "models/lora/style.safetensors", model, 1)
     changes = {"upscaler": "x2.safetensors", "upscaler_steps": "1", "lora": ["style:0.8"]}
-    job = run(with_upscaler, "txt2img", "base.safetensors", **changes)
-    assert [lora["weight"] for lora in job.infos[0]["loras"]] == [0.8]
+    progress = run(upscaler_backend, "txt2img", "base_eps.safetensors", **changes)
+    assert [lora["weight"] for lora in progress.infos[0]["loras"]] == [0.8]
 
 
 @pytest.mark.slow
 def test_an_upscaler_is_selected_by_name_and_its_image_fills_the_form_and_replays(
-    with_upscaler, make_request
+    upscaler_backend, make_request
 ):
-    backend = with_upscaler
+    backend = upscaler_backend
     changes = {"upscaler": "x2.safetensors", "upscaler_steps": "2", "upscaler_scale": "0"}
-    request = partial(make_request, backend, "txt2img", "base.safetensors")
+    request = partial(make_request, backend, "txt2img", "base_eps.safetensors")
     progress = Progress()
     backend.generate(request(**changes), progress)
     info = progress.infos[0]
     with Image.open(info["path"]) as image:
         assert image.size == (128, 128)
-    page = FormEvents(backend)
-    filled = dict(
-        zip(page.forms["txt2img"].common_fields, page.fill_fields(info, None, {}), strict=False)
-    )
+    events = FormEvents(backend)
+    fields = events.forms["txt2img"].common_fields
+    filled = dict(zip(fields, events.fill_fields(info, None, {}), strict=False))
     assert filled.items() >= (changes | {"upscaler_scale": "0.0", "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
-    alone = request(**changes | {"upscaler": ""})
-    assert alone.upscaling == TASKS["txt2img"].build_request().upscaling
+    without_upscaler = request(**changes | {"upscaler": ""})
+    assert without_upscaler.upscaling == TASKS["txt2img"].build_request().upscaling
     with pytest.raises(ArgumentError, match="unknown upscaler"):
         request(upscaler="../secret.ckpt")
 
@@ -572,19 +568,17 @@ def test_a_finished_run_with_depth_is_shown_as_a_relief(make_request, tmp_path, 
     (tmp_path / "models").mkdir()
     write_family("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
     backend = Backend(Library(tmp_path / "models"), tmp_path / "out", MODEL_OPTIONS, LIMITS)
-    jobs = Page(backend).job_events
-    assert jobs.jobs.list_infos("me") == []
+    events = Page(backend).job_events
+    assert events.jobs.list_infos("me") == []
     request = make_request(backend, "txt2img", "ldm3d-4c.safetensors")
-    job = jobs.jobs.submit("me", "", lambda own: backend.generate(request, own))
-    while not job.has_ended:
-        time.sleep(0.01)
-    assert not job.progress.has_failed, job.progress.message
-    shown = jobs._update_gallery("me")
-    names = [Path(view["path"]).name for view in shown["infos"]]
+    progress = run_job(lambda progress: backend.generate(request, progress), events.jobs)
+    assert not progress.has_failed, progress.message
+    gallery = events._update_gallery("me")
+    names = [Path(info["path"]).name for info in gallery["infos"]]
     assert names == ["00000.png", "00000_depth.png"]
-    update = jobs.show_relief(shown["selected_info"])
+    update = events.show_relief(gallery["selected_info"])
     assert update["label"] == f"Relief of {2 * 63 * 63:,} triangles: drag to turn"
     assert Path(update["value"]).read_bytes()[:4] == b"glTF"
     monkeypatch.setattr("ldm.imaging.mesh.find_spec", lambda name: None)
-    assert "trimesh" in jobs.show_relief(shown["selected_info"])["label"]
-    assert jobs.show_relief(None)["visible"] == "hidden"
+    assert "trimesh" in events.show_relief(gallery["selected_info"])["label"]
+    assert events.show_relief(None)["visible"] == "hidden"

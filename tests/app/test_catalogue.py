@@ -1,4 +1,4 @@
-"""Catalogue: what a folder holds, without loading it."""
+"""Catalogue: the models and add-ons of a folder, found without loading them."""
 
 import shutil
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_models_in_subfolders_and_diffusers_folders_are_named_by_their_path(tmp_
     assert "`people/pipeline`" in catalogue.skipped[0]
 
 
-def test_files_behind_links_and_with_suffixes_in_capitals_are_listed(tmp_path):
+def test_symlinked_files_and_uppercase_suffixes_are_listed(tmp_path):
     for name in ("a/x.SAFETENSORS", "a/._x.safetensors", "b/y.CKPT"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

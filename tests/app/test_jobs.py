@@ -1,7 +1,8 @@
-"""Jobs: one runs at a time and reports its progress; others wait in the queue or leave it."""
+"""Jobs: one runs at a time and reports its progress; others wait in the queue or are removed."""
 
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -29,13 +30,13 @@ def wait_for(job):
 
 @pytest.fixture
 def gate():
-    """An event that work waits for, so that other jobs queue behind it."""
+    """An event that a running job waits for, so that others queue behind it."""
     gate = threading.Event()
     yield gate
     gate.set()
 
 
-def make_waiting_work(gate):
+def make_waiting_job(gate):
     def work(progress):
         while not gate.wait(0.01):
             progress.set_message("waiting")
@@ -44,9 +45,9 @@ def make_waiting_work(gate):
     return work
 
 
-def test_jobs_run_in_their_order_even_if_nobody_watches(jobs, gate):
+def test_jobs_run_in_the_order_of_submission(jobs, gate):
     order = []
-    first = jobs.submit("me", "1", make_waiting_work(gate))
+    first = jobs.submit("me", "1", make_waiting_job(gate))
     second = jobs.submit("you", "2", lambda progress: order.append(2) or "done")
     assert (jobs.count_ahead(first), jobs.count_ahead(second)) == (0, 1)
     assert order == []
@@ -55,8 +56,8 @@ def test_jobs_run_in_their_order_even_if_nobody_watches(jobs, gate):
     assert first.has_ended
 
 
-def test_a_queued_job_leaves_the_queue_at_once_and_a_running_one_stops_at_its_step(jobs, gate):
-    running = jobs.submit("me", "1", make_waiting_work(gate))
+def test_a_queued_job_is_removed_at_once_and_a_running_one_stops_at_its_next_step(jobs, gate):
+    running = jobs.submit("me", "1", make_waiting_job(gate))
     queued = jobs.submit("you", "2", lambda progress: "done")
     jobs.stop("you")
     assert queued.state == "removed"
@@ -64,8 +65,8 @@ def test_a_queued_job_leaves_the_queue_at_once_and_a_running_one_stops_at_its_st
     assert "0 of 1 images are finished" in wait_for(running).message
 
 
-def test_a_visitor_removes_only_own_jobs_from_the_queue(jobs, gate):
-    running = jobs.submit("me", "1", make_waiting_work(gate))
+def test_a_visitor_removes_only_their_own_jobs_from_the_queue(jobs, gate):
+    running = jobs.submit("me", "1", make_waiting_job(gate))
     mine = jobs.submit("me", "2", lambda progress: "done")
     yours = jobs.submit("you", "3", lambda progress: "done")
     with pytest.raises(ArgumentError, match="the queue is full"):
@@ -75,17 +76,13 @@ def test_a_visitor_removes_only_own_jobs_from_the_queue(jobs, gate):
 
 
 def test_images_of_a_run_stay_in_the_order_of_its_seeds_before_older_ones(jobs):
-    def work(seeds):
-        def work(progress):
-            for seed in seeds:
-                progress.add_image({"seed": seed})
-            return "done"
+    def work(progress, seeds):
+        for seed in seeds:
+            progress.add_image({"seed": seed})
+        return "done"
 
-        return work
-
-    for seeds in ([1, 2], [3, 4]):
-        wait_for(jobs.submit("me", "", work(seeds)))
-    wait_for(jobs.submit("you", "", work([5])))
+    for visitor, seeds in (("me", [1, 2]), ("me", [3, 4]), ("you", [5])):
+        wait_for(jobs.submit(visitor, "", partial(work, seeds=seeds)))
     assert [info["seed"] for info in jobs.list_infos("me")] == [3, 4, 1, 2]
 
 
@@ -96,7 +93,7 @@ def test_the_first_images_of_a_visitor_are_read_once():
     assert len(reads) == 1
 
 
-def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images():
+def test_progress_counts_images_and_steps_and_estimates_the_time_left():
     progress = Progress(total=6)
     progress.add_image({"seed": 1})
     progress.add_image({"seed": 2})
@@ -112,9 +109,9 @@ def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images():
 def test_a_stopped_run_keeps_its_unfinished_image():
     progress = Progress(total=2)
     progress.stop_event.set()
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(Stop) as stop_error:
         progress.on_step(3, 10, LATENT, LATENT)
-    assert stopped.value.latent is LATENT
+    assert stop_error.value.latent is LATENT
     progress.add_image({"seed": 1, "unfinished": 4})
     assert progress.describe_stop() == (
         "stopped at step 4 of 10, 0 of 2 images are finished, 1 unfinished"

@@ -14,6 +14,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 from threading import Thread
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
@@ -33,12 +34,12 @@ from ldm.imaging.output import OutputFolder
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TIMEOUT = 60  # seconds; a busy machine is slow
-LONG = 150  # steps of a run that a test stops
+LONG_RUN_STEPS = 150  # of a run that a test stops
 PROMPT = "a flat emoji of a red apple on a blue background"
 PARAMETERS = f"{PROMPT}\nSteps: 1, Sampler: DDIM, CFG scale: 3, Seed: 7, Size: 128x128"
 
-# Records every message of a run with the width of its bar.
-RECORD = """
+# Records every message of a run with the width of its progress bar.
+RECORD_STATUSES = """
 window.statuses = [];
 new MutationObserver(() => {
   const message = document.querySelector("#progress .message")?.textContent;
@@ -46,6 +47,13 @@ new MutationObserver(() => {
   if (message && window.statuses.at(-1)?.[0] !== message) window.statuses.push([message, width]);
 }).observe(document, { subtree: true, childList: true, characterData: true });
 """
+
+
+class RunningApp(NamedTuple):
+    address: str
+    models: Path
+    outdir: Path
+
 
 SLOW = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # loops of gradio
@@ -57,7 +65,7 @@ def slow_steps():
     on_step = Progress.on_step
 
     def wait(progress, step, steps, x, denoised):
-        time.sleep(0.04 if steps == LONG else 0)
+        time.sleep(0.04 if steps == LONG_RUN_STEPS else 0)
         on_step(progress, step, steps, x, denoised)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +75,7 @@ def slow_steps():
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory, slow_steps):
-    """(address, models folder, output folder) of an app with the demo models and a LoRA."""
+    """A running app with the demo models and a LoRA."""
     pytest.importorskip("gradio", reason="needs gradio: pip install 'ldm-revived[app]'")
     folder = tmp_path_factory.mktemp("app")
     models, outdir = folder / "models", folder / "out"
@@ -76,9 +84,9 @@ def app(tmp_path_factory, slow_steps):
         shutil.copy(ROOT / f"checkpoints/{name}.safetensors", models)
     (models / "page.ckpt").write_text("<html>")
     write_random_lora(models / "loras/style.safetensors", ldm.load(), 0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        _, port = free_socket.getsockname()
     flags = ["--models", models, "--outdir", outdir, "--port", port]
     thread = Thread(target=main, args=[["app", *map(str, flags)]], daemon=True)
     thread.start()
@@ -86,7 +94,7 @@ def app(tmp_path_factory, slow_steps):
     for _ in range(10 * TIMEOUT):
         with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
             gc.collect()  # now, while the warnings of gradio's unclosed loops are ignored
-            return address, models, outdir
+            return RunningApp(address, models, outdir)
         assert thread.is_alive()
         time.sleep(0.1)
     raise TimeoutError
@@ -104,10 +112,10 @@ def page(app):
         size = {"width": 1400, "height": 1000}
         page = browser.new_page(viewport=size, reduced_motion="reduce")
         page.set_default_timeout(1000 * TIMEOUT)
-        page.add_init_script(RECORD)
+        page.add_init_script(RECORD_STATUSES)
         page.urls = []
         page.on("request", lambda request: page.urls.append(request.url))
-        visit(page, app[0])
+        visit(page, app.address)
         assert page.evaluate("document.activeElement.closest('#prompt') !== null")
         for name in ("send-img2img", "send-inpaint", "send-upscale", "reuse-all"):
             assert page.locator(f"#{name}").is_disabled()  # there is no image yet
@@ -196,8 +204,8 @@ def list_statuses(page):
     return page.evaluate("window.statuses")
 
 
-def find_newest(app):
-    return max((app[2] / "samples").glob("*.png"), key=lambda path: path.name)
+def find_newest_image(app):
+    return max((app.outdir / "samples").glob("*.png"), key=lambda path: path.name)
 
 
 def is_in_window(page, selector):
@@ -205,18 +213,19 @@ def is_in_window(page, selector):
     return box["y"] >= 0 and box["y"] + box["height"] <= page.viewport_size["height"]
 
 
-def test_a_prompt_is_typed_and_its_image_is_downloaded_as_it_was_saved(app, page):
+def test_an_image_of_a_typed_prompt_is_downloaded_as_it_was_saved(app, page):
     page.locator("#gallery").get_by_text("seed 7").first.wait_for()
-    info = read_info(find_newest(app))
+    info = read_info(find_newest_image(app))
     assert (info["seed"], info["steps"], info["task"]) == (7, 1, "txt2img")
     with page.expect_download() as download:
         page.locator("#gallery [aria-label='Download']").first.click()
-    assert Path(download.value.path()).read_bytes() == find_newest(app).read_bytes()
-    assert {url.split("/")[2] for url in page.urls} == {app[0].removeprefix("http://")}
+    assert Path(download.value.path()).read_bytes() == find_newest_image(app).read_bytes()
+    assert {url.split("/")[2] for url in page.urls} == {app.address.removeprefix("http://")}
     assert "Watermark: none" in page.locator("#parameters textarea").input_value()
     with page.expect_download() as download:
         page.locator("#download-all").click()
-    assert f"samples/{find_newest(app).name}" in zipfile.ZipFile(download.value.path()).namelist()
+    names = zipfile.ZipFile(download.value.path()).namelist()
+    assert f"samples/{find_newest_image(app).name}" in names
 
 
 @pytest.mark.parametrize(
@@ -236,7 +245,6 @@ def test_a_number_out_of_range_is_one_line_and_the_page_stays_usable(page, label
 
 @pytest.mark.slow
 def test_errors_are_visible_wherever_the_page_is_scrolled_to(page):
-    """Also that of a missing image."""
     page.set_viewport_size({"width": 1366, "height": 768})
     open_tab(page, "img2img")
     page.mouse.wheel(0, 600)
@@ -248,7 +256,7 @@ def test_errors_are_visible_wherever_the_page_is_scrolled_to(page):
 
 def test_form_gallery_and_run_survive_a_reload(app, page):
     """Images are in the order of their seeds; unfinished ones are kept."""
-    settings = {"Sampling steps": LONG, "Batch size": 2, "Batch count": 4, "Seed": 11}
+    settings = {"Sampling steps": LONG_RUN_STEPS, "Batch size": 2, "Batch count": 4, "Seed": 11}
     fill(page, "a fox", **settings, Width=64, Height=64)
     generate(page, "image 1–2 of 8, step [0-9]+ of 150")
     page.locator("#generate").click()
@@ -263,17 +271,17 @@ def test_form_gallery_and_run_survive_a_reload(app, page):
     assert "of 8 images are finished, 2 unfinished" in stop(page)
     assert "stopping after this step" in [message for message, _ in list_statuses(page)]
     wait_for_value(page, "#parameters textarea", "Seed: 11")
-    assert read_info(find_newest(app))["unfinished"] >= 1
+    assert read_info(find_newest_image(app))["unfinished"] >= 1
     page.locator("#gallery .thumbnail-small").nth(2).wait_for()
 
 
 @pytest.mark.slow
 def test_a_queued_run_of_another_browser_is_removed_at_once(app, page):
-    fill(page, **{"Sampling steps": LONG, "Batch count": 8})
+    fill(page, **{"Sampling steps": LONG_RUN_STEPS, "Batch count": 8})
     generate(page, "step [0-9]+ of 150")
     with contextlib.closing(page.context.browser.new_page()) as other:
         other.set_default_timeout(1000 * TIMEOUT)
-        visit(other, app[0])
+        visit(other, app.address)
         fill(other, "a fox")
         generate(other, "queued, 1 ahead")
         other.locator("#stop").click()
@@ -296,7 +304,7 @@ def test_a_pasted_number_beyond_its_slider_is_used(app, page):
     page.locator("#paste").click()
     wait_for_value(page, "input[aria-label='number input for CFG scale']", "40")
     generate(page)
-    assert read_info(find_newest(app))["scale"] == 40
+    assert read_info(find_newest_image(app))["scale"] == 40
     fill(page, **{"CFG scale": 2})
 
 
@@ -312,10 +320,8 @@ def test_a_slider_says_when_it_changes_a_number(page):
 @pytest.mark.slow
 def test_samplers_are_selected_from_a_list_and_show_their_own_noise_options(page):
     page.locator("#settings").get_by_text("Advanced").click()
-    eta, churn = (
-        page.get_by_label("Eta", exact=True).first,
-        page.get_by_label("Sigma churn").first,
-    )
+    eta = page.get_by_label("Eta", exact=True).first
+    churn = page.get_by_label("Sigma churn").first
     eta.wait_for()
     sampler = page.locator("#settings").get_by_label("Sampling method")
     assert sampler.get_attribute("readonly") is not None
@@ -329,7 +335,7 @@ def test_samplers_are_selected_from_a_list_and_show_their_own_noise_options(page
 
 @pytest.mark.slow
 def test_loras_are_offered_where_they_fit_and_none_is_selected_at_first(app, page):
-    """A tab names the models that it needs, and those that are there."""
+    """A tab without a suitable model names those that it needs, and those that are available."""
     assert page.locator("#lora .token").count() == 0
     page.locator("#lora input").click()
     page.get_by_role("option", name="style").click()
@@ -338,7 +344,7 @@ def test_loras_are_offered_where_they_fit_and_none_is_selected_at_first(app, pag
     weight.press("Tab")
     fill(page, Width=64, Height=64)
     generate(page)
-    assert [lora["weight"] for lora in read_info(find_newest(app))["loras"]] == [-0.5]
+    assert [lora["weight"] for lora in read_info(find_newest_image(app))["loras"]] == [-0.5]
     assert "<lora:style:-0.5>" in page.locator("#parameters textarea").input_value()
     weight.fill("1")
     weight.press("Tab")
@@ -351,7 +357,7 @@ def test_loras_are_offered_where_they_fit_and_none_is_selected_at_first(app, pag
     page.get_by_role("radio", name="demo-upscaler.safetensors").click()
     page.locator("#lora").wait_for(state="hidden")
     generate(page)
-    info = read_info(find_newest(app))
+    info = read_info(find_newest_image(app))
     assert (info["task"], info["size"], info["loras"]) == ("upscale", [256, 256], [])
     open_tab(page, "depth2img")
     page.locator("#checkpoint-error").get_by_text("`ldm download sd-v2-depth`").wait_for()
@@ -401,7 +407,7 @@ def test_a_large_photo_is_resized_to_the_size_of_the_model(app, page, tmp_path):
     fill(page, Height=192)
     area.get_by_label("Pad").check()
     generate(page)
-    info = read_info(find_newest(app))
+    info = read_info(find_newest_image(app))
     assert (info["size"], info["resize_mode"]) == ([192, 128], "pad")
 
 
@@ -417,7 +423,7 @@ def test_an_image_is_reproduced_from_its_metadata(page):
 def test_the_image_is_large_with_the_preview_over_it_and_the_bar_agrees_with_the_message(page):
     page.set_viewport_size({"width": 1920, "height": 1080})
     page.mouse.wheel(0, -5000)
-    fill(page, **{"Sampling steps": LONG, "Batch count": 2})
+    fill(page, **{"Sampling steps": LONG_RUN_STEPS, "Batch count": 2})
     generate(page, "step [0-9]+ of 150")
     preview = page.locator("#preview img")
     preview.wait_for()
@@ -430,9 +436,8 @@ def test_the_image_is_large_with_the_preview_over_it_and_the_bar_agrees_with_the
     assert image["y"] + image["height"] <= 1080
     assert abs(box["y"] - image["y"]) < 4
     assert abs(box["x"] + box["width"] / 2 - image["x"] - image["width"] / 2) < 4
-    rows = [(re.match("image 1 of 2, step ([0-9]+) of 150", text), width)
-            for text, width in list_statuses(page)]  # fmt: skip
-    bars = [(int(match[1]), float(width.rstrip("%"))) for match, width in rows if match]
+    bars = [(int(match[1]), float(width.rstrip("%"))) for text, width in list_statuses(page)
+            if (match := re.match("image 1 of 2, step ([0-9]+) of 150", text))]  # fmt: skip
     assert max(step for step, _ in bars) >= 10
     for step, percent in bars:
         assert abs(percent - step / 3) <= 0.7  # a step may end while the message is written
@@ -453,8 +458,8 @@ def test_a_phone_has_all_tabs_and_the_output_before_the_settings(page):
 
 @pytest.mark.slow
 def test_files_added_while_the_app_runs_are_found(app, page):
-    (app[1] / "people").mkdir()
-    shutil.copy(app[1] / "demo.safetensors", app[1] / "people/copy.safetensors")
+    (app.models / "people").mkdir()
+    shutil.copy(app.models / "demo.safetensors", app.models / "people/copy.safetensors")
     page.locator("#prompt textarea").fill("kept")
     page.locator("#refresh").click()
     page.locator("#checkpoint input").click()
@@ -468,7 +473,7 @@ def test_files_added_while_the_app_runs_are_found(app, page):
     report = page.locator("#report textarea").input_value()
     assert "family      a text-to-image model" in report
     assert "MB" in report
-    assert str(app[1]) not in report
+    assert str(app.models) not in report
 
 
 @pytest.mark.slow
@@ -490,7 +495,7 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
     wait_for_message(page, "`holiday.png` is not an image that the browser can show")
     open_tab(page, "txt2img")
     generate(page)
-    before = read_pixels(find_newest(app))
+    before = read_pixels(find_newest_image(app))
     page.locator("#prompt textarea").fill("something else")
     page.locator("#send-inpaint").click()
     wait_for_value(page, "#prompt textarea", PROMPT)
@@ -508,15 +513,15 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
     generate(page)
     page.wait_for_timeout(500)
     assert sum("/upload" in url for url in page.urls) == 3  # image, layer, both: sent once
-    changed = (before != read_pixels(find_newest(app))).any(-1)
-    assert read_info(find_newest(app))["task"] == "inpaint"
+    changed = (before != read_pixels(find_newest_image(app))).any(-1)
+    assert read_info(find_newest_image(app))["task"] == "inpaint"
     assert 0 < changed.mean() < 0.5
     assert not changed[:16].any()
     assert not changed[-16:].any()
 
 
 @pytest.mark.parametrize("is_multi_user", [False, True])
-def test_visitors_of_a_shared_app_see_no_older_images(tmp_path, is_multi_user):
+def test_visitors_of_a_multi_user_app_see_no_older_images(tmp_path, is_multi_user):
     page = pytest.importorskip("ldm.app.page", reason="needs gradio")
     OutputFolder(tmp_path).save_sample(Image.new("RGB", (8, 8)), {"seed": 7})
     backend = Backend(Library(tmp_path), tmp_path, ModelOptions(), Limits())
@@ -530,10 +535,10 @@ def test_no_file_outside_the_output_folder_is_served(app):
              "scripts/app.py", "http://127.0.0.1:1/", "file:///etc/passwd"]  # fmt: skip
     for path in paths:
         for route in ("gradio_api/file=", "gradio_api/file/", "file="):
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(f"{app[0]}/{route}{path}")
-            refused.value.close()
-            assert refused.value.code in (400, 403, 404)
+            with pytest.raises(urllib.error.HTTPError) as http_error:
+                urllib.request.urlopen(f"{app.address}/{route}{path}")
+            http_error.value.close()
+            assert http_error.value.code in (400, 403, 404)
 
 
 @pytest.mark.parametrize(
@@ -549,7 +554,6 @@ def test_no_file_outside_the_output_folder_is_served(app):
     ],
 )  # fmt: skip
 def test_flags_that_the_app_cannot_start_with_are_errors_in_one_line(run_ldm, flags, message):
-    """Other machines have no access without a password."""
     status, _, err = run_ldm("app", *flags)
     assert status == 1
     assert err.endswith(f"{message}\n")

@@ -31,12 +31,12 @@ def backend(tmp_path_factory):
     (folder / "models/sd_xl_turbo_1.0.safetensors").symlink_to(models["xl"])
     demo = Path(__file__).parents[2] / "checkpoints/demo.safetensors"
     shutil.copy(demo, folder / "models")
-    choice = ModelOptions(device="cpu", precision="full")
-    return Backend(Library(folder / "models"), folder / "out", choice, Limits())
+    options = ModelOptions(device="cpu", precision="full")
+    return Backend(Library(folder / "models"), folder / "out", options, Limits())
 
 
 @pytest.fixture
-def page(backend):
+def events(backend):
     return FormEvents(backend)
 
 
@@ -47,22 +47,22 @@ def make_request(backend, model, **changes):
     return backend.make_request(TXT2IMG, model, form.parse(values, backend.uploads))
 
 
-def test_settings_and_fields_follow_the_checkpoint(page):
-    initial = page.forms["txt2img"].settings
-    defaults = {name: initial[name].kwargs["value"] for name in DEFAULTED_FIELDS}
+def test_settings_and_fields_follow_the_checkpoint(events):
+    settings = events.forms["txt2img"].settings
+    initial = {name: settings[name].kwargs["value"] for name in DEFAULTED_FIELDS}
 
-    def follow(name):
-        _, _, accordion, _, now, *updates = page.update_for_checkpoint(
-            "txt2img", name, [], "", defaults, *defaults.values()
+    def select_checkpoint(checkpoint):
+        _, _, accordion, _, defaults, *updates = events.update_for_checkpoint(
+            "txt2img", checkpoint, [], "", initial, *initial.values()
         )
-        for field, update in zip(now, updates, strict=True):
+        for name, update in zip(defaults, updates, strict=True):
             # Fields that have their value already are skipped.
-            assert update == (gr.skip() if now[field] == defaults[field] else now[field])
-        return (accordion["visible"], *(now[name] for name in ("width", "scale", "steps")))
+            assert update == (gr.skip() if defaults[name] == initial[name] else defaults[name])
+        return (accordion["visible"], *(defaults[name] for name in ("width", "scale", "steps")))
 
-    assert follow(BASE) == (True, 1024, 5.0, 25)
-    assert follow("sd_xl_turbo_1.0.safetensors") == (True, 512, 1.0, 4)
-    assert follow("demo.safetensors") == (False, 128, 2.0, 25)
+    assert select_checkpoint(BASE) == (True, 1024, 5.0, 25)
+    assert select_checkpoint("sd_xl_turbo_1.0.safetensors") == (True, 512, 1.0, 4)
+    assert select_checkpoint("demo.safetensors") == (False, 128, 2.0, 25)
 
 
 @pytest.fixture
@@ -73,18 +73,18 @@ def lora(backend):
     return path
 
 
-def test_settings_follow_loras_in_the_prompt_and_the_sampler(page, lora):
-    def follow(defaults, prompt="a cat", **values):
+def test_settings_follow_loras_in_the_prompt_and_the_sampler(events, lora):
+    def apply_defaults(defaults, prompt="a cat", **values):
         form = [{**defaults, **values}[name] for name in DEFAULTED_FIELDS]
-        now, *_ = page.apply_defaults("txt2img", BASE, [], prompt, defaults, *form)
-        return now
+        return events.apply_defaults("txt2img", BASE, [], prompt, defaults, *form)[0]
 
-    plain = follow(dict.fromkeys(DEFAULTED_FIELDS))
-    with_lora = follow(plain, f"a cat <lora:{lora.stem}:1>")
+    plain = apply_defaults(dict.fromkeys(DEFAULTED_FIELDS))
+    with_lora = apply_defaults(plain, f"a cat <lora:{lora.stem}:1>")
     assert [with_lora[name] for name in ("sampler", "steps", "scale")] == ["lcm", 4, 1.0]
-    assert follow(with_lora, "a cat <lora:none") == follow(with_lora, "<lora:none:1>") == plain
-    assert follow(plain, sampler="euler_cfg_pp") == {**plain, "scale": 1.0}
-    assert follow(plain, sampler="euler") == plain
+    for prompt in ("a cat <lora:none", "<lora:none:1>"):
+        assert apply_defaults(with_lora, prompt) == plain
+    assert apply_defaults(plain, sampler="euler_cfg_pp") == {**plain, "scale": 1.0}
+    assert apply_defaults(plain, sampler="euler") == plain
 
 
 def test_an_empty_scale_is_the_default_of_the_sampler(backend):
@@ -92,21 +92,22 @@ def test_an_empty_scale_is_the_default_of_the_sampler(backend):
     assert resolve_sampling(request, Defaults()).scale == 1.0
 
 
-def test_reused_settings_are_not_replaced_by_defaults_of_the_lora(page, lora):
+def test_reused_settings_are_not_replaced_by_defaults_of_the_lora(events, lora):
     """The image has the defaults of the model, although its LoRA is for few steps."""
     values = {"steps": 25, "scale": 5.0, "sampler": "ddim", "width": 1024, "height": 1024}
     info = {"prompt": f"a cat <lora:{lora.stem}:1>", **values, "size": [1024, 1024]}
-    *filled, defaults = page.fill_fields(info, BASE, values)
-    form = dict(zip(page.forms["txt2img"].common_fields, filled, strict=False))
-    assert [form[name] for name in DEFAULTED_FIELDS] == [values[name] for name in DEFAULTED_FIELDS]
-    own = [values[name] for name in DEFAULTED_FIELDS]
-    with_lora, *updates = page.apply_defaults("txt2img", BASE, [], info["prompt"], defaults, *own)
+    *filled, defaults = events.fill_fields(info, BASE, values)
+    form = dict(zip(events.forms["txt2img"].common_fields, filled, strict=False))
+    shown = [form[name] for name in DEFAULTED_FIELDS]
+    assert shown == [values[name] for name in DEFAULTED_FIELDS]
+    arguments = ("txt2img", BASE, [], info["prompt"], defaults, *shown)
+    with_lora, *updates = events.apply_defaults(*arguments)
     assert with_lora["steps"] == 4
     assert updates == [gr.skip()] * len(DEFAULTED_FIELDS)
 
 
 @pytest.mark.slow
-def test_a_refiner_is_selected_by_name_and_its_image_fills_the_form_and_replays(backend, page):
+def test_a_refiner_is_selected_by_name_and_its_image_fills_the_form_and_replays(backend, events):
     assert list(backend.library.list_addons("refiner")) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
     progress = Progress()
@@ -115,9 +116,8 @@ def test_a_refiner_is_selected_by_name_and_its_image_fills_the_form_and_replays(
     assert (info["refiner"]["path"], info["refiner_start"]) == (REFINER, 0.5)
     assert info["request"]["refiner"] == REFINER
     assert backend._models.count == 2
-    filled = dict(
-        zip(page.forms["txt2img"].common_fields, page.fill_fields(info, None, {}), strict=False)
-    )
+    fields = events.forms["txt2img"].common_fields
+    filled = dict(zip(fields, events.fill_fields(info, None, {}), strict=False))
     assert filled.items() >= (changes | {"prompt_2": "", "steps": 4, "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
 
@@ -131,7 +131,7 @@ def test_a_refiner_is_selected_by_name_and_its_image_fills_the_form_and_replays(
         (REFINER, {}, "txt2img needs a text-to-image model"),
     ],
 )
-def test_models_and_values_that_do_not_fit_are_refused(backend, model, changes, message):
+def test_unsuitable_models_and_values_are_refused(backend, model, changes, message):
     with pytest.raises(ValueError, match=message):
         make_request(backend, model, **changes)
 
@@ -140,5 +140,5 @@ def test_fields_of_sdxl_are_ignored_for_other_models(backend):
     changes = {"refiner": REFINER, "crop": "8,8", "aesthetic_score": "7"}
     plain = make_request(backend, "demo.safetensors", **changes)
     assert plain.sdxl == TXT2IMG.build_request().sdxl
-    alone = make_request(backend, BASE, **changes | {"refiner": ""})
-    assert (alone.sdxl.crop, alone.sdxl.aesthetic_score) == ((8, 8), None)
+    without_refiner = make_request(backend, BASE, **changes | {"refiner": ""}).sdxl
+    assert (without_refiner.crop, without_refiner.aesthetic_score) == ((8, 8), None)

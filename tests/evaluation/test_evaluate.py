@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from imagehelp import read_pixels
 from ldm.commands.main import main
 from ldm.evaluation.generate import Setting, wait_for_images
 from ldm.evaluation.prompts import draw_prompts, read_prompts
@@ -28,28 +29,26 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
-def run(tiny_model, tmp_path, prompts, capsys):
-    """Runs `ldm evaluate`; returns its status, lines of stdout, text of stderr."""
+def run(tiny_model, tmp_path, prompts, run_ldm):
+    """Runs `ldm evaluate`; see `run_ldm`."""
 
     def run(*flags):
         arguments = [*tiny_model.flags, "--steps", "2", "--scales", "1,3", "--H", "64", "--W", "64"]
         arguments += ["--precision", "full", "--outdir", str(tmp_path / "out"), "--n_samples", "2"]
         if "--images" not in flags and "--prompts" not in flags:
             arguments += ["--generate", "--prompts", str(prompts)]
-        status = main(["evaluate", *arguments, *map(str, flags)])
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err
+        return run_ldm("evaluate", *arguments, *flags)
 
     return run
 
 
-class Means:
-    """The mean colour of an image as features, and a score from it, in place of networks."""
+class MeanColors:
+    """The mean color of an image as features and as a score, in place of networks."""
 
     dimensions = 3
 
     def describe(self):
-        return {"name": "mean colour"}
+        return {"name": "mean color"}
 
     def features(self, images):
         means = [np.asarray(image).mean(axis=(0, 1)) for image in images]
@@ -65,27 +64,26 @@ def test_every_scale_has_all_images_from_the_same_noise(run, tiny_model, tmp_pat
     assert "no reference images" in err
     assert "no CLIP is given" in err
     folder = next((tmp_path / "out").glob("base_v-ddim-2"))
-    infos = {scale: [read_info(p) for p in list_images(folder / scale)] for scale in
-             ("scale-1", "scale-3")}  # fmt: skip
-    for scale, rows in infos.items():
-        assert [row["prompt"] for row in rows] == PROMPTS
-        assert [row["seed"] for row in rows] == [42, 43, 44, 45, 46]
-        assert {row["scale"] for row in rows} == {float(scale[6:])}
-        assert {row["watermark"] for row in rows} == {None}
+    for scale in (1.0, 3.0):
+        infos = [read_info(path) for path in list_images(folder / f"scale-{scale:g}")]
+        assert [info["prompt"] for info in infos] == PROMPTS
+        assert [info["seed"] for info in infos] == [42, 43, 44, 45, 46]
+        assert {info["scale"] for info in infos} == {scale}
+        assert {info["watermark"] for info in infos} == {None}
     assert main(["replay", *tiny_model.flags, str(folder / "scale-3/00002.png")]) == 0
 
 
-def test_interrupted_run_makes_only_what_is_missing(run, tmp_path):
+def test_an_interrupted_run_makes_only_the_missing_images(run, tmp_path):
     run("--scales", "3")
     folder = tmp_path / "out/base_v-ddim-2/scale-3"
     before = {path: path.stat().st_mtime_ns for path in list_images(folder)}
-    gone = folder / "00003.png"
-    expected = np.asarray(Image.open(gone))
-    gone.unlink()
-    assert run("--scales", "3")[0] == 0
+    missing = folder / "00003.png"
+    expected = read_pixels(missing)
+    missing.unlink()
+    assert run("--scales", "3").status == 0
     after = {path: path.stat().st_mtime_ns for path in list_images(folder)}
-    assert {path for path in after if before[path] != after[path]} == {gone}
-    assert np.abs(np.asarray(Image.open(gone)).astype(int) - expected).max() <= 1
+    assert {path for path in after if before[path] != after[path]} == {missing}
+    assert np.abs(read_pixels(missing) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,7 @@ def test_interrupted_run_makes_only_what_is_missing(run, tmp_path):
         (["--prompts", "other.txt", "--generate"], "has images of other prompts"),
     ],
 )
-def test_folder_of_other_options_is_refused(run, tmp_path, monkeypatch, flags, message):
+def test_a_folder_of_other_options_is_refused(run, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.txt").write_text("a house\n")
     run("--scales", "3")
@@ -113,7 +111,7 @@ def test_folder_of_other_options_is_refused(run, tmp_path, monkeypatch, flags, m
         ({"removed": 1}, "has images with removed 1, not None: choose another folder"),
     ],
 )  # fmt: skip
-def test_folder_of_another_model_or_version_is_refused(run, tmp_path, change, message):
+def test_a_folder_of_another_model_or_version_is_refused(run, tmp_path, change, message):
     run("--scales", "3", "--count", "2")
     path = tmp_path / "out/base_v-ddim-2/options.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -126,11 +124,11 @@ def test_processes_share_the_images(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     folder = tmp_path / "out/base_v-ddim-2/scale-3"
     monkeypatch.setenv("RANK", "1")
-    assert run("--scales", "3")[0] == 0
-    second = [path.name for path in list_images(folder)]
+    assert run("--scales", "3").status == 0
+    second_half = [path.name for path in list_images(folder)]
     monkeypatch.setenv("RANK", "0")
-    assert run("--scales", "3")[0] == 0
-    assert second == ["00002.png", "00003.png"]
+    assert run("--scales", "3").status == 0
+    assert second_half == ["00002.png", "00003.png"]
     assert len(list_images(folder)) == 5
 
 
@@ -195,11 +193,10 @@ def test_bad_input_is_refused_in_one_line_before_the_model_is_loaded(
         ("--count", "many", "`many` is not a positive whole number"),
     ],
 )
-def test_values_of_flags_are_checked_without_generate_too(run, capsys, flag, value, message):
-    with pytest.raises(SystemExit) as stopped:
-        run("--images", "mine", flag, value)
-    assert stopped.value.code == 2
-    assert f"argument {flag}: {message}" in capsys.readouterr().err
+def test_values_of_flags_are_checked_without_generate_too(run, flag, value, message):
+    status, _, err = run("--images", "mine", flag, value)
+    assert status == 2
+    assert f"argument {flag}: {message}" in err
 
 
 def test_a_missing_checkpoint_is_named_before_anything_is_written(run, tmp_path):
@@ -221,14 +218,14 @@ def test_fewer_images_than_processes_are_refused_in_one_line(run, monkeypatch):
 
 def test_captions_of_coco_are_drawn_without_replacement(tmp_path):
     images = [{"id": k, "file_name": f"{k}.jpg"} for k in range(20)]
-    rows = [{"image_id": k, "caption": f" caption\n{k} "} for k in range(20)]
+    annotations = [{"image_id": k, "caption": f" caption\n{k} "} for k in range(20)]
     path = tmp_path / "captions.json"
-    path.write_text(json.dumps({"images": images, "annotations": rows}))
-    sources = read_prompts(path)
-    drawn = draw_prompts(sources, 8, seed=1)
-    assert len({source.text for source in drawn}) == 8
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    prompts = read_prompts(path)
+    drawn = draw_prompts(prompts, 8, seed=1)
+    assert len({prompt.text for prompt in drawn}) == 8
     assert drawn[0].text == f"caption {drawn[0].image_name[:-4]}"
-    assert draw_prompts(sources, 5, seed=1) == drawn[:5]
+    assert draw_prompts(prompts, 5, seed=1) == drawn[:5]
     for malformed in ([1], {"images": images, "annotations": [{"image_id": 0, "caption": None}]}):
         path.write_text(json.dumps(malformed))
         with pytest.raises(FileFormatError, match="captions.json is not captions in COCO's format"):
@@ -237,13 +234,13 @@ def test_captions_of_coco_are_drawn_without_replacement(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Folders of 12 images each: `real`, and of a run at two scales, with prompts."""
+    """Path of folders of 12 images each: `real`, and those of a run at two guidance scales."""
     rng = np.random.default_rng(0)
-    limits = {"real": 256, "run/m-ddim-2/scale-2": 200, "run/m-ddim-2/scale-10": 150}
-    for name, top in limits.items():
+    max_values = {"real": 256, "run/m-ddim-2/scale-2": 200, "run/m-ddim-2/scale-10": 150}
+    for name, max_value in max_values.items():
         (tmp_path / name).mkdir(parents=True)
         for k in range(12):
-            pixels = rng.integers(0, top, (8, 10, 3), dtype=np.uint8)
+            pixels = rng.integers(0, max_value, (8, 10, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{k:05d}.png")
     return tmp_path
 
@@ -251,16 +248,16 @@ def folders(tmp_path):
 def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(folders / "cache"))
     sets = [
-        ImageSet(each.series, each.files, each.scale, prompts=["x"] * 12)
-        for each in find_image_sets(folders / "run")
+        ImageSet(found.series, found.files, found.scale, prompts=["x"] * 12)
+        for found in find_image_sets(folders / "run")
     ]
-    assert [each.scale for each in sets] == [2, 10]
+    assert [image_set.scale for image_set in sets] == [2, 10]
     real = ImageSet("reference", list_images(folders / "real"), side=8)
-    results = score_sets(sets, real, Means(), Means())
+    results = score_sets(sets, real, MeanColors(), MeanColors())
     assert results[0].scores["fid"].value < results[1].scores["fid"].value
     assert results[0].choices["reference"]["side"] == 8
-    monkeypatch.setattr(Means, "features", None)  # all features are in the cache
-    assert score_sets(sets, real, Means(), Means()) == results
+    monkeypatch.setattr(MeanColors, "features", None)  # all features are in the cache
+    assert score_sets(sets, real, MeanColors(), MeanColors()) == results
     table = format_table(results)
     assert "| m-ddim-2 | 10 | 12 |" in table
     paths = save_results(results, folders / "out") + save_figure(results, folders / "out")
@@ -274,14 +271,14 @@ def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch):
 
 def test_features_of_a_network_of_unknown_hash_are_not_cached(folders, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(folders / "cache"))
-    monkeypatch.setattr(Means, "describe", lambda self: {"name": "Inception", "sha256": None})
-    score_sets(find_image_sets(folders / "run"), None, None, Means())
+    monkeypatch.setattr(MeanColors, "describe", lambda self: {"name": "Inception", "sha256": None})
+    score_sets(find_image_sets(folders / "run"), None, None, MeanColors())
     images = ImageSet("reference", list_images(folders / "real"))
-    read_features(images, Means(), "Reference")
+    read_features(images, MeanColors(), "Reference")
     assert not (folders / "cache").exists()
 
 
-def test_folder_that_is_not_named_by_a_scale_is_named(folders):
+def test_a_folder_that_is_not_named_by_a_guidance_scale_is_refused(folders):
     (folders / "run/m-ddim-2/scale-2-old").mkdir()
     with pytest.raises(FileFormatError, match="scale-2-old` is not named by a guidance scale"):
         find_image_sets(folders / "run")
@@ -290,12 +287,12 @@ def test_folder_that_is_not_named_by_a_scale_is_named(folders):
 def test_few_images_are_warned_of_and_different_numbers_refused(folders, caplog):
     real = ImageSet("reference", list_images(folders / "real")[:3])
     sets = find_image_sets(folders / "run")
-    score_sets(sets, real, Means())
+    score_sets(sets, real, MeanColors())
     assert "the number of reference images = 3 is not above the 3 features" in caplog.text
     with pytest.raises(ArgumentError, match="0 images requested, m-ddim-2 at scale 2 has 12"):
         sets[0].first(0)
     with pytest.raises(ArgumentError, match="scale 2 has 12 images, .* scale 10 11: scores of"):
-        score_sets([sets[0], sets[1].first(11)], real, Means())
+        score_sets([sets[0], sets[1].first(11)], real, MeanColors())
 
 
 def test_two_folders_are_compared_without_a_model(run, folders):

@@ -1,4 +1,4 @@
-"""Inception and CLIP, preprocessing included, against other implementations on equal weights."""
+"""Inception and CLIP with their preprocessing, against other implementations on equal weights."""
 
 import json
 import re
@@ -37,22 +37,23 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def weights():
+def inception_weights():
     """Random weights of Inception whose features differ, with the 1,008 classes of the file."""
     torch.manual_seed(0)
-    net = Inception()
-    for module in net.modules():
+    network = Inception()
+    for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
-    return {**net.state_dict(), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    classifier = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    return network.state_dict() | classifier
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_inception_agrees_with_torch_fidelity(weights, images, tmp_path):
+def test_inception_agrees_with_torch_fidelity(inception_weights, images, tmp_path):
     """On the same resized input; observed 0."""
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    torch.save(weights, tmp_path / "inception.pth")
+    torch.save(inception_weights, tmp_path / "inception.pth")
     theirs = extractor.FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=tmp_path / "inception.pth"
     )
@@ -72,8 +73,8 @@ def test_clean_resize_is_that_of_clean_fid(images):
 
 
 def test_pytorch_fid_resize_is_bilinear_without_antialiasing(images):
-    unit = torch.from_numpy(np.array(images[0])).movedim(-1, 0)[None] / 255
-    expected = 2 * torch.nn.functional.interpolate(unit, (299, 299), mode="bilinear") - 1
+    pixels = torch.from_numpy(np.array(images[0])).movedim(-1, 0)[None] / 255
+    expected = 2 * torch.nn.functional.interpolate(pixels, (299, 299), mode="bilinear") - 1
     assert torch.equal(preprocess_for_inception(images[0], "pytorch-fid"), expected)
     with pytest.raises(UnknownName, match="did you mean `pytorch-fid`"):
         InceptionExtractor(Inception(), "pytorch_fid")
@@ -87,8 +88,12 @@ def test_pytorch_fid_resize_is_bilinear_without_antialiasing(images):
         ({"Mixed_6a.branch3x3.conv.weight": torch.zeros(1)}, "does not fit Inception"),
     ],
 )
-def test_wrong_inception_file_is_refused_in_one_line(weights, tmp_path, change, message):
-    state = {name: value for name, value in (weights | change).items() if value is not None}
+def test_a_file_that_is_not_inception_is_refused_in_one_line(
+    inception_weights, tmp_path, change, message
+):
+    state = {
+        name: value for name, value in (inception_weights | change).items() if value is not None
+    }
     torch.save(state, tmp_path / "wrong.pth")
     with pytest.raises((FileFormatError, ValueError), match=message):
         load_inception(tmp_path / "wrong.pth")
@@ -129,40 +134,38 @@ def test_clip_score_agrees_with_open_clip(clip_weights, images, tmp_path):
     assert torch.allclose(judge.scores(images, PROMPTS).float(), expected, atol=1e-5)
 
 
-def test_clip_is_read_out_of_unclip_checkpoints(clip_weights, tmp_path):
-    """Whole in that of ViT-L; the text blocks of ViT-H are in the text encoder."""
+def test_clip_is_read_from_unclip_checkpoints(clip_weights, tmp_path):
+    """Those of ViT-L have all of CLIP; in those of ViT-H the text encoder has the text blocks."""
     state = clip_weights
-    blocks = {name for name in state if name.startswith("transformer.")}
-    whole = {f"embedder.model.{name}": value for name, value in state.items()}
-    split = {f"embedder.model.{name}": v for name, v in state.items() if name not in blocks}
-    text = {name: v for name, v in state.items() if not name.startswith("visual.")}
-    split |= {f"cond_stage_model.model.{name}": value for name, value in text.items()}
+    vit_l = {f"embedder.model.{name}": value for name, value in state.items()}
+    embedder = {name: value for name, value in vit_l.items() if ".transformer." not in name}
+    text = {name: value for name, value in state.items() if not name.startswith("visual.")}
+    vit_h = embedder | {f"cond_stage_model.model.{name}": value for name, value in text.items()}
     torch.save(state, tmp_path / "bare.ckpt")
     expected = CLIPJudge(load_clip(tmp_path / "bare.ckpt")).embed_texts(PROMPTS)
-    for name, content in {"l.ckpt": whole, "h.ckpt": split}.items():
-        torch.save({"state_dict": content}, tmp_path / name)
+    for name, unclip in {"l.ckpt": vit_l, "h.ckpt": vit_h}.items():
+        torch.save({"state_dict": unclip}, tmp_path / name)
         assert torch.equal(CLIPJudge(load_clip(tmp_path / name)).embed_texts(PROMPTS), expected)
-    without = {name: value for name, value in split.items() if "embedder" in name}
-    torch.save({"state_dict": without}, tmp_path / "no-text.ckpt")
+    torch.save({"state_dict": embedder}, tmp_path / "no-text.ckpt")
     with pytest.raises(FileFormatError, match=re.escape("vision and text tower")):
         check_clip(tmp_path / "no-text.ckpt")
 
 
-class Module(torch.nn.Module):
-    """A module with the weights of a state dict, as OpenAI's archives have them."""
+class StateDictModule(torch.nn.Module):
+    """A module with the weights of a state dict, to be saved as OpenAI's archives are."""
 
     def __init__(self, state):
         super().__init__()
         self.layers = ["code", "that is not run"]
         children = {}
         for name, value in state.items():
-            child, _, rest = name.partition(".")
-            if rest:
-                children.setdefault(child, {})[rest] = value
+            child, _, inner_name = name.partition(".")
+            if inner_name:
+                children.setdefault(child, {})[inner_name] = value
             else:
                 self.register_parameter(child, torch.nn.Parameter(value, requires_grad=False))
-        for child, inner in children.items():
-            self.add_module(child, Module(inner))
+        for child, inner_state in children.items():
+            self.add_module(child, StateDictModule(inner_state))
 
     def forward(self, x):
         return x
@@ -171,9 +174,8 @@ class Module(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore")
 def test_clip_is_read_from_the_archives_of_openai(clip_weights, tmp_path):
     sizes = {"input_resolution": torch.tensor(56), "context_length": torch.tensor(77)}
-    module = Module(clip_weights | sizes | {"vocab_size": torch.tensor(49408)}).requires_grad_(
-        False
-    )
+    sizes |= {"vocab_size": torch.tensor(49408)}
+    module = StateDictModule(clip_weights | sizes).requires_grad_(False)
     torch.jit.script(module).save(tmp_path / "ViT.pt")
     torch.save(clip_weights, tmp_path / "bare.bin")
     clips = [load_clip(tmp_path / name) for name in ("ViT.pt", "bare.bin")]
@@ -182,12 +184,12 @@ def test_clip_is_read_from_the_archives_of_openai(clip_weights, tmp_path):
 
 
 def test_the_config_of_transformers_selects_the_activation(clip_weights, tmp_path):
-    names = {f"model.{name}": value for name, value in clip_weights.items()}
-    locations = locate_text_encoder(
-        name for name in names if "visual" not in name
-    ) | locate_vision_tower(names)
-    theirs = {k: v.contiguous() for k, v in convert_to_diffusers(locations, names).items()}
-    save_file(theirs | {"logit_scale": clip_weights["logit_scale"]}, tmp_path / "model.safetensors")
+    state = {f"model.{name}": value for name, value in clip_weights.items()}
+    locations = locate_text_encoder(name for name in state if "visual" not in name)
+    converted = convert_to_diffusers(locations | locate_vision_tower(state), state)
+    converted["logit_scale"] = clip_weights["logit_scale"]
+    converted = {name: value.contiguous() for name, value in converted.items()}
+    save_file(converted, tmp_path / "model.safetensors")
     for activation in ("gelu", "quick_gelu"):
         config = {"text_config": {"hidden_act": activation}}
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -203,11 +205,10 @@ def test_clip_of_transformers_agrees_with_it(images, tmp_path):
     """A folder, and its file alone; observed 0."""
     transformers = pytest.importorskip("transformers")
     sizes = {"num_hidden_layers": 2, "intermediate_size": 256}
+    text = {"hidden_size": 64, "num_attention_heads": 1, "eos_token_id": 49407}
+    vision = {"hidden_size": 128, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
     config = transformers.CLIPConfig(
-        text_config=sizes | {"hidden_size": 64, "num_attention_heads": 1, "eos_token_id": 49407},
-        vision_config=sizes
-        | {"hidden_size": 128, "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
-        projection_dim=512,
+        text_config=sizes | text, vision_config=sizes | vision, projection_dim=512
     )
     torch.manual_seed(0)
     theirs = transformers.CLIPModel(config).eval()

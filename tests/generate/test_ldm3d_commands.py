@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
     Image.fromarray(rng.integers(0, 256, (24, 40, 3), np.uint8)).save(folder / "cat.png")
     levels = rng.integers(0, 256, (24, 40), np.uint8)
     Image.fromarray(levels.astype(np.uint16) * 257).save(folder / "cat_depth.png")
-    Image.fromarray(levels).save(folder / "depth_uint8.png")
+    Image.fromarray(levels).save(folder / "depth8.png")
     Image.fromarray(levels[:, :20]).save(folder / "narrow.png")
     Image.fromarray(levels.astype(np.float32) * 0.3).save(folder / "metres.tif")
     return folder
@@ -72,18 +72,16 @@ def test_txt2img_saves_color_depth_grid_and_relief(run, run_ldm, tmp_path):
 @pytest.mark.slow
 def test_img2img_reads_depth_and_numbers_continue(run, tmp_path, inputs):
     flags = ("--init-img", inputs / "cat.png", "--skip_grid", "--strength", 0)
-    for depth in ("cat_depth.png", "depth_uint8.png"):
+    for depth in ("cat_depth.png", "depth8.png"):
         assert run("img2img", "ldm3d-4c", *flags, "--depth", inputs / depth).status == 0
     from_16_bits, from_8_bits = (tmp_path / f"samples/0000{k}.png" for k in range(2))
     assert np.array_equal(read_pixels(from_16_bits), read_pixels(from_8_bits))
     from_16_bits.unlink()
-    _, lines, _ = run(
-        "img2img", "ldm3d-4c", *flags, "--depth", inputs / "depth_uint8.png", "--json"
-    )
+    _, lines, _ = run("img2img", "ldm3d-4c", *flags, "--depth", inputs / "depth8.png", "--json")
     info = json.loads(lines[0])
     names = [Path(info[key]).name for key in ("path", "depth_path")]
     assert names == ["00002.png", "00002_depth.png"]
-    assert read_info(from_8_bits)["inputs"]["depth"][0]["path"] == str(inputs / "depth_uint8.png")
+    assert read_info(from_8_bits)["inputs"]["depth"][0]["path"] == str(inputs / "depth8.png")
 
 
 def test_a_folder_of_images_with_depth_is_an_input_of_img2img(run, tmp_path, inputs):
