@@ -13,7 +13,7 @@ from PIL import Image
 import ldm
 from checkerhelp import write_safety_checker
 from imagehelp import ONE_IMAGE_FLAGS, read_pixels, write_random_lora
-from imaging.badimages import HUGE
+from imaging.badimages import HUGE_PNG
 from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
 from ldm.app.form_events import FormEvents
@@ -261,7 +261,7 @@ def test_an_empty_mask_is_refused(backend, run, photo):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "an empty file"), (b"<html>", "a web page"), ("cut", "damaged"), (HUGE, "pixels")],
+    [(b"", "an empty file"), (b"<html>", "a web page"), ("cut", "damaged"), (HUGE_PNG, "pixels")],
 )
 def test_bad_uploads_are_named_in_one_line_without_the_path(
     backend, run, photo, tmp_path, content, reason

@@ -1,11 +1,11 @@
-"""`ldm check-data`: folders and shards are checked before training."""
+"""`ldm check-data`: folders and shards are checked and packed."""
 
 import tarfile
 
 import pytest
 from PIL import Image
 
-from imaging.badimages import REFUSED
+from imaging.badimages import UNREADABLE_FILES
 from ldm.commands.check_data import main
 from ldm.data.check import check_data
 
@@ -14,7 +14,7 @@ from ldm.data.check import check_data
 def photos(tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
-    for name, (write, _) in REFUSED.items():
+    for name, (write, _) in UNREADABLE_FILES.items():
         if name != "folder":
             write(root / f"{name}.png")
     for number, size in enumerate([(300, 300), (300, 300), (600, 300), (80, 160)]):

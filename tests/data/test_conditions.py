@@ -15,7 +15,7 @@ IMAGE, OPAQUE = torch.zeros(3, 32, 32), torch.ones(1, 32, 32)
 CONDITIONS = {"mask": {}, "lr": {"factor": 4}, "depth": None}
 
 
-def test_masks_are_holes_of_many_kinds_and_sometimes_full():
+def test_masks_differ_in_area_and_are_sometimes_full():
     masks = [RandomMask(full_probability=0.25)(IMAGE, OPAQUE, Random(k)) for k in range(200)]
     areas = torch.stack([mask.mean() for mask in masks])
     assert {value for mask in masks for value in mask.unique().tolist()} == {0.0, 1.0}
@@ -24,24 +24,25 @@ def test_masks_are_holes_of_many_kinds_and_sometimes_full():
     assert len(areas.unique()) > 100
 
 
-def test_a_low_resolution_image_keeps_plain_colours_whatever_the_filter():
-    plain = torch.tensor([0.2, -0.5, 1.0])[:, None, None].expand(3, 32, 16)
+def test_a_low_resolution_image_keeps_a_uniform_color_with_any_filter():
+    uniform = torch.tensor([0.2, -0.5, 1.0])[:, None, None].expand(3, 32, 16)
     for seed in range(20):
-        small = LowRes(factor=4, blur=1.0)(plain, OPAQUE, Random(seed))
-        torch.testing.assert_close(small, plain[:, :8, :4].clone(), atol=1e-5, rtol=0)
+        small = LowRes(factor=4, blur=1.0)(uniform, OPAQUE, Random(seed))
+        torch.testing.assert_close(small, uniform[:, :8, :4].clone(), atol=1e-5, rtol=0)
 
 
 def test_blur_softens_edges():
     image = torch.cat([IMAGE[..., :16] - 1, IMAGE[..., 16:] + 1], dim=2)
-    sharp, soft = (
+    sharp, blurred = (
         sum(LowRes(blur=blur)(image, OPAQUE, Random(k)).diff(dim=2).max() for k in range(20))
         for blur in (0.0, 1.0)
     )
-    assert sharp > 1.1 * soft
+    assert sharp > 1.1 * blurred
 
 
-def test_pseudo_depth_rises_from_the_edge_to_the_middle_of_the_silhouette():
-    disc = ((torch.arange(64) - 32) ** 2)[:, None] + ((torch.arange(64) - 32) ** 2)[None] < 24**2
+def test_pseudo_depth_rises_from_the_edge_to_the_center_of_the_silhouette():
+    squares = (torch.arange(64) - 32) ** 2
+    disc = squares[:, None] + squares[None] < 24**2
     depth = PseudoDepth(luminance=0.0)(torch.zeros(3, 64, 64), disc[None].float(), Random(0))
     row = depth[0, 32]
     assert depth[0][~disc].max() == 0
@@ -50,7 +51,7 @@ def test_pseudo_depth_rises_from_the_edge_to_the_middle_of_the_silhouette():
     assert abs(float(depth[0, 32, 14] - depth[0, 19, 19])) < 0.1  # as far from the edge
 
 
-def test_bright_parts_are_nearer():
+def test_bright_pixels_are_nearer():
     image = torch.cat([IMAGE[:, :16] - 1, IMAGE[:, 16:] + 1], dim=1)
     depth = PseudoDepth(ramp_width=1, luminance=0.5)(image, OPAQUE, Random(0))
     assert depth[0, 30, 16] > depth[0, 1, 16]
@@ -81,7 +82,7 @@ def test_options_are_read_under_their_former_names():
     }  # fmt: skip
 
 
-def test_a_sample_has_its_conditions_beside_the_same_image():
+def test_conditions_do_not_change_the_image_of_a_sample():
     image = Image.new("RGBA", (32, 32), (9, 9, 9, 255))
     row = {"image": image, "object": "pig", "style": "flat"}
     plain, sample = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from imaging.badimages import REFUSED
+from imaging.badimages import UNREADABLE_FILES
 from ldm.data.dataset import DreamBoothDataset, UnreadableSample
 from ldm.data.drawings import EmojiTransform, list_caption_texts
 from ldm.data.folder import ImageFolder, read_metadata
@@ -22,7 +22,7 @@ PHOTO = PhotoTransform(size=8)
 BUCKETS = PhotoTransform(size=16, buckets={"step": 8})
 
 
-def draw(path, size=(8, 8), text="", suffix=".txt"):
+def write_image(path, size=(8, 8), text="", suffix=".txt"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "red").save(path)
     if text:
@@ -60,15 +60,11 @@ def test_a_folder_without_metadata_is_refused(tmp_path):
         ("metadata.csv", b"file_name,text\na.png,b, c\n", r"csv`, line 2: more fields than the fi"),
         ("metadata.csv", b'file_name,text\na.png,"b\nc.png,d', r"csv`, line 2: a quote is not clo"),
         ("metadata.csv", b'file_name,text\na.png,b\n\na.png,"b\nc.png,"d"\n', "line 4: a quote is"),
-        (
-            "metadata.csv",
-            b"file_name,text\na.png," + 131073 * b"x",
-            "after line 1: field larger tha",
-        ),
+        ("metadata.csv", b"file_name,text\na.png," + 131073 * b"x", "after line 1: field larger"),
     ],
 )
 def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path):
-    draw(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_metadata(tmp_path)
@@ -85,7 +81,7 @@ def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path)
     ],
 )
 def test_a_score_or_size_that_is_not_a_number_is_named_before_training(row, message, tmp_path):
-    draw(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **row}))
     with pytest.raises(ValueError, match=f"`a.png` has {message}"):
         ImageFolder(root=tmp_path, transform=PHOTO)
@@ -94,19 +90,19 @@ def test_a_score_or_size_that_is_not_a_number_is_named_before_training(row, mess
 @pytest.mark.parametrize("subfolder", ["", "train/"])
 def test_images_without_a_row_are_counted(subfolder, tmp_path, caplog):
     for name in ("a.png", "b.png", "c/d.png"):
-        draw(tmp_path / subfolder / name)
-    table = tmp_path / subfolder / "metadata.csv"
-    table.write_text('file_name,text\n./a.png,"two\nlines"\n')
+        write_image(tmp_path / subfolder / name)
+    metadata = tmp_path / subfolder / "metadata.csv"
+    metadata.write_text('file_name,text\n./a.png,"two\nlines"\n')
     assert len(read_metadata(tmp_path)) == 1
     assert "2 images without a row" in caplog.text
     caplog.clear()
-    table.write_text("file_name,text\na.png,a\nb.png,b\nc\\d.png,d\n")
+    metadata.write_text("file_name,text\na.png,a\nb.png,b\nc\\d.png,d\n")
     assert len(read_metadata(tmp_path)) == 3
     assert "left out" not in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("suffix", "content"),
     [
         ("jsonl", '{"file_name": "b/a.png", "text": "one", "repeats": null}'),
         ("jsonl", '{"file_name": "b/a.png", "text": NaN, "caption": "one", "repeats": NaN}'),
@@ -125,15 +121,15 @@ def test_images_without_a_row_are_counted(subfolder, tmp_path, caplog):
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_rows_of_any_format_are_read(name, content, encoding, tmp_path):
-    draw(tmp_path / "b/a.png")
-    (tmp_path / f"metadata.{name}").write_text(content, encoding)
+def test_rows_of_any_format_are_read(suffix, content, encoding, tmp_path):
+    write_image(tmp_path / "b/a.png")
+    (tmp_path / f"metadata.{suffix}").write_text(content, encoding)
     folder = ImageFolder(root=tmp_path, transform=PHOTO)
     assert [folder[0, k]["txt"] for k in range(len(folder))] == ["one"]
 
 
-def test_of_several_captions_one_is_taken_at_random(tmp_path):
-    draw(tmp_path / "a.png")
+def test_one_of_several_captions_is_drawn_at_random(tmp_path):
+    write_image(tmp_path / "a.png")
     row = '{"file_name": "a.png", "text": ["one", "two", null], "repeats": 30}\n'
     (tmp_path / "metadata.jsonl").write_text(row)
     folder = ImageFolder(root=tmp_path, transform=PHOTO)
@@ -150,23 +146,23 @@ def test_of_several_captions_one_is_taken_at_random(tmp_path):
 
 
 def test_any_field_of_a_csv_may_be_the_caption(tmp_path):
-    draw(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,prompt\na.png,one\n", "utf-8-sig")
     assert ImageFolder(root=tmp_path, transform=PHOTO, text="prompt")[0, 0]["txt"] == "one"
     with pytest.raises(ValueError, match="no image has a `promt`"):
         ImageFolder(root=tmp_path, transform=PHOTO, text="promt")
 
 
-def test_captions_lie_beside_the_images(tmp_path):
-    draw(tmp_path / "a.png", text="one\n")
-    draw(tmp_path / "b" / "b.jpg", text="two", suffix=".caption")
-    draw(tmp_path / "c.webp")
-    draw(tmp_path / "d.PNG", text="three", suffix=".TXT")
-    draw(tmp_path / "e.JFIF", text="four", suffix=".Caption")
-    draw(tmp_path / "f.png", text='{"width": 8, "caption": "five"}', suffix=".json")
-    draw(tmp_path / "g.png", text="six", suffix=".png.txt")
-    draw(tmp_path / "h.png", text="seven")
-    draw(tmp_path / "h.png", text='{"text": "eight"}', suffix=".json")
+def test_captions_are_read_from_files_next_to_the_images(tmp_path):
+    write_image(tmp_path / "a.png", text="one\n")
+    write_image(tmp_path / "b" / "b.jpg", text="two", suffix=".caption")
+    write_image(tmp_path / "c.webp")
+    write_image(tmp_path / "d.PNG", text="three", suffix=".TXT")
+    write_image(tmp_path / "e.JFIF", text="four", suffix=".Caption")
+    write_image(tmp_path / "f.png", text='{"width": 8, "caption": "five"}', suffix=".json")
+    write_image(tmp_path / "g.png", text="six", suffix=".png.txt")
+    write_image(tmp_path / "h.png", text="seven")
+    write_image(tmp_path / "h.png", text='{"text": "eight"}', suffix=".json")
     rows = [(row["file_name"], row.get("text")) for row in read_metadata(tmp_path)]
     assert rows == [("a.png", "one"), ("b/b.jpg", "two"), ("c.webp", None), ("d.PNG", "three"),
                     ("e.JFIF", "four"), ("f.png", "five"), ("g.png", "six"),
@@ -175,7 +171,7 @@ def test_captions_lie_beside_the_images(tmp_path):
 
 def test_a_subfolder_may_have_metadata_of_its_own(tmp_path):
     for name in ("train/a.png", "train/b.png", "c.png"):
-        draw(tmp_path / name)
+        write_image(tmp_path / name)
     row = '{"file_name": "a.png", "text": "one"}'
     (tmp_path / "train" / "metadata.jsonl").write_text(row)
     rows = read_metadata(tmp_path)
@@ -187,7 +183,7 @@ def test_all_images_are_found_and_skipped_files_are_logged(tmp_path, caplog):
     hidden = [".thumbnails/0.png", "deep/.ipynb_checkpoints/1.png", "__MACOSX/2.png",
               "@eaDir/0.png/3.jpg", "._0.png"]  # fmt: skip
     for name in names + hidden:
-        draw(tmp_path / name)
+        write_image(tmp_path / name)
     for name in ("a.heic", "b.HEIC", "c.mp4", "lonely.txt", "Makefile", "0.txt", "0.caption"):
         (tmp_path / name).touch()
     assert [row["file_name"] for row in read_metadata(tmp_path)] == names
@@ -198,7 +194,7 @@ def test_all_images_are_found_and_skipped_files_are_logged(tmp_path, caplog):
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
 def test_links_are_followed_and_each_folder_is_read_once(tmp_path, caplog):
     for name in ("data/0.png", "elsewhere/1.png", "elsewhere/deep/2.png", "data/b/3.png"):
-        draw(tmp_path / name, text="text")
+        write_image(tmp_path / name, text="text")
     links = {"data/a": "b", "data/more": "../elsewhere", "data/same": "../elsewhere",
              "data/loop": ".", "data/up": "..", "elsewhere/back": "../data",
              "elsewhere/deep/round": "..", "data/gone": "nowhere"}  # fmt: skip
@@ -211,19 +207,19 @@ def test_links_are_followed_and_each_folder_is_read_once(tmp_path, caplog):
     assert "6 links to folders that are read already" in caplog.text
 
 
-def test_a_folder_of_kohyas_scripts_is_repeated_as_its_name_says(tmp_path):
-    draw(tmp_path / "3_sks dog" / "a.png")
-    draw(tmp_path / "3_sks dog" / "b.png", text="a sks dog in snow")
-    draw(tmp_path / "1_dog" / "c.png")
+def test_a_folder_of_kohyas_scripts_is_repeated_by_the_number_in_its_name(tmp_path):
+    write_image(tmp_path / "3_sks dog" / "a.png")
+    write_image(tmp_path / "3_sks dog" / "b.png", text="a sks dog in snow")
+    write_image(tmp_path / "1_dog" / "c.png")
     batch = next(DatasetSource(ImageFolder(root=tmp_path, transform=PHOTO)).iter_batches(7))
     assert sorted(batch["txt"]) == ["a sks dog in snow"] * 3 + ["dog"] + ["sks dog"] * 3
 
 
 def test_files_that_are_not_images_are_named_and_replaced(tmp_path):
-    for name, (write, _) in REFUSED.items():
+    for name, (write, _) in UNREADABLE_FILES.items():
         write(tmp_path / f"{name}.png")
-    names = [f"{name}.png" for name in REFUSED]
-    draw(tmp_path / "good.png")
+    names = [f"{name}.png" for name in UNREADABLE_FILES]
+    write_image(tmp_path / "good.png")
     lines = "".join(f"{name},x\n" for name in [*names, "good.png"])
     (tmp_path / "metadata.csv").write_text(f"file_name,text\n{lines}")
     for buckets in (None, {"step": 8}):
@@ -236,7 +232,7 @@ def test_files_that_are_not_images_are_named_and_replaced(tmp_path):
 @pytest.mark.parametrize("subfolder", ["", "3_sks dog"])
 def test_a_caption_that_cannot_be_read_makes_its_image_unreadable(subfolder, tmp_path):
     for name in ("a", "b"):
-        draw(tmp_path / subfolder / f"{name}.png", text=name)
+        write_image(tmp_path / subfolder / f"{name}.png", text=name)
     (tmp_path / subfolder / "b.txt").write_bytes(b"caf\xe9")
     folder = ImageFolder(root=tmp_path, transform=PHOTO)
     batch = next(DatasetSource(folder).iter_batches(len(folder)))
@@ -250,8 +246,8 @@ def test_a_caption_that_cannot_be_read_makes_its_image_unreadable(subfolder, tmp
 
 def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):
     for name in ("a.png", "b.png"):
-        draw(tmp_path / "one" / name, text="x")
-        draw(tmp_path / "class" / name, text="x")
+        write_image(tmp_path / "one" / name, text="x")
+        write_image(tmp_path / "class" / name, text="x")
     (tmp_path / "class" / "a.png").write_bytes(b"")
     data, others = (ImageFolder(root=tmp_path / name, transform=PHOTO) for name in ("one", "class"))
     source = DatasetSource(DreamBoothDataset(data, others), images=data)
@@ -262,16 +258,15 @@ def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):
     assert sorted(source.count_names()) == ["a.png", "b.png", "prior/a.png", "prior/b.png"]
 
 
-def test_buckets_are_of_upright_images_and_unreadable_ones_join_the_largest(tmp_path):
+def test_buckets_are_of_upright_images_and_the_largest_has_the_unreadable_ones(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     for name in "ab":
         Image.new("RGB", (32, 8), "red").save(tmp_path / f"{name}.jpg", exif=exif)
-    draw(tmp_path / "c.png", (32, 8))
+    write_image(tmp_path / "c.png", (32, 8))
     (tmp_path / "d.png").write_bytes(b"")
     folder = ImageFolder(root=tmp_path, transform=BUCKETS)
     assert folder[0, 0]["jpg"].shape == (3, 32, 8)
     assert folder[0, 2]["jpg"].shape == (3, 8, 32)
-    assert (
-        folder.bucket_ids[0] == folder.bucket_ids[1] == folder.bucket_ids[3] != folder.bucket_ids[2]
-    )
+    a, b, c, d = folder.bucket_ids
+    assert a == b == d != c

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face, from disk."""
+"""Hugging Face datasets, read from disk."""
 
 import gc
 import sys
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def table():
+def dataset():
     import datasets
 
     images = []
@@ -33,8 +33,8 @@ def table():
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def test_a_dataset_saved_to_disk_is_read(table, tmp_path):
-    table.save_to_disk(tmp_path)
+def test_a_dataset_saved_to_disk_is_read(dataset, tmp_path):
+    dataset.save_to_disk(tmp_path)
     hub = HubDataset(hub=tmp_path, transform=PhotoTransform(size=16))
     batch = next(DatasetSource(hub).iter_batches(6))
     assert batch["jpg"].shape == (6, 3, 16, 16)
@@ -43,13 +43,13 @@ def test_a_dataset_saved_to_disk_is_read(table, tmp_path):
     assert [row["text"] for row in hub.iter_metadata()] == list("012345")
 
 
-def test_parquet_is_read_into_buckets_by_a_worker(table, tmp_path):
-    table.to_parquet(tmp_path / "a.parquet")
+def test_parquet_is_read_into_buckets_by_a_worker(dataset, tmp_path):
+    dataset.to_parquet(tmp_path / "a.parquet")
     transform = PhotoTransform(size=16, buckets={"step": 8})
     hub = HubDataset(hub=tmp_path / "a.parquet", transform=transform, cache=tmp_path / "cache")
     batches = DatasetSource(hub).iter_batches(4, workers=1)
     shapes = {batch["jpg"].shape for batch in (next(batches), next(batches))}
-    assert shapes == {(2, 3, 16, 16), (4, 3, 8, 32)}  # the damaged one joins the larger bucket
+    assert shapes == {(2, 3, 16, 16), (4, 3, 8, 32)}  # the damaged one is in the larger bucket
 
 
 def test_a_folder_of_images_is_read(tmp_path):
@@ -67,15 +67,15 @@ def test_a_folder_of_images_is_read(tmp_path):
     assert [hub[0, index]["txt"] for index in range(2)] == ["a", "b"]
 
 
-def test_a_missing_column_is_named(table, tmp_path):
-    table.save_to_disk(tmp_path)
+def test_a_missing_column_is_named(dataset, tmp_path):
+    dataset.save_to_disk(tmp_path)
     with pytest.raises(ValueError, match="no column `caption`, only `image`, `text`"):
         HubDataset(hub=tmp_path, transform=PhotoTransform(), text="caption")
     with pytest.raises(ValueError, match="no column `jpg` of images"):
         HubDataset(hub=tmp_path, transform=PhotoTransform(), image="jpg")
 
 
-def test_the_package_is_named_where_it_is_missing(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'ldm-revived\[hub\]'"):
         HubDataset(hub="someone/something", transform=PhotoTransform())

@@ -1,4 +1,4 @@
-"""Tar shards: the same batches on any number of ranks, and exactly resumed."""
+"""Tar shards: the same sequence of batches on any number of ranks and in resumed runs."""
 
 import gc
 import io
@@ -26,7 +26,7 @@ from ldm.data.shards import Shards, decode_sample, expand_patterns, read_shard
 from ldm.data.transforms import PhotoTransform
 
 EMOJI = Path(__file__).parent / "emoji"
-COUNTS = (5, 1, 7, 2, 4)  # samples in five shards
+SHARD_SIZES = (5, 1, 7, 2, 4)  # samples in each shard
 SQUARE = PhotoTransform(size=8)
 BUCKETS = PhotoTransform(size=8, buckets={"step": 4})
 
@@ -47,8 +47,8 @@ def write_tar(path, members):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path, numbers = tmp_path_factory.mktemp("shards"), iter(range(sum(COUNTS)))
-    for shard, count in enumerate(COUNTS):
+    path, numbers = tmp_path_factory.mktemp("shards"), iter(range(sum(SHARD_SIZES)))
+    for shard, count in enumerate(SHARD_SIZES):
         members = {}
         for number in islice(numbers, count):
             size, stem = (16, 4) if number % 3 == 0 else (8, 8), f"{number:03}"
@@ -79,14 +79,14 @@ def list_texts(batches):
 def test_ranks_workers_and_resumed_runs_read_the_same_sequence(
     folder, transform, start, rank, world_size, workers
 ):
-    alone = read(open_source(folder, transform), 40)[start + rank :: world_size]
+    expected = read(open_source(folder, transform), 40)[start + rank :: world_size]
     options = {"start": start, "rank": rank, "world_size": world_size, "workers": workers}
-    part = read(open_source(folder, transform), len(alone), **options)
-    assert list_texts(part) == list_texts(alone)
-    assert all(torch.equal(a["jpg"], b["jpg"]) for a, b in zip(part, alone, strict=True))
+    batches = read(open_source(folder, transform), len(expected), **options)
+    assert list_texts(batches) == list_texts(expected)
+    assert all(torch.equal(b["jpg"], e["jpg"]) for b, e in zip(batches, expected, strict=True))
 
 
-def test_every_epoch_of_a_stream_holds_everything_once_in_another_order(folder):
+def test_every_epoch_of_a_stream_holds_each_sample_once_in_another_order(folder):
     batches = read(open_source(folder, streams=1), 20)  # 19 samples: 10 batches, the last smaller
     epochs = list_texts(batches[:10]), list_texts(batches[10:])
     assert all(Counter(epoch) == Counter(map(str, range(19))) for epoch in epochs)
@@ -94,7 +94,7 @@ def test_every_epoch_of_a_stream_holds_everything_once_in_another_order(folder):
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3, 5])
-def test_of_shards_of_one_size_an_epoch_holds_everything_once(streams, tmp_path):
+def test_an_epoch_of_shards_of_one_size_holds_each_sample_once(streams, tmp_path):
     for shard in range(5):
         members = {f"{k}.png": make_png(4 * shard + k) for k in range(4)}
         members |= {f"{k}.txt": b"%d" % (4 * shard + k) for k in range(4)}
@@ -104,14 +104,14 @@ def test_of_shards_of_one_size_an_epoch_holds_everything_once(streams, tmp_path)
     assert all(Counter(epoch) == Counter(map(str, range(20))) for epoch in epochs)
 
 
-def test_samples_outside_the_limits_are_left_out(folder):
+def test_samples_outside_the_limits_are_skipped(folder):
     batches = read(open_source(folder, minimum={"width": 5}, maximum={"width": 15}), 20)
     assert set(list_texts(batches)) == set(map(str, range(5, 16)))
 
 
 def test_damaged_samples_and_shards_are_named_and_replaced(folder, tmp_path):
-    good = (folder / "002.tar").read_bytes()
-    (tmp_path / "b.tar").write_bytes(good[: len(good) // 2 - 300])
+    intact = (folder / "002.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(intact[: len(intact) // 2 - 300])
     images = {"1.png": make_png(1)[:30], "2.jpg": make_png(2)}
     write_tar(tmp_path / "a.tar", dict(sorted({**images, "1.txt": b"x", "3.txt": b"x"}.items())))
     batches = read(Shards([str(tmp_path / "*.tar")], SQUARE, streams=2), 16)
@@ -153,13 +153,11 @@ def test_fixed_samples_come_from_the_first_shards(folder):
     source = open_source(folder)
     assert [sample["txt"] for sample in source.load_fixed_samples(7)] == list("0123456")
     assert len(source.load_fixed_samples(30)) == 30
-    bucketed = open_source(folder, BUCKETS)
-    assert [sample["txt"] for sample in bucketed.load_fixed_samples(4)] == list(
-        "1245"
-    )  # all of one bucket
+    samples = open_source(folder, BUCKETS).load_fixed_samples(4)
+    assert [sample["txt"] for sample in samples] == list("1245")  # all of one bucket
 
 
-def test_commands_are_not_run_unless_that_is_allowed(folder):
+def test_commands_are_run_only_if_that_is_allowed(folder):
     command = f"pipe:cat {folder}/{{000..001}}.tar"
     with pytest.raises(ValueError, match="is a command, which a config may not run"):
         Shards(command, SQUARE)
@@ -185,10 +183,10 @@ def test_shards_that_cannot_be_read_are_named(shards, message, monkeypatch):
         expand_patterns(shards)
 
 
-class Flaky(SimpleHTTPRequestHandler):
+class FlakyHandler(SimpleHTTPRequestHandler):
     """Closes the connection in the middle of the first response for each file."""
 
-    served: ClassVar[Counter[str]] = Counter()
+    num_requests: ClassVar[Counter[str]] = Counter()
 
     def do_GET(self):
         path = Path(self.translate_path(self.path))
@@ -198,7 +196,7 @@ class Flaky(SimpleHTTPRequestHandler):
         self.send_response(206)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
-        self.served[self.path] += 1
+        self.num_requests[self.path] += 1
         self.wfile.write(data[start : len(data) // 2 if not start else None])
 
     def log_message(self, *_):
@@ -206,12 +204,14 @@ class Flaky(SimpleHTTPRequestHandler):
 
 
 def test_downloads_resume_after_lost_connections(folder):
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Flaky, directory=str(folder))) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(FlakyHandler, directory=str(folder))
+    ) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         with Download(f"{url}/002.tar", pause=0) as file:
             assert file.readall() == (folder / "002.tar").read_bytes()
-        assert Flaky.served["/002.tar"] == 2
+        assert FlakyHandler.num_requests["/002.tar"] == 2
         with pytest.raises(FileNotFoundError, match="404"):
             Download(f"{url}/nothing.tar").read(1)
         server.shutdown()
@@ -225,7 +225,7 @@ def test_webdataset_reads_what_we_pack(tmp_path):
     assert [path.name for path in paths] == [f"emoji-00{k}.tar" for k in range(3)]
     ours = [raw["png"] for path in paths for raw in read_shard(str(path))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves files open
         reader = webdataset.WebDataset(list(map(str, paths)), shardshuffle=False)
         theirs = [raw["png"] for raw in reader]
         gc.collect()

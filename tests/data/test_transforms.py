@@ -11,8 +11,16 @@ from ldm.data.drawings import COLORS, EmojiTransform, format_caption
 from ldm.data.transforms import SIZE_KEYS, PhotoTransform, TagShuffle
 
 
+def make_ramp():
+    """Make an image of 96x32 whose red value is twice the column."""
+    image = Image.new("RGB", (96, 32))
+    for x in range(96):
+        image.paste((2 * x, 0, 0), (x, 0, x + 1, 32))
+    return image
+
+
 @pytest.mark.parametrize(
-    ("name", "style", "colour", "text"),
+    ("name", "style", "color", "caption"),
     [
         ("apple", "3d", "blue", "a 3d emoji of an apple on a blue background"),
         ("grapes", "android", "orange", "an android emoji of grapes on an orange background"),
@@ -21,17 +29,17 @@ from ldm.data.transforms import SIZE_KEYS, PhotoTransform, TagShuffle
         ("bus", "noto", "", "a noto emoji of a bus"),
     ],
 )
-def test_a_caption_names_what_is_given(name, style, colour, text):
-    assert format_caption(name, style, colour) == text
+def test_a_caption_names_object_style_and_color_if_they_are_known(name, style, color, caption):
+    assert format_caption(name, style, color) == caption
 
 
-def test_a_drawing_lies_on_the_named_background():
+def test_a_drawing_is_composited_on_the_named_background():
     transform = EmojiTransform(size=64, scale=(0.5, 0.5))
     red = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
     image = transform.make_image_fields(red, Random(0), "blue")["jpg"]
     assert torch.allclose(image[:, 0, 0], torch.tensor(COLORS["blue"]) / 127.5 - 1)
     assert torch.allclose(image[:, 32, 32], torch.tensor([1.0, -1.0, -1.0]))
-    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))  # the hidden colour does not bleed
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))  # its hidden color must not bleed
     assert transform.make_image_fields(clear, Random(0), "white")["jpg"].min() == 1.0
 
 
@@ -47,7 +55,7 @@ def test_the_training_resolution_is_that_of_the_crop(transform, size):
     assert transform.image_size == size
 
 
-def test_an_emoji_depends_on_its_random_generator_alone():
+def test_an_emoji_is_a_function_of_its_random_generator():
     row = {"image": Image.new("RGBA", (32, 32), (9, 9, 9, 255)), "object": "pig"}
     row |= {"style": "flat", "keywords": ["hog"]}
     transform = EmojiTransform(size=64, crop=24)
@@ -58,17 +66,14 @@ def test_an_emoji_depends_on_its_random_generator_alone():
     assert not torch.equal(first["jpg"], other["jpg"])
 
 
-def test_a_photo_is_cropped_at_its_centre_or_at_random():
-    image = Image.new("RGB", (96, 32))
-    for x in range(96):
-        image.paste((2 * x, 0, 0), (x, 0, x + 1, 32))
-    sample = {"image": image, "text": "night"}
-    middle = PhotoTransform(size=32, flip=0)(sample, Random(0))
-    assert middle["txt"] == "night"
-    red = (middle["jpg"][0, 0] + 1) * 127.5
+def test_a_photo_is_cropped_at_its_center_or_at_random():
+    row = {"image": make_ramp(), "text": "night"}
+    centered = PhotoTransform(size=32, flip=0)(row, Random(0))
+    assert centered["txt"] == "night"
+    red = (centered["jpg"][0, 0] + 1) * 127.5
     assert torch.allclose(red, 2.0 * torch.arange(32, 64), atol=1.01)
     crop = PhotoTransform(size=32, flip=0, crop="random")
-    assert not torch.equal(*(crop(sample, Random(k))["jpg"] for k in (0, 1)))
+    assert not torch.equal(*(crop(row, Random(k))["jpg"] for k in (0, 1)))
     with pytest.raises(ValueError, match="unknown crop `left`"):
         PhotoTransform(crop="left")
 
@@ -102,11 +107,8 @@ def test_keys_of_latent_caches_are_those_of_version_0_1():
     )
 
 
-def test_a_sample_has_the_sizes_of_its_image():
-    """Columns of the image are numbered, so its first column is where the crop begins."""
-    image = Image.new("RGB", (96, 32))
-    for x in range(96):
-        image.paste((2 * x, 0, 0), (x, 0, x + 1, 32))
+def test_a_sample_has_original_size_crop_and_target_size():
+    image = make_ramp()
     for flip in (0.0, 1.0):
         sample = PhotoTransform(size=32, flip=flip, crop="random")({"image": image}, Random(1))
         original, crop, target = (sample[key].tolist() for key in SIZE_KEYS)
@@ -114,8 +116,8 @@ def test_a_sample_has_the_sizes_of_its_image():
         column = float((sample["jpg"][0, 0, 0] + 1) * 127.5) / 2
         assert crop[1] == pytest.approx(95 - column if flip else column, abs=1.01)
         assert 0 < crop[1] < 64
-    half = PhotoTransform(size=16, flip=0.0, buckets={"step": 8})({"image": image}, Random(0))
-    assert [half[key].tolist() for key in SIZE_KEYS] == [[32, 96], [0, 0], [8, 24]]
+    halved = PhotoTransform(size=16, flip=0.0, buckets={"step": 8})({"image": image}, Random(0))
+    assert [halved[key].tolist() for key in SIZE_KEYS] == [[32, 96], [0, 0], [8, 24]]
     emoji = EmojiTransform(size=64, crop=24)
     row = {"image": Image.new("RGBA", (32, 32)), "object": "pig", "style": "flat"}
     sizes = [emoji(row, Random(0))[key].tolist() for key in SIZE_KEYS]
@@ -131,5 +133,5 @@ def test_metadata_may_give_the_original_size_and_a_score():
     plain = PhotoTransform(size=8, original_size_keys=("h", "w"))(row, Random(0))
     assert plain["original_size_as_tuple"].tolist() == [8, 8]
     assert plain["aesthetic_score"].tolist() == [6.0]
-    empty = {**row, "aesthetic_score": "", "original_width": ""}  # of a CSV
+    empty = {**row, "aesthetic_score": "", "original_width": ""}  # empty fields of a CSV
     assert PhotoTransform(size=8)(empty, Random(0))["aesthetic_score"].tolist() == [6.0]

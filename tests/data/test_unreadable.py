@@ -9,16 +9,16 @@ from ldm.data.unreadable import UnreadableFiles
 
 
 class CountedSource:
-    """A source of `total` samples, in files of `times` samples each."""
+    """A source of `total` samples, in which every file is repeated."""
 
-    def __init__(self, total, times=1):
-        self.total, self.times = total, times
+    def __init__(self, total, repeats=1):
+        self.total, self.repeats = total, repeats
 
     def get_batches_per_epoch(self, size):
         return Fraction(self.total, size)
 
     def count_names(self):
-        return Counter({str(k): self.times for k in range(self.total // self.times)})
+        return Counter({str(k): self.repeats for k in range(self.total // self.repeats)})
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def path(tmp_path):
         (CountedSource(1000), 0.01, 10, None),
         (CountedSource(1000), 0.01, 11, "11 of 1000 samples"),
         (CountedSource(100), 0.29, 29, None),  # 0.29 * 100 is less than 29
-        (CountedSource(1000, times=10), 0.01, 1, None),
-        (CountedSource(1000, times=10), 0.01, 2, "20 of 1000 samples"),
+        (CountedSource(1000, repeats=10), 0.01, 1, None),
+        (CountedSource(1000, repeats=10), 0.01, 2, "20 of 1000 samples"),
     ],
 )
-def test_more_than_the_limit_of_all_samples_ends_the_run(source, limit, damaged, message, path):
+def test_too_many_unreadable_samples_end_the_run(source, limit, damaged, message, path):
     unreadable = UnreadableFiles(path, limit, source)
     names = [str(k) for k in range(damaged)]
     for _ in range(2):  # epochs: a file found again counts once
@@ -53,15 +53,15 @@ def test_more_than_the_limit_of_all_samples_ends_the_run(source, limit, damaged,
 
 
 def test_processes_count_together(path):
-    one, other = (UnreadableFiles(path, 0.02, CountedSource(100)) for _ in range(2))
-    one.add(["1", "1"], 50)
-    other.add(["1", "2"], 50)
+    first, second = (UnreadableFiles(path, 0.02, CountedSource(100)) for _ in range(2))
+    first.add(["1", "1"], 50)
+    second.add(["1", "2"], 50)
     assert path.read_text() == "1\n2\n"
     with pytest.raises(ValueError, match="3 of 100 samples"):
-        one.add(["3"], 50)
+        first.add(["3"], 50)
 
 
-def test_files_of_an_earlier_start_count_when_they_are_found_again(path):
+def test_files_of_an_earlier_run_count_only_when_they_are_found_again(path):
     path.parent.mkdir()
     path.write_text("".join(f"{index}\n" for index in range(50)))
     unreadable = UnreadableFiles(path, 0.01, CountedSource(100))

@@ -8,17 +8,17 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule, make_betas
 
 LIKE = torch.empty(2, 4, 50, 50)
-LOW, HIGH = 0.0291675, 14.614642
+SIGMA_MIN, SIGMA_MAX = 0.0291675, 14.614642
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 
 
 def test_the_noise_of_a_step_is_the_sum_over_its_substeps():
-    paths = BrownianPaths([5, 6], LOW, HIGH)
-    whole = paths(LIKE, 9.0, 0.5) * (9.0 - 0.5) ** 0.5
-    parts = paths(LIKE, 9.0, 3.3) * 5.7**0.5 + paths(LIKE, 3.3, 0.5) * 2.8**0.5
-    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
-    again = BrownianPaths([6], LOW, HIGH)(LIKE[:1], 9.0, 3.3)
-    assert torch.equal(paths(LIKE, 9.0, 3.3)[1:], again)
+    paths = BrownianPaths([5, 6], SIGMA_MIN, SIGMA_MAX)
+    step = paths(LIKE, 9.0, 0.5) * (9.0 - 0.5) ** 0.5
+    substeps = paths(LIKE, 9.0, 3.3) * 5.7**0.5 + paths(LIKE, 3.3, 0.5) * 2.8**0.5
+    torch.testing.assert_close(step, substeps, rtol=0, atol=1e-5)
+    second_path = BrownianPaths([6], SIGMA_MIN, SIGMA_MAX)
+    assert torch.equal(paths(LIKE, 9.0, 3.3)[1:], second_path(LIKE[:1], 9.0, 3.3))
 
 
 TORCHSDE = {
@@ -30,35 +30,30 @@ TORCHSDE = {
 
 def test_paths_equal_those_of_torchsde():
     """Recorded from torchsde 0.2.6, as k-diffusion calls it; the largest error is 1e-6."""
-    paths = BrownianPaths([123, 2**40], LOW, HIGH)
-    for (sigma, sigma_next), numbers in TORCHSDE.items():
-        ours = paths(torch.empty(2, 1, 1, 3), sigma, sigma_next)
-        torch.testing.assert_close(ours.flatten(), torch.tensor(numbers), rtol=0, atol=1e-5)
+    paths = BrownianPaths([123, 2**40], SIGMA_MIN, SIGMA_MAX)
+    for (sigma, sigma_next), expected in TORCHSDE.items():
+        noise = paths(torch.empty(2, 1, 1, 3), sigma, sigma_next)
+        torch.testing.assert_close(noise.flatten(), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun"])
 def test_twice_the_steps_give_almost_the_same_sample(sampler):
-    """Data of variance 0.25; samples of independent noise differ by 1.4 standard deviations."""
+    """For data of variance 0.25; independent noise gives a difference of 1.4 deviations."""
 
     def denoise(x, sigma):
         return x * 0.25 / (0.25 + sigma**2)
 
-    def run(steps, path):
+    def sample(steps, paths):
         sigmas = SCHEDULE.step_sigmas(steps, "karras")
         x = torch.randn(2, 4, 20, 20, generator=torch.Generator().manual_seed(1)) * sigmas[0]
         generator = torch.Generator().manual_seed(2)
         noise = lambda like: torch.randn(like.shape, generator=generator)  # noqa: E731
-        return SAMPLERS[sampler](
-            denoise, x.float(), sigmas, noise_source=noise, interval_noise=path
-        )
+        return SAMPLERS[sampler](denoise, x.float(), sigmas, noise_source=noise, interval_noise=paths)
 
-    def distance(*samples):
-        one, two = samples
-        return float((one - two).std() / two.std())
+    def compute_difference(make_paths):
+        coarse, fine = (sample(steps, make_paths()) for steps in (30, 60))
+        return float((coarse - fine).std() / fine.std())
 
-    ends = SCHEDULE.sigmas[[0, -1]].tolist()
-    paths = [BrownianPaths([3, 4], *ends) for _ in range(2)]
-    refined = distance(run(30, paths[0]), run(60, paths[1]))
-    independent = distance(run(30, None), run(60, None))
-    assert refined < 0.5
-    assert independent > 1
+    sigma_range = SCHEDULE.sigmas[[0, -1]].tolist()
+    assert compute_difference(lambda: BrownianPaths([3, 4], *sigma_range)) < 0.5
+    assert compute_difference(lambda: None) > 1

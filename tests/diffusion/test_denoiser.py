@@ -1,4 +1,4 @@
-"""The denoiser: networks that predict eps, v, x0 or edm give the same estimate."""
+"""The denoiser: networks that predict eps, v, x0 or edm give the same denoised latent."""
 
 import pytest
 import torch
@@ -35,9 +35,9 @@ def test_a_perfect_network_gives_the_clean_latent_and_no_loss(z_and_noise, param
     sigma = float(SCHEDULE.sigmas[t])
     # eps is multiplied by sigma: float32 rounding of x shows as sigma * 1e-7.
     torch.testing.assert_close(denoiser(z + sigma * noise, sigma), z, rtol=0, atol=2e-5)
-    error = denoiser.error(z, None, torch.tensor([t, t]), noise)
-    assert error.shape == z.shape
-    assert error.square().mean() < 1e-10
+    residual = denoiser.error(z, None, torch.tensor([t, t]), noise)
+    assert residual.shape == z.shape
+    assert residual.square().mean() < 1e-10
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
@@ -45,30 +45,28 @@ def test_factors_convert_differences_of_predictions(z_and_noise, parameterizatio
     x, prediction = z_and_noise
     schedule = ContinuousSchedule()
     denoiser = Denoiser(lambda *_: prediction, schedule, parameterization, sigma_data=1.0)
-    change = denoiser.convert_prediction(x, 2.0, prediction) - denoiser.convert_prediction(
-        x, 2.0, x
-    )
+    denoised, reference = (denoiser.convert_prediction(x, 2.0, p) for p in (prediction, x))
+    change = denoised - reference
     torch.testing.assert_close(denoiser.estimate_factor(x, 2.0) * (prediction - x), change)
     torch.testing.assert_close(denoiser.eps_factor(x, 2.0) * (prediction - x), -change / 2.0)
 
 
 @pytest.mark.parametrize("parameterization", ["v", "edm"])
-def test_continuous_levels_train_on_the_right_prediction(z_and_noise, parameterization):
+def test_continuous_timesteps_have_the_right_training_target(z_and_noise, parameterization):
     z, noise = z_and_noise
-    t = torch.tensor([-1.0, 0.9], dtype=torch.float64)
+    timesteps = torch.tensor([-1.0, 0.9], dtype=torch.float64)
     schedule, inputs = ContinuousSchedule(), []
 
     def network(z_t, t, **slots):
         inputs.append((z_t, t))
-        return denoiser.target(z, noise, times)
+        return denoiser.target(z, noise, timesteps)
 
-    times = t
     denoiser = Denoiser(network, schedule, parameterization)
-    assert denoiser.error(z, None, t, noise).abs().max() == 0
-    sigma = schedule.t_to_sigma(t)
+    assert denoiser.error(z, None, timesteps, noise).abs().max() == 0
+    sigma = schedule.t_to_sigma(timesteps)
     x = z + sigma.reshape(-1, 1, 1, 1).float() * noise
     torch.testing.assert_close(denoiser(x, sigma), z, rtol=0, atol=2e-5)
-    torch.testing.assert_close(inputs[0], inputs[1])
+    torch.testing.assert_close(*inputs)
 
 
 SCALINGS = {
@@ -84,8 +82,8 @@ SCALINGS = {
 def test_scalings_are_the_recorded_ones(name):
     golden = load_golden("sdxl_denoiser")
     (parameterization, schedule), sigma = SCALINGS[name], golden.inputs(name)["sigma"]
-    numbers = golden.case(name)["info"]["params"]
-    c_skip, c_out = get_scalings(parameterization, sigma, **numbers)
+    params = golden.case(name)["info"]["params"]
+    c_skip, c_out = get_scalings(parameterization, sigma, **params)
     expected = golden.outputs(name)
     torch.testing.assert_close(c_skip, expected["c_skip"])
     torch.testing.assert_close(c_out, expected["c_out"])
@@ -93,13 +91,13 @@ def test_scalings_are_the_recorded_ones(name):
         torch.testing.assert_close(schedule.sigma_to_t(sigma).float(), expected["c_noise"])
 
 
-LEVELS_50 = SCHEDULE.step_sigmas(50, "sgm_uniform")[:-1].flip(0)
+SIGMAS_50 = SCHEDULE.step_sigmas(50, "sgm_uniform")[:-1].flip(0)
 DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
     "discrete_eps": ("eps", SCHEDULE),
     "discrete_v": ("v", SCHEDULE),
     "discrete_eps_no_quantize_c_noise": ("eps", Schedule(SCHEDULE.betas, quantize_time=False)),
     "discrete_edm": ("edm", Schedule(SCHEDULE.betas, log_time=True)),
-    "discrete_eps_50": ("eps", Schedule(betas_from_sigmas(LEVELS_50))),
+    "discrete_eps_50": ("eps", Schedule(betas_from_sigmas(SIGMAS_50))),
     "discrete_eps_noflip": ("eps", Schedule(SCHEDULE.betas, flip_time=True)),
     "discrete_eps_zero": ("eps", Schedule(SCHEDULE.betas, append_zero=True)),
     "continuous_edm": ("edm", ContinuousSchedule()),
@@ -119,22 +117,23 @@ def test_denoisers_of_sdxl_are_the_recorded_ones(name):
         shift = 0.01 * t + context.mean(dim=(1, 2))
         return 0.3 * z_t + shift.reshape(-1, 1, 1, 1)
 
-    denoiser = Denoiser(network, DENOISERS[name][1], DENOISERS[name][0], nearest=True)
+    parameterization, schedule = DENOISERS[name]
+    denoiser = Denoiser(network, schedule, parameterization, nearest=True)
     denoised = denoiser(inputs["x"], inputs["sigma"], Cond(inputs["crossattn"]))
     torch.testing.assert_close(denoised, expected["denoised"], rtol=1e-5, atol=1e-4)
 
 
-def test_timesteps_between_levels_are_flipped_and_shifted_for_the_network():
+def test_fractional_timesteps_are_flipped_and_shifted_for_the_network():
     t = torch.tensor([0.0, 0.25, 500.5, 999.0], dtype=torch.float64)
     sigma = SCHEDULE.t_to_sigma(t)
-    flipped, zero, both = (
+    flipped, shifted, flipped_and_shifted = (
         Schedule(SCHEDULE.betas, **options).network_timestep(sigma)
         for options in ({"flip_time": True}, {"append_zero": True},
                         {"flip_time": True, "append_zero": True})
     )  # fmt: skip
     torch.testing.assert_close(flipped, 999 - t)
-    torch.testing.assert_close(zero, t + 1)
-    torch.testing.assert_close(both, 999 - t)
+    torch.testing.assert_close(shifted, t + 1)
+    torch.testing.assert_close(flipped_and_shifted, 999 - t)
     assert Schedule(SCHEDULE.betas, append_zero=True).network_timestep(0.0) == 0
 
 

@@ -1,4 +1,4 @@
-"""Samplers against recorded trajectories, other implementations, theory, and each other."""
+"""Samplers against recorded trajectories, k-diffusion, diffusers, theory, and each other."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from goldfile import GoldenFile, load_golden
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import add_guidance
-from ldm.diffusion.names import SAMPLERS as SAMPLER_ROWS
+from ldm.diffusion.names import SAMPLERS as SAMPLER_SPECS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.multistep import dpmpp_2m, plms
 from ldm.diffusion.samplers.sde import dpmpp_2m_sde
@@ -29,7 +29,8 @@ RECORDED_DDIM = [
 RECORDED_DPM = ["S5_cfg", "S10_cfg", "S15_cfg", "S20_cfg", "S6_cfg1", "S2"]
 RECORDED_PLMS = ["cfg1", "cfg", "longer", "two_steps", "mask"]
 
-STOCHASTIC = {name for name, row in SAMPLER_ROWS.items() if row.takes_noise}
+STOCHASTIC = {name for name, sampler in SAMPLER_SPECS.items() if sampler.takes_noise}
+PARAMETERIZATIONS = pytest.mark.parametrize("parameterization", ["eps", "v"])
 
 
 @functools.cache
@@ -39,8 +40,8 @@ def load_denoiser(name: str, parameterization: str | None = None) -> Denoiser:
     unet = build_from(golden, UNet, params["unet_config"], "model.diffusion_model.")
     options = {key: params[key] for key in ("linear_start", "linear_end")}
     betas = make_betas("linear", 1000, **options)
-    predicts = parameterization or params["parameterization"]
-    return Denoiser(unet.requires_grad_(False), Schedule(betas), predicts)
+    parameterization = parameterization or params["parameterization"]
+    return Denoiser(unet.requires_grad_(False), Schedule(betas), parameterization)
 
 
 LEGACY_STEPS = Quirks(frozenset({"steps"}))
@@ -51,14 +52,14 @@ def replay(golden: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler
     info = golden.case(name)["info"]
     kwargs, shared = info["kwargs"], golden.select("shared/")
     draws = sorted(golden.select(f"{name}/rng/").items())
-    known_noise = iter([value for key, value in draws if key.endswith("randn_like")])
+    inpainting_noise = iter([value for key, value in draws if key.endswith("randn_like")])
     step_noise = iter([value for key, value in draws if key.endswith("randn")])
     x_T = shared["x_T"] if "x_T" in kwargs else next(step_noise)
     sigmas = LEGACY_STEPS.get_sigmas(denoiser.schedule, info["S"], scheduler)
-    spread = [math.sqrt(1 + sigma**2) for sigma in sigmas.tolist()]
+    stds = [math.sqrt(1 + sigma**2) for sigma in sigmas.tolist()]  # of x
 
     def constrain(x: Tensor, sigma: float) -> Tensor:
-        known = shared["x0"] + sigma * next(known_noise)
+        known = shared["x0"] + sigma * next(inpainting_noise)
         return known * shared["mask"] + x * (1 - shared["mask"])
 
     scale = kwargs.get("unconditional_guidance_scale", 1.0)
@@ -67,56 +68,56 @@ def replay(golden: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler
         scale = scales.__getitem__
     uncond = Cond(shared["uc"]) if "unconditional_conditioning" in kwargs else None
     trajectory = [(x_T, x_T)]
-    options = (
-        {"eta": kwargs["eta"], "noise_source": lambda like: next(step_noise)}
-        if sampler is ddim
-        else {}
-    )
+    options = {}
+    if sampler is ddim:
+        options = {"eta": kwargs["eta"], "noise_source": lambda like: next(step_noise)}
     x = sampler(
         add_guidance(denoiser, Cond(shared["c"]), uncond, scale),
-        x_T * spread[0],
+        x_T * stds[0],
         sigmas,
         constrain=constrain if "mask" in kwargs else None,
-        callback=lambda i, x, denoised: trajectory.append((x / spread[i + 1], denoised)),
+        callback=lambda i, x, denoised: trajectory.append((x / stds[i + 1], denoised)),
         **options,
     )
     xs, denoised = map(torch.stack, zip(*trajectory, strict=True))
-    return {"samples": x / spread[-1], "x_inter": xs, "pred_x0": denoised}
+    return {"samples": x / stds[-1], "x_inter": xs, "pred_x0": denoised}
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
+@PARAMETERIZATIONS
 @pytest.mark.parametrize("name", slow_except(RECORDED_DDIM, *(set(RECORDED_DDIM) - {"longer"})))
-def test_ddim_follows_the_recorded_trajectory(kind, name):
-    golden = load_golden(f"ddim_{kind}")
-    golden.assert_close(name, **replay(golden, name, ddim, load_denoiser(f"ddim_{kind}")))
+def test_ddim_follows_the_recorded_trajectory(parameterization, name):
+    golden_name = f"ddim_{parameterization}"
+    golden, denoiser = load_golden(golden_name), load_denoiser(golden_name)
+    golden.assert_close(name, **replay(golden, name, ddim, denoiser))
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
+@PARAMETERIZATIONS
 @pytest.mark.parametrize("steps", slow_except([8, 5, 1], 5, 1))
-def test_ddim_decodes_from_an_intermediate_step_as_recorded(kind, steps):
-    golden = load_golden(f"ddim_{kind}")
+def test_ddim_decodes_from_an_intermediate_step_as_recorded(parameterization, steps):
+    golden = load_golden(f"ddim_{parameterization}")
     name = f"img2img_tenc{steps}"
-    denoiser, shared = load_denoiser(f"ddim_{kind}"), golden.select("shared/")
+    denoiser, shared = load_denoiser(f"ddim_{parameterization}"), golden.select("shared/")
     sigmas = denoiser.schedule.step_sigmas(10)[-steps - 1 :]
     x = golden.outputs(name)["z_enc"] * (1 + sigmas[0] ** 2).sqrt().float()
-    for out, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
+    for output, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
         conds = Cond(shared["c"]), None if uncond is None else Cond(uncond)
-        end = ddim(add_guidance(denoiser, *conds, scale), x, sigmas)
-        golden.assert_close(name, **{out: end / (1 + sigmas[-1] ** 2).sqrt().float()})
+        decoded = ddim(add_guidance(denoiser, *conds, scale), x, sigmas)
+        golden.assert_close(name, **{output: decoded / (1 + sigmas[-1] ** 2).sqrt().float()})
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
+@PARAMETERIZATIONS
 @pytest.mark.parametrize("name", slow_except(RECORDED_PLMS, "cfg", "two_steps", "mask"))
-def test_plms_follows_the_recorded_trajectory(kind, name):
-    golden = load_golden(f"plms_{kind}")
-    golden.assert_close(name, **replay(golden, name, plms, load_denoiser(f"plms_{kind}", "eps")))
+def test_plms_follows_the_recorded_trajectory(parameterization, name):
+    golden_name = f"plms_{parameterization}"
+    golden, denoiser = load_golden(golden_name), load_denoiser(golden_name, "eps")
+    golden.assert_close(name, **replay(golden, name, plms, denoiser))
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
+@PARAMETERIZATIONS
 @pytest.mark.parametrize("name", slow_except(RECORDED_DPM, "S15_cfg", "S6_cfg1", "S2"))
-def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
-    golden = load_golden(f"dpm_{kind}")
-    denoiser = load_denoiser(f"dpm_{kind}")
+def test_dpm_gives_the_recorded_samples_at_the_recorded_times(parameterization, name):
+    golden = load_golden(f"dpm_{parameterization}")
+    denoiser = load_denoiser(f"dpm_{parameterization}")
     outputs = replay(golden, name, dpmpp_2m, denoiser, scheduler="time_uniform")
     golden.assert_close(name, samples=outputs["samples"])
     steps = golden.case(name)["info"]["S"]
@@ -142,9 +143,8 @@ def test_stochastic_samplers_keep_the_distribution(name):
     x = noise(torch.empty(20000, 1, 1, 1, dtype=torch.float64)) * math.sqrt(101)
     options = {"eta": 1.0} if name == "ddim" else {}
     x = SAMPLERS[name](denoise_gaussian, x, SIGMAS, noise_source=noise, **options)
-    assert float(x.std()) == pytest.approx(
-        math.sqrt(1 + float(SIGMAS[-1]) ** 2), rel=0.03
-    )  # first order, 200 steps
+    expected = math.sqrt(1 + float(SIGMAS[-1]) ** 2)
+    assert float(x.std()) == pytest.approx(expected, rel=0.03)  # first order, 200 steps
 
 
 def test_ddim_without_noise_is_euler():
@@ -163,26 +163,26 @@ def test_dpmpp_2m_sde_without_noise_is_dpmpp_2m():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_steps_down_to_zero_end_in_the_last_estimate(name):
+def test_a_last_step_to_zero_gives_the_last_denoised(name):
     sigmas = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=torch.float64)
     calls = []
     x = torch.ones(1, 1, 1, 1)
     options = {"noise_source": torch.zeros_like} if name in STOCHASTIC else {}
-    end = SAMPLERS[name](
-        denoise_gaussian, x, sigmas, callback=lambda *a: calls.append(a), **options
-    )
+    options |= {"callback": lambda *arguments: calls.append(arguments)}
+    sample = SAMPLERS[name](denoise_gaussian, x, sigmas, **options)
     assert [i for i, _, _ in calls] == [0, 1, 2]
-    assert end.isfinite().all()
+    assert sample.isfinite().all()
     if name not in ("plms", "lms", "dpm_fast", "dpm_adaptive"):
-        torch.testing.assert_close(end, calls[-1][2])
+        _, _, denoised = calls[-1]
+        torch.testing.assert_close(sample, denoised)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_single_step_to_zero_gives_the_estimate(name):
+def test_a_single_step_to_zero_gives_the_denoised(name):
     sigmas, x = torch.tensor([10.0, 0.0], dtype=torch.float64), torch.ones(1, 1, 1, 1)
     steps = []
-    end = SAMPLERS[name](denoise_gaussian, x, sigmas, callback=lambda *a: steps.append(a[0]))
-    torch.testing.assert_close(end, denoise_gaussian(x, 10.0))
+    sample = SAMPLERS[name](denoise_gaussian, x, sigmas, callback=lambda i, *_: steps.append(i))
+    torch.testing.assert_close(sample, denoise_gaussian(x, 10.0))
     assert steps == [0]
 
 
@@ -215,12 +215,12 @@ def test_samplers_of_k_diffusion_give_its_numbers(name, options, expected):
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SD = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
+SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 
 
-def run_scheduler(scheduler, start: Tensor, sigmas: Tensor, **options) -> Tensor:
-    """Run all steps of a scheduler of diffusers from `start` (an x); return the final z_t."""
-    z = start / math.sqrt(1 + float(sigmas[0]) ** 2)
+def run_scheduler(scheduler, initial_x: Tensor, sigmas: Tensor, **options) -> Tensor:
+    """Run all steps of a diffusers scheduler from `initial_x`; return the final z_t."""
+    z = initial_x / math.sqrt(1 + float(sigmas[0]) ** 2)
     for t, sigma in zip(scheduler.timesteps, sigmas.tolist(), strict=False):
         x = z * math.sqrt(1 + sigma**2)
         eps = (x - saturating_denoise(x, sigma)) / sigma
@@ -241,11 +241,11 @@ def test_unipc_and_deis_give_the_numbers_of_diffusers(diffusers, name, steps, or
         scheduler = diffusers.DEISMultistepScheduler(**options)
     scheduler.set_timesteps(steps)
     sigmas = scheduler.sigmas.double()
-    start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    theirs = run_scheduler(scheduler, start, sigmas) * math.sqrt(1 + float(sigmas[-1]) ** 2)
-    if sigmas[-1] == sigmas[-2]:  # their DEIS repeats the lowest level instead of going to 0
+    initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
+    theirs = run_scheduler(scheduler, initial_x, sigmas) * math.sqrt(1 + float(sigmas[-1]) ** 2)
+    if sigmas[-1] == sigmas[-2]:  # DEIS of diffusers ends at the lowest sigma, not at 0
         sigmas = sigmas[:-1]
-    ours = SAMPLERS[name](saturating_denoise, start.double(), sigmas, order=order)
+    ours = SAMPLERS[name](saturating_denoise, initial_x.double(), sigmas, order=order)
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=3e-5)
 
 
@@ -271,51 +271,44 @@ def test_dpm_solver_gives_the_numbers_of_k_diffusion(name, evaluations, eta, exp
     assert calls == list(range(evaluations))
 
 
-@pytest.mark.parametrize(("steps", "again", "times"), [(10, 0, 0), (20, 9, 1), (40, 10, 2)])
-def test_restart_goes_back_from_a_low_level_with_noise(steps, again, times):
-    """With an estimate of 0, Heun's method scales x by the ratio of levels exactly."""
-    sigmas, levels, x_seen = SD.step_sigmas(steps, "karras"), [], []
+@pytest.mark.parametrize(
+    ("steps", "restart_steps", "restarts"), [(10, 0, 0), (20, 9, 1), (40, 10, 2)]
+)
+def test_restart_repeats_steps_from_a_higher_sigma(steps, restart_steps, restarts):
+    sigmas, evaluated, callbacks = SCHEDULE.step_sigmas(steps, "karras"), [], []
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        levels.append(sigma)
+        evaluated.append(sigma)
         return torch.zeros_like(x)
 
     x = torch.ones(1, dtype=torch.float64) * sigmas[0]
-    options = {
-        "callback": lambda i, x, _: x_seen.append((i, float(x))),
-        "noise_source": torch.zeros_like,
-    }
+    options = {"callback": lambda i, *_: callbacks.append(i), "noise_source": torch.zeros_like}
     SAMPLERS["restart"](denoise, x, sigmas, **options)
-    assert [i for i, _ in x_seen] == list(range(steps))
-    ends = torch.tensor(levels[::2])  # Heun's method evaluates at both ends of a step
-    raised = [i for i in range(1, len(ends)) if ends[i] > ends[i - 1]]
-    assert len(raised) == times
-    if not times:
-        assert torch.equal(ends, sigmas[:-1].float())
+    assert callbacks == list(range(steps))
+    used = torch.tensor(evaluated[::2])  # Heun's method evaluates at both ends of a step
+    raised = [i for i in range(1, len(used)) if used[i] > used[i - 1]]
+    assert len(raised) == restarts
+    if not restarts:
+        assert torch.equal(used, sigmas[:-1].float())
         return
-    base = SD.step_sigmas(steps - again * times, "karras")
-    low, high = ((base - sigma).abs().argmin() for sigma in (0.1, 2.0))
-    expected = make_karras_levels(base[high], base[low], again + 1)
+    base = SCHEDULE.step_sigmas(steps - restart_steps * restarts, "karras")
+    low, high = (base[(base - sigma).abs().argmin()] ** (1 / 7) for sigma in (0.1, 2.0))
+    expected = torch.linspace(high, low, restart_steps + 1, dtype=torch.float64)[:-1] ** 7
     for i in raised:
-        torch.testing.assert_close(ends[i : i + again].double(), expected[:-1], rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        torch.cat([ends[: raised[0]], ends[raised[-1] + again :]]).double(), base[:-1],
-        rtol=1e-6, atol=0,
-    )  # fmt: skip
-
-
-def make_karras_levels(high: Tensor, low: Tensor, count: int) -> Tensor:
-    return torch.linspace(high ** (1 / 7), low ** (1 / 7), count, dtype=torch.float64) ** 7
+        repeated = used[i : i + restart_steps].double()
+        torch.testing.assert_close(repeated, expected, rtol=1e-6, atol=0)
+    others = torch.cat([used[: raised[0]], used[raised[-1] + restart_steps :]]).double()
+    torch.testing.assert_close(others, base[:-1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_cfg_pp_takes_the_slope_of_the_unconditional_estimate(eta):
+def test_cfg_pp_steps_along_the_unconditional_denoised(eta):
     sigmas = torch.tensor([14.0, 2.0, 0.5, 0.0], dtype=torch.float64)
     name = "euler_a_cfg_pp" if eta else "euler_cfg_pp"
     options = {"noise_source": torch.ones_like} if eta else {}
-    start = torch.full((1,), 9.0, dtype=torch.float64)
+    initial_x = torch.full((1,), 9.0, dtype=torch.float64)
     x = SAMPLERS[name](
-        lambda x, sigma: x / 2, start, sigmas, get_uncond_denoised=lambda: torch.ones(1), **options
+        lambda x, sigma: x / 2, initial_x, sigmas, get_uncond_denoised=lambda: torch.ones(1), **options
     )
     expected = 9.0
     for sigma, sigma_next in ((14.0, 2.0), (2.0, 0.5), (0.5, 0.0)):
@@ -323,9 +316,9 @@ def test_cfg_pp_takes_the_slope_of_the_unconditional_estimate(eta):
         down = math.sqrt(sigma_next**2 - up**2)
         expected = expected / 2 + (expected - 1) / sigma * down + up
     assert float(x) == pytest.approx(expected, rel=1e-12)
-    plain = SAMPLERS["euler_a" if eta else "euler"](denoise_gaussian, start, sigmas, **options)
-    without = SAMPLERS[name](denoise_gaussian, start, sigmas, **options)
-    torch.testing.assert_close(without, plain)
+    plain = SAMPLERS["euler_a" if eta else "euler"](denoise_gaussian, initial_x, sigmas, **options)
+    without_uncond = SAMPLERS[name](denoise_gaussian, initial_x, sigmas, **options)
+    torch.testing.assert_close(without_uncond, plain)
 
 
 def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
@@ -335,14 +328,14 @@ def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.ones(shape)
     )
-    sigmas = SD.step_sigmas(8, "trailing")
-    start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    theirs = run_scheduler(scheduler, start, sigmas)
-    x = SAMPLERS["ddpm"](saturating_denoise, start.double(), sigmas, noise_source=torch.ones_like)
+    sigmas = SCHEDULE.step_sigmas(8, "trailing")
+    initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
+    theirs = run_scheduler(scheduler, initial_x, sigmas)
+    x = SAMPLERS["ddpm"](saturating_denoise, initial_x.double(), sigmas, noise_source=torch.ones_like)
     torch.testing.assert_close(x.float(), theirs, rtol=0, atol=5e-6)
 
 
-def test_lcm_adds_new_noise_to_each_estimate_but_the_last():
+def test_lcm_adds_new_noise_to_each_denoised_but_the_last():
     sigmas = torch.tensor([14.0, 2.0, 0.5, 0.0], dtype=torch.float64)
     x = SAMPLERS["lcm"](lambda x, sigma: x / 2, torch.ones(1), sigmas, noise_source=torch.ones_like)
     assert float(x) == ((1 / 2 + 2.0) / 2 + 0.5) / 2
@@ -357,10 +350,10 @@ def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_tcd.randn_tensor", lambda shape, **_: torch.ones(shape)
     )
-    sigmas = SD.step_sigmas(steps, "tcd")
-    start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    theirs = run_scheduler(scheduler, start, sigmas, eta=eta)
-    options = {"eta": eta, "scale_time": SD.scale_time, "noise_source": torch.ones_like}
-    x = SAMPLERS["tcd"](saturating_denoise, start.double(), sigmas, **options)
+    sigmas = SCHEDULE.step_sigmas(steps, "tcd")
+    initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
+    theirs = run_scheduler(scheduler, initial_x, sigmas, eta=eta)
+    options = {"eta": eta, "scale_time": SCHEDULE.scale_time, "noise_source": torch.ones_like}
+    x = SAMPLERS["tcd"](saturating_denoise, initial_x.double(), sigmas, **options)
     ours = x / math.sqrt(1 + float(sigmas[-1]) ** 2)
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Schedules against the recorded betas, buffers and steps."""
+"""Noise schedules and schedulers against recorded betas, buffers and sigmas."""
 
 import pytest
 import torch
@@ -9,19 +9,18 @@ from ldm.diffusion.schedule import ContinuousSchedule, Schedule, betas_from_sigm
 from ldm.diffusion.schedulers import edm_sigmas
 from ldm.pipelines.quirks import Quirks
 
-SD = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
+SCHEDULE = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
+BETA_OPTIONS = ("linear_start", "linear_end", "cosine_s")
 
 
-OPTIONS = ("linear_start", "linear_end", "cosine_s")
-
-
-def build_betas(info):
+def make_recorded_betas(info):
     name = info.get("schedule") or info["beta_schedule"]
     timesteps = info.get("n_timestep") or info["timesteps"]
-    return make_betas(name, timesteps, **{key: info[key] for key in OPTIONS if key in info})
+    return make_betas(name, timesteps, **{key: info[key] for key in BETA_OPTIONS if key in info})
 
 
-def list_recorded(prefix, name="schedules"):
+def list_cases(prefix, name="schedules"):
+    """List (info, outputs) of the recorded cases with the prefix that did not fail."""
     golden = load_golden(name)
     cases = [
         case for case in golden.cases if case["name"].startswith(prefix) and "raises" not in case
@@ -30,91 +29,91 @@ def list_recorded(prefix, name="schedules"):
 
 
 def test_betas_equal_the_recorded_ones():
-    for info, expected in list_recorded("betas"):
-        torch.testing.assert_close(build_betas(info), expected["betas"], rtol=1e-10, atol=0)
+    for info, expected in list_cases("betas"):
+        torch.testing.assert_close(make_recorded_betas(info), expected["betas"], rtol=1e-10, atol=0)
 
 
 def test_buffers_equal_the_recorded_ones():
     """For lvlb_weights the original takes 1 - ᾱ from a float32 ᾱ, which rounds by 6e-8 of 4e-5."""
-    for info, expected in list_recorded("buffers"):
-        schedule = Schedule(build_betas(info), v_posterior=info["v_posterior"])
+    for info, expected in list_cases("buffers"):
+        schedule = Schedule(make_recorded_betas(info), v_posterior=info["v_posterior"])
         weights = schedule.vlb_weights(info["parameterization"]).float()
         torch.testing.assert_close(weights, expected.pop("lvlb_weights"), rtol=3e-4, atol=1e-9)
-        ours = schedule.buffers()
-        assert expected.keys() in (ours.keys(), set())  # some cases have only the weights
-        for name, table in expected.items():
-            torch.testing.assert_close(ours[name], table, rtol=1e-6, atol=1e-9, msg=name)
+        buffers = schedule.buffers()
+        assert expected.keys() in (buffers.keys(), set())  # some cases have only the weights
+        for name, value in expected.items():
+            torch.testing.assert_close(buffers[name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 7, 10, 20, 25, 50, 100, 200, 250, 500])
-def test_original_step_counts_are_the_recorded_timesteps(steps):
+def test_the_quirk_steps_gives_the_recorded_timesteps(steps):
     expected = load_golden("schedules").outputs(f"ddim_t_uniform_{steps}")["timesteps"]
-    sigmas = Quirks(frozenset({"steps"})).get_sigmas(SD, steps, "uniform")
-    assert torch.equal(sigmas[:-1].flip(0), SD.sigmas[expected.long()])
+    sigmas = Quirks(frozenset({"steps"})).get_sigmas(SCHEDULE, steps, "uniform")
+    assert torch.equal(sigmas[:-1].flip(0), SCHEDULE.sigmas[expected.long()])
     if 1000 % steps == 0:
-        assert torch.equal(sigmas, SD.step_sigmas(steps))
+        assert torch.equal(sigmas, SCHEDULE.step_sigmas(steps))
 
 
 @pytest.mark.parametrize("steps", [3, 9, 27, 37, 333, 1000])
 def test_step_counts_that_crash_the_original_are_refused_only_with_its_quirk(steps):
     with pytest.raises(ValueError, match=f"the original fails at {steps} steps"):
-        Quirks(frozenset({"steps"})).get_sigmas(SD, steps, "uniform")
-    assert len(SD.step_sigmas(steps)) == steps + 1
+        Quirks(frozenset({"steps"})).get_sigmas(SCHEDULE, steps, "uniform")
+    assert len(SCHEDULE.step_sigmas(steps)) == steps + 1
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_descends_in_the_requested_number_of_steps(scheduler):
     limit = SCHEDULERS[scheduler].max_steps or 1000
-    for schedule in (SD, ContinuousSchedule(0.002, 120)):
+    for schedule in (SCHEDULE, ContinuousSchedule(0.002, 120)):
         for steps in {min(number, limit) for number in (1, 2, 3, 30, 333, 1000)}:
             sigmas = schedule.step_sigmas(steps, scheduler)
-            if scheduler != "ddim_uniform":  # as many as there are
+            if scheduler != "ddim_uniform":  # which rounds the number of steps
                 assert len(sigmas) == steps + 1
             assert (sigmas.diff() <= 0).all()
             assert sigmas[0] <= schedule.sigmas[-1] * (1 + 1e-12)
 
 
-def assert_close(ours, theirs):
-    """Theirs are float32; the largest errors: 1.0e-6 (the original) and 2.4e-6 (diffusers)."""
-    torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
+def assert_close(sigmas, expected):
+    """Compare in float32; the largest errors: 1.0e-6 (the original) and 2.4e-6 (diffusers)."""
+    torch.testing.assert_close(sigmas.float(), expected, rtol=1e-5, atol=0)
 
 
-def test_levels_of_sdxl_are_the_recorded_ones():
-    for info, expected in list_recorded("legacy_", "sdxl_discretization"):
+def test_sigmas_of_sdxl_are_the_recorded_ones():
+    for info, expected in list_cases("legacy_", "sdxl_discretization"):
         if "timesteps" in expected:
-            sigmas = SD.step_sigmas(info["n"], "sgm_uniform")
-            assert torch.equal(sigmas[:-1], SD.sigmas[expected["timesteps"]])
+            sigmas = SCHEDULE.step_sigmas(info["n"], "sgm_uniform")
+            assert torch.equal(sigmas[:-1], SCHEDULE.sigmas[expected["timesteps"]])
             assert_close(sigmas, expected["sigmas"])
-    for _, expected in list_recorded("turbo_", "sdxl_discretization"):
+    for _, expected in list_cases("turbo_", "sdxl_discretization"):
         steps = len(expected["sigmas"]) - 1
-        assert_close(SD.step_sigmas(steps, "turbo"), expected["sigmas"])
-    for info, expected in list_recorded("edm_", "sdxl_discretization"):
+        assert_close(SCHEDULE.step_sigmas(steps, "turbo"), expected["sigmas"])
+    for info, expected in list_cases("edm_", "sdxl_discretization"):
         if info["params"]:
-            assert_close(edm_sigmas(SD, info["n"], **info["params"]), expected["sigmas"])
+            assert_close(edm_sigmas(SCHEDULE, info["n"], **info["params"]), expected["sigmas"])
         else:
             assert_close(ContinuousSchedule().step_sigmas(info["n"], "karras"), expected["sigmas"])
     golden = load_golden("sdxl_discretization")
-    other = Schedule(make_betas("linear", 500, linear_start=0.0001, linear_end=0.02))
-    assert_close(other.step_sigmas(10, "sgm_uniform"), golden.outputs("legacy_other")["s10"])
-    assert_close(other.step_sigmas(500, "sgm_uniform"), golden.outputs("legacy_other")["all"])
+    short = Schedule(make_betas("linear", 500, linear_start=0.0001, linear_end=0.02))
+    assert_close(short.step_sigmas(10, "sgm_uniform"), golden.outputs("legacy_other")["s10"])
+    assert_close(short.step_sigmas(500, "sgm_uniform"), golden.outputs("legacy_other")["all"])
     expected = golden.outputs("discrete_denoiser")
-    assert_close(SD.sigmas, expected["sigmas"])
+    assert_close(SCHEDULE.sigmas, expected["sigmas"])
     assert_close(
-        SD.nearest_sigma(golden.inputs("discrete_denoiser")["sigma"]), expected["quantized"]
+        SCHEDULE.nearest_sigma(golden.inputs("discrete_denoiser")["sigma"]), expected["quantized"]
     )
-    assert_close(Schedule(betas_from_sigmas(SD.sigmas)).sigmas, expected["sigmas"])
+    assert_close(Schedule(betas_from_sigmas(SCHEDULE.sigmas)).sigmas, expected["sigmas"])
 
 
-def test_img2img_begins_where_the_base_hands_over_to_a_refiner():
+def test_img2img_starts_at_the_sigma_at_which_a_base_ends_for_a_refiner():
     quirks = Quirks(frozenset({"legacy-steps"}))
-    for part in ("img2img_", "txt2noisy_"):
-        for info, expected in list_recorded(part, "sdxl_discretization"):
+    for prefix in ("img2img_", "txt2noisy_"):
+        for info, expected in list_cases(prefix, "sdxl_discretization"):
             if "n" in info and "strength" in info:
                 n = info["n"]
-                sigmas = SD.step_sigmas(n, "sgm_uniform")
+                sigmas = SCHEDULE.step_sigmas(n, "sgm_uniform")
                 first, _ = quirks.find_first_step(info["strength"], n, n)
-                own = sigmas[first:] if part == "img2img_" else sigmas[: first + 1]
-                assert_close(own, expected["sigmas"])
+                used = sigmas[first:] if prefix == "img2img_" else sigmas[: first + 1]
+                assert_close(used, expected["sigmas"])
 
 
 @pytest.mark.filterwarnings("ignore:__array__")
@@ -125,13 +124,13 @@ def test_leading_steps_equal_diffusers(diffusers, steps):
         **betas, timestep_spacing="leading", steps_offset=1
     )
     scheduler.set_timesteps(steps)
-    assert_close(SD.step_sigmas(steps, "leading"), scheduler.sigmas)
+    assert_close(SCHEDULE.step_sigmas(steps, "leading"), scheduler.sigmas)
 
 
 def test_sigma_and_t_are_inverse():
     t = torch.linspace(0, 999, 501, dtype=torch.float64)
-    torch.testing.assert_close(SD.sigma_to_t(SD.t_to_sigma(t)), t, rtol=0, atol=1e-8)
-    assert torch.equal(SD.sigma_to_t(SD.sigmas).round(), torch.arange(1000).double())
+    torch.testing.assert_close(SCHEDULE.sigma_to_t(SCHEDULE.t_to_sigma(t)), t, rtol=0, atol=1e-8)
+    assert torch.equal(SCHEDULE.sigma_to_t(SCHEDULE.sigmas).round(), torch.arange(1000).double())
     continuous = ContinuousSchedule()
     sigmas = continuous.t_to_sigma(continuous.sigma_to_t(continuous.sigmas))
     torch.testing.assert_close(sigmas, continuous.sigmas)
@@ -141,18 +140,18 @@ def test_errors_name_the_allowed_values():
     with pytest.raises(ValueError, match="choose one of linear, sqrt_linear"):
         make_betas("quadratic")
     with pytest.raises(ValueError, match="choose one of uniform"):
-        SD.step_sigmas(10, "even")
+        SCHEDULE.step_sigmas(10, "even")
     with pytest.raises(ValueError, match="1 … 1000, got 1001"):
-        SD.step_sigmas(1001)
+        SCHEDULE.step_sigmas(1001)
     with pytest.raises(ValueError, match="1 … 10 with scheduler `turbo`, got 11"):
-        SD.step_sigmas(11, "turbo")
+        SCHEDULE.step_sigmas(11, "turbo")
     with pytest.raises(ValueError, match="`normal` takes no rho, only karras, polyexponential"):
-        SD.step_sigmas(5, "normal", rho=2)
+        SCHEDULE.step_sigmas(5, "normal", rho=2)
 
 
-# Five levels for Stable Diffusion's schedule, as ComfyUI (`normal`, `simple`, `beta`, `ays`) and
-# A1111 (`beta_sigma`, `kl_optimal`, `ays_a1111`) choose them.
-LEVELS = {
+# Five sigmas of Stable Diffusion's schedule, from ComfyUI (`normal`, `simple`, `beta`, `ays`) and
+# A1111 (`beta_sigma`, `kl_optimal`, `ays_a1111`).
+SIGMAS = {
     "normal": [14.614641, 4.086081, 1.615580, 0.695150, 0.029167],
     "sgm_uniform_a1111": [14.614641, 5.092408, 2.279730, 1.162865, 0.571189],
     "ddim_uniform": [5.134431, 2.292854, 1.168216, 0.574050, 0.041314],
@@ -165,26 +164,28 @@ LEVELS = {
 }
 
 
-@pytest.mark.parametrize("scheduler", LEVELS)
-def test_levels_are_those_of_other_programs(scheduler):
-    expected = torch.tensor([*LEVELS[scheduler], 0.0], dtype=torch.float64)
-    torch.testing.assert_close(SD.step_sigmas(5, scheduler), expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("scheduler", SIGMAS)
+def test_sigmas_are_those_of_comfyui_and_a1111(scheduler):
+    expected = torch.tensor([*SIGMAS[scheduler], 0.0], dtype=torch.float64)
+    torch.testing.assert_close(SCHEDULE.step_sigmas(5, scheduler), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8, 50])
-def test_levels_of_consistency_models_are_those_of_diffusers(diffusers, steps):
-    theirs = diffusers.TCDScheduler()
-    theirs.set_timesteps(steps)
-    assert torch.equal(SD.step_sigmas(steps, "lcm")[:-1], SD.sigmas[theirs.timesteps])
-    assert torch.equal(SD.step_sigmas(steps, "tcd")[:-1], SD.sigmas[theirs.timesteps])
-    assert SD.step_sigmas(steps, "tcd")[-1] == SD.sigmas[0]
+def test_sigmas_of_consistency_models_are_those_of_diffusers(diffusers, steps):
+    scheduler = diffusers.TCDScheduler()
+    scheduler.set_timesteps(steps)
+    lcm, tcd = (SCHEDULE.step_sigmas(steps, name) for name in ("lcm", "tcd"))
+    for sigmas in (lcm, tcd):
+        assert torch.equal(sigmas[:-1], SCHEDULE.sigmas[scheduler.timesteps])
+    assert tcd[-1] == SCHEDULE.sigmas[0]
 
 
-def test_polyexponential_levels_with_rho_are_those_of_k_diffusion():
+def test_polyexponential_sigmas_with_rho_are_those_of_k_diffusion():
     expected = [14.614641, 0.962907, 0.137996, 0.043017, 0.029167, 0.0]
-    sigmas = SD.step_sigmas(5, "polyexponential", rho=2.0)
+    sigmas = SCHEDULE.step_sigmas(5, "polyexponential", rho=2.0)
     assert sigmas.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_ten_steps_of_align_your_steps_are_not_interpolated():
-    assert SD.step_sigmas(10, "ays_xl")[1:3].tolist() == pytest.approx([6.3184485287, 3.7681790315])
+    sigmas = SCHEDULE.step_sigmas(10, "ays_xl")
+    assert sigmas[1:3].tolist() == pytest.approx([6.3184485287, 3.7681790315])

@@ -1,4 +1,4 @@
-"""Samplers on recorded trajectories of SDXL's code, each call of the denoiser included."""
+"""Samplers against recorded trajectories of SDXL's code, with each call of the denoiser."""
 
 import functools
 
@@ -25,24 +25,24 @@ CASES = [
     "euler_a_eta05", "euler_a_eta2", "dpmpp2s_a", "dpmpp2s_a_eta05", "dpmpp2m", "dpmpp2m_edm_disc",
     "dpmpp2m_v", "dpmpp2m_1step", "dpmpp2m_2steps", "lms", "lms_order2", "lms_order1", "lms_2steps",
 ]  # fmt: skip
-QUICK = (
+QUICK_CASES = (
     "euler", "euler_uc_none", "euler_churn", "euler_edm_model", "heun_edm_disc", "heun_1step",
     "euler_a_eta05", "dpmpp2s_a_eta05", "dpmpp2m_v", "dpmpp2m_2steps", "lms", "lms_2steps",
 )  # fmt: skip
-SDXL = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
+SCHEDULE = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
 
 
 @functools.cache
-def load_recorded() -> tuple[GoldenFile, UNet]:
+def load_golden_and_unet() -> tuple[GoldenFile, UNet]:
     golden = load_golden("sdxl_samplers")
     return golden, build_from(golden, UNet, golden.meta["config_network"]).requires_grad_(False)
 
 
 def make_denoiser(name: str) -> Denoiser:
-    network = load_recorded()[1]
+    network = load_golden_and_unet()[1]
     if name == "edm":
         return Denoiser(network, ContinuousSchedule(), "edm")
-    return Denoiser(network, SDXL, {"EpsScaling": "eps", "VScaling": "v"}[name], nearest=True)
+    return Denoiser(network, SCHEDULE, {"EpsScaling": "eps", "VScaling": "v"}[name], nearest=True)
 
 
 def read_conditions(golden: GoldenFile) -> tuple[Cond, Cond]:
@@ -55,15 +55,15 @@ def get_class_name(config: dict) -> str:
     return config["target"].rpartition(".")[2]
 
 
-@pytest.mark.parametrize("name", slow_except(CASES, *QUICK))
+@pytest.mark.parametrize("name", slow_except(CASES, *QUICK_CASES))
 def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: str) -> None:
-    golden, _ = load_recorded()
+    golden, _ = load_golden_and_unet()
     info, draws = golden.case(name)["info"], iter(golden.draws(name))
     steps = info["num_steps"] or info["num_steps_at_call"]
     denoiser = make_denoiser(info["denoiser"])
-    is_edm_grid = get_class_name(info["discretization"]) == "EDMDiscretization"
+    is_edm = get_class_name(info["discretization"]) == "EDMDiscretization"
     scheduler = "edm" if "params" in info["discretization"] else "karras"
-    sigmas = denoiser.schedule.step_sigmas(steps, scheduler if is_edm_grid else "sgm_uniform")
+    sigmas = denoiser.schedule.step_sigmas(steps, scheduler if is_edm else "sgm_uniform")
     cond, uncond = read_conditions(golden)
     guider = info["guider"] or {}
     scale = guider.get("params", {}).get("scale", 1.0)
@@ -78,21 +78,20 @@ def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: 
         calls.append((x, sigma, guided(x, sigma)))
         return calls[-1][2]
 
-    start = golden.select("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
-    x = SAMPLERS[SAMPLER_NAMES[get_class_name({"target": info["sampler"]})]](
-        denoise, start, sigmas, **options
-    )
-    xs, levels, estimates = zip(*calls, strict=True)
-    expected = golden.outputs(name)
-    levels = torch.tensor(levels, dtype=torch.float64)
-    torch.testing.assert_close(levels, expected["sigma_in"][:, 0].double(), rtol=1e-5, atol=0)
-    golden.assert_close(name, x_in=torch.stack(xs), denoised=torch.stack(estimates), x=x)
+    initial_x = golden.select("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
+    sampler = SAMPLERS[SAMPLER_NAMES[get_class_name({"target": info["sampler"]})]]
+    x = sampler(denoise, initial_x, sigmas, **options)
+    xs, sigmas_in, denoised = zip(*calls, strict=True)
+    sigmas_in = torch.tensor(sigmas_in, dtype=torch.float64)
+    expected = golden.outputs(name)["sigma_in"][:, 0].double()
+    torch.testing.assert_close(sigmas_in, expected, rtol=1e-5, atol=0)
+    golden.assert_close(name, x_in=torch.stack(xs), denoised=torch.stack(denoised), x=x)
     assert next(draws, None) is None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_turbo_sampling_equals_the_recorded_one(steps: int) -> None:
-    golden, _ = load_recorded()
+    golden, _ = load_golden_and_unet()
     name = f"turbo_{steps}"
     seed = golden.case(name)["info"]["seed"]
     shape = (1, 4, 8, 8)
@@ -101,9 +100,9 @@ def test_turbo_sampling_equals_the_recorded_one(steps: int) -> None:
     )
     denoiser = make_denoiser("EpsScaling")
     cond, _ = read_conditions(golden)
-    sigmas = SDXL.step_sigmas(steps, "turbo")
-    start = next(noise) * (1 + float(sigmas[0]) ** 2) ** 0.5
+    sigmas = SCHEDULE.step_sigmas(steps, "turbo")
+    initial_x = next(noise) * (1 + float(sigmas[0]) ** 2) ** 0.5
     x = SAMPLERS["euler_a"](
-        add_guidance(denoiser, cond[:1]), start, sigmas, noise_source=lambda like: next(noise)
+        add_guidance(denoiser, cond[:1]), initial_x, sigmas, noise_source=lambda like: next(noise)
     )
     golden.assert_close(name, x=x)

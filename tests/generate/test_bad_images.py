@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from imagehelp import read_pixels
-from imaging.badimages import REFUSED
+from imaging.badimages import UNREADABLE_FILES
 
 TASKS = ["inpaint", "depth2img", "upscale", "unclip"]
 
@@ -23,12 +23,13 @@ def refuse(run_ldm):
     return refuse
 
 
-@pytest.mark.parametrize(
-    ("task", "name"), [("img2img", name) for name in REFUSED] + [(task, "cut") for task in TASKS]
-)
+CASES = [*(("img2img", name) for name in UNREADABLE_FILES), *((task, "cut") for task in TASKS)]
+
+
+@pytest.mark.parametrize(("task", "name"), CASES)
 def test_a_file_that_is_not_an_image_is_refused_in_one_line(refuse, tmp_path, task, name):
-    make, message = REFUSED[name]
-    make(tmp_path / "x.png")
+    write, message = UNREADABLE_FILES[name]
+    write(tmp_path / "x.png")
     box = ["--mask-box", "1,1,9,9"] if task == "inpaint" else []
     assert message in refuse(task, "--init-img", tmp_path / "x.png", *box)
 

@@ -1,4 +1,4 @@
-"""Files given as images that cannot be read as images."""
+"""Files that are given as images and cannot be read as images."""
 
 import io
 import struct
@@ -8,14 +8,15 @@ import numpy as np
 from PIL import Image
 
 
-def make_png(width, height, bits, colour, rows, *chunks):
-    """A PNG file, chunk by chunk."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        crc = zlib.crc32(kind + data)
-        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
-    return content
+def make_png(width, height, bits, color_type, rows, *chunks):
+    """Make the bytes of a PNG file; `rows` are its scanlines, each after a filter byte."""
+    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    chunks = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    for chunk_type, data in chunks:
+        crc = zlib.crc32(chunk_type + data)
+        png += struct.pack(">I", len(data)) + chunk_type + data + struct.pack(">I", crc)
+    return png
 
 
 def write_truncated(path):
@@ -25,28 +26,29 @@ def write_truncated(path):
     path.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
 
 
-HUGE = make_png(40000, 25000, 8, 2, b"")  # 10^9 pixels
-# Three planes of 16 bits, which Pillow would read as 8 bits.
-PLANES = struct.pack(
+HUGE_PNG = make_png(40000, 25000, 8, 2, b"")  # 10^9 pixels
+# Planar, 16 bits per sample, which Pillow would read as 8 bits.
+PLANAR_TIFF = struct.pack(
     "<2sHIH" + "HHII" * 10 + "I12x",
     b"II", 42, 8, 10,
     *(256, 4, 1, 1, 257, 4, 1, 1, 258, 3, 3, 134, 259, 4, 1, 1, 262, 4, 1, 2, 273, 4, 3, 134),
     *(277, 4, 1, 3, 278, 4, 1, 1, 279, 4, 3, 134, 284, 4, 1, 2),
     0,
 )  # fmt: skip
-REFUSED = {  # name: (function that writes the file, message)
+# By name: function that writes the file, and the message about it.
+UNREADABLE_FILES = {
     "empty": (lambda path: path.write_bytes(b""), "an empty file"),
     "page": (lambda path: path.write_text("<!DOCTYPE html><html>no</html>"), "a web page"),
     "heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic"), "is a HEIC image: convert it"),
     "pointer": (lambda path: path.write_text("version https://git-lfs"), "is a Git LFS pointer"),
     "planes": (
-        lambda path: path.write_bytes(PLANES),
+        lambda path: path.write_bytes(PLANAR_TIFF),
         "is an unsupported variant of TIFF: convert it",
     ),
     "text": (lambda path: path.write_text("hello"), "not an image"),
     "cut": (write_truncated, "is damaged: "),
     "head": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "x.png` is "),
-    "huge": (lambda path: path.write_bytes(HUGE), "more than 100000000 pixels"),
+    "huge": (lambda path: path.write_bytes(HUGE_PNG), "more than 100000000 pixels"),
     "folder": (lambda path: path.mkdir(), "no image"),
     "absent": (lambda path: None, "no image"),
 }

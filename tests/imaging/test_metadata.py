@@ -1,4 +1,4 @@
-"""Metadata of PNG files: ours, and the text of A1111."""
+"""Metadata of images: our JSON, and the text of A1111."""
 
 import hashlib
 import json
@@ -91,9 +91,9 @@ def test_parameters_are_formatted_as_a1111_writes_them(info, text):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "scheduler", "in_use", "schedule_type"),
+    ("sampler", "scheduler", "scheduler_in_use", "schedule_type"),
     [
-        # DDIM's own steps are A1111's as well; those of another sampler have no name there.
+        # A1111 uses the same steps for DDIM, and has no name for those of other samplers.
         ("ddim", None, "uniform", None),
         ("plms", "uniform", "uniform", None),
         ("euler", None, "uniform", "DDIM uniform"),
@@ -103,18 +103,18 @@ def test_parameters_are_formatted_as_a1111_writes_them(info, text):
     ],
 )
 def test_a_schedule_type_of_a1111_is_written_only_for_its_own_steps(
-    sampler, scheduler, in_use, schedule_type, tmp_path
+    sampler, scheduler, scheduler_in_use, schedule_type, tmp_path
 ):
-    info = {**INFO, "sampler": sampler, "scheduler": scheduler, "scheduler_in_use": in_use}
-    text = format_parameters(info)
+    sampling = {"sampler": sampler, "scheduler": scheduler, "scheduler_in_use": scheduler_in_use}
+    text = format_parameters({**INFO, **sampling})
     expected = f", Schedule type: {schedule_type}," if schedule_type else "Sampler:"
     assert expected in text
     assert ("Schedule type" in text) == (schedule_type is not None)
     read = read_info(write_text(tmp_path / "a.png", parameters=text))
-    assert read.get("scheduler") == (in_use if schedule_type else None)
+    assert read.get("scheduler") == (scheduler_in_use if schedule_type else None)
 
 
-def test_info_and_pixels_come_back_as_written(tmp_path):
+def test_info_and_pixels_are_read_as_written(tmp_path):
     write_png(tmp_path / "a.png", IMAGE, INFO)
     with Image.open(tmp_path / "a.png") as saved:
         assert saved.tobytes() == IMAGE.tobytes()
@@ -177,27 +177,30 @@ def test_emphasis_modes_of_a1111_are_prompt_syntaxes(tmp_path, syntax):
     assert read_info(write_text(tmp_path / "b.png", parameters=text))["syntax"] == syntax
 
 
-def test_automatic_schedules_of_a1111_are_those_of_its_version(tmp_path):
-    def read(sampler, version, schedule=""):
-        schedule = schedule and f", Schedule type: {schedule}"
-        text = f"Steps: 4, Sampler: {sampler}{schedule}, CFG scale: 7, Version: {version}"
-        info = read_info(write_text(tmp_path / "a.png", parameters=text))
-        assert "other" not in info
-        return info["sampler"], info["scheduler"]
-
-    assert read("DPM++ 2M", "v1.10.1") == ("dpmpp_2m", "karras")
-    assert read("DPM++ 2M", "f2.0.1v1.10.1-previous-659-gc055f2d4") == ("dpmpp_2m", "karras")
-    assert read("DPM++ 2M", "v1.8.0-dev") == ("dpmpp_2m", "normal")
-    assert read("DPM++ 2M", "v1.10.1", "Uniform") == ("dpmpp_2m", "normal")
-    assert read("DPM++ 3M SDE", "v1.9.4", "Automatic") == ("dpmpp_3m_sde", "exponential")
-    assert read("DPM++ 2M SDE Heun", "1.9.4", "SGM Uniform") == (
-        "dpmpp_2m_sde_heun", "sgm_uniform_a1111",
-    )  # fmt: skip
-    assert read("Euler a", "v1.10.1") == ("euler_a", "normal")
-    assert read("DDIM", "v1.10.1", "Karras") == ("ddim", "uniform")
-    assert read("UniPC", "v1.6.0") == ("unipc", "uniform")
-    assert read("Euler", "v1.10.1", "DDIM") == ("euler", "ddim_uniform")
-    assert read("Euler", "ldm 0.1.0", "Uniform") == ("euler", "uniform")  # as version 0.1 wrote it
+@pytest.mark.parametrize(
+    ("sampler", "version", "schedule_type", "expected"),
+    [
+        ("DPM++ 2M", "v1.10.1", None, ("dpmpp_2m", "karras")),
+        ("DPM++ 2M", "f2.0.1v1.10.1-previous-659-gc055f2d4", None, ("dpmpp_2m", "karras")),
+        ("DPM++ 2M", "v1.8.0-dev", None, ("dpmpp_2m", "normal")),
+        ("DPM++ 2M", "v1.10.1", "Uniform", ("dpmpp_2m", "normal")),
+        ("DPM++ 3M SDE", "v1.9.4", "Automatic", ("dpmpp_3m_sde", "exponential")),
+        ("DPM++ 2M SDE Heun", "1.9.4", "SGM Uniform", ("dpmpp_2m_sde_heun", "sgm_uniform_a1111")),
+        ("Euler a", "v1.10.1", None, ("euler_a", "normal")),
+        ("DDIM", "v1.10.1", "Karras", ("ddim", "uniform")),
+        ("UniPC", "v1.6.0", None, ("unipc", "uniform")),
+        ("Euler", "v1.10.1", "DDIM", ("euler", "ddim_uniform")),
+        ("Euler", "ldm 0.1.0", "Uniform", ("euler", "uniform")),  # as version 0.1 wrote it
+    ],
+)
+def test_schedules_of_a1111_depend_on_its_version(
+    tmp_path, sampler, version, schedule_type, expected
+):
+    schedule = f", Schedule type: {schedule_type}" if schedule_type else ""
+    text = f"Steps: 4, Sampler: {sampler}{schedule}, CFG scale: 7, Version: {version}"
+    info = read_info(write_text(tmp_path / "a.png", parameters=text))
+    assert "other" not in info
+    assert (info["sampler"], info["scheduler"]) == expected
 
 
 @pytest.mark.parametrize(("version", "scale"), [("v1.10.1", 0.8), ("f2.0.1v1.10.1", 10.0)])
@@ -208,12 +211,13 @@ def test_the_scale_of_ddim_cfg_pp_of_a1111_is_converted(tmp_path, version, scale
 
 
 def test_sigmas_and_rho_are_written_to_the_text_and_read_from_it(tmp_path):
-    own = {"sigmas": [14.6, 3.0, 0.1 + 0.2, 0.0], "scheduler_in_use": None, "sampler": "euler"}
-    text = format_parameters({**INFO, **own, "scheduler": None})
+    sigmas = [14.6, 3.0, 0.1 + 0.2, 0.0]
+    sampling = {"sigmas": sigmas, "scheduler_in_use": None, "sampler": "euler", "scheduler": None}
+    text = format_parameters({**INFO, **sampling})
     assert 'Sigmas: "14.6, 3.0, 0.30000000000000004, 0.0"' in text
     assert "Schedule type" not in text
     info = read_info(write_text(tmp_path / "a.png", parameters=text))
-    assert info["sigmas"] == own["sigmas"]
+    assert info["sigmas"] == sigmas
     rho = {"scheduler_in_use": "polyexponential", "rho": 2.0}
     text = format_parameters({**INFO, **rho})
     assert "Schedule type: Polyexponential" in text
@@ -248,25 +252,24 @@ def test_malformed_texts_are_ignored(tmp_path, text):
     assert "steps" not in read_info(write_text(tmp_path / "a.png", parameters=text))
 
 
+def save_with_user_comment(path, comment):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    IMAGE.save(path, exif=exif)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
 @pytest.mark.parametrize(
-    ("code", "encoding"), [("UNICODE\0", "utf-16-be"), ("ASCII\0\0\0", "utf-8")]
+    ("prefix", "encoding"), [("UNICODE\0", "utf-16-be"), ("ASCII\0\0\0", "utf-8")]
 )
-def test_the_text_in_the_exif_data_of_a1111_is_read(tmp_path, suffix, code, encoding):
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = code.encode() + TEXT.encode(
-        encoding
-    )
-    IMAGE.save(tmp_path / f"a.{suffix}", exif=exif)
-    assert (
-        read_info(tmp_path / f"a.{suffix}").items() >= {"seed": 42, "scheduler": "karras"}.items()
-    )
+def test_the_text_in_the_exif_data_of_a1111_is_read(tmp_path, suffix, prefix, encoding):
+    path, comment = tmp_path / f"a.{suffix}", prefix.encode() + TEXT.encode(encoding)
+    save_with_user_comment(path, comment)
+    assert read_info(path).items() >= {"seed": 42, "scheduler": "karras"}.items()
 
 
-def test_a_damaged_comment_in_the_exif_data_is_no_text(tmp_path):
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0\xd8"
-    IMAGE.save(tmp_path / "a.jpg", exif=exif)
+def test_a_damaged_comment_in_the_exif_data_is_ignored(tmp_path):
+    save_with_user_comment(tmp_path / "a.jpg", b"UNICODE\0\xd8")
     assert read_info(tmp_path / "a.jpg") == {}
 
 
@@ -275,7 +278,7 @@ def test_an_image_without_texts_has_no_info(tmp_path):
     assert read_info(tmp_path / "a.jpg") == {}
 
 
-def test_other_programs_read_our_files(tmp_path):
+def test_sd_parsers_reads_our_files(tmp_path):
     sd_parsers = pytest.importorskip("sd_parsers")
     write_png(tmp_path / "a.png", IMAGE, {**INFO, **LORAS})
     parsed = sd_parsers.ParserManager().parse(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""Output folders: numbering, and that no file is lost or half written."""
+"""Output folders: numbering; no file is overwritten, lost or left incomplete."""
 
 import subprocess
 import sys
@@ -102,5 +102,5 @@ def test_processes_that_share_a_folder_lose_no_image(tmp_path):
     processes = [subprocess.Popen(command, cwd=root) for command in commands]
     assert [process.wait() for process in processes] == [0, 0]
     prompts = {read_info(path)["prompt"] for path in (tmp_path / "samples").iterdir()}
-    assert prompts == {f"{w} {k}" for w in "ab" for k in range(10)}
+    assert prompts == {f"{writer} {k}" for writer in "ab" for k in range(10)}
     assert list_names(tmp_path / "samples") == [f"{k:05d}.png" for k in range(20)]

@@ -1,4 +1,4 @@
-"""Tensors to pixels and back, sizes and grids of images."""
+"""Conversion of tensors and images, resizing, grids."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,9 @@ from PIL import Image
 from ldm.imaging.pixels import make_grid, resize_to, resize_to_multiple, to_pil, to_tensor, to_uint8
 
 
-def make_images(number, size=(6, 5)):
-    shape = (number, size[1], size[0], 3)
-    pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+def make_images(count, size=(6, 5)):
+    shape = (count, size[1], size[0], 3)
+    pixels = np.random.default_rng(count).integers(0, 256, shape, dtype=np.uint8)
     return [Image.fromarray(image) for image in pixels]
 
 
@@ -38,10 +38,10 @@ def test_every_pixel_value_survives_the_conversion_to_a_tensor_and_back():
     assert to_tensor(Image.new("P", (3, 2))).shape == (1, 3, 2, 3)
 
 
-@pytest.mark.parametrize(("number", "columns"), [(1, 3), (2, 3), (3, 3), (7, 3), (4, 1), (5, 8)])
-def test_grid_equals_torchvision(number, columns):
+@pytest.mark.parametrize(("count", "columns"), [(1, 3), (2, 3), (3, 3), (7, 3), (4, 1), (5, 8)])
+def test_grid_equals_torchvision(count, columns):
     utils = pytest.importorskip("torchvision.utils")
-    images = make_images(number)
+    images = make_images(count)
     batch = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
     expected = utils.make_grid(batch, nrow=columns, padding=2).permute(1, 2, 0).numpy()
     assert (np.asarray(make_grid(images, columns)) == expected).all()

@@ -1,4 +1,4 @@
-"""The program that reads watermarks."""
+"""`ldm read-watermark`."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_payload_method_and_agreement_are_printed(marked, capsys):
     assert capsys.readouterr().out.startswith(line)
 
 
-def test_findings_are_printed_as_json(marked, capsys):
+def test_detections_are_printed_as_json(marked, capsys):
     assert main(["--json", "--all", marked]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["path"] == marked

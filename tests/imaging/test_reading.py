@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from imaging.badimages import REFUSED, make_png
+from imaging.badimages import UNREADABLE_FILES, make_png
 from ldm.imaging.reading import (
     IMAGE_SUFFIXES,
     decode_srgb,
@@ -20,7 +20,7 @@ from ldm.imaging.reading import (
 )
 
 RAMP = np.tile(np.arange(0, 240, 6, dtype=np.uint8), (30, 1))  # (30, 40)
-GREY = Image.fromarray(RAMP)
+GRAY = Image.fromarray(RAMP)
 
 
 def encode(image, suffix, **options):
@@ -40,17 +40,17 @@ def make_exif(orientation):
 
 
 def make_tiff(values, bits, sample_format=1, photometric=1, order="<"):
-    """A grey TIFF of one strip; `values` are its bytes."""
+    """Make the bytes of a gray TIFF of one strip, with the bytes `values`."""
     tags = {256: RAMP.shape[1], 257: RAMP.shape[0], 258: bits, 259: 1, 262: photometric,
             273: 134, 277: 1, 278: RAMP.shape[0], 279: len(values), 339: sample_format}  # fmt: skip
     entries = [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items()]
-    head = struct.pack(f"{order}HIH", 42, 8, len(tags))
-    return {"<": b"II", ">": b"MM"}[order] + head + b"".join(entries) + bytes(4) + values
+    header = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    return header + b"".join(entries) + bytes(4) + values
 
 
-def pack_12_bits(levels):
-    high, low = levels[:, 0::2].astype(int), levels[:, 1::2].astype(int)
-    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], -1)
+def pack_12_bits(pixels):
+    even, odd = pixels[:, 0::2].astype(int), pixels[:, 1::2].astype(int)
+    packed = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], -1)
     return packed.astype(np.uint8).tobytes()
 
 
@@ -62,7 +62,7 @@ def pack_12_bits(levels):
      ("RGB", "tga", 0), ("RGB", "avif", 9), ("RGB", "sgi", 0), ("RGBA", "dds", 0)],
 )  # fmt: skip
 def test_every_mode_becomes_the_same_rgb(mode, suffix, tolerance):
-    image = GREY.convert({"LAB": "RGB", "PA": "P"}.get(mode, "L")).convert(mode)
+    image = GRAY.convert({"LAB": "RGB", "PA": "P"}.get(mode, "L")).convert(mode)
     assert abs(decode(encode(image, suffix)) - RAMP[..., None]).max() <= tolerance
 
 
@@ -101,29 +101,31 @@ def test_floats_outside_their_range_are_rescaled_and_named(tmp_path, caplog):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_images_are_rotated_as_their_exif_data_say(suffix, orientation):
+def test_images_are_rotated_by_their_exif_orientation(suffix, orientation):
     angle = {3: 180, 6: 270, 8: 90}[orientation]
-    data = encode(GREY.convert("RGB"), suffix, exif=make_exif(orientation), quality=95)
-    turned = np.asarray(GREY.rotate(angle, expand=True), int)[..., None]
-    assert abs(decode(data) - turned).max() < 9
-    assert read_size(io.BytesIO(data)) == turned.shape[1::-1]
-    wide = Image.fromarray(RAMP * np.uint16(257))
+    data = encode(GRAY.convert("RGB"), suffix, exif=make_exif(orientation), quality=95)
+    rotated = np.asarray(GRAY.rotate(angle, expand=True), int)[..., None]
+    assert abs(decode(data) - rotated).max() < 9
+    assert read_size(io.BytesIO(data)) == rotated.shape[1::-1]
     if suffix in ("png", "tif"):
-        assert (decode(encode(wide, suffix, exif=make_exif(orientation))) == turned).all()
+        data = encode(Image.fromarray(RAMP * np.uint16(257)), suffix, exif=make_exif(orientation))
+        assert (decode(data) == rotated).all()
 
 
-ODD_EXIF = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack(  # the image's width is a text
+DAMAGED_EXIF = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack(  # the width is a string; orientation 6
     "<HHHI4sHHIHHI", 2, 256, 2, 4, b"abc\0", 274, 3, 1, 6, 0, 0
 )
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-@pytest.mark.parametrize(("data", "turns"), [(ODD_EXIF, 1), (b"nonsense", 0), (make_exif(9), 0)])
-def test_damaged_exif_data_do_no_harm(suffix, data, turns):
-    image = encode(GREY.convert("RGB"), suffix, exif=data, quality=95)
-    turned = np.rot90(RAMP, -turns).astype(int)[..., None]
-    assert abs(decode(image) - turned).max() < 9
-    assert read_size(io.BytesIO(image)) == turned.shape[1::-1]
+@pytest.mark.parametrize(
+    ("exif", "rotations"), [(DAMAGED_EXIF, 1), (b"nonsense", 0), (make_exif(9), 0)]
+)
+def test_damaged_exif_data_are_ignored(suffix, exif, rotations):
+    data = encode(GRAY.convert("RGB"), suffix, exif=exif, quality=95)
+    rotated = np.rot90(RAMP, -rotations).astype(int)[..., None]
+    assert abs(decode(data) - rotated).max() < 9
+    assert read_size(io.BytesIO(data)) == rotated.shape[1::-1]
 
 
 def test_transparency_is_composited_on_white():
@@ -136,22 +138,22 @@ def test_transparency_is_composited_on_white():
 
 
 @pytest.mark.parametrize(
-    ("bits", "colour", "key", "pixels"),
+    ("bits", "color_type", "key", "pixels"),
     [(8, 2, (0, 255, 0), b"\0\xff\0"), (16, 2, (0, 0x8001, 9), b"\0\0\x80\1\0\x09"),
      (16, 0, (40000,), struct.pack(">H", 40000)), (8, 0, (7,), b"\7"), (4, 0, (7,), b"\x70"),
      (2, 0, (1,), b"\x40"), (1, 0, (1,), b"\x80"), (8, 3, None, b"\0")],
 )  # fmt: skip
-def test_a_colour_key_of_any_bit_depth_is_transparent(bits, colour, key, pixels):
+def test_a_color_key_of_any_bit_depth_is_transparent(bits, color_type, key, pixels):
     chunks = [(b"PLTE", b"\x40\x80\0"), (b"tRNS", b"\0")]
     if key is not None:
         chunks = [(b"tRNS", struct.pack(f">{len(key)}H", *key))]
-    image = decode_srgb(make_png(1, 1, bits, colour, b"\0" + pixels, *chunks), "x")
+    image = decode_srgb(make_png(1, 1, bits, color_type, b"\0" + pixels, *chunks), "x")
     assert image.getpixel((0, 0))[3] == 0
     assert (np.asarray(flatten_on_white(image)) == 255).all()
 
 
-def test_the_first_of_several_pages_is_used_with_a_warning(tmp_path, caplog):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+def test_the_first_of_several_frames_is_used_with_a_warning(tmp_path, caplog):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for suffix in ("gif", "tiff", "webp", "png"):
         path = tmp_path / f"x.{suffix}"
         frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
@@ -162,32 +164,32 @@ def test_the_first_of_several_pages_is_used_with_a_warning(tmp_path, caplog):
 @pytest.mark.parametrize("chunk", ["zTXt", "iTXt", "tEXt", "iCCP"])
 def test_long_texts_are_ignored(chunk):
     text, info = "{}" * 1_000_000, PngImagePlugin.PngInfo()
+    options = {"icc_profile": text.encode()} if chunk == "iCCP" else {"pnginfo": info}
     if chunk == "iTXt":
         info.add_itxt("workflow", text, zip=True)
-    elif chunk != "iCCP":
+    else:
         info.add_text("workflow", text, zip=chunk == "zTXt")
-    options = {"icc_profile": text.encode()} if chunk == "iCCP" else {"pnginfo": info}
-    assert (decode(encode(GREY, "png", **options)) == RAMP[..., None]).all()
+    assert (decode(encode(GRAY, "png", **options)) == RAMP[..., None]).all()
 
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-SWAPPED = SRGB.replace(b"rXYZ", b"XXXX").replace(b"gXYZ", b"rXYZ").replace(b"XXXX", b"gXYZ")
+SWAPPED_RG = SRGB.replace(b"rXYZ", b"XXXX").replace(b"gXYZ", b"rXYZ").replace(b"XXXX", b"gXYZ")
 LINEAR = SRGB.replace(struct.pack(">i", round(2.4 * 65536)), struct.pack(">i", 65536))
-LINEAR_GREY = LINEAR.replace(b"RGB XYZ", b"GRAYXYZ").replace(b"rTRC", b"kTRC")
+LINEAR_GRAY = LINEAR.replace(b"RGB XYZ", b"GRAYXYZ").replace(b"rTRC", b"kTRC")
 
 
 @pytest.mark.parametrize(
     ("mode", "profile", "suffix"),
-    [("RGB", SWAPPED, "png"), ("RGB", SWAPPED, "jpg"), ("RGB", LINEAR, "webp"),
-     ("RGB", LINEAR, "avif"), ("RGBA", SWAPPED, "tif"), ("P", SWAPPED, "png"),
-     ("L", LINEAR_GREY, "jpg"), ("LA", LINEAR_GREY, "png")],
+    [("RGB", SWAPPED_RG, "png"), ("RGB", SWAPPED_RG, "jpg"), ("RGB", LINEAR, "webp"),
+     ("RGB", LINEAR, "avif"), ("RGBA", SWAPPED_RG, "tif"), ("P", SWAPPED_RG, "png"),
+     ("L", LINEAR_GRAY, "jpg"), ("LA", LINEAR_GRAY, "png")],
 )  # fmt: skip
-def test_colours_are_converted_to_srgb_as_lcms_does(mode, profile, suffix):
-    colours = Image.merge("RGB", [GREY, GREY.rotate(180), Image.new("L", GREY.size, 90)])
-    image = colours.quantize(64) if mode == "P" else colours.convert(mode)
+def test_colors_are_converted_to_srgb_as_lcms_does(mode, profile, suffix):
+    rgb = Image.merge("RGB", [GRAY, GRAY.rotate(180), Image.new("L", GRAY.size, 90)])
+    image = rgb.quantize(64) if mode == "P" else rgb.convert(mode)
     data = encode(image, suffix, icc_profile=profile)
     with Image.open(io.BytesIO(data)) as file:
-        source = file.convert("L" if profile is LINEAR_GREY else "RGB")
+        source = file.convert("L" if profile is LINEAR_GRAY else "RGB")
     expected = ImageCms.profileToProfile(
         source, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
     )
@@ -197,17 +199,18 @@ def test_colours_are_converted_to_srgb_as_lcms_does(mode, profile, suffix):
 
 def test_the_gamma_of_a_png_is_applied_unless_it_is_that_of_srgb():
     rows = b"".join(b"\0" + row.tobytes() for row in RAMP)
-    linear, plain = (
+    from_linear, from_srgb = (
         decode(make_png(40, 30, 8, 0, rows, (b"gAMA", struct.pack(">I", gamma))))
         for gamma in (100000, 45455)
     )
-    light = np.where(linear < 11, linear / 255 / 12.92, ((linear / 255 + 0.055) / 1.055) ** 2.4)
-    assert abs(light * 255 - RAMP[..., None]).max() < 1.2  # rounding of white: 0.5 * 2.27
-    assert (plain == RAMP[..., None]).all()
+    x = from_linear / 255
+    linear = np.where(from_linear < 11, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    assert abs(linear * 255 - RAMP[..., None]).max() < 1.2  # rounding of white: 0.5 * 2.27
+    assert (from_srgb == RAMP[..., None]).all()
 
 
 def test_a_bitmap_whose_fourth_channel_is_unused_is_opaque():
-    data = encode(Image.merge("RGBA", [*[GREY] * 3, Image.new("L", GREY.size)]), "tga")
+    data = encode(Image.merge("RGBA", [*[GRAY] * 3, Image.new("L", GRAY.size)]), "tga")
     assert (decode(data) == RAMP[..., None]).all()
 
 
@@ -219,24 +222,24 @@ def test_a_profile_of_srgb_changes_nothing():
 
 @pytest.mark.parametrize(
     ("mode", "profile"),
-    [("RGB", b"nonsense"), ("RGB", SRGB[:200]), ("RGB", LINEAR_GREY), ("CMYK", SWAPPED)],
+    [("RGB", b"nonsense"), ("RGB", SRGB[:200]), ("RGB", LINEAR_GRAY), ("CMYK", SWAPPED_RG)],
 )
 def test_a_profile_that_is_damaged_or_does_not_fit_is_ignored_and_named(
     mode, profile, tmp_path, caplog
 ):
-    GREY.convert("RGB").convert(mode).save(tmp_path / "x.tif", icc_profile=profile)
+    GRAY.convert("RGB").convert(mode).save(tmp_path / "x.tif", icc_profile=profile)
     assert abs(np.asarray(load_image(tmp_path / "x.tif"), int) - RAMP[..., None]).max() <= 1
     assert "x.tif` has an ICC profile that is damaged or does not fit" in caplog.text
 
 
-def test_masks_and_depth_maps_get_values_without_the_profile():
-    data = encode(GREY, "png", icc_profile=LINEAR_GREY)
+def test_masks_and_depth_maps_have_values_without_the_profile():
+    data = encode(GRAY, "png", icc_profile=LINEAR_GRAY)
     assert (decode_stored(data, "x").to_gray_array() == RAMP).all()
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", UNREADABLE_FILES)
 def test_a_file_that_is_not_an_image_is_refused_in_one_line(tmp_path, name):
-    write, message = REFUSED[name]
+    write, message = UNREADABLE_FILES[name]
     write(tmp_path / "x.png")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         load_image(tmp_path / "x.png")
@@ -250,10 +253,10 @@ def test_suffixes_are_those_that_pillow_decodes():
 
 
 @pytest.mark.parametrize(
-    ("code", "note"),
+    ("code", "space"),
     [(b"\x09\x10\0\1", "HDR (PQ)"), (b"\x0c\x0d\0\1", "wide-gamut"), (b"\1\x0d\0\1", None)],
 )
-def test_a_png_with_other_colours_than_srgb_is_named(tmp_path, caplog, code, note):
+def test_a_png_with_a_color_space_other_than_srgb_is_warned_of(tmp_path, caplog, code, space):
     path = tmp_path / "x.png"
     Image.new("RGB", (2, 2)).save(path)
     data = path.read_bytes()
@@ -261,7 +264,7 @@ def test_a_png_with_other_colours_than_srgb_is_named(tmp_path, caplog, code, not
     chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     path.write_bytes(data[:33] + chunk + data[33:])
     load_image(path)
-    assert (f"has {note} colors" in caplog.text) if note else not caplog.text
+    assert (f"has {space} colors" in caplog.text) if space else not caplog.text
 
 
 def test_the_images_of_a_folder_are_listed_without_hidden_files(tmp_path):

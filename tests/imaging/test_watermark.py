@@ -1,4 +1,4 @@
-"""Watermarks, compared with the package that defines them."""
+"""Watermarks, compared with the package invisible-watermark (imwatermark)."""
 
 import io
 import logging
@@ -74,17 +74,17 @@ def test_dwt_dct_equals_the_recorded_images_exactly(case):
 
 @pytest.mark.parametrize("case", ["uint8_levels", "fractional"])
 def test_the_watermark_of_sdxl_on_floats_equals_the_recorded_one(case):
-    """The reader sees pixels of 8 bits, and 44 of 48 bits; with ours, all."""
+    """Of the 8-bit image, 44 of the 48 bits are read; of one with our method all."""
     recorded = load_golden("sdxl_watermark")
     pixels = recorded.inputs("uint8_levels")["image"].numpy()
-    level = pixels.astype(np.float32)
+    values = pixels.astype(np.float32)
     if case == "fractional":
         row, column = np.mgrid[:256, :256]
-        level += (0.125 * ((row + 2 * column) % 7)[..., None]).astype(np.float32)
-    x = embed_floats(level / np.float32(255) * np.float32(255), PAYLOADS["SDXL"]) / 255
-    saved = (x.clip(0, 1) * 255).astype(np.uint8)
+        values += (0.125 * ((row + 2 * column) % 7)[..., None]).astype(np.float32)
+    marked = embed_floats(values / np.float32(255) * np.float32(255), PAYLOADS["SDXL"]) / 255
+    saved = (marked.clip(0, 1) * 255).astype(np.uint8)
     expected = recorded.outputs(case)
-    corner = x.clip(0, 1)[:16, :16].transpose(2, 0, 1) * 255
+    corner = marked.clip(0, 1)[:16, :16].transpose(2, 0, 1) * 255
     np.testing.assert_allclose(corner, expected["corner"].numpy(), rtol=0, atol=1e-3)
     error = np.abs(saved.astype(int) - expected["saved"].numpy().astype(int))
     assert error.max() <= 1
@@ -92,12 +92,8 @@ def test_the_watermark_of_sdxl_on_floats_equals_the_recorded_one(case):
     bits = read_bits(Image.fromarray(expected["saved"].numpy()), 48, "dwtDct")
     assert (bits == expected["decoded"].numpy()).all()
     assert (read_bits(Image.fromarray(saved), 48, "dwtDct") == bits).all()
-    assert (
-        measure_agreement(
-            embed_watermark(Image.fromarray(pixels), PAYLOADS["SDXL"]), PAYLOADS["SDXL"]
-        )
-        == 1
-    )
+    ours = embed_watermark(Image.fromarray(pixels), PAYLOADS["SDXL"])
+    assert measure_agreement(ours, PAYLOADS["SDXL"]) == 1
 
 
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)
@@ -110,7 +106,7 @@ def test_dwt_dct_equals_the_package_pixel_for_pixel(size, payload):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_package_and_we_read_the_same_bits_from_anything(size, method):
+def test_the_package_and_we_read_the_same_bits_from_any_image(size, method):
     plain = make_photo(size)
     theirs, ours = embed_by_package(plain, b"SDV2", method), embed_watermark(plain, b"SDV2", method)
     for image, length in ((plain, 136), (theirs, 32), (ours, 48)):
@@ -126,20 +122,21 @@ def test_the_package_reads_ours_and_we_read_the_packages(make, payload):
     assert measure_agreement(embed_by_package(image, payload, "dwtDctSvd"), payload) == 1
 
 
-def test_yuv_equals_opencv_for_every_colour():
+def test_yuv_equals_opencv_for_colors_of_the_whole_cube():
     cv2 = pytest.importorskip("cv2")
-    low = np.arange(1 << 16, dtype=np.uint32)
-    for high in range(0, 256, 5):
-        cube = np.stack([low & 255, low >> 8, np.full_like(low, high)], -1).astype(np.uint8)[None]
-        planes = rgb_to_yuv(cube)
-        assert (np.stack(planes, -1) == cv2.cvtColor(cube, cv2.COLOR_RGB2YUV)).all()
-        back = yuv_to_rgb(cube[..., 0], cube[..., 1], cube[..., 2])
-        assert (back == cv2.cvtColor(cube, cv2.COLOR_YUV2RGB)).all()
+    first_two = np.arange(1 << 16, dtype=np.uint32)
+    for third in range(0, 256, 5):
+        channels = [first_two & 255, first_two >> 8, np.full_like(first_two, third)]
+        colors = np.stack(channels, -1).astype(np.uint8)[None]
+        yuv = np.stack(rgb_to_yuv(colors), -1)
+        assert (yuv == cv2.cvtColor(colors, cv2.COLOR_RGB2YUV)).all()
+        rgb = yuv_to_rgb(colors[..., 0], colors[..., 1], colors[..., 2])
+        assert (rgb == cv2.cvtColor(colors, cv2.COLOR_YUV2RGB)).all()
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
 @pytest.mark.parametrize("make", [make_photo, make_flat])
-def test_the_default_survives_jpeg_and_is_detected(make, name):
+def test_the_default_method_survives_jpeg_and_is_detected(make, name):
     image = make()
     marked = embed_watermark(image, PAYLOADS[name])
     for quality, verdicts in ((95, ["found"]), (80, ["found", "damaged"])):
@@ -166,7 +163,7 @@ def test_nothing_is_found_in_unmarked_images(make):
     assert {f.verdict for f in findings} == {"absent"}
 
 
-def test_a_damaged_watermark_is_named():
+def test_a_damaged_watermark_is_detected():
     bits = np.unpackbits(np.frombuffer(b"StableDiffusionV1", np.uint8))
     bits[::7] ^= 1
     best = detect_watermarks(embed_watermark(make_noise(), bits.tolist()))[0]
@@ -202,7 +199,7 @@ def test_a_small_image_is_saved_without_watermark_and_with_a_warning(caplog):
     ]
 
 
-def test_a_watermark_that_cannot_be_read_back_is_named(caplog):
+def test_a_watermark_that_cannot_be_read_back_is_warned_of(caplog):
     embed_or_warn(Image.new("RGB", (256, 256), (100, 100, 130)), b"SDV2", "dwtDct")
     assert "cannot be read back" in caplog.text
 
