@@ -1,11 +1,11 @@
-"""Helpers for the tests of encoders: comparison, and options of `prepare`."""
+"""Helpers for the tests of encoders: configs of tiny towers, comparison, options of `prepare`."""
 
 import torch
 
 from ldm.conditioning import PrepareOptions
 
 PROMPTS = ["a cat", "an astronaut riding a horse, photograph"]
-# Configs of tiny text towers: as of transformers, and of open_clip.
+# Configs of tiny text towers, with the keys of transformers and of open_clip.
 CLIP_ARCH = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
 }  # fmt: skip
@@ -16,10 +16,10 @@ HIDDEN_LAYERS = {f"hidden_{name}": {"layer": "hidden", "layer_idx": k} for name,
                  [("m2", -2), ("m1", -1), ("0", 0), ("1", 1)]}  # fmt: skip
 
 
-def assert_close(ours, theirs, tolerance=1e-5):
+def assert_close(actual, expected, tolerance=1e-5):
     """Compare values, relative to the largest; observed errors are below a third of the limit."""
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * max(1, expected.abs().max())
 
 
 def make_options(size=(8, 8), seed=None, encode=torch.neg):

@@ -7,32 +7,32 @@ from encoderhelp import CLIP_ARCH, OPEN_CLIP_ARCH, PROMPTS, assert_close
 from goldfile import load_golden
 from ldm.encoders.text import CLIPText, OpenCLIPText, clip_skip
 
-SIZES = CLIP_ARCH | {"num_hidden_layers": 4}
+ARCH = CLIP_ARCH | {"num_hidden_layers": 4}
 
 
 @pytest.mark.slow
 def test_each_layer_is_that_of_transformers():
-    """The lines of diffusers' `encode_prompt`, whose clip_skip is one less."""
+    """As in diffusers' `encode_prompt`, whose clip_skip is one less."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    encoder = CLIPText(arch=SIZES)
-    config = transformers.CLIPTextConfig(**SIZES, hidden_act="quick_gelu", eos_token_id=49407)
+    encoder = CLIPText(arch=ARCH)
+    config = transformers.CLIPTextConfig(**ARCH, hidden_act="quick_gelu", eos_token_id=49407)
     oracle = transformers.CLIPTextModel(config).eval()
     state = {f"text_model.{name}": value for name, value in encoder.tower.state_dict().items()}
-    known = oracle.state_dict().keys()
-    oracle.load_state_dict({n if n in known else n.removeprefix("text_model."): v
-                            for n, v in state.items()}, strict=False)  # fmt: skip
+    if not any(name.startswith("text_model.") for name in oracle.state_dict()):
+        state = encoder.tower.state_dict()
+    oracle.load_state_dict(state, strict=False)
     tower = getattr(oracle, "text_model", oracle)
     with torch.no_grad():
         outputs = oracle(encoder.tokenize(PROMPTS), output_hidden_states=True)
-        for number in range(1, 5):
-            with clip_skip(number):
+        for layers in range(1, 5):
+            with clip_skip(layers):
                 context = encoder.encode(PROMPTS)
-            expected = tower.final_layer_norm(outputs.hidden_states[-number])
+            expected = tower.final_layer_norm(outputs.hidden_states[-layers])
             assert_close(context, expected, 2e-6)  # observed: 6e-7
 
 
-def test_the_penultimate_layer_gets_the_final_norm():
+def test_the_final_norm_is_applied_to_the_penultimate_layer():
     golden = load_golden("text_hfclip")
     encoder = CLIPText(arch=golden.meta["config"]["tiny_hf_config"])
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
@@ -46,10 +46,10 @@ def test_the_penultimate_layer_gets_the_final_norm():
 @pytest.mark.parametrize(
     ("build", "options", "has_effect"),
     [
-        (CLIPText, {"arch": SIZES}, True),
+        (CLIPText, {"arch": ARCH}, True),
         (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "layer": "last"}, True),
         (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "layer": "penultimate"}, False),
-        (CLIPText, {"arch": SIZES, "layer": "hidden", "layer_idx": 3}, False),
+        (CLIPText, {"arch": ARCH, "layer": "hidden", "layer_idx": 3}, False),
     ],
 )
 def test_only_towers_that_end_with_their_last_layer_take_clip_skip(build, options, has_effect):

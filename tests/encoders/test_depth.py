@@ -1,3 +1,5 @@
+"""Depth encoders: preprocessing, MiDaS, and the depth channel."""
+
 import copy
 import sys
 import warnings
@@ -18,16 +20,16 @@ from ldm.encoders.depth import (
 )
 from recipe import fill
 
-TINY = {
+ARCH = {
     "embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64, "hooks": (1, 2), "features": 32,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def tiny() -> MiDaSDepth:
+def midas() -> MiDaSDepth:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from importing timm and torchvision
-        encoder = MiDaSDepth(arch=TINY)
+        warnings.simplefilter("ignore")  # of timm and torchvision
+        encoder = MiDaSDepth(arch=ARCH)
     encoder.load_state_dict(fill(encoder.state_dict(), "tiny"))
     return encoder.eval()
 
@@ -39,15 +41,15 @@ def to_tensor(image):
 @pytest.mark.parametrize("size", ["64x64", "64x128", "320x192"])
 def test_the_input_of_the_network_equals_the_recorded_one(size):
     golden, case = load_golden("e2e_depth2img"), f"midas_transform_{size}"
-    recorded = golden.outputs(case)
-    ours = preprocess_for_midas(to_tensor(golden.inputs(case)["image"]))[0]
-    assert list(ours.shape) == recorded["shape"].tolist()
-    assert_close(ours[:, ::8, ::8], recorded["sub"])
-    assert_close(ours.double().mean(dim=(1, 2)), recorded["mean"])
+    expected = golden.outputs(case)
+    (pixels,) = preprocess_for_midas(to_tensor(golden.inputs(case)["image"]))
+    assert list(pixels.shape) == expected["shape"].tolist()
+    assert_close(pixels[:, ::8, ::8], expected["sub"])
+    assert_close(pixels.double().mean(dim=(1, 2)), expected["mean"])
 
 
 def test_a_large_image_is_downscaled_without_antialiasing():
-    """As in OpenCV, by which the original resizes; all recorded images are enlarged."""
+    """As the original does by OpenCV; all recorded images are enlarged."""
     cv2 = pytest.importorskip("cv2")
     image = torch.rand(900, 700, 3, generator=torch.Generator().manual_seed(0))
     ours = preprocess_for_midas(2 * image.permute(2, 0, 1)[None] - 1)[0]
@@ -71,53 +73,52 @@ def test_the_side_nearer_to_384_decides(size, expected):
 
 
 def test_the_depth_channel_equals_the_recorded_one():
-    """The recorded map is a stand-in: 3 x_0 + 2 x_1 x_2 + a ramp."""
+    """The recorded network computed 3 red + 2 green blue + a ramp."""
     golden = load_golden("get_input_concat")
     red, green, blue = golden.inputs("depth")["midas_in"].split(1, dim=1)
     ramp = torch.linspace(0, 1, red.shape[-1])
     depth_map = 3 * red + 2 * green * blue + 0.25 * ramp
-    recorded = golden.outputs("depth")["c_concat"]
-    assert_close(normalize_depth(resize_depth(depth_map, (8, 12)), eps=0.001), recorded)
+    channel = normalize_depth(resize_depth(depth_map, (8, 12)), eps=0.001)
+    assert_close(channel, golden.outputs("depth")["c_concat"])
 
 
-def test_a_map_of_any_range_gives_the_same_channel(tiny):
+def test_a_depth_map_of_any_range_gives_the_same_channel(midas):
     depth_map = torch.rand(2, 1, 8, 12)
-    ours = tiny(depth_map)
-    assert ours.amin() == -1
-    assert ours.amax() == 1
-    assert_close(tiny(3000 * depth_map - 7), ours)
-    assert_close(tiny(-depth_map), -ours)
-    assert_close(tiny(ours), ours)
+    channel = midas(depth_map)
+    assert (channel.amin(), channel.amax()) == (-1, 1)
+    assert_close(midas(3000 * depth_map - 7), channel)
+    assert_close(midas(-depth_map), -channel)
+    assert_close(midas(channel), channel)
 
 
-def test_a_constant_map_is_finite(tiny):
-    assert torch.equal(tiny(torch.full((1, 1, 4, 4), 7.0)), -torch.ones(1, 1, 4, 4))
+def test_a_constant_depth_map_gives_a_finite_channel(midas):
+    assert torch.equal(midas(torch.full((1, 1, 4, 4), 7.0)), -torch.ones(1, 1, 4, 4))
 
 
-def test_weights_of_any_dtype_give_float32_maps(tiny):
-    half = copy.deepcopy(tiny).to(torch.bfloat16)
+def test_weights_of_any_dtype_give_float32_depth(midas):
+    half = copy.deepcopy(midas).to(torch.bfloat16)
     depth_map = half.run_network(torch.rand(1, 3, 64, 64) * 2 - 1)
     assert depth_map.dtype == torch.float32
     assert depth_map.isfinite().all()
 
 
-def test_sides_must_be_multiples_of_32(tiny):
+def test_sides_must_be_multiples_of_32(midas):
     with pytest.raises(ValueError, match="64x48 pixels .* both sides must be multiples of 32"):
-        tiny.run_network(torch.zeros(1, 3, 48, 64))
+        midas.run_network(torch.zeros(1, 3, 48, 64))
 
 
-def test_depth_comes_from_a_map_or_the_input_of_the_network_or_an_image(tiny, monkeypatch):
+def test_depth_comes_from_a_depth_map_or_the_input_of_the_network_or_an_image(midas, monkeypatch):
     monkeypatch.setattr(depth, "compute_midas_size", lambda height, width: (64, 32))
     image = torch.rand(1, 3, 80, 48) * 2 - 1
-    estimated = tiny.estimate(image)
+    estimated = midas.estimate(image)
     batches = [{"depth": estimated}, {"midas_in": preprocess_for_midas(image)}, {"jpg": image}]
-    maps = [tiny.prepare(batch, make_options((10, 6)))["depth"] for batch in batches]
+    maps = [midas.prepare(batch, make_options((10, 6)))["depth"] for batch in batches]
     assert maps[0].shape == (1, 1, 10, 6)
     assert torch.equal(maps[0], maps[1])
     assert torch.equal(maps[0], maps[2])
-    assert torch.equal(tiny.prepare({"depth": maps[0]}, make_options((10, 6)))["depth"], maps[0])
+    assert torch.equal(midas.prepare({"depth": maps[0]}, make_options((10, 6)))["depth"], maps[0])
     with pytest.raises(KeyError, match="the batch has `txt`"):
-        tiny.prepare({"txt": ["a"]}, make_options((10, 6)))
+        midas.prepare({"txt": ["a"]}, make_options((10, 6)))
 
 
 def test_wrong_shapes_and_names_are_refused():
@@ -135,7 +136,7 @@ def test_without_timm_the_message_says_what_to_install(monkeypatch):
         MiDaSDepth()
 
 
-def test_depth_equals_that_of_transformers(tiny):
+def test_depth_equals_that_of_transformers(midas):
     """Recorded from DPTForDepthEstimation of transformers 5.24 with the same weights."""
     x = torch.linspace(-3, 3, 3 * 96 * 96).reshape(1, 3, 96, 96).mul(7).sin()
     expected = torch.tensor([
@@ -143,7 +144,7 @@ def test_depth_equals_that_of_transformers(tiny):
         [2.336523, 2.111539, 2.296764, 1.786007], [1.683947, 1.366399, 2.29234, 0.9711],
     ])  # fmt: skip
     with torch.no_grad():
-        assert_close(tiny.run_network(x)[0, 0, 5::24, 5::24], expected)
+        assert_close(midas.run_network(x)[0, 0, 5::24, 5::24], expected)
 
 
 @pytest.mark.slow
@@ -161,7 +162,7 @@ def test_full_size_depth_equals_the_recorded_one(case):
     assert_close(ours, golden.outputs(case)["depth"], 1e-4)
 
 
-def test_without_a_network_only_maps_are_accepted():
+def test_without_a_network_only_depth_maps_are_accepted():
     encoder = MiDaSDepth(model_type=None)
     assert not encoder.state_dict()
     channel = encoder(

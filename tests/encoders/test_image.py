@@ -1,3 +1,5 @@
+"""Image encoders of CLIP, and noise augmentation of their embeddings."""
+
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from recipe import fill
 CONFIGS = Path(__file__).parents[2] / "configs"
 VISION = {"image_size": 56, "layers": 2, "width": 32, "head_width": 8, "patch_size": 28}
 TEXT = {"vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-TINY = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
+ARCH = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
 COSINE = {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 
 
@@ -32,7 +34,7 @@ def load_image(golden, case):
 def build_tiny_unclip():
     torch.manual_seed(0)
     noise = EmbeddingNoise(timestep_dim=24, noise_schedule_config=COSINE)
-    return ImageEmbedding(clip=OpenCLIPImage(arch=TINY), noise=noise)
+    return ImageEmbedding(clip=OpenCLIPImage(arch=ARCH), noise=noise)
 
 
 @pytest.mark.parametrize(
@@ -123,30 +125,30 @@ def test_full_size_embedding_equals_the_recorded_one():
 @pytest.mark.parametrize("case", ["clip_stats", "clip_nostats"])
 def test_noised_embeddings_equal_the_recorded_ones(case):
     golden = load_golden("low_scale_model")
-    given, expected, drawn = golden.inputs(case), golden.outputs(case), golden.draws(case)
+    inputs, expected, draws = golden.inputs(case), golden.outputs(case), golden.draws(case)
     path = "statistics.th" if case == "clip_stats" else None
     noise = EmbeddingNoise(timestep_dim=24, noise_schedule_config=COSINE, clip_stats_path=path)
     if path:
-        noise.set_statistics(given["data_mean"], given["data_std"])
-    assert_close(noise.alphas_cumprod, given["alphas_cumprod"], 1e-6)
-    assert_close(noise.scale(given["emb"]), expected["scaled"], 1e-6)
-    assert_close(noise.unscale(given["emb"]), expected["unscaled"], 1e-6)
-    assert_close(noise(given["emb"], given["noise_level"], drawn[0]), expected["adm"], 1e-6)
+        noise.set_statistics(inputs["data_mean"], inputs["data_std"])
+    assert_close(noise.alphas_cumprod, inputs["alphas_cumprod"], 1e-6)
+    assert_close(noise.scale(inputs["emb"]), expected["scaled"], 1e-6)
+    assert_close(noise.unscale(inputs["emb"]), expected["unscaled"], 1e-6)
+    assert_close(noise(inputs["emb"], inputs["noise_level"], draws[0]), expected["adm"], 1e-6)
     level, noised = expected["level_emb_none"], expected["z_none"]
-    assert_close(noise(given["emb"], drawn[1], drawn[2]), torch.cat([noised, level], dim=1), 1e-6)
+    assert_close(noise(inputs["emb"], draws[1], draws[2]), torch.cat([noised, level], dim=1), 1e-6)
 
 
 def build_recorded_unclip():
     golden = load_golden("unclip_condition")
     noise = EmbeddingNoise(**golden.meta["noise_aug_config"]["params"])
     encoder = ImageEmbedding(clip=OpenCLIPImage(arch=golden.meta["tiny_arch"]), noise=noise)
-    old = {name: name.replace("clip.", "embedder.", 1) for name in encoder.state_dict()}
-    state = fill({old[k]: v for k, v in encoder.state_dict().items()}, golden.meta["salt"])
-    encoder.load_state_dict({name: state[old[name]] for name in old})
+    names = {name: name.replace("clip.", "embedder.", 1) for name in encoder.state_dict()}
+    state = fill({names[k]: v for k, v in encoder.state_dict().items()}, golden.meta["salt"])
+    encoder.load_state_dict({name: state[names[name]] for name in names})
     return golden, encoder
 
 
-def test_the_vector_of_a_run_equals_the_recorded_one():
+def test_the_vector_in_sampling_equals_the_recorded_one():
     golden, encoder = build_recorded_unclip()
     info = golden.case("uc1_dpm")["info"]
     embedding = encoder.embed(golden.inputs("uc1_dpm")["image"]).expand(2, -1)
@@ -157,12 +159,13 @@ def test_the_vector_of_a_run_equals_the_recorded_one():
 def test_the_vector_in_training_equals_the_recorded_one():
     golden, encoder = build_recorded_unclip()
     batch = {"jpg": golden.inputs("unclip_train")["jpg"].movedim(-1, 1)}
-    posterior, *_, kept = golden.draws("unclip_train")
+    posterior, *_, is_kept = golden.draws("unclip_train")
     torch.manual_seed(golden.case("unclip_train")["info"]["seed"])
     torch.randn(posterior.shape)
-    rows = encoder.prepare(batch, make_options())["embedding"]
-    rows = [row if keep else encoder.null for row, keep in zip(rows, kept, strict=True)]
-    assert_close(encoder(rows), golden.outputs("unclip_train")["c_adm"])
+    embeddings = encoder.prepare(batch, make_options())["embedding"]
+    embeddings = [embedding if keep else encoder.null
+                  for embedding, keep in zip(embeddings, is_kept, strict=True)]  # fmt: skip
+    assert_close(encoder(embeddings), golden.outputs("unclip_train")["c_adm"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -173,7 +176,7 @@ def test_embeddings_are_float32_whatever_the_weights(dtype):
     half = encoder.to(dtype).embed(image)
     assert half.dtype == torch.float32
     assert_close(half, full, 0.05)
-    assert torch.equal(encoder.noise(full, 3, full), noised)  # computed from float64 values
+    assert torch.equal(encoder.noise(full, 3, full), noised)  # computed in float64
 
 
 def test_a_noise_level_of_the_batch_is_used():
@@ -187,7 +190,7 @@ def test_a_noise_level_of_the_batch_is_used():
 
 
 def test_a_missing_image_is_zeros_in_both_slots():
-    vector, token = build_tiny_unclip(), CLIPImage(model=TINY)
+    vector, token = build_tiny_unclip(), CLIPImage(model=ARCH)
     image = torch.rand(3, 56, 56)
     batch = {"embedding": [None, torch.ones(48)], "jpg": [image, None]}
     cond = Conditioner(a=vector, b=token)(batch)
@@ -204,16 +207,16 @@ def test_images_of_different_sizes_make_one_batch():
 
 
 def test_an_image_encoder_can_be_trained():
-    encoder = CLIPImage(model=TINY, freeze=False)
+    encoder = CLIPImage(model=ARCH, freeze=False)
     encoder(torch.rand(2, 3, 56, 56)).square().sum().backward()
     assert all(p.grad is not None for p in encoder.model.visual.parameters())
-    assert not any(p.requires_grad for p in CLIPImage(model=TINY).parameters())
+    assert not any(p.requires_grad for p in CLIPImage(model=ARCH).parameters())
 
 
 def test_the_version_selects_the_activation():
-    block = OpenCLIPImage(arch=TINY, version="openai").model.visual.blocks[0]
+    block = OpenCLIPImage(arch=ARCH, version="openai").model.visual.blocks[0]
     assert block.activation is quick_gelu
-    assert OpenCLIPImage(arch=TINY).model.visual.blocks[0].activation is F.gelu
+    assert OpenCLIPImage(arch=ARCH).model.visual.blocks[0].activation is F.gelu
 
 
 @pytest.mark.parametrize(
@@ -222,13 +225,13 @@ def test_the_version_selects_the_activation():
         (lambda: OpenCLIPImage(arch="ViT-Z"), "unknown arch `ViT-Z`"),
         (lambda: OpenCLIPImage(arch={"vision_cfg": {"widht": 8}}), "vision_cfg key `widht`"),
         (lambda: CLIPImage(model="RN50"), "unknown arch `RN50`"),
-        (lambda: CLIPImage(model=TINY, blur="kornia"), "unknown blur `kornia`"),
+        (lambda: CLIPImage(model=ARCH, blur="kornia"), "unknown blur `kornia`"),
         (lambda: EmbeddingNoise(timestep_dim=8).set_statistics(torch.ones(9), torch.ones(9)),
          "statistics of 9 and 9 values do not fit embeddings of 8 features"),
         (lambda: EmbeddingNoise(clip_stats_path="karlo/stats.th").scale(torch.ones(1, 256)),
          "statistics of CLIP's embeddings, `karlo/stats.th`, are missing"),
         (lambda: EmbeddingNoise()(torch.ones(1, 256), 1000, torch.ones(1, 256)), "0 … 999"),
-        (lambda: ImageEmbedding(clip=OpenCLIPImage(arch=TINY), noise=EmbeddingNoise()),
+        (lambda: ImageEmbedding(clip=OpenCLIPImage(arch=ARCH), noise=EmbeddingNoise()),
          "timestep_dim must be 24, as the embeddings, got 256"),
     ],
 )  # fmt: skip

@@ -1,3 +1,5 @@
+"""Encoders of low-resolution and masked images."""
+
 import pytest
 import torch
 from encoderhelp import assert_close, make_options
@@ -22,53 +24,53 @@ def to_nchw(images):
     return images.permute(0, 3, 1, 2)
 
 
-def test_tables_equal_the_recorded_ones():
-    recorded = load_golden("low_scale_model").select("state_dict/low_scale/")
-    ours = LowRes(**X4).state_dict()
-    assert len(ours) == 8
-    for name, table in ours.items():
-        torch.testing.assert_close(table, recorded[name], rtol=1e-6, atol=0)
+def test_buffers_of_the_schedule_equal_the_recorded_ones():
+    expected = load_golden("low_scale_model").select("state_dict/low_scale/")
+    state = LowRes(**X4).state_dict()
+    assert len(state) == 8
+    for name, value in state.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=0)
 
 
 def test_noised_images_equal_the_recorded_ones():
     golden = load_golden("low_scale_model")
-    given, recorded = golden.inputs("image"), golden.outputs("image")
-    encoder, lr = LowRes(**X4), given["x"]
-    noise = golden.draws("image")[0]
-    assert_close(encoder.add_noise(lr, given["noise_level"], noise), recorded["z"], 1e-6)
-    seed = golden.case("image")["info"]["seeds"][1]  # draws the level, then the noise
-    ours = encoder.prepare({"lr": lr}, make_options(seed=seed))
-    assert torch.equal(ours["noise_level"], recorded["level_none"])
-    assert_close(ours["lowres"], recorded["z_none"], 1e-6)
+    inputs, expected = golden.inputs("image"), golden.outputs("image")
+    encoder, lr = LowRes(**X4), inputs["x"]
+    noise, *_ = golden.draws("image")
+    assert_close(encoder.add_noise(lr, inputs["noise_level"], noise), expected["z"], 1e-6)
+    _, seed = golden.case("image")["info"]["seeds"]  # of the noise level and then the noise
+    prepared = encoder.prepare({"lr": lr}, make_options(seed=seed))
+    assert torch.equal(prepared["noise_level"], expected["level_none"])
+    assert_close(prepared["lowres"], expected["z_none"], 1e-6)
 
 
-def test_without_a_schedule_nothing_is_added():
-    recorded = load_golden("low_scale_model").outputs("simple")
+def test_without_a_schedule_no_noise_is_added():
+    expected = load_golden("low_scale_model").outputs("simple")
     encoder = LowRes(max_noise_level=0, low_scale_key="LR")
-    ours = encoder.prepare({"LR": recorded["x"]}, make_options())
-    assert torch.equal(ours["lowres"], recorded["x"])
-    assert torch.equal(ours["noise_level"], recorded["level"])
+    prepared = encoder.prepare({"LR": expected["x"]}, make_options())
+    assert torch.equal(prepared["lowres"], expected["x"])
+    assert torch.equal(prepared["noise_level"], expected["level"])
     assert not encoder.state_dict()
 
 
 def test_upscaling_conditions_equal_the_recorded_ones():
     golden = load_golden("get_input_concat")
-    recorded = golden.outputs("upscale")
+    expected = golden.outputs("upscale")
     torch.manual_seed(golden.case("upscale")["info"]["seed"])
-    torch.randn(golden.draws("upscale")[0].shape)  # the posterior of the large image
+    torch.randn(golden.draws("upscale")[0].shape)  # the original draws it for the posterior first
     conditioner = Conditioner(lowres=LowRes(**X4), level=NoiseLevel())
     batch = {"lr": to_nchw(golden.inputs("upscale")["lr"])}
     cond = conditioner(conditioner.lowres.prepare(batch, make_options()))
-    assert_close(cond.concat, recorded["c_concat"], 1e-6)
-    assert torch.equal(cond.vector, recorded["c_adm"])
+    assert_close(cond.concat, expected["c_concat"], 1e-6)
+    assert torch.equal(cond.vector, expected["c_adm"])
 
 
 def test_one_noise_level_is_used_for_the_whole_batch():
     encoder, lr = LowRes(**X4), torch.rand(2, 3, 4, 4)
-    ours = encoder.prepare({"lr": lr, "noise_level": 20}, make_options(seed=0))
+    prepared = encoder.prepare({"lr": lr, "noise_level": 20}, make_options(seed=0))
     noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(0))
-    assert ours["noise_level"].tolist() == [20, 20]
-    assert torch.equal(ours["lowres"], encoder.add_noise(lr, torch.tensor([20, 20]), noise))
+    assert prepared["noise_level"].tolist() == [20, 20]
+    assert torch.equal(prepared["lowres"], encoder.add_noise(lr, torch.tensor([20, 20]), noise))
 
 
 @pytest.mark.parametrize("level", [-1, 1000])
@@ -82,7 +84,7 @@ def test_prepared_batches_are_not_prepared_again():
     assert MaskedImage().prepare({"masked": torch.zeros(1, 5, 4, 4)}, make_options()) == {}
 
 
-def test_schedules_have_values_on_the_meta_device():
+def test_a_model_built_on_the_meta_device_has_a_schedule():
     with torch.device("meta"):
         encoder = LowRes(**X4)
     lr, level = torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64)
@@ -92,8 +94,8 @@ def test_schedules_have_values_on_the_meta_device():
 
 def test_patches_become_channels():
     image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    parts = PatchesToChannels(patch=2)(image)
-    assert parts[0].flatten(1).tolist() == [
+    channels = PatchesToChannels(patch=2)(image)
+    assert channels[0].flatten(1).tolist() == [
         [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]
     ]  # fmt: skip
     assert torch.equal(PatchesToChannels(patch=1)(image), image)
@@ -124,13 +126,13 @@ def test_inpainting_conditions_equal_the_recorded_ones(key):
 @pytest.mark.parametrize("case", ["inp0", "inp1"])
 def test_masked_images_equal_the_recorded_ones(case):
     golden = load_golden("e2e_inpaint")
-    recorded = golden.outputs(case)
+    expected = golden.outputs(case)
     image = to_nchw(golden.inputs(case)["image"][None]) / 127.5 - 1
     mask = golden.inputs(case)["mask"][None, None] / 255
-    ours = concat_mask(mask, torch.zeros(1, 4, *mask.shape[-2:]))
-    assert torch.equal(ours[:, :1].expand_as(recorded["batch_mask"]), recorded["batch_mask"])
+    channels = concat_mask(mask, torch.zeros(1, 4, *mask.shape[-2:]))
+    assert torch.equal(channels[:, :1].expand_as(expected["batch_mask"]), expected["batch_mask"])
     mean = mask_image(image, mask).mean(dim=(2, 3))
-    assert_close(mean.expand_as(recorded["batch_masked_mean"]), recorded["batch_masked_mean"], 1e-6)
+    assert_close(mean.expand_as(expected["batch_masked_mean"]), expected["batch_masked_mean"], 1e-6)
 
 
 def test_masks_are_rounded_and_resized_to_the_nearest_pixel():

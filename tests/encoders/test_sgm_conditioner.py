@@ -22,7 +22,7 @@ CLASSES: dict[str, Any] = {
     "ClassEmbedder": ClassEmbedder,
     "IdentityEncoder": IdentityEncoder,
 }
-ARCHS = {CLIPText: "tiny_hf_config", OpenCLIPText: "tiny_arch"}
+ARCH_KEYS = {CLIPText: "tiny_hf_config", OpenCLIPText: "tiny_arch"}
 PAIR_CASES = [
     "base_c_uc_zero_txt", "base_c_uc_negative", "base_c_uc_zero_sizes", "refiner_c_uc",
     "base_same_batch_cond_zero", "ucg_rates_ignored_in_pair",
@@ -30,19 +30,21 @@ PAIR_CASES = [
 SIZE_CASES = ["concat_ints_256", "concat_floats", "concat_1d", "concat_3cols_odd"]
 
 
-def build_conditioner(golden, name) -> Conditioner:
+def build_conditioner(golden, config_name) -> Conditioner:
     encoders = {}
-    for n, config in enumerate(golden.meta[f"config_{name}"]["params"]["emb_models"]):
+    for n, config in enumerate(golden.meta[f"config_{config_name}"]["params"]["emb_models"]):
         build = CLASSES[config["target"].rpartition(".")[2]]
-        options = {k: v for k, v in config.get("params", {}).items() if k != "device"}
-        options |= {k: v for k, v in config.items() if k in ("ucg_rate", "legacy_ucg_value")}
-        if build in ARCHS:
-            options |= {"arch": golden.meta[ARCHS[build]], "null": None}
+        options = dict(config.get("params", {}))
+        options.pop("device", None)
+        options |= {key: config[key] for key in ("ucg_rate", "legacy_ucg_value") if key in config}
+        if build in ARCH_KEYS:
+            options |= {"arch": golden.meta[ARCH_KEYS[build]], "null": None}
         else:
             options["key"] = config["input_key"]
         encoder = build(**options)
         encoder.load_state_dict(fill(encoder.state_dict(), golden.meta["salt"], f"embedders.{n}."))
-        encoders[["text", "text_2"][n] if build in ARCHS else f"embedder_{n}"] = encoder
+        name = ("text", "text_2")[n] if build in ARCH_KEYS else f"embedder_{n}"
+        encoders[name] = encoder
     return Conditioner(join="features", **encoders)
 
 
@@ -57,17 +59,17 @@ def test_conditional_and_unconditional_batches_equal_the_recorded_ones(case):
     golden = load_golden(GOLDEN)
     info = golden.case(case)["info"]
     conditioner = build_conditioner(golden, info["config"])
-    for half, prefix in enumerate(["c_", "uc_"]):
-        texts = info.get("negative", info["txt"]) if half else info["txt"]
+    for is_uncond, prefix in ((False, "c_"), (True, "uc_")):
+        texts = info.get("negative", info["txt"]) if is_uncond else info["txt"]
         batch = {**golden.inputs(case), "txt": texts}
         if "aesthetic_score" in info:
-            batch["aesthetic_score"] = [info["aesthetic_score"][half]] * len(texts)
-        zeros = info.get(f"force_{'uc' if half else 'cond'}_zero_embeddings", [])
-        if half and case == "ucg_rates_ignored_in_pair":
-            zeros = ["txt"]
-        cond = conditioner(batch, drop=dict.fromkeys(zeros, 1.0))
+            batch["aesthetic_score"] = [info["aesthetic_score"][is_uncond]] * len(texts)
+        zero_keys = info.get(f"force_{'uc' if is_uncond else 'cond'}_zero_embeddings", [])
+        if is_uncond and case == "ucg_rates_ignored_in_pair":
+            zero_keys = ["txt"]
+        cond = conditioner(batch, drop=dict.fromkeys(zero_keys, 1.0))
         assert_equal(cond, golden, case, prefix)
-        if zeros == ["txt"]:
+        if zero_keys == ["txt"]:
             no_text = conditioner(batch | {"txt": [None] * len(texts)})
             assert torch.equal(no_text.crossattn, cond.crossattn)
             assert torch.equal(no_text.vector, cond.vector)
@@ -115,14 +117,14 @@ def test_encoders_of_a_prompt_drop_the_same_samples():
 def test_the_second_tower_may_read_another_prompt():
     golden = load_golden(GOLDEN)
     conditioner, sizes = build_conditioner(golden, "base"), golden.inputs("base_c_uc_negative")
-    one, both, two = (
-        conditioner({**sizes, "txt": ["a cat"] * 2, **other})
-        for other in ({}, {"txt_2": ["a cat"] * 2}, {"txt_2": ["a dog"] * 2})
+    default, same, other = (
+        conditioner({**sizes, "txt": ["a cat"] * 2, **second_prompt})
+        for second_prompt in ({}, {"txt_2": ["a cat"] * 2}, {"txt_2": ["a dog"] * 2})
     )
-    assert torch.equal(one.crossattn, both.crossattn)
-    assert torch.equal(one.crossattn[..., :32], two.crossattn[..., :32])
-    assert not torch.equal(one.crossattn[..., 32:], two.crossattn[..., 32:])
-    assert not torch.equal(one.vector, two.vector)
+    assert torch.equal(default.crossattn, same.crossattn)
+    assert torch.equal(default.crossattn[..., :32], other.crossattn[..., :32])
+    assert not torch.equal(default.crossattn[..., 32:], other.crossattn[..., 32:])
+    assert not torch.equal(default.vector, other.vector)
 
 
 @pytest.mark.parametrize("case", SIZE_CASES)

@@ -1,3 +1,5 @@
+"""Text encoders: recorded contexts, dtypes, caches, pruned vocabularies, options."""
+
 import pytest
 import torch
 from encoderhelp import CLIP_ARCH, HIDDEN_LAYERS, OPEN_CLIP_ARCH, PROMPTS, assert_close
@@ -9,7 +11,7 @@ from quick import slow_except
 from recipe import fill_on_demand
 
 POOLED = {"always_return_pooled": True, "legacy": False}
-TINY = [(OpenCLIPText, OPEN_CLIP_ARCH), (CLIPText, CLIP_ARCH)]
+TINY_ENCODERS = [(OpenCLIPText, OPEN_CLIP_ARCH), (CLIPText, CLIP_ARCH)]
 SGM_CASES = [
     "l_hidden_11", "l_hidden_11_pooled", "l_hidden_m2", "l_hidden_12", "l_hidden_0", "l_last",
     "l_last_pooled", "l_pooled", "g_penultimate_pooled", "g_last_pooled", "g_penultimate", "g_last",
@@ -86,7 +88,7 @@ def test_full_size_context_equals_the_recorded_one(name, build, layers):
 
 @pytest.mark.slow
 def test_full_size_bigg_equals_the_recorded_one():
-    """In 1.2 GB of memory."""
+    """Takes 1.2 GB of memory."""
     golden = load_golden("sdxl_full_text_bigg")
     with torch.device("meta"):
         encoder = OpenCLIPText(**golden.meta["config"]["params"])
@@ -100,7 +102,7 @@ def test_full_size_bigg_equals_the_recorded_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("build", "arch"), TINY)
+@pytest.mark.parametrize(("build", "arch"), TINY_ENCODERS)
 def test_context_has_the_dtype_of_the_weights(build, arch, dtype):
     encoder = build(arch=arch)
     context = encoder.encode(PROMPTS)
@@ -109,14 +111,14 @@ def test_context_has_the_dtype_of_the_weights(build, arch, dtype):
     assert_close(half.float(), context, 0.05)
 
 
-@pytest.mark.parametrize(("build", "arch"), TINY)
+@pytest.mark.parametrize(("build", "arch"), TINY_ENCODERS)
 def test_texts_and_tokens_give_the_same_context(build, arch):
     encoder = build(arch=arch)
     assert torch.equal(encoder(PROMPTS), encoder(encoder.tokenize(PROMPTS)))
     assert torch.equal(encoder.encode("a cat"), encoder(["a cat"]))
 
 
-def test_an_encoder_with_a_mask_does_not_read_a_cache_without():
+def test_an_encoder_that_returns_a_mask_does_not_use_a_cache_without_masks():
     encoder = CLIPText(arch=CLIP_ARCH, always_return_pooled=True, always_return_mask=True)
     encoder.cache = {"a cat": {"context": torch.zeros(77, 32), "pooled": torch.zeros(32)}}
     assert encoder(["a cat"]).context_mask.sum() == 4  # start, two words, end
@@ -132,7 +134,7 @@ def test_an_encoder_with_a_mask_does_not_read_a_cache_without():
         (CLIPText, {"arch": CLIP_ARCH}),
     ],
 )
-def test_gradient_reaches_all_parameters_but_the_unused(build, options):
+def test_all_parameters_but_the_unused_get_a_gradient(build, options):
     encoder = build(**options, freeze=False)
     tensors = encoder.condition(PROMPTS).tensors().values()
     sum(tensor.square().mean() for tensor in tensors).backward()
@@ -146,9 +148,10 @@ def test_a_pruned_vocabulary_gives_the_same_context_for_its_tokens():
     ids = full.tokenize(PROMPTS).unique()
     pruned = OpenCLIPText(arch=OPEN_CLIP_ARCH, compact_vocab=len(ids) + 1)
     state = full.state_dict()
-    table = state["model.token_embedding.weight"]
-    rows = torch.cat([torch.zeros(1, table.shape[1]), table[ids]])
-    pruned.load_state_dict(state | {"model.token_embedding.weight": rows, "token_ids": ids})
+    weight = state["model.token_embedding.weight"]
+    pruned_weight = torch.cat([torch.zeros(1, weight.shape[1]), weight[ids]])
+    state |= {"model.token_embedding.weight": pruned_weight, "token_ids": ids}
+    pruned.load_state_dict(state)
     assert torch.equal(pruned.encode(PROMPTS), full.encode(PROMPTS))
     assert torch.equal(pruned.get_token_embeddings("a cat"), full.get_token_embeddings("a cat"))
     assert torch.equal(pruned.encode("dog"), pruned.encode("mat"))  # all others share row 0

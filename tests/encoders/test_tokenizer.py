@@ -1,3 +1,5 @@
+"""Tokenizers of OpenAI's CLIP and of OpenCLIP."""
+
 import warnings
 
 import pytest
@@ -14,7 +16,7 @@ from ldm.encoders.tokenizer import (
 )
 
 # Recorded from the slow CLIPTokenizer of transformers 4.30.2 with ftfy 6.3.1.
-SLOW_IDS = [
+SLOW_TOKENIZER_IDS = [
     ("a < b &amp; c", [320, 283, 321, 261, 6259, 282, 322]),
     ("a &amp; b", [320, 261, 321]),
     ("\"<|endoftext|>'s", [257, 49407, 568]),
@@ -23,7 +25,7 @@ SLOW_IDS = [
     ("ﬁne Ⅳ x²", [3797, 158, 227, 367, 343, 41175]),
     ("<start_of_text> <|endoftext|> &lt;", [283, 1572, 318, 539, 318, 4160, 285, 49407, 283]),
 ]
-ODD = [
+UNUSUAL_TEXTS = [
     "a < b &amp;amp; c",
     "<|startoftext|>it's<END_OF_TEXT>",
     "l’été à 12:30 – ½ ﬁn, naïve café",
@@ -41,16 +43,16 @@ def test_ids_equal_the_recorded_ones(name, variant):
     assert torch.equal(ids, golden.outputs("ids")[name])
 
 
-@pytest.mark.parametrize(("text", "ids"), SLOW_IDS)
-def test_sd1_ids_equal_the_slow_tokenizer_on_odd_text(text, ids):
+@pytest.mark.parametrize(("text", "ids"), SLOW_TOKENIZER_IDS)
+def test_sd1_ids_of_unusual_texts_equal_the_slow_tokenizer(text, ids):
     assert encode(text, CLIP) == ids
 
 
-def test_sd2_ids_equal_open_clip_on_odd_text():
+def test_sd2_ids_of_unusual_texts_equal_open_clip():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from open_clip.tokenizer import SimpleTokenizer
-    assert torch.equal(tokenize(ODD, OPEN_CLIP), SimpleTokenizer()(ODD))
+    assert torch.equal(tokenize(UNUSUAL_TEXTS, OPEN_CLIP), SimpleTokenizer()(UNUSUAL_TEXTS))
 
 
 def test_added_tokens_are_whole_words_of_any_case():
@@ -99,5 +101,5 @@ def test_a_long_prompt_is_truncated_at_its_first_incomplete_word(prompt, truncat
         ("[cat] :((", False),
     ],
 )
-def test_the_syntax_for_weights_is_recognised(prompt, has_weights):
+def test_the_syntax_for_weights_is_recognized(prompt, has_weights):
     assert has_weight_syntax(prompt) == has_weights
