@@ -1,4 +1,4 @@
-"""Settings of all tests; those of OpenMP come before torch, as spinning threads are 50x slower."""
+"""Settings of all tests. OpenMP's precede the import of torch: spinning threads are 50x slower."""
 
 import gc
 import logging
@@ -15,7 +15,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Downloads of this machine are not used; see `ldm.loading.published`.
+# Tests must not use downloaded files of this machine; see `ldm.loading.published`.
 for name in ("HF_HUB_CACHE", "LDM_CACHE"):
     os.environ[name] = str(Path(tempfile.gettempdir(), "ldm-tests-without-a-cache"))
 sys.path.insert(0, str(Path(__file__).parent))

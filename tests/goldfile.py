@@ -14,8 +14,10 @@ from torch import Tensor
 
 from recipe import fill
 
-IN_REPOSITORY = Path(__file__).parent / "data" / "goldens"
-OUTSIDE = Path(os.environ.get("LDM_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
+FOLDERS = (
+    Path(__file__).parent / "data" / "goldens",
+    Path(os.environ.get("LDM_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens")),
+)
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,31 @@ class GoldenFile:
         return self.select(f"{case}/out/")
 
     def draws(self, case: str) -> list[Tensor]:
+        """Return the noise that the case drew, in order."""
         return [v for _, v in sorted(self.select(f"{case}/rng/").items())]
 
     def case(self, name: str) -> dict[str, Any]:
         return next(case for case in self.cases if case["name"] == name)
 
     def assert_close(self, case: str, **outputs: Any) -> None:
-        """Compare outputs: within 1e-4 of the largest value, and ten times the original's noise."""
-        expected, noise = self.outputs(case), self.case(case).get("noise_mkldnn_off_1thread", {})
+        """Allow 1e-4 of the largest value, and ten times the original's own rounding errors."""
+        rounding = self.case(case).get("noise_mkldnn_off_1thread", {})
+        recorded = self.outputs(case)
         for name, output in outputs.items():
-            ours, theirs = torch.as_tensor(output), expected[name]
-            assert ours.shape == theirs.shape, name
-            limit = 1e-4 * max(1.0, float(theirs.abs().max())) + 10 * noise.get(name, 0.0)
-            assert (ours.double() - theirs.double()).abs().max() <= limit, name
+            actual, expected = torch.as_tensor(output), recorded[name]
+            assert actual.shape == expected.shape, name
+            limit = 1e-4 * max(1.0, float(expected.abs().max())) + 10 * rounding.get(name, 0.0)
+            assert (actual.double() - expected.double()).abs().max() <= limit, name
 
     def weights(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Return the recorded weights, or those that `recipe` computes for `state`."""
         return self.select("state_dict/") or fill(state, self.meta["salt"], prefix)
 
 
 def load_golden(name: str) -> GoldenFile:
     """Read the golden file `name` (no suffix); skip the test where it is missing."""
-    path = next(
-        (p for d in (IN_REPOSITORY, OUTSIDE) if (p := d / f"{name}.safetensors").is_file()), None
-    )
+    paths = [folder / f"{name}.safetensors" for folder in FOLDERS]
+    path = next(filter(Path.is_file, paths), None)
     if path is None:
         pytest.skip(f"golden file `{name}` is not in the repository; set LDM_GOLDENS to its folder")
     with safe_open(str(path), "pt") as file:

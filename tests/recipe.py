@@ -1,7 +1,7 @@
 """Weights computed from the names of parameters, so that golden files need not hold them.
 
 Every floating tensor with a dimension gets z = randn(shape) from a CPU generator seeded with
-crc32("SALT|KEY"), scaled by what its name says it is. Buffers in `SKIPPED` keep their value.
+crc32("SALT|KEY"), scaled by what its name says it is. `UNCHANGED_BUFFERS` keep their value.
 """
 
 import math
@@ -12,14 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-_SKIPPED = """
+_UNCHANGED_BUFFERS = """
 betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
 log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod
 posterior_variance posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
 lvlb_weights logvar scale_factor decay num_updates attn_mask position_ids num_batches_tracked
 mean std data_mean data_std shift scale clip_mean clip_std
 """
-SKIPPED = frozenset(_SKIPPED.split())
+UNCHANGED_BUFFERS = frozenset(_UNCHANGED_BUFFERS.split())
 EMBEDDINGS = (
     "token_embedding.weight", "positional_embedding", "position_embedding.weight", "pos_embed",
     "cls_token", "label_emb.weight",
@@ -30,10 +30,10 @@ def make_weight(key: str, shape: tuple[int, ...], salt: str) -> Tensor:
     """Make the float32 value of the parameter `key`."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{salt}|{key}".encode()))
     z = torch.randn(shape, generator=generator)
-    last = key.rsplit(".", 1)[-1]
-    if last == "running_var":
+    name = key.rpartition(".")[2]
+    if name == "running_var":
         return 1 + 0.25 * z.abs()
-    if last == "running_mean" or (len(shape) == 1 and last not in ("weight", "gamma", "g")):
+    if name == "running_mean" or (len(shape) == 1 and name not in ("weight", "gamma", "g")):
         return 0.1 * z
     if len(shape) == 1:
         return 1 + 0.1 * z
@@ -44,17 +44,17 @@ def make_weight(key: str, shape: tuple[int, ...], salt: str) -> Tensor:
 
 
 def fill(state: Mapping[str, Tensor], salt: str, prefix: str = "") -> dict[str, Tensor]:
-    """Return `state` with values of the recipe where it applies; keys are PREFIX + name."""
-    return {
-        key: make_weight(prefix + key, tuple(value.shape), salt).to(value.dtype)
-        if value.is_floating_point() and value.dim() and key.rsplit(".", 1)[-1] not in SKIPPED
-        else value
-        for key, value in state.items()
-    }
+    """Return `state` with the weights of the recipe; its keys are PREFIX + name."""
+    filled = dict(state)
+    for key, value in state.items():
+        is_unchanged = key.rpartition(".")[2] in UNCHANGED_BUFFERS
+        if value.is_floating_point() and value.dim() and not is_unchanged:
+            filled[key] = make_weight(prefix + key, tuple(value.shape), salt).to(value.dtype)
+    return filled
 
 
 def fill_on_demand(network: nn.Module, salt: str, prefix: str = "") -> None:
-    """Let each layer of a network on the meta device have its weights only while it runs."""
+    """Give each layer of a network on the meta device its weights only while it runs."""
 
     def add_weights(layer: nn.Module, inputs: object, *, prefix: str) -> None:
         own = {key: value for key, value in layer.state_dict().items() if "." not in key}

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / (
     "tests/data/written_by_0_1/logs/2026-11-29T12-00-00_tiny/checkpoints/last.safetensors"
 )
-SIZE = {"width": 32, "height": 32, "steps": 1, "n_samples": 1, "n_iter": 1}
+FORM_VALUES = {"width": 32, "height": 32, "steps": 1, "n_samples": 1, "n_iter": 1}
 
 pytestmark = pytest.mark.usefixtures("windows")
 
@@ -66,7 +66,7 @@ def test_the_app_is_built_and_makes_an_image(tmp_path: Path) -> None:
     backend = Backend(Library(tmp_path / "models"), tmp_path / "out", options, Limits())
     assert Page(backend, str).build().blocks
     gc.collect()
-    values = {"prompt": "a cat", **SIZE}
+    values = {"prompt": "a cat", **FORM_VALUES}
     progress = Progress()
     backend.generate(backend.make_request(TASKS["txt2img"], "tiny.safetensors", values), progress)
     assert [Path(info["path"]).name for info in progress.images] == ["00000.png"]

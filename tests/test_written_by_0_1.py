@@ -28,11 +28,11 @@ from quick import slow_except
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data/written_by_0_1"
 SHIPPED = ROOT / "checkpoints"
-ORIGIN = "/tmp/ldm-0.1"  # root of the repository when the files were written
-RUNS = "2026-11-29T12-00-00_"
-TINY = DATA / f"logs/{RUNS}tiny/checkpoints/last.safetensors"
-LORA = DATA / f"logs/{RUNS}lora/checkpoints/last.safetensors"
-WORD = DATA / f"logs/{RUNS}word/checkpoints/last.safetensors"
+ORIGINAL_ROOT = "/tmp/ldm-0.1"  # root of the repository when the files were written
+RUN_PREFIX = "2026-11-29T12-00-00_"
+TINY = DATA / f"logs/{RUN_PREFIX}tiny/checkpoints/last.safetensors"
+LORA = DATA / f"logs/{RUN_PREFIX}lora/checkpoints/last.safetensors"
+WORD = DATA / f"logs/{RUN_PREFIX}word/checkpoints/last.safetensors"
 
 IMAGES = sorted(path.stem for path in (DATA / "images").glob("*.png") if "grid" not in path.name)
 QUICK_IMAGES = ("bf16", "img2img-legacy", "legacy", "mask", "plain", "prior", "upscale")
@@ -47,8 +47,8 @@ def run_command(name: str, *argv: Any) -> int | str:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
         try:
             runpy.run_path(str(ROOT / f"scripts/{name}.py"), run_name="__main__")
-        except SystemExit as exit_:
-            return exit_.code or 0
+        except SystemExit as error:
+            return error.code or 0
     return 0
 
 
@@ -63,7 +63,7 @@ def copy_with_local_paths(path: Path, folder: Path) -> Path:
     """Copy an image, with the paths of its input files changed to those on this machine."""
     text = PngInfo()
     with Image.open(path) as image:
-        text.add_text("ldm", image.info["ldm"].replace(ORIGIN, str(ROOT)))
+        text.add_text("ldm", image.info["ldm"].replace(ORIGINAL_ROOT, str(ROOT)))
         image.save(folder / path.name, pnginfo=text)
     return folder / path.name
 
@@ -94,18 +94,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_file(state, folder / f"{path.stem}.safetensors", {"ldm.config": config})
     for name in ("demo", "demo-inpainting", "demo-upscaler"):
         decoder = DATA / f"decoders/{name.removesuffix('-inpainting')}.safetensors"
-        _copy_with(load_file(decoder), SHIPPED / f"{name}.safetensors", folder)
+        _copy_with_weights(load_file(decoder), SHIPPED / f"{name}.safetensors", folder)
     return {TINY.name: TINY, **{path.name: path for path in folder.iterdir()}}
 
 
-def _copy_with(weights: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
+def _copy_with_weights(weights: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
     """Copy a safetensors file with other values of some weights, byte for byte."""
     data = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     for name, value in weights.items():
-        first, end = header[name]["data_offsets"]
-        data[start + first : start + end] = value.numpy().tobytes()
+        first, last = header[name]["data_offsets"]
+        data[start + first : start + last] = value.numpy().tobytes()
     (folder / path.name).write_bytes(data)
 
 
@@ -114,9 +114,9 @@ def runs(tmp_path: Path) -> Path:
     """A copy of the folders of runs and of the caches, with the states unpacked."""
     for folder in ("logs", "cache"):
         shutil.copytree(DATA / folder, tmp_path / folder)
-    for packed in tmp_path.glob("logs/*/checkpoints/state-*/*.xz"):
-        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
-        packed.unlink()
+    for path in tmp_path.glob("logs/*/checkpoints/state-*/*.xz"):
+        path.with_suffix("").write_bytes(lzma.decompress(path.read_bytes()))
+        path.unlink()
     return tmp_path
 
 
@@ -164,8 +164,8 @@ def test_the_same_command_writes_the_same_json(
     flags = [*flags.split(), "--prompt", "a cat", "--ckpt", TINY, "--outdir", tmp_path]
     assert run_command("txt2img", *flags) == 0
     new, old = json.loads(capsys.readouterr().out.splitlines()[1]), DATA / "images/plain.json"
-    own = {key: new[key] for key in ("path", "torch", "ldm", "threads")}
-    expected = json.loads(old.read_text()) | own
+    environment = {key: new[key] for key in ("path", "torch", "ldm", "threads")}
+    expected = json.loads(old.read_text()) | environment
     expected["scheduler"] = expected.pop("grid")  # renamed; new keys may be added
     assert {key: new[key] for key in expected} == expected
     info = read_image_info(Path(new.pop("path")))
@@ -191,13 +191,13 @@ def test_a_run_continues_from_its_state(name: str, overrides: list[str], runs: P
     before = {path: path.read_bytes() for path in files}
     resume = ["-t", "-r", "-n", name, "-l", runs / "logs"]
     assert run_command("train", *resume, "lightning.trainer.max_steps=4", *arguments) == 0
-    log = read_log(runs / f"logs/{RUNS}{name}/log.csv")
+    log = read_log(runs / f"logs/{RUN_PREFIX}{name}/log.csv")
     expected = read_log(DATA / f"continued/{name}.csv")
     assert [row["step"] for row in log] == [row["step"] for row in expected]
     for row, expected_row in zip(log, expected, strict=True):
         # With AVX2 or SSE4 the losses were up to 1.8e-5 away.
         assert row == pytest.approx(expected_row, rel=1e-4)
-    assert (runs / f"logs/{RUNS}{name}/checkpoints/state-00000004/run.json").exists()
+    assert (runs / f"logs/{RUN_PREFIX}{name}/checkpoints/state-00000004/run.json").exists()
     # Class images, latents and contexts are read, none is computed again.
     files = [*runs.glob("logs/class/*"), *runs.glob("cache/*")]
     assert {path: path.read_bytes() for path in files} == before

@@ -20,10 +20,10 @@ DDCONFIG = {
 
 def make_tiny_config() -> dict[str, Any]:
     """Make the published config with the sizes of the golden files."""
-    golden = load_golden("seed_x2_unet")
+    unet_config = load_golden("seed_x2_unet").meta["config"]["k_diffusion"]
     config = read_yaml(CONFIG)
     params = config["model"]["params"]
-    params["unet"]["params"] = golden.meta["config"]["k_diffusion"]
+    params["unet"]["params"] = unet_config
     arch = load_golden("seed_x2_text").meta["config"]["tiny_hf_config"]
     params["conditioner"]["params"]["text"]["params"] |= {"arch": arch, "layer_idx": 4}
     params["autoencoder"]["params"]["ddconfig"] = DDCONFIG
@@ -46,7 +46,7 @@ def _make_weight(name: str, value: Tensor, salt: str) -> Tensor:
 
 
 def make_recorded_noise(golden: GoldenFile, case: str):
-    """Return a noise sampler that gives the recorded draws of a case in turn."""
+    """Return a function (like) -> noise that returns the recorded draws of a case in turn."""
     draws = iter(golden.draws(case))
     return lambda like: next(draws)
 

@@ -40,8 +40,8 @@ CHECKPOINTS = {
     "ldm3d-pano": "ldm3d-4c",
     "ldm3d-sr": "ldm3d-sr",
 }
-HUB = "Intel/"  # owner of the LDM3D models
-UPSCALER = "configs/stable-diffusion/x2-latent-upscaler.yaml"
+HUB_OWNER = "Intel"  # of the LDM3D models
+UPSCALER_CONFIG = "configs/stable-diffusion/x2-latent-upscaler.yaml"
 IMAGES = (
     "sketch.png", "dog.png", "room.png", "small.png", "cat.png", "sea.png",
     "photos/one.png", "photos/two.png", "00000.png", "00000_depth.png",
@@ -49,47 +49,46 @@ IMAGES = (
 
 
 def make_small_config(family: str) -> dict[str, Any]:
-    """Make the published config with few channels, but its sizes of image and latent."""
-    raw = tinyfamilies.make_small_config(family)
-    params = raw["model"]["params"]
+    """Make the published config with few channels, but with its downscale factor."""
+    config = tinyfamilies.make_small_config(family)
+    params = config["model"]["params"]
     if family in tinyfamilies.XL_CONFIGS:
         unet, vae = params["network_config"]["params"], params["first_stage_config"]["params"]
         unet |= {"attention_resolutions": [4], "use_checkpoint": False}
         vae["ddconfig"] |= {"ch_mult": [1, 1, 1, 1], "attn_resolutions": []}
-        return raw
+        return config
     vae, unet = params["first_stage_config"]["params"], params["unet_config"]["params"]
     vae["ddconfig"]["ch_mult"] = [1, 1, 1] if family == "x4" else [1, 1, 1, 1]
     if family != "x4":
         unet["attention_resolutions"] = [2]
     if "disable_self_attentions" in unet:
         unet["disable_self_attentions"] = [True, True]
-    return raw
+    return config
 
 
-def make_stand_ins(folder: Path) -> None:
-    """Write all stand-ins into a folder, and small configs over its `configs`."""
+def write_stand_ins(folder: Path) -> None:
+    """Write all stand-ins into a folder, and replace the files of its `configs` by small ones."""
     for name, family in CHECKPOINTS.items():
-        raw = make_small_config(family)
-        yaml = format_yaml(raw)
-        state = tinyfamilies.make_weights(raw, name)
+        config = make_small_config(family)
+        yaml = format_yaml(config)
+        state = tinyfamilies.make_weights(config, name)
         if name == "v1-5-pruned.ckpt":
             ema = {k[6:].replace(".", ""): v for k, v in state.items() if k[:6] == "model."}
             state |= {f"model_ema.{k}": v for k, v in ema.items()}
         if family in tinyfamilies.CONFIGS:
-            config = folder / f"configs/stable-diffusion/{tinyfamilies.CONFIGS[family]}.yaml"
+            config_path = f"stable-diffusion/{tinyfamilies.CONFIGS[family]}.yaml"
         else:
-            config = folder / f"configs/stable-diffusion-xl/{tinyfamilies.XL_CONFIGS[family]}.yaml"
-        config.write_text(yaml)
+            config_path = f"stable-diffusion-xl/{tinyfamilies.XL_CONFIGS[family]}.yaml"
+        (folder / "configs" / config_path).write_text(yaml)
         target = folder / name
         suffix = target.suffix if target.suffix in (".ckpt", ".safetensors") else ".safetensors"
         written = folder / f"written{suffix}"
         write_checkpoint(written, state, {"ldm.config": yaml})
         written.rename(target)
-    _make_upscaler(folder)
+    _write_upscaler(folder)
     sd1 = load(ckpt=folder / "v1-5-pruned.ckpt")
-    vae = {k: v.contiguous() for k, v in restore_names(sd1.state_dict()).items()}
-    prefix = "first_stage_model."
-    vae = {k.removeprefix(prefix): v for k, v in vae.items() if k.startswith(prefix)}
+    state, prefix = restore_names(sd1.state_dict()), "first_stage_model."
+    vae = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
     torch.save({"state_dict": vae}, folder / "vae-ft-mse-840000-ema-pruned.ckpt")
     decoder = {name: torch.ones(value.shape) for name, value in TinyDecoder().state_dict().items()}
     torch.save(fill(decoder, "taesd"), folder / "taesd_decoder.pth")
@@ -117,18 +116,18 @@ def make_stand_ins(folder: Path) -> None:
     (folder / "prompts.txt").write_text("\n".join(lines))
 
 
-def remember_downloads(folder: Path, cache: Path) -> None:
+def record_downloads(folder: Path, cache: Path) -> None:
     """Record stand-ins as downloaded, so that `hf:OWNER/NAME` finds them."""
     cache.mkdir()
     names = [name for name in CHECKPOINTS if name.startswith("ldm3d")]
-    choices = {f"{HUB}{name}": str(folder / name) for name in names}
+    choices = {f"{HUB_OWNER}/{name}": str(folder / name) for name in names}
     (cache / "hub_choices.json").write_text(json.dumps(choices))
 
 
-def _make_upscaler(folder: Path) -> None:
+def _write_upscaler(folder: Path) -> None:
     """Write an x2 latent upscaler with the VAE and text encoder of our Stable Diffusion 1."""
-    raw, sd1 = read_yaml(UPSCALER), make_small_config("sd1")["model"]["params"]
-    params, width = raw["model"]["params"], tinyfamilies.WIDTH
+    config, sd1 = read_yaml(UPSCALER_CONFIG), make_small_config("sd1")["model"]["params"]
+    params, width = config["model"]["params"], tinyfamilies.WIDTH
     params["unet"]["params"] |= {
         "channels": [64, 64, 128, 128], "depths": [1, 1, 1, 1], "mapping_out": 128,
         "mapping_cond_dim": 128 + width, "cross_cond_dim": width,
@@ -136,12 +135,12 @@ def _make_upscaler(folder: Path) -> None:
     params["autoencoder"]["params"] = sd1["first_stage_config"]["params"]
     text = params["conditioner"]["params"]["text"]["params"]
     text |= {"arch": tinyfamilies.CLIP, "layer_idx": tinyfamilies.CLIP["num_hidden_layers"]}
-    model: Any = build_on_meta(raw)
+    model: Any = build_on_meta(config)
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
     state = restore_names(empty)
     state |= fill({k: v for k, v in state.items() if not k.endswith(".kernel")}, "x2")
     written = folder / "written.safetensors"
-    write_checkpoint(written, state, {"ldm.config": format_yaml(raw)})
+    write_checkpoint(written, state, {"ldm.config": format_yaml(config)})
     written.rename(folder / "sd-x2-latent-upscaler")
 
 

@@ -1,8 +1,8 @@
 """The commands of README and docs run as written: `pytest -m docs`.
 
-Commands are the blocks marked bash and python, in their order. `<!-- not run: WHY -->` before a
-block leaves it out. They run in a copy of the tracked files, where small models with random weights
-stand for published ones. `pip install` runs, in an environment that finds the packages of this one.
+Commands are the bash and python blocks, in order; `<!-- not run: WHY -->` before a block skips
+it. They run in a copy of the tracked files, where small models with random weights stand for
+published ones, and in a virtual environment that also finds the packages of this one.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from documentation.standins import make_stand_ins, remember_downloads
+from documentation.standins import record_downloads, write_stand_ins
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
@@ -46,14 +46,14 @@ def folder(tmp_path_factory):
     for name in listing.stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
-    make_stand_ins(folder)
-    remember_downloads(folder, folder.parent / "cache")
+    write_stand_ins(folder)
+    record_downloads(folder, folder.parent / "cache")
     return folder
 
 
 @pytest.fixture(scope="session")
 def environment(folder):
-    """Variables of an environment with the copy installed, which finds the packages of this one."""
+    """Variables of a virtual environment with the copy installed, which finds our packages, too."""
     venv.create(folder.parent / "venv", with_pip=True)
     packages = next((folder.parent / "venv").rglob("site-packages"))
     (packages / "outer.pth").write_text(sysconfig.get_path("purelib"))
@@ -72,22 +72,18 @@ def test_a_command_of_the_documentation_runs_as_written(command, folder, environ
     log = folder.parent / "output.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdout=output,
-            stderr=output,
+            command, cwd=folder, env=environment, stdout=output, stderr=output,
             start_new_session=True,
-        )
+        )  # fmt: skip
         status = wait_for_page(process) if "ldm app" in command[-1] else process.wait()
     assert status == 0, "\n".join(log.read_text().splitlines()[-15:])
 
 
 def wait_for_page(process):
-    """Wait until the page answers, five minutes at most, then stop its server; 0 if it answered."""
-    end = time.monotonic() + 300
+    """Wait up to five minutes for the page and stop its server; return 0 if it answered, else 1."""
+    deadline = time.monotonic() + 300
     try:
-        while process.poll() is None and time.monotonic() < end:
+        while process.poll() is None and time.monotonic() < deadline:
             try:
                 return int(urllib.request.urlopen(PAGE, timeout=5).status != 200)
             except OSError:

@@ -1,4 +1,4 @@
-"""Scores of generated emoji."""
+"""Evaluation of the demo model by classifiers and nearest images of the dataset."""
 
 from pathlib import Path
 
@@ -44,28 +44,28 @@ def test_prompts_name_object_style_and_color(folder):
     assert len(evaluate_demo.choose_prompts(folder, "train", count=5)) == 5
 
 
-def test_shuffled_prompts_leave_none_in_place(prompts):
+def test_shuffling_moves_every_prompt(prompts):
     shuffled = evaluate_demo.shuffle(prompts)
     assert all(a is not b for a, b in zip(prompts, shuffled, strict=True))
     assert {id(row) for row in prompts} == {id(row) for row in shuffled}
 
 
-class Perfect(Judges):
-    """Knows the answers."""
+class PerfectJudges(Judges):
+    """Judges that return the right labels."""
 
     def __init__(self, folder, prompts):
         objects, styles = ({row[key] for row in folder.rows} for key in ("object", "style"))
         super().__init__(sorted(objects), sorted(styles))
-        self.answers = self.get_labels(prompts)
+        self.labels = self.get_labels(prompts)
 
     def classify(self, image):
-        objects, styles = self.answers
+        objects, styles = self.labels
         ranks = torch.stack([(objects + k) % 3 for k in range(3)], dim=1)
         return ranks, torch.stack([(styles + k) % 8 for k in range(8)], dim=1)
 
 
 def test_real_images_have_full_scores(folder, prompts, images):
-    judges = Perfect(folder, prompts)
+    judges = PerfectJudges(folder, prompts)
     result = evaluate_demo.score(judges, Gallery(folder, judges.objects), images, prompts)
     assert result == evaluate_demo.Score(23, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     assert "| real | 23 | 100.0 % | 100.0 %" in evaluate_demo.format_table({"real": result})
@@ -89,7 +89,7 @@ def test_judges_are_trained_once_and_loaded_again(folder, tmp_path):
     objects, styles = judges.classify(image)
     assert objects.shape == (2, 3)
     assert styles.shape == (2, 8)
-    again = Judges.load_or_train(folder, path, steps=1)
-    torch.testing.assert_close(again.style_classifier(image), judges.style_classifier(image))
+    loaded = Judges.load_or_train(folder, path, steps=1)
+    torch.testing.assert_close(loaded.style_classifier(image), judges.style_classifier(image))
     with pytest.raises(SystemExit, match="judges.pt has classifiers of other objects"):
         Judges.load_or_train(folder, path, objects=["a", "b", "c"])

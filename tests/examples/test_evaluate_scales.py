@@ -1,4 +1,4 @@
-"""The figure of the demo model over guidance scales, on two emoji and judges without training."""
+"""The figure of the demo model over guidance scales, with few images and untrained judges."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ FLAGS = ["--data", str(EMOJI), "--count", "4", "--steps", "1", "--batch", "4"]
 
 
 @pytest.fixture
-def judges(monkeypatch, tmp_path):
-    """Where judges are kept, which are not trained."""
+def judges_path(monkeypatch, tmp_path):
+    """Path of a file of judges, which are not trained."""
     for name in ("train_objects", "train_styles"):
         monkeypatch.setattr(Judges, name, lambda *args: None)
     monkeypatch.setattr(evaluate_scales, "COMPONENTS", 2)
@@ -24,14 +24,13 @@ def judges(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_scales_are_made_scored_drawn_and_made_once(judges, tmp_path, capsys):
+def test_images_of_all_scales_are_made_once_and_scored(judges_path, tmp_path, capsys):
     out = tmp_path / "out"
-    flags = [*FLAGS, "--scales", "1.5", "2", "--judges", str(judges), "--out", str(out)]
+    flags = [*FLAGS, "--scales", "1.5", "2", "--judges", str(judges_path), "--out", str(out)]
     evaluate_scales.main(flags)
     table = capsys.readouterr().out
-    results = [
-        json.loads((out / f"demo-ddim-1-{scale}.json").read_text()) for scale in ("1.5", "2")
-    ]
+    paths = [out / f"demo-ddim-1-{scale}.json" for scale in ("1.5", "2")]
+    results = [json.loads(path.read_text()) for path in paths]
     assert [result["count"] for result in results] == [4, 4]
     assert {"fid", "kid", "precision", "recall", "prompt_score"} <= results[0]["scores"].keys()
     assert "| demo-ddim-1 | 1.5 | 4 |" in table

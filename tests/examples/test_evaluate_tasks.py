@@ -1,4 +1,4 @@
-"""Comparison of restored images with their originals."""
+"""Comparison of upscaled images with their originals."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The dataset of emoji, built from packages as npm installs them."""
+"""The emoji dataset, built from npm packages."""
 
 import json
 
@@ -18,6 +18,7 @@ SHAPES = (
 
 @pytest.fixture
 def modules(tmp_path):
+    """A folder `node_modules` with small versions of the packages."""
     pytest.importorskip("resvg_py")
     slugs = [label.replace(" ", "-").replace("’", "") for label in OBJECTS.values()]
     for package in STYLES.values():
@@ -36,15 +37,15 @@ def modules(tmp_path):
             chars = dict(zip((code.lower() for code in OBJECTS), slugs, strict=True))
             (folder / "chars.json").write_text(json.dumps(chars))
     base = tmp_path / "emojibase-data"
-    for part in ("en", "meta"):
-        (base / part).mkdir(parents=True)
-    names = [
+    for folder in ("en", "meta"):
+        (base / folder).mkdir(parents=True)
+    emoji = [
         {"label": label, "hexcode": code, "tags": ["thing", label[:3]], "group": 3}
         | {"subgroup": 34, "version": 1, "order": order}
         for order, (code, label) in enumerate(OBJECTS.items())
     ]
-    names.append({"label": "A", "hexcode": "1F1E6"})
-    (base / "en" / "data.json").write_text(json.dumps(names))
+    emoji.append({"label": "A", "hexcode": "1F1E6"})
+    (base / "en" / "data.json").write_text(json.dumps(emoji))
     (base / "meta" / "groups.json").write_text(json.dumps({"subgroups": {"34": "mammal"}}))
     return tmp_path
 
@@ -63,15 +64,15 @@ def test_objects_are_drawn_in_all_styles_and_described(modules, tmp_path):
     assert {tuple(row.keywords) for row in rows} == {("red",), ("roc",), ("cat",)}  # not `thing`
 
 
-def test_metadata_and_licences_lie_beside_the_images(modules, tmp_path):
+def test_metadata_and_licenses_are_written_next_to_the_images(modules, tmp_path):
     rows = build(modules, tmp_path / "out", objects=1, size=32)
     lines = (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()
     assert len(lines) == len(rows) == 8
     notice = (tmp_path / "out" / "NOTICE").read_text()
-    for package, (version, licence, *_) in PACKAGES.items():
+    for package, (version, license_name, *_) in PACKAGES.items():
         assert f"{package} {version}" in notice
-        assert licence in notice
-    assert {licence for _, licence, *_ in PACKAGES.values()} == {"MIT", "Apache-2.0", "CC-BY-4.0"}
+        assert license_name in notice
+    assert {name for _, name, *_ in PACKAGES.values()} == {"MIT", "Apache-2.0", "CC-BY-4.0"}
 
 
 def test_drawings_are_never_enlarged(modules, tmp_path):
