@@ -50,6 +50,12 @@ class CommandResult(NamedTuple):
         """Whether `ldm replay` has reproduced the image."""
         return (self.status, self.out) == (0, ["identical"])
 
+    @property
+    def error(self) -> str:
+        """The error of a command that failed without output: the last line of stderr."""
+        assert (self.status, self.out) == (1, [])
+        return self.err.splitlines()[-1]
+
 
 @pytest.fixture(scope="session")
 def model_cache() -> ModelCache:

@@ -145,9 +145,7 @@ def test_every_task_makes_images_that_replay_identically(backend, families, run,
         assert main(["replay", path, "--ckpt", str(families["inpaint"].ckpt)]) == 0
 
 
-def test_the_ema_weights_are_used_if_the_config_asks_and_replays_use_those_of_the_image(
-    ema_model, run, tmp_path
-):
+def test_config_and_replayed_image_select_the_ema_weights(ema_model, run, tmp_path):
     backend = Backend(Library(ema_model.ckpt.parent), tmp_path, MODEL_OPTIONS, LIMITS)
     image = run(backend, "txt2img").infos[0]
     assert image["ema"]
@@ -181,9 +179,7 @@ def test_a_selected_vae_decodes_and_is_found_by_its_hash_on_replay(families, run
 
 
 @pytest.mark.slow
-def test_a_safety_checker_is_selected_by_name_and_its_action_is_in_the_message(
-    families, run, tmp_path
-):
+def test_a_safety_checker_is_selected_by_name_and_reports_its_action(families, run, tmp_path):
     (tmp_path / "safety_checker").mkdir()
     copy_model(families["base_v"], tmp_path)
     checker = write_safety_checker(tmp_path / "safety_checker/sd1.safetensors")
@@ -263,9 +259,7 @@ def test_an_empty_mask_is_refused(backend, run, photo):
     ("content", "reason"),
     [(b"", "an empty file"), (b"<html>", "a web page"), ("cut", "damaged"), (HUGE_PNG, "pixels")],
 )
-def test_bad_uploads_are_named_in_one_line_without_the_path(
-    backend, run, photo, tmp_path, content, reason
-):
+def test_bad_uploads_are_named_without_the_path(backend, run, photo, tmp_path, content, reason):
     bad = tmp_path / "holiday.png"
     bad.write_bytes(photo.read_bytes()[:2000] if content == "cut" else content)
     progress = run(backend, "img2img", init_img=str(bad))
@@ -287,10 +281,8 @@ def test_the_error_for_a_too_large_image_says_how_to_resize_it(backend, run, tmp
     "name", [None, "../base_v.safetensors", "inpaint.safetensors", "absent.safetensors"]
 )
 def test_only_models_of_the_folder_that_fit_the_task_are_accepted(backend, name):
-    with pytest.raises(
-        ValueError,
-        match=r"txt2img needs a text.*; available: base_eps.safetensors, base_v.safetensors",
-    ):
+    available = "base_eps.safetensors, base_v.safetensors"
+    with pytest.raises(ValueError, match=f"txt2img needs a text.*; available: {available}"):
         backend.make_request(TASKS["txt2img"], name, {})
 
 
@@ -386,9 +378,7 @@ def test_selected_loras_change_the_image_and_are_found_by_hash_on_replay(familie
          "a fox <lora:a:0.5:1> <lora:b:5.0> <lora:c:0.8>", [[]]),
     ],
 )  # fmt: skip
-def test_reused_parameters_restore_loras_in_sliders_or_else_in_the_prompt(
-    families, tmp_path, loras, prompt, selected
-):
+def test_reused_loras_fill_sliders_or_the_prompt(families, tmp_path, loras, prompt, selected):
     """`c` is missing: its tag in the prompt leads to an error that names it."""
     available = [(str(tmp_path / f"{name}.pt"), 1.0) for name in "ab"]
     for path, _ in available:
@@ -402,18 +392,15 @@ def test_reused_parameters_restore_loras_in_sliders_or_else_in_the_prompt(
     assert filled[len(fields) :][: len(selected)] == selected
     text = format_parameters({**info, "ldm": "1.0", "steps": 2, "size": [64, 64]})
     pasted = events.paste_parameters(text, None, "base_v.safetensors", {})
-    assert (pasted[fields.index("prompt")], pasted[len(fields) :]) == (
-        prompt, filled[len(fields) :]
-    )  # fmt: skip
+    assert pasted[fields.index("prompt")] == prompt
+    assert pasted[len(fields) :] == filled[len(fields) :]
     unchanged = events.fill_fields(None, None, {})[len(fields) :]
     from_other_program = events.fill_fields({"prompt": "a fox"}, None, {})
     assert from_other_program[len(fields) :] == unchanged
     assert events.send("upscale", info, "upscale.safetensors", {})[len(fields) : -1] == unchanged
 
 
-def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
-    families, run, tmp_path, monkeypatch
-):
+def test_a_lora_of_another_family_is_refused_before_loading(families, run, tmp_path, monkeypatch):
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     state = {f"{name}.lora_down.weight": torch.ones(2, 2048)}
     state[f"{name}.lora_up.weight"] = torch.ones(320, 2)
@@ -486,10 +473,8 @@ def test_a_replay_uses_the_embeddings_of_the_image(backend, families, run, tmp_p
     width = ldm.load(*families["base_v"]).conditioner.text.width
     with_embeddings = make_backend(families, tmp_path / "out", embeddings=[str(tmp_path)])
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
-    plain, embedded = (
-        run(used_backend, "txt2img", prompt="a cat").infos[0]["path"]
-        for used_backend in (backend, with_embeddings)
-    )
+    plain = run(backend, "txt2img", prompt="a cat").infos[0]["path"]
+    embedded = run(with_embeddings, "txt2img", prompt="a cat").infos[0]["path"]
     assert (read_pixels(plain) != read_pixels(embedded)).any()
     assert replay(with_embeddings, plain) == replay(with_embeddings, embedded) == "identical"
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
@@ -540,9 +525,7 @@ def test_a_model_keeps_its_loras_beside_an_upscaler(families, upscaler_backend, 
 
 
 @pytest.mark.slow
-def test_an_upscaler_is_selected_by_name_and_its_image_fills_the_form_and_replays(
-    upscaler_backend, make_request
-):
+def test_an_image_of_an_upscaler_fills_the_form_and_replays(upscaler_backend, make_request):
     backend = upscaler_backend
     changes = {"upscaler": "x2.safetensors", "upscaler_steps": "2", "upscaler_scale": "0"}
     request = partial(make_request, backend, "txt2img", "base_eps.safetensors")

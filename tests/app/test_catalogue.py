@@ -31,12 +31,10 @@ def test_files_that_are_not_models_are_skipped_with_one_line_each(tmp_path):
     (tmp_path / "yaml.yaml").write_text("5")
     catalogue = read_catalogue(tmp_path)
     assert catalogue.models == {}
-    assert list(list_checkpoints(tmp_path)) == [
-        "cut.safetensors", "empty.ckpt", "page.ckpt", "yaml.safetensors",
-    ]  # fmt: skip
-    for line, reason in zip(
-        catalogue.skipped, ("damaged", "an empty file", "a web page", "cannot be used"), strict=True
-    ):
+    names = ["cut.safetensors", "empty.ckpt", "page.ckpt", "yaml.safetensors"]
+    assert list(list_checkpoints(tmp_path)) == names
+    reasons = ("damaged", "an empty file", "a web page", "cannot be used")
+    for line, reason in zip(catalogue.skipped, reasons, strict=True):
         assert reason in line
         assert str(tmp_path) not in line
         assert "\n" not in line

@@ -113,9 +113,8 @@ def test_a_stopped_run_keeps_its_unfinished_image():
         progress.on_step(3, 10, LATENT, LATENT)
     assert stop_error.value.latent is LATENT
     progress.add_image({"seed": 1, "unfinished": 4})
-    assert progress.describe_stop() == (
-        "stopped at step 4 of 10, 0 of 2 images are finished, 1 unfinished"
-    )
+    expected = "stopped at step 4 of 10, 0 of 2 images are finished, 1 unfinished"
+    assert progress.describe_stop() == expected
 
 
 @pytest.mark.parametrize(

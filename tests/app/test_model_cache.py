@@ -143,9 +143,7 @@ def test_models_with_other_embeddings_are_kept_separately(cache, write_file, tmp
     assert cache(None, path, **options) is not with_embedding
 
 
-def test_loras_are_set_on_the_kept_model_and_removed_before_its_components_are_shared(
-    cache, write_file, monkeypatch
-):
+def test_loras_are_removed_before_components_are_shared(cache, write_file, monkeypatch):
     def set_loras(model, loras):
         model.merged = MergedChanges()
         calls.append((model, loras))

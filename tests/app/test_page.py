@@ -175,10 +175,8 @@ def generate(page, pattern="done"):
 
 
 def clear_messages(page):
-    page.evaluate(
-        "document.querySelectorAll('#progress .message').forEach(e => e.textContent = '')"
-    )
-    page.evaluate("window.statuses = []")
+    messages = "document.querySelectorAll('#progress .message')"
+    page.evaluate(f"{messages}.forEach(e => e.textContent = ''); window.statuses = []")
 
 
 def wait_for_message(page, pattern):

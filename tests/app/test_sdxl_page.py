@@ -107,7 +107,7 @@ def test_reused_settings_are_not_replaced_by_defaults_of_the_lora(events, lora):
 
 
 @pytest.mark.slow
-def test_a_refiner_is_selected_by_name_and_its_image_fills_the_form_and_replays(backend, events):
+def test_an_image_of_a_refiner_fills_the_form_and_replays(backend, events):
     assert list(backend.library.list_addons("refiner")) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
     progress = Progress()

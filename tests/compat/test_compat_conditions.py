@@ -59,9 +59,9 @@ def test_noised_embeddings_equal_the_recorded_ones(case, tmp_path):
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 def test_spatial_rescaler_resizes_and_maps_channels(mode):
     encoder, x = SpatialRescaler(2, mode, 0.5, 6, 3), torch.randn(1, 6, 16, 9)
-    resized = F.interpolate(
-        F.interpolate(x, scale_factor=0.5, mode=mode), scale_factor=0.5, mode=mode
-    )
+    resized = x
+    for _ in range(2):
+        resized = F.interpolate(resized, scale_factor=0.5, mode=mode)
     weight = encoder.channel_mapper.weight[:, :, 0, 0]
     assert list(encoder.state_dict()) == ["channel_mapper.weight"]
     assert_close(encoder.encode(x), torch.einsum("oc,bchw->bohw", weight, resized), 1e-6)
@@ -79,9 +79,8 @@ def test_the_depth_input_of_a_sample_equals_the_recorded_one():
 
 def test_the_loader_of_depth_networks_can_be_replaced(monkeypatch):
     monkeypatch.setitem(midas.ISL_PATHS, "dpt_hybrid", "elsewhere.pt")
-    monkeypatch.setattr(
-        midas.api, "load_model", lambda name: (nn.Identity(), midas.ISL_PATHS[name])
-    )
+    load_model = lambda name: (nn.Identity(), midas.ISL_PATHS[name])  # noqa: E731
+    monkeypatch.setattr(midas.api, "load_model", load_model)
     depth = midas.MiDaSInference("dpt_hybrid")
     assert depth(torch.ones(1, 1, 4, 4)).shape == (1, 1, 4, 4)
     assert depth.train() is depth

@@ -99,9 +99,8 @@ def test_dpm_solver_equals_the_recorded_runs(name, case, monkeypatch):
 
     monkeypatch.setattr(model, "apply_model", record_time)
     torch.manual_seed(info["seed_before"])
-    samples, intermediates = DPMSolverSampler(model).sample(
-        info["S"], 2, SHAPE, **get_kwargs(golden, case)
-    )
+    sampler, kwargs = DPMSolverSampler(model), get_kwargs(golden, case)
+    samples, intermediates = sampler.sample(info["S"], 2, SHAPE, **kwargs)
     assert intermediates is None
     golden.assert_close(case, samples=samples, model_times=times)
 
@@ -118,14 +117,10 @@ def test_every_order_and_method_of_the_solver_equals_the_recorded_ones(parameter
         if "raises" in case or "sample" not in info:
             continue
         predict = model_wrapper(
-            model.apply_model,
-            schedule,
-            model_type=info["model_type"],
-            guidance_type="classifier-free",
-            condition=shared["c"],
-            unconditional_condition=shared["uc"],
-            guidance_scale=info["guidance_scale"],
-        )
+            model.apply_model, schedule, model_type=info["model_type"],
+            guidance_type="classifier-free", guidance_scale=info["guidance_scale"],
+            condition=shared["c"], unconditional_condition=shared["uc"],
+        )  # fmt: skip
         solver = DPM_Solver(predict, schedule, **info["DPM_Solver"])
         x = solver.sample(shared["x_T"], **info["sample"])
         golden.assert_close(case["name"], x=x)
@@ -134,13 +129,9 @@ def test_every_order_and_method_of_the_solver_equals_the_recorded_ones(parameter
 def test_a_classifier_guides_the_solver_by_its_gradient():
     schedule, x = NoiseScheduleVP("linear"), torch.randn(2, 3)
     predict = model_wrapper(
-        lambda x, t: torch.zeros_like(x),
-        schedule,
-        guidance_type="classifier",
-        guidance_scale=2.0,
-        classifier_fn=lambda x, t, condition: condition * (x**2).sum(dim=1),
-        condition=3.0,
-    )
+        lambda x, t: torch.zeros_like(x), schedule, guidance_type="classifier", guidance_scale=2.0,
+        classifier_fn=lambda x, t, condition: condition * (x**2).sum(dim=1), condition=3.0,
+    )  # fmt: skip
     t = torch.tensor([0.5, 0.5])
     expected = -2.0 * schedule.marginal_std(t)[:, None] * 3.0 * 2.0 * x
     torch.testing.assert_close(predict(x, t), expected)
@@ -258,10 +249,8 @@ class ScalingCorrector:
 
 @pytest.mark.parametrize("build", [DDIMSampler, PLMSSampler])
 def test_a_score_corrector_changes_the_predicted_noise(build):
-    sampler, shared = (
-        build(build_recorded_model("ddim_eps")),
-        load_golden("ddim_eps").select("shared/"),
-    )
+    sampler = build(build_recorded_model("ddim_eps"))
+    shared = load_golden("ddim_eps").select("shared/")
     options = {"score_corrector": ScalingCorrector(), "corrector_kwargs": {"factor": 0.0}}
     samples, _ = sampler.sample(5, 2, SHAPE, shared["c"], x_T=shared["x_T"], **options)
     scale = (sampler.ddim_alphas_prev[0] / float(sampler.ddim_alphas[-1])) ** 0.5

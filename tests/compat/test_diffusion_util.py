@@ -45,9 +45,8 @@ def test_ddim_sampling_parameters_equal_the_recorded_ones(schedules):
     alphas_cumprod = torch.tensor(np.cumprod(1 - betas), dtype=torch.float32)
     for name, info in list_cases(schedules, "ddim_par_"):
         steps = util.make_ddim_timesteps("uniform", info["S"], 1000)
-        sigmas, alphas, alphas_prev = util.make_ddim_sampling_parameters(
-            alphas_cumprod, steps, info["eta"]
-        )
+        parameters = util.make_ddim_sampling_parameters(alphas_cumprod, steps, info["eta"])
+        sigmas, alphas, alphas_prev = parameters
         assert (sigmas.dtype, alphas.dtype) == (torch.float64, torch.float32)
         assert alphas_prev.dtype == np.float64
         computed = {"sigmas": sigmas, "alphas": alphas, "alphas_prev": alphas_prev}

@@ -70,10 +70,9 @@ def test_a_latent_diffusion_model_is_fitted(lightning, tmp_path):
     assert "samples" in keys[0]
     assert len(keys) == 3
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loaded = build_model(
-        load_golden("train_step").meta["config"], ckpt_path=str(tmp_path / "last.ckpt")
-    )
-    loaded.init_from_ckpt(str(tmp_path / "last.ckpt"))
+    path, config = str(tmp_path / "last.ckpt"), load_golden("train_step").meta["config"]
+    loaded = build_model(config, ckpt_path=path)
+    loaded.init_from_ckpt(path)
     state, loaded_state = model.state_dict(), loaded.state_dict()
     assert "model_ema.diffusion_modelout2weight" in state
     assert all(torch.equal(state[name], loaded_state[name]) for name in state)

@@ -129,9 +129,7 @@ def test_feature_maps_of_odd_sizes_are_concatenated_by_a_replaced_torch(networks
 class ControlledUNet(UNetModel):
     """Adds feature maps of a control branch to the skip connections, as ControlNet does."""
 
-    def forward(
-        self, x, timesteps=None, context=None, control=None, only_mid_control=False, **kwargs
-    ):
+    def forward(self, x, timesteps=None, context=None, control=None, **kwargs):
         skips = []
         with torch.no_grad():
             emb = timestep_embedding(timesteps, self.model_channels, repeat_only=False)
@@ -145,7 +143,7 @@ class ControlledUNet(UNetModel):
             h += control.pop()
         for block in self.output_blocks:
             skip = skips.pop()
-            if control is not None and not only_mid_control:
+            if control is not None:
                 skip = skip + control.pop()
             h = block(torch.cat([h, skip], dim=1), emb, context)
         return self.out(h.type(x.dtype))
@@ -203,11 +201,9 @@ class ControlBranch(nn.Module):
         emb = self.time_embed(emb)
         guided_hint = self.input_hint_block(hint, emb, context)
         h, residuals = x, []
-        for i, (block, zero_conv) in enumerate(
-            zip(self.input_blocks, self.zero_convs, strict=True)
-        ):
+        for block, zero_conv in zip(self.input_blocks, self.zero_convs, strict=True):
             h = block(h, emb, context)
-            if i == 0:
+            if not residuals:
                 h = h + guided_hint
             residuals.append(zero_conv(h, emb, context))
         h = self.middle_block(h, emb, context)

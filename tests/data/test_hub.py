@@ -60,9 +60,8 @@ def test_a_folder_of_images_is_read(tmp_path):
     (tmp_path / "images" / "metadata.csv").write_text(f"file_name,text\n{lines}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # `datasets` leaves the .csv open
-        hub = HubDataset(
-            hub=tmp_path / "images", transform=PhotoTransform(size=8), cache=tmp_path / "cache"
-        )
+        transform, cache = PhotoTransform(size=8), tmp_path / "cache"
+        hub = HubDataset(hub=tmp_path / "images", transform=transform, cache=cache)
         gc.collect()
     assert [hub[0, index]["txt"] for index in range(2)] == ["a", "b"]
 

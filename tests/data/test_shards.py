@@ -76,9 +76,7 @@ def list_texts(batches):
     ("start", "rank", "world_size", "workers"),
     [(0, 0, 2, 0), (0, 1, 2, 0), (5, 3, 4, 0), (29, 0, 1, 0), (3, 1, 2, 2)],
 )
-def test_ranks_workers_and_resumed_runs_read_the_same_sequence(
-    folder, transform, start, rank, world_size, workers
-):
+def test_ranks_and_workers_share_a_sequence(folder, transform, start, rank, world_size, workers):
     expected = read(open_source(folder, transform), 40)[start + rank :: world_size]
     options = {"start": start, "rank": rank, "world_size": world_size, "workers": workers}
     batches = read(open_source(folder, transform), len(expected), **options)
@@ -204,9 +202,8 @@ class FlakyHandler(SimpleHTTPRequestHandler):
 
 
 def test_downloads_resume_after_lost_connections(folder):
-    with ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(FlakyHandler, directory=str(folder))
-    ) as server:
+    handler = partial(FlakyHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         with Download(f"{url}/002.tar", pause=0) as file:

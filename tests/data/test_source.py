@@ -48,9 +48,7 @@ def read_indices(source, size, count, **options):
     ("start", "rank", "world_size", "workers"),
     [(0, 0, 2, 0), (0, 1, 2, 0), (5, 3, 4, 0), (13, 0, 1, 0), (3, 1, 2, 2)],
 )
-def test_ranks_workers_and_resumed_runs_read_the_same_sequence(
-    bucket_ids, start, rank, world_size, workers
-):
+def test_ranks_and_workers_share_a_sequence(bucket_ids, start, rank, world_size, workers):
     expected = read(DatasetSource(IndexDataset(11, bucket_ids), 3), 2, 30)
     expected = expected[start + rank :: world_size]
     options = {"start": start, "rank": rank, "world_size": world_size, "workers": workers}

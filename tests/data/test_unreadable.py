@@ -45,9 +45,8 @@ def test_too_many_unreadable_samples_end_the_run(source, limit, damaged, message
     if message is None:
         unreadable.add(names[-1:], 50)
     else:
-        with pytest.raises(
-            ValueError, match=rf"{message} .*{limit} \(trainer.max_unreadable_fraction.*txt`"
-        ):
+        pattern = rf"{message} .*{limit} \(trainer.max_unreadable_fraction.*txt`"
+        with pytest.raises(ValueError, match=pattern):
             unreadable.add(names[-1:], 50)
     assert sorted(path.read_text().splitlines()) == sorted(names)
 

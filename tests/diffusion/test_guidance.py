@@ -116,10 +116,8 @@ def test_perturbed_attention_adds_to_any_guidance_before_rescaling():
         ratio = cond.std((1, 2, 3), keepdim=True) / prediction.std((1, 2, 3), keepdim=True)
         expected = denoiser.convert_prediction(x, sigma, prediction * (0.3 + 0.7 * ratio))
         guidance = ProjectedGuidance(APG()) if not extra_conds else PerpNeg(1.0)  # without momentum
-        guided = add_guidance(
-            denoiser, COND, UNCOND, 7.5, guidance_rescale=0.7, guidance=PerturbedAttention(3.0, guidance),
-            extra_conds=extra_conds,
-        )  # fmt: skip
+        options = {"guidance": PerturbedAttention(3.0, guidance), "extra_conds": extra_conds}
+        guided = add_guidance(denoiser, COND, UNCOND, 7.5, guidance_rescale=0.7, **options)
         torch.testing.assert_close(guided(x, sigma), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -133,10 +131,8 @@ def test_perturbed_attention_acts_on_composed_prompts():
     perturbed = denoiser.predict(x[rows], sigma, perturbed_cond)
     terms = 7.5 * (cond - uncond[rows]) + 3 * (cond - perturbed)
     expected = uncond.index_add(0, rows, weights.view(-1, 1, 1, 1) * terms)
-    guided = add_guidance(
-        denoiser, Composition(prompts, rows, weights, 2), UNCOND, 7.5,
-        guidance=PerturbedAttention(3.0, Guidance()),
-    )  # fmt: skip
+    composition, pag = Composition(prompts, rows, weights, 2), PerturbedAttention(3.0, Guidance())
+    guided = add_guidance(denoiser, composition, UNCOND, 7.5, guidance=pag)
     expected = denoiser.convert_prediction(x, sigma, expected)
     torch.testing.assert_close(guided(x, sigma), expected, rtol=1e-5, atol=1e-4)
 
@@ -146,11 +142,9 @@ def test_perturbed_attention_can_be_combined_with_cfg_pp(scale):
     """Its term is in the guided denoised latent, but not in the unconditional one."""
     guidance, unconds = PerturbedAttention(3.0, Guidance()), []
     guided = guide(guidance, scale=scale, on_uncond_denoised=unconds.append)
-    terms = zip(
-        compute_denoised(COND), compute_denoised(UNCOND), compute_denoised(COND, is_perturbed=True),
-        strict=True,
-    )  # fmt: skip
-    for x, x_uncond, (cond, uncond, perturbed) in zip(guided, unconds, terms, strict=True):
+    perturbed_denoised = compute_denoised(COND, is_perturbed=True)
+    terms = (*map(compute_denoised, (COND, UNCOND)), perturbed_denoised)
+    for x, x_uncond, cond, uncond, perturbed in zip(guided, unconds, *terms, strict=True):
         expected = uncond + scale * (cond - uncond) + 3 * (cond - perturbed)
         torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(x_uncond, uncond, rtol=1e-5, atol=1e-4)

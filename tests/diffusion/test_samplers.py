@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
@@ -68,17 +69,13 @@ def replay(golden: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler
         scale = scales.__getitem__
     uncond = Cond(shared["uc"]) if "unconditional_conditioning" in kwargs else None
     trajectory = [(x_T, x_T)]
-    options = {}
+    options = {"callback": lambda i, x, denoised: trajectory.append((x / stds[i + 1], denoised))}
     if sampler is ddim:
-        options = {"eta": kwargs["eta"], "noise_source": lambda like: next(step_noise)}
-    x = sampler(
-        add_guidance(denoiser, Cond(shared["c"]), uncond, scale),
-        x_T * stds[0],
-        sigmas,
-        constrain=constrain if "mask" in kwargs else None,
-        callback=lambda i, x, denoised: trajectory.append((x / stds[i + 1], denoised)),
-        **options,
-    )
+        options |= {"eta": kwargs["eta"], "noise_source": lambda like: next(step_noise)}
+    if "mask" in kwargs:
+        options |= {"constrain": constrain}
+    denoise = add_guidance(denoiser, Cond(shared["c"]), uncond, scale)
+    x = sampler(denoise, x_T * stds[0], sigmas, **options)
     xs, denoised = map(torch.stack, zip(*trajectory, strict=True))
     return {"samples": x / stds[-1], "x_inter": xs, "pred_x0": denoised}
 
@@ -149,17 +146,15 @@ def test_stochastic_samplers_keep_the_distribution(name):
 
 def test_ddim_without_noise_is_euler():
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
-    torch.testing.assert_close(
-        ddim(denoise_gaussian, x, SIGMAS), euler(denoise_gaussian, x, SIGMAS)
-    )
+    samples = (sampler(denoise_gaussian, x, SIGMAS) for sampler in (ddim, euler))
+    torch.testing.assert_close(*samples)
 
 
 def test_dpmpp_2m_sde_without_noise_is_dpmpp_2m():
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     sigmas = torch.cat([SIGMAS, torch.zeros(1)])
-    torch.testing.assert_close(
-        dpmpp_2m_sde(denoise_gaussian, x, sigmas, eta=0.0), dpmpp_2m(denoise_gaussian, x, sigmas)
-    )
+    expected = dpmpp_2m(denoise_gaussian, x, sigmas)
+    torch.testing.assert_close(dpmpp_2m_sde(denoise_gaussian, x, sigmas, eta=0.0), expected)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -325,9 +320,8 @@ def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
     """Observed: 8.9e-7; theirs are in float32."""
     scheduler = diffusers.DDPMScheduler(**BETAS, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(8)
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.ones(shape)
-    )
+    module = sys.modules[type(scheduler).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.ones(shape))
     sigmas = SCHEDULE.step_sigmas(8, "trailing")
     initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
     theirs = run_scheduler(scheduler, initial_x, sigmas)
@@ -347,9 +341,8 @@ def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
     """Observed: 1.8e-6; theirs are in float32."""
     scheduler = diffusers.TCDScheduler(**BETAS)
     scheduler.set_timesteps(steps)
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_tcd.randn_tensor", lambda shape, **_: torch.ones(shape)
-    )
+    module = sys.modules[type(scheduler).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.ones(shape))
     sigmas = SCHEDULE.step_sigmas(steps, "tcd")
     initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
     theirs = run_scheduler(scheduler, initial_x, sigmas, eta=eta)

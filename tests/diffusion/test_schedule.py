@@ -98,9 +98,8 @@ def test_sigmas_of_sdxl_are_the_recorded_ones():
     assert_close(short.step_sigmas(500, "sgm_uniform"), golden.outputs("legacy_other")["all"])
     expected = golden.outputs("discrete_denoiser")
     assert_close(SCHEDULE.sigmas, expected["sigmas"])
-    assert_close(
-        SCHEDULE.nearest_sigma(golden.inputs("discrete_denoiser")["sigma"]), expected["quantized"]
-    )
+    sigma = golden.inputs("discrete_denoiser")["sigma"]
+    assert_close(SCHEDULE.nearest_sigma(sigma), expected["quantized"])
     assert_close(Schedule(betas_from_sigmas(SCHEDULE.sigmas)).sigmas, expected["sigmas"])
 
 
@@ -119,10 +118,9 @@ def test_img2img_starts_at_the_sigma_at_which_a_base_ends_for_a_refiner():
 @pytest.mark.filterwarnings("ignore:__array__")
 @pytest.mark.parametrize("steps", [7, 30, 50])
 def test_leading_steps_equal_diffusers(diffusers, steps):
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = diffusers.EulerDiscreteScheduler(
-        **betas, timestep_spacing="leading", steps_offset=1
-    )
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    options |= {"timestep_spacing": "leading", "steps_offset": 1}
+    scheduler = diffusers.EulerDiscreteScheduler(**options)
     scheduler.set_timesteps(steps)
     assert_close(SCHEDULE.step_sigmas(steps, "leading"), scheduler.sigmas)
 

@@ -95,9 +95,8 @@ def test_turbo_sampling_equals_the_recorded_one(steps: int) -> None:
     name = f"turbo_{steps}"
     seed = golden.case(name)["info"]["seed"]
     shape = (1, 4, 8, 8)
-    noise = (
-        torch.from_numpy(np.random.RandomState(seed + k).randn(*shape)).float() for k in range(9)
-    )
+    arrays = (np.random.RandomState(seed + k).randn(*shape) for k in range(9))
+    noise = (torch.from_numpy(array).float() for array in arrays)
     denoiser = make_denoiser("EpsScaling")
     cond, _ = read_conditions(golden)
     sigmas = SCHEDULE.step_sigmas(steps, "turbo")

@@ -165,9 +165,7 @@ def test_full_size_depth_equals_the_recorded_one(case):
 def test_without_a_network_only_depth_maps_are_accepted():
     encoder = MiDaSDepth(model_type=None)
     assert not encoder.state_dict()
-    channel = encoder(
-        encoder.prepare({"depth": torch.rand(2, 1, 32, 32)}, make_options((8, 8)))["depth"]
-    )
-    assert channel.shape == (2, 1, 8, 8)
+    prepared = encoder.prepare({"depth": torch.rand(2, 1, 32, 32)}, make_options((8, 8)))
+    assert encoder(prepared["depth"]).shape == (2, 1, 8, 8)
     with pytest.raises(ValueError, match="cannot estimate depth"):
         encoder.prepare({"jpg": torch.zeros(1, 3, 32, 32)}, make_options((8, 8)))

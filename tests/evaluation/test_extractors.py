@@ -88,9 +88,7 @@ def test_pytorch_fid_resize_is_bilinear_without_antialiasing(images):
         ({"Mixed_6a.branch3x3.conv.weight": torch.zeros(1)}, "does not fit Inception"),
     ],
 )
-def test_a_file_that_is_not_inception_is_refused_in_one_line(
-    inception_weights, tmp_path, change, message
-):
+def test_files_that_are_not_inception_are_refused(inception_weights, tmp_path, change, message):
     state = {
         name: value for name, value in (inception_weights | change).items() if value is not None
     }

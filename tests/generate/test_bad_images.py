@@ -15,10 +15,9 @@ def refuse(run_ldm):
     """Runs a command that refuses its input before it loads a model; returns its error line."""
 
     def refuse(task, *flags):
-        status, _, err = run_ldm(task, "--ckpt", "absent.ckpt", "--outdir", "absent", *flags)
-        (line,) = err.strip().splitlines()
-        assert status == 1
-        return line
+        result = run_ldm(task, "--ckpt", "absent.ckpt", "--outdir", "absent", *flags)
+        assert result.err.count("\n") == 1
+        return result.error
 
     return refuse
 

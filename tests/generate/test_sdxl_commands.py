@@ -27,9 +27,8 @@ def run(models, tmp_path, run_ldm):
     """Runs a command, by default with the base; see `run_ldm`."""
 
     def run(command, *flags, ckpt="xl"):
-        return run_ldm(
-            command, *SMALL_FLAGS, "--ckpt", models[ckpt], "--outdir", tmp_path / "out", *flags
-        )
+        model = ["--ckpt", models[ckpt], "--outdir", tmp_path / "out"]
+        return run_ldm(command, *SMALL_FLAGS, *model, *flags)
 
     return run
 
@@ -140,6 +139,5 @@ def test_an_unusual_size_and_the_scale_factor_of_another_vae_are_warned_of(run, 
 
 
 def test_options_that_the_base_does_not_read_are_refused_in_one_line(run):
-    status, _, err = run("txt2img", "--aesthetic-score", "5")
-    assert status == 1
-    assert "for the refiner, the base does not read it" in err.splitlines()[-1]
+    error = run("txt2img", "--aesthetic-score", "5").error
+    assert "for the refiner, the base does not read it" in error

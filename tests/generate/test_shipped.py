@@ -44,9 +44,7 @@ def test_a_command_without_ckpt_uses_the_shipped_model_and_says_so(
     ("config", "name"),
     [("text2img", "demo"), ("inpainting", "demo-inpainting"), ("upscaler", "demo-upscaler")],
 )
-def test_a_copy_of_a_shipped_model_has_its_guidance_scale(
-    config: str, name: str, tmp_path: Path
-) -> None:
+def test_copies_keep_the_guidance_scale(config: str, name: str, tmp_path: Path) -> None:
     source, copy = find_file(f"checkpoints/{name}.safetensors"), tmp_path / "copy.ckpt"
     assert main(["convert", str(source), str(copy)]) == 0
     scale = read_yaml(f"configs/demo/{config}.yaml")["model"]["params"]["defaults"]["scale"]

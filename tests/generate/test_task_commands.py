@@ -194,9 +194,7 @@ def test_a_depth_map_is_cropped_like_its_image(tmp_path):
     torch.testing.assert_close(prepared.depth, image, rtol=0, atol=0.02)  # 8 bits: observed 0.004
 
 
-def test_depth_is_estimated_once_saved_and_taken_as_input(
-    run, run_ldm, tmp_path, photo, monkeypatch
-):
+def test_depth_is_estimated_once_and_saved(run, run_ldm, tmp_path, photo, monkeypatch):
     depth_map, estimate, calls = tmp_path / "depth.png", MiDaSDepth.estimate, []
 
     def record_call(self, image):
@@ -286,9 +284,8 @@ def test_an_image_is_made_by_the_prior(unclip_l, unclip, run_ldm, tmp_path, phot
 @pytest.mark.slow
 def test_missing_clip_statistics_are_named_and_may_be_passed(unclip_l, unclip, tmp_path, photo):
     (tmp_path / "stats.th").rename(tmp_path / "elsewhere.th")
-    status, _, err = unclip(*unclip_l, "--image", photo)
-    assert status == 1
-    assert "`karlo_models/stats.th`, are missing: put the file beside the checkpoint" in err
+    error = unclip(*unclip_l, "--image", photo).error
+    assert "`karlo_models/stats.th`, are missing: put the file beside the checkpoint" in error
     stats = ["--clip-stats", tmp_path / "elsewhere.th"]
     assert unclip(*unclip_l, "--image", photo, *stats).status == 0
     model = ldm.load(unclip_l[3], unclip_l[1], clip_stats=tmp_path / "elsewhere.th")
@@ -327,9 +324,8 @@ def test_image_variations_of_sd_1_are_made_without_text(unclip, run_ldm, tmp_pat
 def test_a_model_of_another_family_is_refused_in_one_line(run, photo, task, name, correct):
     flags = [] if task == "txt2img" else ["--init-img", photo]
     flags += ["--mask-box", "1,1,9,9"] if task == "inpaint" else []
-    status, _, err = run(task, name, *flags)
-    assert status == 1
-    assert err.strip().endswith(f"model: use `{correct}` (ldm {correct}, scripts/{correct}.py)")
+    error = run(task, name, *flags).error
+    assert error.endswith(f"model: use `{correct}` (ldm {correct}, scripts/{correct}.py)")
 
 
 @pytest.mark.slow
@@ -359,9 +355,7 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, families, p
          "give an image or a folder of images, not both (--indir)"),
     ],
 )  # fmt: skip
-def test_inputs_that_are_missing_or_exclude_each_other_are_refused(
-    task, flags, message, photo, run_ldm
-):
+def test_missing_or_conflicting_inputs_are_refused(task, flags, message, photo, run_ldm):
     flags = [{"PHOTO": photo, "FOLDER": photo.parent}.get(flag, flag) for flag in flags]
     status, _, err = run_ldm(task, "--init-img", photo, *flags)
     assert status
@@ -373,6 +367,5 @@ def test_inputs_that_are_missing_or_exclude_each_other_are_refused(
     [("depth2img", "depth", "--midas"), ("unclip", "unclip", "--clip-stats")],
 )
 def test_a_missing_midas_or_statistics_file_is_named_with_its_flag(run, photo, task, name, flag):
-    status, _, err = run(task, name, "--init-img", photo, flag, "nope.pt")
-    assert status == 1
-    assert err.strip().endswith(f"nope.pt`) ({flag})")
+    error = run(task, name, "--init-img", photo, flag, "nope.pt").error
+    assert error.endswith(f"nope.pt`) ({flag})")

@@ -75,9 +75,8 @@ def test_numbers_continue_and_nothing_is_overwritten(txt2img):
 
 
 def test_json_has_one_line_per_image(txt2img):
-    _, out, _ = txt2img(
-        "--prompt", "a fox", "--n_samples", "2", "--json", "--negative-prompt", "red"
-    )
+    flags = ["--prompt", "a fox", "--negative-prompt", "red"]
+    _, out, _ = txt2img(*flags, "--n_samples", 2, "--json")
     images = [json.loads(line) for line in out]
     assert [image["seed"] for image in images] == [42, 43]
     for image in images:
@@ -213,16 +212,12 @@ def test_a_batch_with_nan_in_half_precision_is_repeated_in_float32(txt2img, monk
 
 def test_nan_in_float32_is_an_error_that_names_the_stage(txt2img, monkeypatch):
     fail_at_batch(monkeypatch, 1, pipelines.NonFinite("the UNet"))
-    status, _, err = txt2img()
-    assert status == 1
-    assert "error: the UNet returned values that are not finite" in err
+    assert "error: the UNet returned values that are not finite" in txt2img().error
 
 
 def test_out_of_memory_names_three_flags(txt2img, monkeypatch):
     fail_at_batch(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory. Tried to …\n…"))
-    status, _, err = txt2img()
-    assert status == 1
-    assert "--n_samples 1, --vae-tile, a smaller --H and --W" in err.splitlines()[-1]
+    assert "--n_samples 1, --vae-tile, a smaller --H and --W" in txt2img().error
 
 
 @pytest.mark.parametrize(

@@ -193,9 +193,7 @@ def test_emphasis_modes_of_a1111_are_prompt_syntaxes(tmp_path, syntax):
         ("Euler", "ldm 0.1.0", "Uniform", ("euler", "uniform")),  # as version 0.1 wrote it
     ],
 )
-def test_schedules_of_a1111_depend_on_its_version(
-    tmp_path, sampler, version, schedule_type, expected
-):
+def test_schedules_of_a1111_are_read(tmp_path, sampler, version, schedule_type, expected):
     schedule = f", Schedule type: {schedule_type}" if schedule_type else ""
     text = f"Steps: 4, Sampler: {sampler}{schedule}, CFG scale: 7, Version: {version}"
     info = read_info(write_text(tmp_path / "a.png", parameters=text))

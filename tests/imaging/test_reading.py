@@ -224,9 +224,7 @@ def test_a_profile_of_srgb_changes_nothing():
     ("mode", "profile"),
     [("RGB", b"nonsense"), ("RGB", SRGB[:200]), ("RGB", LINEAR_GRAY), ("CMYK", SWAPPED_RG)],
 )
-def test_a_profile_that_is_damaged_or_does_not_fit_is_ignored_and_named(
-    mode, profile, tmp_path, caplog
-):
+def test_an_unsuitable_profile_is_ignored_and_warned_of(mode, profile, tmp_path, caplog):
     GRAY.convert("RGB").convert(mode).save(tmp_path / "x.tif", icc_profile=profile)
     assert abs(np.asarray(load_image(tmp_path / "x.tif"), int) - RAMP[..., None]).max() <= 1
     assert "x.tif` has an ICC profile that is damaged or does not fit" in caplog.text
