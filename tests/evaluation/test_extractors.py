@@ -136,7 +136,7 @@ def test_clip_is_read_from_unclip_checkpoints(clip_weights, tmp_path):
     """Those of ViT-L have all of CLIP; in those of ViT-H the text encoder has the text blocks."""
     state = clip_weights
     vit_l = {f"embedder.model.{name}": value for name, value in state.items()}
-    embedder = {name: value for name, value in vit_l.items() if ".transformer." not in name}
+    embedder = {name: value for name, value in vit_l.items() if "model.transformer" not in name}
     text = {name: value for name, value in state.items() if not name.startswith("visual.")}
     vit_h = embedder | {f"cond_stage_model.model.{name}": value for name, value in text.items()}
     torch.save(state, tmp_path / "bare.ckpt")
