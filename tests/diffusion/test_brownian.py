@@ -48,7 +48,9 @@ def test_twice_the_steps_give_almost_the_same_sample(sampler):
         x = torch.randn(2, 4, 20, 20, generator=torch.Generator().manual_seed(1)) * sigmas[0]
         generator = torch.Generator().manual_seed(2)
         noise = lambda like: torch.randn(like.shape, generator=generator)  # noqa: E731
-        return SAMPLERS[sampler](denoise, x.float(), sigmas, noise_source=noise, interval_noise=paths)
+        return SAMPLERS[sampler](
+            denoise, x.float(), sigmas, noise_source=noise, interval_noise=paths
+        )
 
     def compute_difference(make_paths):
         coarse, fine = (sample(steps, make_paths()) for steps in (30, 60))

@@ -303,7 +303,11 @@ def test_cfg_pp_steps_along_the_unconditional_denoised(eta):
     options = {"noise_source": torch.ones_like} if eta else {}
     initial_x = torch.full((1,), 9.0, dtype=torch.float64)
     x = SAMPLERS[name](
-        lambda x, sigma: x / 2, initial_x, sigmas, get_uncond_denoised=lambda: torch.ones(1), **options
+        lambda x, sigma: x / 2,
+        initial_x,
+        sigmas,
+        get_uncond_denoised=lambda: torch.ones(1),
+        **options,
     )
     expected = 9.0
     for sigma, sigma_next in ((14.0, 2.0), (2.0, 0.5), (0.5, 0.0)):
@@ -325,7 +329,9 @@ def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
     sigmas = SCHEDULE.step_sigmas(8, "trailing")
     initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
     theirs = run_scheduler(scheduler, initial_x, sigmas)
-    x = SAMPLERS["ddpm"](saturating_denoise, initial_x.double(), sigmas, noise_source=torch.ones_like)
+    x = SAMPLERS["ddpm"](
+        saturating_denoise, initial_x.double(), sigmas, noise_source=torch.ones_like
+    )
     torch.testing.assert_close(x.float(), theirs, rtol=0, atol=5e-6)
 
 

@@ -78,7 +78,10 @@ def test_decisions_are_the_recorded_ones_exactly(checker, case):
     special_scores = torch.tensor([verdict.special_scores for verdict in verdicts])
     assert torch.equal(special_scores, expected["special_scores"])
     assert [verdict.is_flagged for verdict in verdicts] == expected["flagged"].bool().tolist()
-    concepts = {"bad": [v.concepts for v in verdicts], "special": [v.special_concepts for v in verdicts]}
+    concepts = {
+        "bad": [v.concepts for v in verdicts],
+        "special": [v.special_concepts for v in verdicts],
+    }
     for name, indices in concepts.items():
         assert [mask.nonzero().flatten().tolist() for mask in expected[name]] == indices
 
