@@ -119,7 +119,7 @@ def resolve_checkpoint(
 
 
 def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
-    """Return the path of a published file in a cache on this machine, or None.
+    """Return the path of a published file on this machine, by its hash or in a cache, or None.
 
     Args:
         verify: Whether to compute the hash of a candidate, if it is not in the cache of hashes.

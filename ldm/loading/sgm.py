@@ -60,10 +60,7 @@ IMAGE_SIZE, SDXL_IMAGE_SIZE = 64, 128  # latent pixels
 
 
 def translate_engine(
-    params: JsonMapping,
-    where: str,
-    skipped: list[str],
-    translate: Callable[..., JsonObject],
+    params: JsonMapping, where: str, skipped: list[str], translate: Callable[..., JsonObject]
 ) -> JsonObject:
     """Translate the parameters of a DiffusionEngine into those of LatentDiffusion.
 
@@ -88,9 +85,7 @@ def translate_engine(
     in_channels, out_channels = (unet["params"].get(f"{k}_channels", 4) for k in ("in", "out"))
     if in_channels == 2 * out_channels + 1:  # inpainting, which only the channels show
         conditioner["params"]["masked"] = {"target": MASKED_IMAGE, "params": {}}
-    is_sdxl = any(
-        isinstance(spec, Mapping) and spec["target"] == SIZE_EMBEDDING for spec in encoders
-    )
+    is_sdxl = any(isinstance(e, Mapping) and e["target"] == SIZE_EMBEDDING for e in encoders)
     model_params = {
         "unet": unet,
         "autoencoder": translate(params["first_stage_config"], where=f"{where}.first_stage_config"),

@@ -190,8 +190,7 @@ def read_changes(
         if weight.rank is not None:
             tensors = _truncate_rank(tensors, weight.rank, path)
         try:
-            for change in _build_changes(layer, tensors, strength):
-                changes.append((name, change))
+            changes += [(name, change) for change in _build_changes(layer, tensors, strength)]
         except ValueError as error:
             mismatched.append(f"{name}: {error}")
     if unknown or mismatched:
@@ -211,11 +210,9 @@ def _record_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str
     provenance, tokens = [], []
     for path, weight, _ in files:
         lora_files = list_lora_files(path)
-        hashes = {
-            "hash": compute_short_hash(path),
-            "a1111_hash": compute_a1111_hash(lora_files[0]),
-        }
-        provenance.append({"path": str(path.resolve()), "weight": weight.to_json(), **hashes})
+        short_hash, a1111_hash = compute_short_hash(path), compute_a1111_hash(lora_files[0])
+        entry = {"path": str(path.resolve()), "weight": weight.to_json()}
+        provenance.append(entry | {"hash": short_hash, "a1111_hash": a1111_hash})
         for file in lora_files:
             try:
                 bundle = read_bundle(file)
@@ -276,11 +273,8 @@ def _truncate_rank(tensors: LayerTensors, rank: int, path: str | Path) -> LayerT
     down, up = tensors["down"], tensors["up"]
     alpha = float(tensors.get("alpha", torch.tensor(len(down))))
     rank = min(rank, len(down))
-    return {
-        "down": down[:rank],
-        "up": up[:, :rank],
-        "alpha": torch.tensor(alpha * rank / len(down)),
-    }
+    alpha = alpha * rank / len(down)
+    return {"down": down[:rank], "up": up[:, :rank], "alpha": torch.tensor(alpha)}
 
 
 def build_lora_layer(

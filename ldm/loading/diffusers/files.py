@@ -105,19 +105,19 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
     """
     path = Path(path).expanduser()
     files = _read_configs(path)
-    extra = _read_extra_weights(path, files) or Checkpoint(path, "diffusers", {})
+    extra_file = _read_extra_weights(path, files) or Checkpoint(path, "diffusers", {})
     with errors_as(FileFormatError, f"`{path}` has a damaged config"):
         token_ids = {name: read_added_tokens(files, f) for name, f in TOKENIZERS.items()}
-        if CONFIG_KEY in extra.metadata:
-            config_dict = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+        if CONFIG_KEY in extra_file.metadata:
+            config_dict = parse_yaml(extra_file.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
         else:
             config_dict = make_original_config(files, str(path))
-    non_weights = _select_non_weights(extra.state)
+    non_weights = _select_non_weights(extra_file.state)
     model, _ = _build_model(config_dict, path.name, non_weights)
     model_state, locations = model.state_dict(), locate_weights(model)
     prefixes = get_component_prefixes(model)
     added_tokens: dict[str, list[Tensor]] = {}
-    state = rename_weights(extra.state)
+    state = rename_weights(extra_file.state)
     folders = {name: path / name if MODEL_INDEX in files else path for name in locations}
     if file_variant and not any(file_variant in _find_weights_files(f) for f in folders.values()):
         message = f"no weights of variant `{file_variant}` in `{path}`: leave out `variant`"
@@ -135,8 +135,8 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
                     component_state[name] = _compact_vocabulary(component_state[name], ids, table)
         state |= {f"{prefixes[component]}{name}": v for name, v in component_state.items()}
     dtype = next((v.dtype for v in component_state.values() if v.is_floating_point()), None)
-    located = {name for names in locations.values() for name in names}
-    for name in model_state.keys() - located - state.keys():
+    located_names = {name for names in locations.values() for name in names}
+    for name in model_state.keys() - located_names - state.keys():
         value = model_state[name]
         state[name] = torch.zeros(value.shape, dtype=dtype) if value.is_meta else value
     state = match_weights(model, state, path, f"`{path}` does not fit its own configs")
@@ -145,13 +145,14 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
         folder = (path / NORMALIZER_CONFIG).parent
         with errors_as(FileFormatError, f"`{folder}` has damaged statistics"):
             buffers |= _convert_statistics(read_component_state(folder, file_variant))
+    config_text = format_yaml(config_dict)
     return Checkpoint(
         path=path,
         format="diffusers",
         state=restore_names({name: state[name] for name in model_state}, buffers | non_weights),
-        step=extra.step,
+        step=extra_file.step,
         memory_mapped=True,
-        metadata=extra.metadata | _collect_metadata(files) | {CONFIG_KEY: format_yaml(config_dict)},
+        metadata=extra_file.metadata | _collect_metadata(files) | {CONFIG_KEY: config_text},
         added_tokens=added_tokens,
     )
 
@@ -189,25 +190,25 @@ def build_folder(
         model.defaults = variant.defaults
     files = make_folder_configs(model, spec)
     if not isinstance(model, LatentDiffusion):
-        scale, _ = find_scale_factor(file, None)
-        files["config.json"] |= {"scaling_factor": scale} if scale is not None else {}
-    extra, components = dict(state), {}
+        factor, _ = find_scale_factor(file, None)
+        files["config.json"] |= {"scaling_factor": factor} if factor is not None else {}
+    extra_state, components = dict(state), {}
     for component, locations in locate_weights(model).items():
         components[component] = convert_to_diffusers(locations, state)
-        extra = {name: value for name, value in extra.items() if name not in locations}
+        extra_state = {name: v for name, v in extra_state.items() if name not in locations}
     if TOKEN_IDS in state:
-        text, name = components["text_encoder"], f"text_model.{TOKEN_EMBEDDING}"
-        text[name] = _expand_vocabulary(text[name], state[TOKEN_IDS])
-        extra[TOKEN_TABLE] = state[TOKEN_TABLE]
+        text_state, name = components["text_encoder"], f"text_model.{TOKEN_EMBEDDING}"
+        text_state[name] = _expand_vocabulary(text_state[name], state[TOKEN_IDS])
+        extra_state[TOKEN_TABLE] = state[TOKEN_TABLE]
     if not isinstance(model, LatentDiffusion):
-        return files, {**components, "": restore_names(extra, sgm=False)}
+        return files, {**components, "": restore_names(extra_state, sgm=False)}
     if NORMALIZER_CONFIG in files:
         buffers = select_buffers(file.state)
         load_clip_statistics(model.conditioner, file.path, clip_stats, buffers)
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
         components[Path(NORMALIZER_CONFIG).parts[0]] = {"mean": mean, "std": std}
     is_sgm = has_sgm_names(state)
-    return files, {**components, "": restore_names(extra, non_weights, sgm=is_sgm)}
+    return files, {**components, "": restore_names(extra_state, non_weights, sgm=is_sgm)}
 
 
 def get_weights_path(component: str, files: FolderFiles, file_variant: str | None = None) -> str:
@@ -288,19 +289,19 @@ def _read_extra_weights(path: Path, files: FolderFiles) -> Checkpoint | None:
     """Return `original.safetensors`, unless it is missing or belongs to another model."""
     if not (path / EXTRA_WEIGHTS).is_file():
         return None
-    extra = read_checkpoint(path / EXTRA_WEIGHTS)
-    if _has_same_config(extra, files):
-        return extra
+    extra_file = read_checkpoint(path / EXTRA_WEIGHTS)
+    if _has_same_config(extra_file, files):
+        return extra_file
     log.warning("`%s` is ignored: it belongs to another model", path / EXTRA_WEIGHTS)
     return None
 
 
-def _has_same_config(extra: Checkpoint, files: FolderFiles) -> bool:
+def _has_same_config(extra_file: Checkpoint, files: FolderFiles) -> bool:
     """Return whether the YAML in `original.safetensors` agrees with the folder's configs."""
-    if CONFIG_KEY not in extra.metadata:
+    if CONFIG_KEY not in extra_file.metadata:
         return False
-    config_dict = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
-    non_weights = _select_non_weights(extra.state)
+    config_dict = parse_yaml(extra_file.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+    non_weights = _select_non_weights(extra_file.state)
     expected_files = make_folder_configs(*_build_model(config_dict, EXTRA_WEIGHTS, non_weights))
     for path, config in expected_files.items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
