@@ -57,14 +57,14 @@ class ModelFile:
     """A checkpoint of a whole model: a mapping from our names to its weights, with its config.
 
     Args:
-        file: Weights under the original's names.
+        checkpoint: Weights under the original's names.
         names: Original name by our name.
         model: The model on the meta device.
         family: None = unknown.
         config: Text of its YAML.
     """
 
-    file: Checkpoint
+    checkpoint: Checkpoint
     names: dict[str, str]
     model: LatentDiffusion
     family: Family | None
@@ -79,11 +79,11 @@ class ModelFile:
         return name in self.names
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.file.state[self.names[name]]
+        return self.checkpoint.state[self.names[name]]
 
     def release(self, tensor: Tensor) -> None:
         """Release the pages of a tensor, if it is memory-mapped."""
-        if self.file.memory_mapped:
+        if self.checkpoint.memory_mapped:
             release_pages(tensor)
 
 
@@ -123,7 +123,7 @@ def plan_merge(
     a, b = (read_model_file(path, config, ema=ema) for path in (model, other))
     c = None if subtract is None else read_model_file(subtract, config, ema=ema)
     others = [m for m in (b, c) if m is not None]
-    if ema and not any(m.file.has_ema for m in (a, *others)):
+    if ema and not any(m.checkpoint.has_ema for m in (a, *others)):
         raise ArgumentError("no model has EMA weights", "ema")
     for m in others:
         check_compatible(a, m)
@@ -132,21 +132,21 @@ def plan_merge(
     if block_weights is not None:
         weights = blocks.parse_weights(block_weights, weight, "block_weights")
     prefixes = (*LORA_PREFIXES, VAE_PREFIX) if merge_vae else LORA_PREFIXES
-    state: dict[str, Tensor | ComputedTensor] = dict(a.file.state)
+    state: dict[str, Tensor | ComputedTensor] = dict(a.checkpoint.state)
     candidates = [n for n in a.names if n.startswith(prefixes) and a[n].is_floating_point()]
     merged = [name for name in candidates if all(name in m for m in others)]
     for name in merged:
         if w := weights[blocks.get_block(name)]:  # 0: A's tensor, not copied
             compute = partial(_merge_weight, name, a, b, c, w)
             state[a.names[name]] = ComputedTensor(a[name].shape, a[name].dtype, compute)
-    names = [m.file.path.name for m in (a, *others)]
+    names = [m.checkpoint.path.name for m in (a, *others)]
     summary = [_format_formula(names, subtract is not None, weight, block_weights)]
     summary += _describe_missing(candidates, prefixes, others)
     size = f"{len(state)} tensors, {len(merged)} of them merged"
     metadata = _make_metadata(a, others, weights if block_weights else {BASE: weight})
     metadata = make_modelspec(a.model, target.stem, metadata=metadata)
     summary.append(f"{target.name:60} {size}")
-    return Conversion(a.file, target, {"": state}, {}, metadata, dtype, tuple(summary))
+    return Conversion(a.checkpoint, target, {"": state}, {}, metadata, dtype, tuple(summary))
 
 
 def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -> ModelFile:
@@ -155,17 +155,17 @@ def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -
     Args:
         config: The YAML; None = find it as `load` does.
     """
-    file = open_checkpoint(path)
-    family = identify_weights(file).family
-    text = find_config_text(file, config)
+    checkpoint = open_checkpoint(path)
+    family = identify_weights(checkpoint).family
+    text = find_config_text(checkpoint, config)
     if text is None:
-        message = f"the family of `{file.path}` is unknown\nhint: pass its config"
+        message = f"the family of `{checkpoint.path}` is unknown\nhint: pass its config"
         raise MissingArgument(message, "config")
     model = build_on_meta(parse_yaml(text))
     if not isinstance(model, LatentDiffusion):
-        raise WrongFamily(f"`{file.path}` is not a whole model: it cannot be merged")
-    file = to_original_names(file, model, ema=ema and file.has_ema)
-    return ModelFile(file, dict(pair_names(file.state)), model, family, text)
+        raise WrongFamily(f"`{checkpoint.path}` is not a whole model: it cannot be merged")
+    checkpoint = to_original_names(checkpoint, model, ema=ema and checkpoint.has_ema)
+    return ModelFile(checkpoint, dict(pair_names(checkpoint.state)), model, family, text)
 
 
 def check_compatible(a: ModelFile, b: ModelFile) -> None:
@@ -174,7 +174,7 @@ def check_compatible(a: ModelFile, b: ModelFile) -> None:
     For an inpainting model a, b may be the text-to-image model of the same generation, whose UNet
     has fewer input channels.
     """
-    path_a, path_b = f"`{a.file.path}`", f"`{b.file.path}`"
+    path_a, path_b = f"`{a.checkpoint.path}`", f"`{b.checkpoint.path}`"
     unet_names = [name for name in {**a.names, **b.names} if name.startswith(UNET_PREFIX)]
     mismatched = [name for name in unet_names if not _is_compatible(name, a, b)]
     if mismatched:
@@ -249,7 +249,7 @@ def _describe_missing(
             missing = [name for name in names if name.startswith(prefix) and name not in m]
             if missing:
                 examples = ", ".join(missing[:2])
-                name = m.file.path.name
+                name = m.checkpoint.path.name
                 count = f"{len(missing)} weights"
                 lines.append(f"{name} does not have {count}, which are not merged: {examples}")
     return lines
@@ -258,17 +258,17 @@ def _describe_missing(
 def _make_metadata(
     a: ModelFile, others: list[ModelFile], weights: Mapping[str, float]
 ) -> dict[str, str | int]:
-    files = [m.file for m in (a, *others)]
-    names = [file.path.name for file in files]
+    models = (a, *others)
+    names = [m.checkpoint.path.name for m in models]
     metadata: dict[str, str | int] = {
         name: value
-        for name, value in filter_metadata(a.file.metadata, keep_author_fields=False).items()
+        for name, value in filter_metadata(a.checkpoint.metadata, keep_author_fields=False).items()
         if name not in HISTORY_KEYS
     }
-    licenses = dict.fromkeys(f.metadata[LICENSE_KEY] for f in files if f.metadata.get(LICENSE_KEY))
-    if licenses:
-        metadata[LICENSE_KEY] = " AND ".join(licenses)
-    rule = "add difference" if len(files) > 2 else "weighted sum"
+    licenses = filter(None, (m.checkpoint.metadata.get(LICENSE_KEY) for m in models))
+    if text := " AND ".join(dict.fromkeys(licenses)):
+        metadata[LICENSE_KEY] = text
+    rule = "add difference" if len(models) > 2 else "weighted sum"
     recipe = {"rule": rule, "models": names, "weights": weights}
     return metadata | {
         "ldm.version": __version__,

@@ -310,7 +310,7 @@ def _fill_memory_mapped(file: ModelFile, base: ModelFile) -> LatentDiffusion:
     """
     names = base.names.keys() | file.names.keys()
     state = {name: (file if name in file else base)[name] for name in names}
-    fill_lora_components(file.model, state, file.file.path)
+    fill_lora_components(file.model, state, file.checkpoint.path)
     return file.model
 
 
