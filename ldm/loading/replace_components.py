@@ -42,7 +42,7 @@ def replace_autoencoder(
     may_overflow = model.upcast_autoencoder or is_sdxl(model)
     model.upcast_autoencoder = may_overflow and not works_in_float16(source)
     _replace_weights(weights, source, VAE_PREFIX, state)
-    return _describe_file(source.path)
+    return _make_provenance(source.path)
 
 
 def remove_autoencoder(
@@ -54,7 +54,7 @@ def remove_autoencoder(
         model.autoencoder = PixelSpace()
         model.upcast_autoencoder = False
         weights.state = {n: v for n, v in weights.state.items() if not n.startswith(VAE_PREFIX)}
-    return _describe_file(tiny.path)
+    return _make_provenance(tiny.path)
 
 
 def replace_text_encoder(
@@ -67,21 +67,21 @@ def replace_text_encoder(
     source = open_checkpoint(text_encoder)
     state = extract_text_encoder(source, model, weights.state, weights.path)
     _replace_weights(weights, source, TEXT_PREFIX, state)
-    return _describe_file(source.path)
+    return _make_provenance(source.path)
 
 
 def extract_autoencoder(
-    source: Checkpoint, autoencoder: nn.Module, model: str | Path
+    source: Checkpoint, autoencoder: nn.Module, path: str | Path
 ) -> dict[str, Tensor]:
     """Return the weights of an autoencoder, under our names, from its file or that of a model.
 
     Args:
         autoencoder: Autoencoder to fill, for names and shapes.
-        model: The model's file, for messages.
+        path: The model's file, for messages.
     """
     if not isinstance(autoencoder, AutoencoderKL):
-        raise WeightsMismatch(f"`{model}` has no autoencoder to replace")
-    error_prefix = f"the autoencoder of `{source.path}` does not fit `{model}`"
+        raise WeightsMismatch(f"`{path}` has no autoencoder to replace")
+    error_prefix = f"the autoencoder of `{source.path}` does not fit `{path}`"
     state = match_weights(autoencoder, rename_weights(source.state), source.path, error_prefix)
     return {f"{VAE_PREFIX}{name}": value for name, value in state.items()}
 
@@ -151,9 +151,7 @@ def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | Non
         base: Model with no fitting components, for messages; None = no model was given.
     """
     names = list(names)
-    missing = [
-        title for prefix, title in UPSCALER_COMPONENTS.items() if not has_prefix(names, prefix)
-    ]
+    missing = [title for p, title in UPSCALER_COMPONENTS.items() if not has_prefix(names, p)]
     if missing:
         message = f"`{path}` has no {' and no '.join(missing)}"
         if base is not None:
@@ -174,7 +172,7 @@ def _replace_weights(
     weights.memory_mapped = weights.memory_mapped and source.memory_mapped
 
 
-def _describe_file(path: Path) -> dict[str, str]:
+def _make_provenance(path: Path) -> dict[str, str]:
     return {"path": str(path.resolve()), "hash": compute_short_hash(path)}
 
 

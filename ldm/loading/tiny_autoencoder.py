@@ -63,7 +63,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
     """Return the weights of TAESD in a file or diffusers folder; None if it is something else.
 
     Raises:
-        WeightsMismatch: It contains only the encoder.
+        WeightsMismatch: The file contains only the encoder.
     """
     path = resolve_checkpoint(path)
     config = path / "config.json"
@@ -111,7 +111,7 @@ def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor],
         A function that decodes latents (B, 4, h, w) to images (B, 3, 8 h, 8 w) in [-1, 1].
 
     Raises:
-        WeightsMismatch: It is not TAESD, or does not fit the model.
+        WeightsMismatch: The file is not TAESD, or does not fit the model.
     """
     check_model(model)
     if not isinstance(path, str | Path):
