@@ -143,9 +143,8 @@ def check_weights(
 def guess_file_type(names: Iterable[str]) -> str | None:
     """Return the type of a file that is not a model, by the names in it; None = unknown."""
     text = "\n".join(names)
-    return next(
-        (title for pattern, title in FILE_TYPES.items() if re.search(pattern, text, re.M)), None
-    )
+    types = (title for pattern, title in FILE_TYPES.items() if re.search(pattern, text, re.M))
+    return next(types, None)
 
 
 def translate_names(

@@ -164,9 +164,8 @@ def read_folder_config(path: Path) -> JsonObject:
 
 def read_folder_metadata(path: Path) -> tuple[dict[str, str], bool]:
     """Return (metadata of a folder, whether its UNet embeds the guidance scale)."""
-    files = _read_json_files(
-        path, [path / name for name in (MODEL_INDEX, UNET_CONFIG, VAE_CONFIG, SCHEDULER_CONFIG)]
-    )
+    names = (MODEL_INDEX, UNET_CONFIG, VAE_CONFIG, SCHEDULER_CONFIG)
+    files = _read_json_files(path, [path / name for name in names])
     return _collect_metadata(files), bool(files.get(UNET_CONFIG, {}).get("time_cond_proj_dim"))
 
 
@@ -332,13 +331,11 @@ def read_component_state(folder: Path, file_variant: str | None = None) -> dict[
             variants, key=lambda name: (name != "", name == "non_ema", name != "fp16", name)
         )
         if file_variant is None:
-            log.info(
-                "`%s` has variants %s, using %s", folder, ", ".join(sorted(variants)), selected
-            )
+            listed = ", ".join(sorted(variants))
+            log.info("`%s` has variants %s, using %s", folder, listed, selected)
         else:
-            log.warning(
-                "`%s` has no variant %s, using %s", folder, file_variant, selected or "none"
-            )
+            message = "`%s` has no variant %s, using %s"
+            log.warning(message, folder, file_variant, selected or "none")
     best = min(variants[selected], key=_rank_file)
     path = folder / best.string
     names = [path.name]

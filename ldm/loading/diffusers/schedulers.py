@@ -104,9 +104,8 @@ def parse_scheduler(config: JsonMapping, default: str) -> str:
 
 def get_timestep_spacing(scheduler: str | None) -> str:
     """Return diffusers' `timestep_spacing` for our scheduler; that of `sgm_uniform` is trailing."""
-    return next(
-        (spacing for spacing, name in TIMESTEP_SPACINGS.items() if name == scheduler), "trailing"
-    )
+    spacings = {name: spacing for spacing, name in TIMESTEP_SPACINGS.items()}
+    return spacings.get(scheduler or "", "trailing")
 
 
 def _find_key(value: str, names: Mapping[str, str]) -> str:
