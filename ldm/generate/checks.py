@@ -17,7 +17,7 @@ from ldm.loading.addons.lora import read_loras
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_config
 from ldm.loading.diffusers.layout import read_json
-from ldm.loading.families import IMAGE_CONV
+from ldm.loading.families import VAE_CONV_IN
 from ldm.loading.find_variant import (
     find_variant_without_weights,
     select_file_variant,
@@ -262,7 +262,7 @@ def _find_image_channels(path: Path, weights: Weights | None) -> int | None:
     if config.is_file():
         channels = read_json(config).get("in_channels")
         return channels if isinstance(channels, int) else None
-    weight = None if weights is None else weights.state.get(IMAGE_CONV)
+    weight = None if weights is None else weights.state.get(VAE_CONV_IN)
     return None if weight is None else weight.shape[1]
 
 

@@ -26,7 +26,7 @@ from ldm.loading.files.checkpoint import to_ema_name
 from ldm.loading.weight_names import UNET_PREFIX, select_prefix, to_original_name
 
 __all__ = [
-    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES",
+    "CONFIG_DIR", "FAMILIES", "LATENT_UPSCALER", "PREDICTION_TYPES", "VAE_CONV_IN",
     "DetectedPredictionType", "Detection", "Family", "detect_family", "detect_prediction_type",
     "probe_prediction_type",
 ]  # fmt: skip
@@ -128,9 +128,9 @@ FAMILIES = (
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
 GLOBAL_STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # by diffusers' name
-IMAGE_CONV = "autoencoder.encoder.conv_in.weight"
-VISION_TOWER = "conditioner.text.model.visual.proj"
-BIAS_NAME = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+VAE_CONV_IN = "autoencoder.encoder.conv_in.weight"
+VISION_PROJECTION = "conditioner.text.model.visual.proj"
+NORM_BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 # Names in the UNet of the original and of diffusers, without dots, as in `model_ema.*`.
 INPUT_CONVS = ("input_blocks00weight", "conv_inweight")
 # Names that only the UNet of the x2 latent upscaler has: in k-diffusion, and in diffusers.
@@ -216,11 +216,11 @@ def detect_family(
     context_dim = key_shapes[0][1] if key_shapes else None
     vector_dim = next((shapes[n][axis] for n, axis in VECTOR_AXES.items() if n in shapes), None)
     dims = (conv_shape[1], context_dim, vector_dim)
-    image_channels = state[IMAGE_CONV].shape[1] if IMAGE_CONV in state else 3
+    image_channels = state[VAE_CONV_IN].shape[1] if VAE_CONV_IN in state else 3
     for family in FAMILIES:
         if (
             (family.in_channels, family.context_dim, family.vector_dim) == dims
-            and family.has_vision_tower == (VISION_TOWER in state)
+            and family.has_vision_tower == (VISION_PROJECTION in state)
             and family.image_channels == image_channels
             and family.num_blocks in (None, len(key_shapes))
             and (not family.marker or family.marker in markers)
@@ -293,9 +293,9 @@ def _detect_by_marker(metadata: Mapping[str, str]) -> Iterator[Detection]:
 
 
 def _detect_by_bias(state: Mapping[str, Tensor]) -> Detection:
-    if BIAS_NAME not in state:
+    if NORM_BIAS not in state:
         return Detection("bias", None, "no such layer")
-    std = float(state[BIAS_NAME].float().std())
+    std = float(state[NORM_BIAS].float().std())
     value = "v" if std > BIAS_THRESHOLD else "eps"
     return Detection("bias", value, f"std {std:.4f}, v above {BIAS_THRESHOLD}")
 

@@ -54,9 +54,10 @@ def choose_config(weights: Weights) -> str:
     if family is None or not family.config:
         if family is None and (file_type := guess_file_type(weights.checkpoint.state)):
             raise MissingArgument(f"`{weights.path}` is {file_type}")
-        problem = f"looks like {family.title}, which is not supported" if family else "is unknown"
-        message = f"`{weights.path}` {problem}\nhint: pass its config"
-        raise MissingArgument(message, "config")
+        message = f"the family of `{weights.path}` is unknown"
+        if family is not None:
+            message = f"`{weights.path}` looks like {family.title}, which is not supported"
+        raise MissingArgument(f"{message}\nhint: pass its config", "config")
     path = family.get_config_path(weights.prediction_type.value)
     if family is LATENT_UPSCALER:
         path = str(find_config_json(weights.path) or path)

@@ -101,8 +101,8 @@ MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm
 # Only in diffusers' UNet of the x2 latent upscaler.
 UPSCALER_UNET_NAMES = frozenset({"time_proj.weight", "time_embedding.cond_proj.weight"})
 # A CLIP whose vision tower is used, and whose text encoder is not.
-VISION_TOWER = "cond_stage_model.model.visual.proj"
-UNUSED_TEXT_ENCODER = "cond_stage_model.model.transformer."
+VISION_PROJECTION = "cond_stage_model.model.visual.proj"
+UNUSED_TEXT_PREFIX = "cond_stage_model.model.transformer."
 # NON_WEIGHTS that are buffers, see `select_buffers`.
 BUFFER = re.compile(
     r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
@@ -127,11 +127,11 @@ def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     if UPSCALER_UNET_NAMES.issubset(names):  # the UNet of a diffusers folder alone
         yield from ((f"unet.{name}", name) for name in names)
         return
-    originals = _normalize_prefixes(names)
-    unused = UNUSED_TEXT_ENCODER if VISION_TOWER in originals else ()
-    for original, name in originals.items():
-        if not NON_WEIGHTS.fullmatch(original) and not original.startswith(unused):
-            yield _to_our_name(original), name
+    file_names = _normalize_prefixes(names)
+    unused = UNUSED_TEXT_PREFIX if VISION_PROJECTION in file_names else ()
+    for original_name, file_name in file_names.items():
+        if not NON_WEIGHTS.fullmatch(original_name) and not original_name.startswith(unused):
+            yield _to_our_name(original_name), file_name
 
 
 def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,9 +159,9 @@ def select_loss_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def select_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return buffers under the original's names: noise schedule, scale factor, statistics."""
-    originals = _normalize_prefixes(list(state))
+    file_names = _normalize_prefixes(list(state))
     return {
-        name: state[file_name] for name, file_name in originals.items() if BUFFER.fullmatch(name)
+        name: state[file_name] for name, file_name in file_names.items() if BUFFER.fullmatch(name)
     }
 
 
@@ -208,41 +208,41 @@ def restore_names(
         buffers: Tensors to put first, under the original's names; None = no buffers.
         sgm: See `to_original_name`; None = `has_sgm_names`, for whole models.
     """
-    originals = dict(buffers or {})
+    original_state = dict(buffers or {})
     is_sgm = has_sgm_names(state) if sgm is None else sgm
     for name, value in state.items():
-        original = to_original_name(name, sgm=is_sgm)
-        if original.endswith(POSITION_EMBEDDING):
+        original_name = to_original_name(name, sgm=is_sgm)
+        if original_name.endswith(POSITION_EMBEDDING):
             ids = torch.arange(len(value), device="cpu")[None]
-            originals[original.replace("embedding.weight", "ids")] = ids
-        originals[original] = value
-    return originals
+            original_state[original_name.replace("embedding.weight", "ids")] = ids
+        original_state[original_name] = value
+    return original_state
 
 
 def _normalize_prefixes(names: list[str]) -> dict[str, str]:
     """Map names without outer models and repeated prefixes to the names in the file."""
     matches = {name: COMPONENT_PREFIX.match(name) for name in names}
-    outer = {match["outer"] for match in matches.values() if match} - {""}
-    originals: dict[str, str] = {}
+    outer_prefixes = {match["outer"] for match in matches.values() if match} - {""}
+    file_names: dict[str, str] = {}
     for name, match in matches.items():
-        original = name
         if match:
             prefix = "model.diffusion_model" if match["unet"] else match["component"]
-            original = f"{prefix}.{name[match.end() :]}"
+            normalized = f"{prefix}.{name[match.end() :]}"
         else:
-            outer_prefix = max((p for p in outer if name.startswith(p)), key=len, default="")
-            original = name.removeprefix(outer_prefix)
-        originals.setdefault(original if original not in originals else name, name)
-    return originals
+            prefixes = (prefix for prefix in outer_prefixes if name.startswith(prefix))
+            normalized = name.removeprefix(max(prefixes, key=len, default=""))
+        file_names.setdefault(normalized if normalized not in file_names else name, name)
+    return file_names
 
 
-def _to_our_name(original: str) -> str:
-    if match := EMBEDDER_PREFIX.match(original):
+def _to_our_name(name: str) -> str:
+    """Convert the original's name of a weight to ours."""
+    if match := EMBEDDER_PREFIX.match(name):
         names = {"0": "text", "1": "embedder_1" if match["tower"] is None else "text_2"}
         encoder = names.get(match[1], f"embedder_{match[1]}")
-        original = f"conditioner.{encoder}.{original[match.end() :]}"
-    theirs, ours = next((pair for pair in PREFIXES if original.startswith(pair[0])), ("", ""))
-    name = ours + original.removeprefix(theirs)
+        name = f"conditioner.{encoder}.{name[match.end() :]}"
+    theirs, ours = next((pair for pair in PREFIXES if name.startswith(pair[0])), ("", ""))
+    name = ours + name.removeprefix(theirs)
     if name.startswith(TEXT_PREFIX):
         return TEXT_MODEL_PREFIX.sub(f"{TEXT_PREFIX}transformer.text_model.", name, count=1)
     return ATTENTION_LAYER.sub(

@@ -539,9 +539,9 @@ SHIPPED = [f for f in families.FAMILIES if not f.is_sdxl]  # test_sdxl has the o
 
 @pytest.mark.parametrize("family", SHIPPED, ids=lambda f: f.name)
 def test_families_are_recognised(family):
-    others = {families.IMAGE_CONV: torch.zeros(128, family.image_channels, 3, 3)}
+    others = {families.VAE_CONV_IN: torch.zeros(128, family.image_channels, 3, 3)}
     if family.has_vision_tower:
-        others[families.VISION_TOWER] = torch.zeros(1)
+        others[families.VISION_PROJECTION] = torch.zeros(1)
     assert detect_family(make_full_size_state(family.config) | others) is family
 
 
@@ -565,7 +565,7 @@ EPS[::2] *= -1
     ],
 )
 def test_several_methods_detect_the_prediction(step, bias, metadata, kind, is_disputed):
-    state = restore_names(make_full_size_state("v2-inference") | {families.BIAS_NAME: bias})
+    state = restore_names(make_full_size_state("v2-inference") | {families.NORM_BIAS: bias})
     weights = identify_weights(Checkpoint(Path("x.ckpt"), "zip", state, step, metadata=metadata))
     prediction = weights.prediction_type
     assert (prediction.value, prediction.is_disputed) == (kind, is_disputed)

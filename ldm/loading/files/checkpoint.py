@@ -132,7 +132,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         MissingFile: There is no such file.
-        FileFormatError: It is not a checkpoint, or its pickle contains more than plain data.
+        FileFormatError: The file is not a checkpoint, or its pickle has more than plain data.
     """
     path = Path(path).expanduser()
     file_format = detect_format(path)
@@ -224,8 +224,8 @@ def write_checkpoint(
     with write_atomically(path, sync=True) as temporary:
         try:
             if suffix == ".safetensors":
-                header = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
-                _write_safetensors(temporary, tensors, header, progress, writes_hash)
+                texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
+                _write_safetensors(temporary, tensors, texts, progress, writes_hash)
             else:
                 weights = {}
                 for name, tensor in tensors.items():
@@ -252,7 +252,7 @@ def detect_format(path: Path) -> str:
 
     Raises:
         MissingFile: There is no such file.
-        FileFormatError: It is not a checkpoint; the message says what it is instead.
+        FileFormatError: The file is not a checkpoint; the message says what it is.
     """
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
