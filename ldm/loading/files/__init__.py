@@ -1,1 +1,1 @@
-"""File formats of weights: safetensors and pickles, read without running anything in them."""
+"""File formats of weights: safetensors and pickles, read without executing code in them."""
