@@ -238,10 +238,10 @@ def _find_model_pipeline(model: LatentDiffusion) -> str:
     """Return the key in PIPELINES for the encoders of a model."""
     if isinstance(model.conditioner.text, CLIPImage):
         return "variations"
-    encoders = model.conditioner.encoders
-    keys = encoders.keys() - {"text", "level"}  # the level is an addition to lowres or rgbd
-    if len(keys) > 1 or not keys <= PIPELINES.keys() or "text" not in encoders:
-        raise WrongFamily(f"diffusers has no pipeline for {', '.join(encoders) or 'no condition'}")
+    names = list(model.conditioner.encoders)
+    keys = set(names) - {"text", "level"}  # the level is an addition to lowres or rgbd
+    if len(keys) > 1 or not keys <= PIPELINES.keys() or "text" not in names:
+        raise WrongFamily(f"diffusers has no pipeline for {', '.join(names) or 'no condition'}")
     if keys:
         return keys.pop()
     return "text" if model.autoencoder.in_channels == 3 else "text-rgbd"
@@ -279,7 +279,7 @@ def _get_training_size(model: LatentDiffusion) -> int:
     return model.image_size
 
 
-def _make_noise_config(spec: JsonMapping) -> FolderFiles:
+def _make_noise_config(spec: JsonMapping) -> JsonObject:
     """Return the scheduler config for the noise that is added to a condition."""
     params = dict((spec.get("params") or {}).get("noise_schedule_config") or {})
     params["name"] = params.pop("beta_schedule", "linear")
