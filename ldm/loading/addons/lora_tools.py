@@ -144,21 +144,21 @@ def extract_lora(
     if not 0.5 < clamp_quantile <= 1:
         message = f"clamp_quantile {clamp_quantile}: must be above 0.5 and at most 1"
         raise ArgumentError(message, "clamp_quantile")
-    files = [read_model_file(path, config, ema=ema) for path in (tuned, base)]
-    check_compatible(files[1], files[0])
-    differing = _list_differing_weights(*files)
-    models = [_fill_memory_mapped(file, files[1]) for file in files]
+    tuned_file, base_file = (read_model_file(path, config, ema=ema) for path in (tuned, base))
+    check_compatible(base_file, tuned_file)
+    differing = _list_differing_weights(tuned_file, base_file)
+    models = [_fill_memory_mapped(file, base_file) for file in (tuned_file, base_file)]
     layers: dict[str, LoRALayer] = {}
     squared_error = squared_delta = 0.0
     for tuned_layer, base_layer in zip(*map(list_lora_targets, models), strict=True):
         progress(1)
-        weights = (tuned_layer.target.weight, base_layer.target.weight)
-        layer_limits = conv_limits if weights[0][0, 0].numel() > 1 else limits
+        tuned_weight, base_weight = tuned_layer.target.weight, base_layer.target.weight
+        layer_limits = conv_limits if base_weight[0, 0].numel() > 1 else limits
         if layer_limits is None:
             continue
-        delta = weights[0].float() - weights[1].float()
-        for file, weight in zip(files, weights, strict=True):
-            file.release(weight)
+        delta = tuned_weight.float() - base_weight.float()
+        tuned_file.release(tuned_weight)
+        base_file.release(base_weight)
         if not delta.any():
             continue
         u, s, vh = compute_svd(delta.flatten(1))
@@ -175,9 +175,10 @@ def extract_lora(
         raise WeightsMismatch(f"no layer of `{tuned}` and `{base}` differs that a LoRA can change")
     targets = [layer.target for layer in layers.values()]
     changed_ids = {id(target.layer.get_parameter(target.parameter_name)) for target in targets}
-    changed = {name for name, value in models[1].named_parameters() if id(value) in changed_ids}
+    base_model = models[-1]
+    changed = {name for name, value in base_model.named_parameters() if id(value) in changed_ids}
     others = tuple(name for name in differing if name not in changed)
-    return ExtractedLoRA(LoRA(layers), models[1], 1 - squared_error / squared_delta, others)
+    return ExtractedLoRA(LoRA(layers), base_model, 1 - squared_error / squared_delta, others)
 
 
 @torch.no_grad()
