@@ -1,7 +1,7 @@
 """`ldm.modules.attention` of the original: the transformer of the UNet.
 
 Classes derive from those of `ldm.nets.transformer`, but have torch's own layers. Layers, methods
-and functions of this module are looked up at call time, so that programs can monkeypatch them.
+and functions of this module are looked up at call time, so that they can be monkeypatched.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class FeedForward(CompatModule, transformer.FeedForward):
         swap_classes(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        # All rows at once, unlike in `ldm.nets`: programs hook and replace the layers of `net`.
+        # Not in chunks, unlike in `ldm.nets`: third-party code hooks and replaces layers of `net`.
         out: Tensor = self.net(x)
         return out
 
@@ -97,7 +97,7 @@ class BasicTransformerBlock(CompatModule, transformer.TransformerBlock):
     """Self-attention, cross-attention, feed-forward, each with LayerNorm and residual connection.
 
     Attributes:
-        checkpoint: Whether activations are recomputed in the backward pass; programs set it.
+        checkpoint: Whether activations are recomputed in the backward pass; callers may set it.
     """
 
     ATTENTION_MODES: ClassVar[dict[str, type[nn.Module]]] = {
@@ -141,7 +141,7 @@ class BasicTransformerBlock(CompatModule, transformer.TransformerBlock):
         return out
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        # `context` by keyword, as it is called in the functions that programs replace `forward` by.
+        # `context` is passed by keyword, as functions that replace `forward` have this parameter.
         x = self.attn1(self.norm1(x), context=context if self.disable_self_attn else None) + x
         x = self.attn2(self.norm2(x), context=context) + x
         return self.ff(self.norm3(x)) + x
@@ -203,7 +203,7 @@ class SpatialTransformer(CompatModule, transformer.SpatialTransformer):
 
 
 def _to_tokens(x: Tensor) -> Tensor:
-    # Contiguous, as programs use `view` on feature maps.
+    # Contiguous, as third-party code calls `view` on feature maps.
     return x.flatten(2).transpose(1, 2).contiguous()  # (B, h w, C)
 
 

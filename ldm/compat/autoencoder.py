@@ -25,8 +25,8 @@ class AutoencoderKL(TrainingModule):
         embed_dim: Channels of the latent.
         ckpt_path, ignore_keys: See `init_from_ckpt`; None = random weights.
         image_key: Batch key of the images.
-        colorize_nlabels: Channels of label maps, for `to_rgb`; None = as many as its first input.
-        monitor: Logged value by which Lightning selects checkpoints; None = no attribute.
+        colorize_nlabels: Channels of label maps, for `to_rgb`; None = those of its first input.
+        monitor: Name of the logged value by which Lightning selects checkpoints; None = unset.
         ema_decay: Decay of the EMA of the weights; None = no EMA.
         learn_logvar: Whether to train the log variance of the loss.
     """
@@ -74,8 +74,8 @@ class AutoencoderKL(TrainingModule):
         """Load the weights of a checkpoint whose names the model has.
 
         Args:
-            path: A file of any format that `ldm.load` reads; objects in it are not unpickled.
-            ignore_keys: Prefixes of names to leave out.
+            path: File in any format that `ldm.load` reads; objects in it are not unpickled.
+            ignore_keys: Prefixes of the names to leave out.
         """
         self.load_state_dict(read_state_dict(path, ignore_keys), strict=False)
 
@@ -97,14 +97,14 @@ class AutoencoderKL(TrainingModule):
         return self.decode(z), posterior
 
     def get_last_layer(self) -> Tensor:
-        """Return the weight by whose gradients the losses are balanced."""
+        """Return the weight of which the loss compares gradients to balance its terms."""
         return self.decoder.conv_out.weight
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Train the autoencoder on a batch, then the discriminator."""
-        for index, optimizer in enumerate(self.optimizers()):
+        for optimizer_idx, optimizer in enumerate(self.optimizers()):
             self.toggle_optimizer(optimizer)
-            loss = self._compute_loss(batch, index, "train")
+            loss = self._compute_loss(batch, optimizer_idx, "train")
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
@@ -113,20 +113,20 @@ class AutoencoderKL(TrainingModule):
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the losses of a batch, with the weights and with the EMA weights."""
-        self._validate(batch, "")
+        self._log_validation_losses(batch, "")
         if self.use_ema:
             with self.ema_scope():
-                self._validate(batch, "_ema")
+                self._log_validation_losses(batch, "_ema")
 
     def configure_optimizers(self) -> Any:
-        """Return Adam for the autoencoder and for the discriminator, with `learning_rate`."""
+        """Return an Adam for the autoencoder and one for the discriminator; no schedulers."""
         modules = (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
         parameters = [parameter for module in modules for parameter in module.parameters()]
         if self.learn_logvar:
             parameters.append(self.loss.logvar)
-        groups = (parameters, list(self.loss.discriminator.parameters()))
         return [
-            torch.optim.Adam(group, lr=self.learning_rate, betas=(0.5, 0.9)) for group in groups
+            torch.optim.Adam(params, lr=self.learning_rate, betas=(0.5, 0.9))
+            for params in (parameters, self.loss.discriminator.parameters())
         ], []
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class AutoencoderKL(TrainingModule):
 
         Args:
             only_inputs: Whether to return the images of the batch only.
-            log_ema: Whether to add images of the EMA weights even without `use_ema`.
+            log_ema: Whether to add images of the EMA weights; always added with `use_ema`.
         """
         x = self.get_input(batch, self.image_key).to(self.device)
         log = {"inputs": self._convert_to_rgb(x)}
@@ -158,7 +158,7 @@ class AutoencoderKL(TrainingModule):
         }
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Show label maps (B, C, H, W) as images, see `project_to_rgb`."""
+        """Convert label maps (B, C, H, W) to images, see `project_to_rgb`."""
         if "colorize" not in self._buffers:
             self.register_buffer("colorize", torch.randn(3, x.shape[1], 1, 1).to(x))
         return project_to_rgb(x, self.colorize)
@@ -185,13 +185,13 @@ class AutoencoderKL(TrainingModule):
         )
         return loss
 
-    def _validate(self, batch: Batch, suffix: str) -> None:
-        for index in range(2):
-            self._compute_loss(batch, index, "val" + suffix)
+    def _log_validation_losses(self, batch: Batch, suffix: str) -> None:
+        for optimizer_idx in range(2):
+            self._compute_loss(batch, optimizer_idx, "val" + suffix)
 
 
 def project_to_rgb(x: Tensor, weight: Tensor) -> Tensor:
-    """Project maps (B, C, h, w) to images in [-1, 1] by (random) weights (3, C, 1, 1)."""
+    """Project x (B, C, h, w) to images (B, 3, h, w) in [-1, 1] by random weights (3, C, 1, 1)."""
     x = nn.functional.conv2d(x, weight=weight)
     return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
 
@@ -219,7 +219,7 @@ class IdentityFirstStage(nn.Module):
 
 
 class VQModel(LightningModule):
-    """Placeholder for the VQ autoencoder, for `isinstance` in programs; it cannot be built."""
+    """Placeholder for the VQ autoencoder, for `isinstance`; it cannot be built."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise NotImplementedError("VQ autoencoders are not supported yet")

@@ -46,20 +46,20 @@ from ldm.runtime.errors import WrongFamily
 
 __all__ = ["from_modern", "to_modern"]
 
-PLACEHOLDER_CONFIG = {"target": "torch.nn.Identity"}  # of a module that is replaced later
+PLACEHOLDER_CONFIG = {"target": "torch.nn.Identity"}  # for a module that is replaced later
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Family:
+class _Conversion:
     """A class of the original, and how to convert the encoders of its models.
 
     Args:
-        encoder_names: Names of the encoders in a `Conditioner`, without the text encoder.
-        build_encoders: Builds these encoders from a compat model.
-        config_key: Keyword of the constructor of `compat_class` for the config of the module that
-            `add_module` replaces; None = none.
-        add_module: Adds that module, built from a `Conditioner`, to a compat model.
+        encoder_names: Names of the encoders in the `Conditioner`, except the text encoder.
+        build_encoders: (compat model) -> these encoders by name.
+        config_key: Constructor argument of `compat_class` for the config of the module that
+            `add_module` sets; None = no such module.
+        add_module: Sets this module of a compat model, built from a `Conditioner`.
     """
 
     compat_class: type[LatentDiffusion]
@@ -71,14 +71,14 @@ class _Family:
 
 
 def from_modern(model: ModernLatentDiffusion) -> LatentDiffusion:
-    """Convert a model of `ldm.load` to one of the original's class, with the same weights.
+    """Convert a model of `ldm.load` to the original's class, with shared weights.
 
     Raises:
         WrongFamily: The original has no class for the model.
     """
     names = frozenset(model.conditioner.encoders)
-    family = next((family for family in FAMILIES if family.encoder_names | {"text"} == names), None)
-    if family is None:
+    conversion = next((c for c in CONVERSIONS if c.encoder_names | {"text"} == names), None)
+    if conversion is None:
         encoders = ", ".join(sorted(names)) or "none"
         raise WrongFamily(f"no class of the original has these encoders: {encoders}")
     if not isinstance(model.autoencoder, AutoencoderKL):
@@ -88,8 +88,10 @@ def from_modern(model: ModernLatentDiffusion) -> LatentDiffusion:
         raise WrongFamily("a schedule with timestep options of sgm has no counterpart")
     if model.latent_mean is not None or model.latent_std is not None:
         raise WrongFamily("a mean and standard deviation of latents have no counterpart")
-    configs: dict[str, Any] = {family.config_key: PLACEHOLDER_CONFIG} if family.config_key else {}
-    compat_model = family.compat_class(
+    configs: dict[str, Any] = {}
+    if conversion.config_key is not None:
+        configs[conversion.config_key] = PLACEHOLDER_CONFIG
+    compat_model = conversion.compat_class(
         unet_config=dict(PLACEHOLDER_CONFIG),
         first_stage_config=PLACEHOLDER_CONFIG,
         cond_stage_config=PLACEHOLDER_CONFIG,
@@ -99,7 +101,7 @@ def from_modern(model: ModernLatentDiffusion) -> LatentDiffusion:
         scale_factor=model.scale_factor,
         image_size=model.image_size,
         channels=model.channels,
-        conditioning_key=family.conditioning_key,
+        conditioning_key=conversion.conditioning_key,
         first_stage_key="jpg",
         cond_stage_key="txt",
         use_ema=False,
@@ -110,32 +112,34 @@ def from_modern(model: ModernLatentDiffusion) -> LatentDiffusion:
     text_encoder = _to_compat_text_encoder(model.conditioner.encoders["text"])
     compat_model.cond_stage_model = freeze(text_encoder)
     compat_model.num_downs = len(model.autoencoder.config.ch_mult) - 1
-    family.add_module(compat_model, model.conditioner)
+    conversion.add_module(compat_model, model.conditioner)
     return compat_model.to(model.device).eval()
 
 
 def to_modern(model: LatentDiffusion) -> ModernLatentDiffusion:
-    """Convert a model of the original's class to one for `ldm.txt2img`, with the same weights.
+    """Convert a model of the original's class to one for `ldm.txt2img`, with shared weights.
 
-    Modules that a program has added, such as control networks, are left out.
+    Modules that third-party code has added, such as control networks, are left out.
 
     Raises:
         WrongFamily: The model, or a module of it, has no counterpart in this package.
     """
     key = model.model.conditioning_key
-    families = (family for family in FAMILIES if isinstance(model, family.compat_class))
-    family = next((family for family in families if family.conditioning_key == key), None)
-    if family is None:
+    candidates = (c for c in CONVERSIONS if isinstance(model, c.compat_class))
+    conversion = next((c for c in candidates if c.conditioning_key == key), None)
+    if conversion is None:
         name = type(model).__name__
         raise WrongFamily(f"a {name} with conditioning_key `{key}` cannot be converted")
     betas = model.betas_float64
-    if not torch.equal(betas.float(), model.betas.cpu()):  # a program has replaced the buffer
+    if not torch.equal(betas.float(), model.betas.cpu()):  # the buffer has been replaced
         betas = model.betas.cpu().double()
     text_encoder = _to_modern_text_encoder(model.cond_stage_model)
     modern = ModernLatentDiffusion(
         unet=_to_modern_unet(model.model.diffusion_model),
         autoencoder=_to_modern_autoencoder(model.first_stage_model),
-        conditioner=Conditioner(join="tokens", text=text_encoder, **family.build_encoders(model)),
+        conditioner=Conditioner(
+            join="tokens", text=text_encoder, **conversion.build_encoders(model)
+        ),
         schedule=Schedule(betas),
         parameterization=model.parameterization,
         scale_factor=float(model.scale_factor),
@@ -145,8 +149,8 @@ def to_modern(model: LatentDiffusion) -> ModernLatentDiffusion:
 
 
 def _copy_with_shared_weights(module: ModuleT) -> ModuleT:
-    """Copy a module; the copy shares the memory of its tensors."""
-    # `deepcopy` looks up in `memo`, by `id`, what it must not copy again.
+    """Copy a module, but not its weights, which the copy shares."""
+    # `deepcopy` takes objects from `memo`, by `id`, instead of copying them.
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
@@ -157,21 +161,21 @@ def _copy_with_shared_weights(module: ModuleT) -> ModuleT:
 
 def _assign_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Assign tensors to a module on the meta device, without copying them."""
-    names = module.state_dict()
-    module.load_state_dict({name: weights[name] for name in names}, strict=True, assign=True)
+    state_dict = {name: weights[name] for name in module.state_dict()}
+    module.load_state_dict(state_dict, strict=True, assign=True)
 
 
 def _to_compat_unet(unet: nn.Module) -> UNetModel:
     if not isinstance(unet, UNet):
         raise WrongFamily(f"a {type(unet).__name__} has no counterpart in the original")
-    fields = {field.name: getattr(unet, field.name) for field in dataclasses.fields(UNet)}
+    config = {field.name: getattr(unet, field.name) for field in dataclasses.fields(UNet)}
     for name in ("transformer_depth_middle", "transformer_depth_output", "time_cond_proj_dim"):
-        if fields.pop(name) is not None:
+        if config.pop(name) is not None:
             raise WrongFamily(f"a UNet with {name} has no counterpart in the original")
-    if fields.pop("disable_middle_transformer"):
+    if config.pop("disable_middle_transformer"):
         raise WrongFamily("a UNet without middle transformer has no counterpart in the original")
     with meta_device():
-        compat_unet = UNetModel(image_size=32, **fields)
+        compat_unet = UNetModel(image_size=32, **config)
     _assign_weights(compat_unet, unet.state_dict())
     compat_unet.dtype = unet.dtype
     return compat_unet.requires_grad_(False)
@@ -180,9 +184,9 @@ def _to_compat_unet(unet: nn.Module) -> UNetModel:
 def _to_modern_unet(compat_unet: nn.Module) -> UNet:
     if not isinstance(compat_unet, UNetModel):
         raise WrongFamily(f"a UNet of class {type(compat_unet).__name__} cannot be converted")
-    fields = {field.name: getattr(compat_unet, field.name) for field in dataclasses.fields(UNet)}
+    config = {field.name: getattr(compat_unet, field.name) for field in dataclasses.fields(UNet)}
     with meta_device():
-        unet = UNet(**fields)
+        unet = UNet(**config)
     _assign_weights(unet, compat_unet.state_dict())
     return unet.requires_grad_(False)
 
@@ -213,7 +217,7 @@ def _to_compat_text_encoder(encoder: Encoder) -> nn.Module:
     if isinstance(encoder, CLIPText):
         blocks = encoder.tower.blocks
         vocab_size, hidden_size = encoder.tower.token_embedding.weight.shape
-        sizes = {
+        config = {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
             "intermediate_size": blocks[0].mlp["fc1"].out_features,
@@ -222,10 +226,10 @@ def _to_compat_text_encoder(encoder: Encoder) -> nn.Module:
             "max_position_embeddings": encoder.length,
             "hidden_act": "quick_gelu" if blocks[0].activation is quick_gelu else "gelu",
         }
-        index = encoder.blocks_run if encoder.layer == "hidden" else None
+        layer_idx = encoder.blocks_run if encoder.layer == "hidden" else None
         with meta_device():
             compat_encoder = compat_encoders.FrozenCLIPEmbedder(
-                arch=sizes, max_length=encoder.length, layer=encoder.layer, layer_idx=index
+                arch=config, max_length=encoder.length, layer=encoder.layer, layer_idx=layer_idx
             )
     elif isinstance(encoder, OpenCLIPText):
         model = encoder.model
@@ -266,25 +270,25 @@ def _to_modern_text_encoder(compat_encoder: nn.Module | None) -> CLIPText | Open
         name = type(compat_encoder).__name__
         raise WrongFamily(f"a text encoder of class {name} cannot be converted")
     _assign_weights(encoder, compat_encoder.state_dict())
-    # Tokens that a program has added become textual inversions.
+    # Added tokens become textual inversions.
     if isinstance(compat_encoder, compat_encoders.FrozenCLIPEmbedder):
-        table = encoder.embedding_table
         for token, token_id in compat_encoder.tokenizer.added_tokens_encoder.items():
-            encoder.added_embeddings[token.lower()] = table[token_id : token_id + 1]
+            embedding = encoder.embedding_table[token_id : token_id + 1]
+            encoder.added_embeddings[token.lower()] = embedding
     return encoder
 
 
 def _make_open_clip_arch(model: Any, heads: int, layers: int) -> dict[str, Any]:
     """Return the open_clip config of a text model of `ldm.encoders` or of open_clip."""
     vocab_size, width = model.token_embedding.weight.shape
-    text = {
+    text_cfg = {
         "context_length": len(model.positional_embedding),
         "vocab_size": vocab_size,
         "width": width,
         "heads": heads,
         "layers": layers,
     }
-    return {"embed_dim": model.text_projection.shape[1], "text_cfg": text}
+    return {"embed_dim": model.text_projection.shape[1], "text_cfg": text_cfg}
 
 
 def _add_depth_model(model: LatentDepth2ImageDiffusion, conditioner: Conditioner) -> None:
@@ -362,21 +366,21 @@ def _build_embedder_encoders(model: ImageEmbeddingConditionedLatentDiffusion) ->
 
 
 def _copy_schedule(target: Any, source: nn.Module, schedule: Schedule) -> None:
-    """Copy the noise schedule of a module, and its tables, to another one."""
+    """Copy a module's noise schedule, and the buffers registered for it, to another module."""
     target.schedule = schedule
     for name in schedule.buffers():
         if name in source._buffers:
             target.register_buffer(name, source.get_buffer(name))
 
 
-FAMILIES = (
-    _Family(
+CONVERSIONS = (
+    _Conversion(
         LatentInpaintDiffusion,
         frozenset({"masked"}),
         "hybrid",
         lambda model: {"masked": MaskedImage()},
     ),
-    _Family(
+    _Conversion(
         LatentDepth2ImageDiffusion,
         frozenset({"depth"}),
         "hybrid",
@@ -384,7 +388,7 @@ FAMILIES = (
         "depth_stage_config",
         _add_depth_model,
     ),
-    _Family(
+    _Conversion(
         LatentUpscaleDiffusion,
         frozenset({"lowres", "level"}),
         "hybrid-adm",
@@ -392,7 +396,7 @@ FAMILIES = (
         "low_scale_config",
         _add_low_scale_model,
     ),
-    _Family(
+    _Conversion(
         ImageEmbeddingConditionedLatentDiffusion,
         frozenset({"image"}),
         "crossattn-adm",
@@ -400,5 +404,5 @@ FAMILIES = (
         "embedder_config",
         _add_embedder,
     ),
-    _Family(LatentDiffusion, frozenset(), "crossattn"),
+    _Conversion(LatentDiffusion, frozenset(), "crossattn"),
 )

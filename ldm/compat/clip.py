@@ -19,8 +19,8 @@ from ldm.encoders.text import CLIP_CONFIGS, CLIP_LARGE_CONFIG, CLIPText
 from ldm.encoders.towers import select_tokens
 from ldm.loading.files.checkpoint import read_checkpoint
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-NEW_TOKEN_STD = 0.02  # of the embeddings of added tokens: CLIP's initial one
+WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+INITIALIZER_STD = 0.02  # of the embeddings of added tokens, as of all of CLIP's at first
 
 
 class TextOutput(NamedTuple):
@@ -28,8 +28,8 @@ class TextOutput(NamedTuple):
 
     Attributes:
         last_hidden_state: (B, N, D), after the final norm.
-        pooler_output: Vectors at the first end tokens, (B, D); None without token ids.
-        hidden_states: The embedding and the output of each block, (B, N, D), before the final norm;
+        pooler_output: Last hidden state at the first EOS token, (B, D); None without token ids.
+        hidden_states: The embedding and the output of each layer, (B, N, D), before the final norm;
             None without `output_hidden_states`.
     """
 
@@ -41,7 +41,7 @@ class TextOutput(NamedTuple):
 class CLIPTextEmbeddings(nn.Module):
     """Token ids (B, N) -> sum of token and position embedding (B, N, D)."""
 
-    token_embedding: nn.Module  # programs replace it by a module of their own
+    token_embedding: nn.Module  # third-party code replaces it by its own module
     position_embedding: nn.Embedding
 
     def forward(
@@ -56,12 +56,12 @@ class CLIPTextEmbeddings(nn.Module):
         Args:
             position_ids: (B, N); None = 0 … N-1.
             inputs_embeds: Token embeddings (B, N, D); None to compute them from `input_ids`.
-            embedding_manager: Textual inversion: (token ids, token embeddings) -> new token
-                embeddings; None = none.
+            embedding_manager: Textual inversion, (token ids, token embeddings) -> token
+                embeddings; None = no textual inversion.
         """
         if inputs_embeds is None:
             if input_ids is None:
-                raise ValueError("either `input_ids` or `inputs_embeds` is needed")
+                raise ValueError("`input_ids` or `inputs_embeds` is needed")
             inputs_embeds = cast(Tensor, self.token_embedding(input_ids))
         if embedding_manager is not None:
             inputs_embeds = cast(Tensor, embedding_manager(input_ids, inputs_embeds))
@@ -77,7 +77,7 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The blocks of the text model; a token attends to itself and to those before it."""
+    """The layers of the text model, with causal attention."""
 
     layers: nn.ModuleList
 
@@ -89,7 +89,7 @@ class CLIPEncoder(nn.Module):
         output_hidden_states: bool | int | None = False,
         **ignored: Any,
     ) -> TextOutput:
-        """Run the blocks on embeddings (B, N, D).
+        """Run the layers on embeddings (B, N, D).
 
         Args:
             attention_mask: Tokens to attend to, (B, N), 1 = keep; None keeps all.
@@ -98,15 +98,15 @@ class CLIPEncoder(nn.Module):
         mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
         if attention_mask is not None:
             mask = mask & attention_mask.to(x.device).bool()[:, None, None]
-        states = [x]
-        for block in self.layers:
-            x = block(x, mask)
-            states.append(x)
-        return TextOutput(x, hidden_states=tuple(states) if output_hidden_states else None)
+        hidden_states = [x]
+        for layer in self.layers:
+            x = layer(x, mask)
+            hidden_states.append(x)
+        return TextOutput(x, hidden_states=tuple(hidden_states) if output_hidden_states else None)
 
 
 class CLIPTextTransformer(nn.Module):
-    """Embedding, blocks and final norm."""
+    """Embedding, layers and final norm."""
 
     embeddings: CLIPTextEmbeddings
     encoder: CLIPEncoder
@@ -133,31 +133,31 @@ class CLIPTextTransformer(nn.Module):
         if input_ids is not None:
             input_ids = input_ids.reshape(-1, input_ids.shape[-1])
         x = self.embeddings(input_ids, position_ids, inputs_embeds, embedding_manager)
-        x, _, states = self.encoder(x, attention_mask, output_hidden_states=output_hidden_states)
-        x = self.final_layer_norm(x)
+        outputs = self.encoder(x, attention_mask, output_hidden_states=output_hidden_states)
+        x = self.final_layer_norm(outputs.last_hidden_state)
         pooled = None
         if input_ids is not None:
-            ends = (input_ids == tokenizer.END_ID).int().argmax(dim=1).to(x.device)  # the first
-            pooled = select_tokens(x, ends)
-        return TextOutput(x, pooled, states)
+            eos_positions = (input_ids == tokenizer.END_ID).int().argmax(dim=1)  # of the first EOS
+            pooled = select_tokens(x, eos_positions.to(x.device))
+        return TextOutput(x, pooled, outputs.hidden_states)
 
 
 class CLIPTextModel(nn.Module):
     """The text model of SD 1, with parameter names as in its checkpoints.
 
     Args:
-        config: Name of a model, a folder with its `config.json`, or the content of that file.
+        config: Name of a model, a folder with its `config.json`, or the contents of that file.
     """
 
     def __init__(self, config: str | Path | Mapping[str, Any]) -> None:
         super().__init__()
-        sizes = _read_config(config)
-        tower = CLIPText(arch=sizes, freeze=False).tower
+        config_dict = _read_config(config)
+        tower = CLIPText(arch=config_dict, freeze=False).tower
         tower.embeddings.__class__ = CLIPTextEmbeddings  # type: ignore[assignment]
         tower.encoder.__class__ = CLIPEncoder  # type: ignore[assignment]
         tower.__class__ = CLIPTextTransformer  # type: ignore[assignment]
         self.text_model = cast(CLIPTextTransformer, swap_classes(tower))
-        self.config = SimpleNamespace(**sizes)
+        self.config = SimpleNamespace(**config_dict)
         self.name_or_path = str(config) if isinstance(config, (str, Path)) else ""
 
     @classmethod
@@ -171,15 +171,15 @@ class CLIPTextModel(nn.Module):
         """Build the model; its weights are random unless `name` is a folder that has them.
 
         Args:
-            name: As `config` of the constructor; None needs a `config`.
+            name: See `config` of the constructor; may be None if `config` is given.
             config: Config to use instead of that of `name`; None = that of `name`.
         """
         source = config or name
         if source is None:
             raise ValueError("a name or a config is needed")
         model = cls(source)
-        files = [] if name is None else [Path(name, file) for file in WEIGHT_FILES]
-        path = next((path for path in files if path.is_file()), None)
+        paths = [] if name is None else [Path(name, file_name) for file_name in WEIGHTS_NAMES]
+        path = next((path for path in paths if path.is_file()), None)
         if path is not None:
             state_dict, prefix = read_checkpoint(path).state, "text_model."
             if "final_layer_norm.weight" in state_dict:  # as transformers 5 names them
@@ -201,18 +201,20 @@ class CLIPTextModel(nn.Module):
     def set_input_embeddings(self, embedding: nn.Module) -> None:
         self.text_model.embeddings.token_embedding = embedding
 
-    def resize_token_embeddings(self, count: int | None = None, *ignored: Any) -> nn.Module:
-        """Resize the token embedding to `count` rows, new ones random; None = no change."""
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *ignored: Any
+    ) -> nn.Module:
+        """Resize the token embedding to `new_num_tokens`; new rows are random; None = no change."""
         old = cast(nn.Embedding, self.get_input_embeddings())
-        if count is None or count == old.num_embeddings:
+        if new_num_tokens is None or new_num_tokens == old.num_embeddings:
             return old
-        new = nn.Embedding(count, old.embedding_dim).to(old.weight)
-        rows = min(count, old.num_embeddings)
+        new = nn.Embedding(new_num_tokens, old.embedding_dim).to(old.weight)
+        num_kept = min(new_num_tokens, old.num_embeddings)
         with torch.no_grad():
-            new.weight.normal_(std=NEW_TOKEN_STD)[:rows] = old.weight[:rows]
+            new.weight.normal_(std=INITIALIZER_STD)[:num_kept] = old.weight[:num_kept]
         new.weight.requires_grad = old.weight.requires_grad
         self.set_input_embeddings(new)
-        self.config.vocab_size = count
+        self.config.vocab_size = new_num_tokens
         return new
 
     def forward(self, *args: Any, **kwargs: Any) -> TextOutput:
@@ -222,7 +224,7 @@ class CLIPTextModel(nn.Module):
 
 
 class BatchEncoding(UserDict[str, Any]):
-    """Output of the tokenizer: a dict whose entries are also attributes."""
+    """Output of the tokenizer: a dict whose values are also attributes."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "data" or name not in self.data:
@@ -234,7 +236,7 @@ class CLIPTokenizer:
     """Byte-level BPE of SD 1, equal to transformers' slow tokenizer with ftfy.
 
     Args:
-        max_length: Default `max_length` of calls.
+        max_length: Default of `max_length` in `__call__`.
     """
 
     bos_token, eos_token = tokenizer.CLIP.start, tokenizer.CLIP.end
@@ -264,12 +266,12 @@ class CLIPTokenizer:
     encoder = property(get_vocab)
 
     def add_tokens(self, tokens: str | Sequence[str], special_tokens: bool = False) -> int:
-        """Add tokens to the vocabulary; return the number of those that it did not have."""
-        count_before, vocabulary = len(self), self.get_vocab()
+        """Add tokens to the vocabulary; return the number of new tokens."""
+        num_before, vocabulary = len(self), self.get_vocab()
         for token in [tokens] if isinstance(tokens, str) else tokens:
             if token not in vocabulary and token not in self.added_tokens_encoder:
                 self.added_tokens_encoder[token] = len(self)
-        return len(self) - count_before
+        return len(self) - num_before
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Return the id of a token, or the list of ids of several."""
@@ -302,20 +304,20 @@ class CLIPTokenizer:
         """Convert texts to `input_ids` and `attention_mask`.
 
         Args:
-            padding: "max_length", or True for the longest text's length.
+            padding: "max_length", or True to pad to the longest text.
             truncation: Whether to truncate texts to `max_length` tokens.
             max_length: Number of tokens; None = `model_max_length`.
-            add_special_tokens: Whether to add start and end token.
+            add_special_tokens: Whether to add BOS and EOS token.
             return_tensors: "pt" for tensors (B, N); None = lists.
-            return_length: Whether to add an entry `length`, the lengths with padding.
+            return_length: Whether to add `length`, the lengths including padding.
             ignored: Other keyword arguments of transformers.
         """
         max_length = self.model_max_length if max_length is None else max_length
-        special_count = 2 if add_special_tokens else 0
+        num_special_tokens = 2 if add_special_tokens else 0
         sequences = []
         for ids in map(self._encode_text, [text] if isinstance(text, str) else text):
             if truncation:
-                ids = ids[: max(max_length - special_count, 0)]
+                ids = ids[: max(max_length - num_special_tokens, 0)]
             if add_special_tokens:
                 ids = [self.bos_token_id, *ids, self.eos_token_id]
             sequences.append(ids)
@@ -325,16 +327,16 @@ class CLIPTokenizer:
             padded_length = max_length if padding == "max_length" else max(lengths, default=0)
         padded = [ids + [self.pad_token_id] * (padded_length - len(ids)) for ids in sequences]
         mask = [[1] * length + [0] * (padded_length - length) for length in lengths]
-        entries: dict[str, Any] = {"input_ids": padded, "attention_mask": mask}
+        data: dict[str, Any] = {"input_ids": padded, "attention_mask": mask}
         if return_length:
-            entries["length"] = [len(ids) for ids in padded]
+            data["length"] = [len(ids) for ids in padded]
         if return_tensors == "pt":
-            entries = {name: torch.tensor(value, device="cpu") for name, value in entries.items()}
+            data = {name: torch.tensor(value, device="cpu") for name, value in data.items()}
         elif return_tensors is not None:
             raise ValueError(f'return_tensors must be "pt" or None, got "{return_tensors}"')
         elif isinstance(text, str):
-            entries = {name: value[0] for name, value in entries.items()}
-        return BatchEncoding(entries)
+            data = {name: value[0] for name, value in data.items()}
+        return BatchEncoding(data)
 
     def _encode_text(self, text: str) -> list[int]:
         added = {token.lower(): [token_id] for token, token_id in self.added_tokens_encoder.items()}
@@ -342,14 +344,14 @@ class CLIPTokenizer:
 
 
 def _read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sizes and the activation of a text model, by transformers' names."""
+    """Return the config of a text model: the keys of CLIP_LARGE_CONFIG, which are transformers'."""
     if isinstance(config, Mapping):
-        entries = config
+        config_dict = config
     elif (path := Path(config, "config.json")).is_file():
-        entries = json.loads(path.read_text("utf-8"))
+        config_dict = json.loads(path.read_text("utf-8"))
     else:
-        entries = CLIP_CONFIGS.get(str(config), {})
-    entries = entries.get("text_config", entries)
+        config_dict = CLIP_CONFIGS.get(str(config), {})
+    config_dict = config_dict.get("text_config", config_dict)
     return CLIP_LARGE_CONFIG | {
-        key: entries[key] for key in CLIP_LARGE_CONFIG.keys() & entries.keys()
+        key: config_dict[key] for key in CLIP_LARGE_CONFIG.keys() & config_dict.keys()
     }

@@ -10,12 +10,12 @@ from ldm.compat import midas
 
 
 class Txt2ImgIterableBaseDataset(IterableDataset[Any]):
-    """Base class of iterable datasets, for `isinstance` in programs.
+    """Base class of iterable datasets, for `isinstance`.
 
     Args:
         num_records: Number of samples.
         valid_ids: Ids of the samples to use; None = no ids.
-        size: Side of the images in pixels.
+        size: Height and width of the images in pixels.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Txt2ImgIterableBaseDataset(IterableDataset[Any]):
 
 
 class AddMiDaS:
-    """Transform of samples: `jpg`, (H, W, 3) in [-1, 1] -> `midas_in`, (3, H', W') numpy."""
+    """Adds `midas_in`, (3, H', W') numpy, to a sample, from `jpg`, (H, W, 3) in [-1, 1]."""
 
     def __init__(self, model_type: str) -> None:
         self.transform = midas.api.load_midas_transform(model_type)

@@ -52,13 +52,13 @@ class DDIMSampler(BaseDDIMSampler):
         unconditional_conditioning: Condition = None,
         dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Step from x (B, C, h, w) at timesteps t (B,) to the timesteps below them.
+        """Step from x (B, C, h, w) at timesteps t (B,) to the previous, less noisy timestep.
 
         Args:
             index: Index of t in `ddim_timesteps`. The others: see `sample`.
 
         Returns:
-            x at the next timesteps, and the predicted x0.
+            x at the previous timestep, and the predicted x0.
         """
         apply_model, scale = self.model.apply_model, unconditional_guidance_scale
         output = apply_with_guidance(apply_model, x, t, c, scale, unconditional_conditioning)
@@ -94,19 +94,20 @@ class DDIMSampler(BaseDDIMSampler):
         unconditional_conditioning: Condition = None,
         callback: Callable[[int], object] | None = None,
     ) -> tuple[Tensor, dict[str, object]]:
-        """Invert DDIM: find the latents that `decode` denoises to x0 (B, C, h, w).
+        """Invert DDIM: compute the latents that `decode` denoises to x0 (B, C, h, w).
 
         Args:
             t_enc: Number of steps.
-            return_intermediates: Approximate number of intermediate latents to return; None = none.
+            return_intermediates: Approximate number of intermediate latents to return; None returns
+                no intermediate latents.
 
         Returns:
             Latents; and a dict of `x_encoded` (the same latents), `intermediate_steps` (indices of
             steps), and `intermediates` (their latents, if `return_intermediates`).
         """
-        count = len(self.choose_timesteps(None, use_original_steps))
-        if t_enc > count:
-            raise ValueError(f"t_enc must be at most {count}, got {t_enc}")
+        num_timesteps = len(self.choose_timesteps(None, use_original_steps))
+        if t_enc > num_timesteps:
+            raise ValueError(f"t_enc must be at most {num_timesteps}, got {t_enc}")
         if use_original_steps:
             alphas_next, alphas = self.alphas_cumprod, self.alphas_cumprod_prev
         else:
@@ -122,8 +123,8 @@ class DDIMSampler(BaseDDIMSampler):
             t = torch.full((len(x0),), i, device=self.model.device, dtype=torch.long)
             e_t = apply_with_guidance(apply_model, x, t, c, scale, unconditional_conditioning)
             a_t, a_next = alphas[i], alphas_next[i]
-            e_scale = a_next.sqrt() * ((1 / a_next - 1).sqrt() - (1 / a_t - 1).sqrt())
-            x = (a_next / a_t).sqrt() * x + e_scale * e_t
+            noise_coef = a_next.sqrt() * ((1 / a_next - 1).sqrt() - (1 / a_t - 1).sqrt())
+            x = (a_next / a_t).sqrt() * x + noise_coef * e_t
             if return_intermediates and (
                 (i % (t_enc // return_intermediates) == 0 and i < t_enc - 1) or i >= t_enc - 2
             ):
@@ -147,17 +148,17 @@ class DDIMSampler(BaseDDIMSampler):
         """Add noise to x0 (B, C, h, w).
 
         Args:
-            t: Noise levels (B,), indices into `ddim_timesteps`.
+            t: Indices (B,) into `ddim_timesteps`.
             use_original_steps: Whether t are timesteps of the model instead.
-            noise: Standard normal, like x0; None draws it.
+            noise: Standard normal noise, shaped like x0; None draws it.
         """
         if use_original_steps:
-            x0_scales, noise_scales = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+            x0_coefs, noise_coefs = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
         else:
-            x0_scales, noise_scales = self.ddim_alphas.sqrt(), self.ddim_sqrt_one_minus_alphas
+            x0_coefs, noise_coefs = self.ddim_alphas.sqrt(), self.ddim_sqrt_one_minus_alphas
         noise = torch.randn_like(x0) if noise is None else noise
-        scaled_x0 = extract_into_tensor(x0_scales, t, x0.shape) * x0
-        return scaled_x0 + extract_into_tensor(noise_scales, t, x0.shape) * noise
+        scaled_x0 = extract_into_tensor(x0_coefs, t, x0.shape) * x0
+        return scaled_x0 + extract_into_tensor(noise_coefs, t, x0.shape) * noise
 
     @torch.no_grad()
     def decode(
@@ -171,7 +172,7 @@ class DDIMSampler(BaseDDIMSampler):
         callback: Callable[[int], object] | None = None,
     ) -> Tensor:
         """Denoise latents of `stochastic_encode` or `encode` in the last `t_start` steps."""
-        # As in the original, the first step is from index `t_start` - 1, though scripts call
+        # As in the original, the first step is at index `t_start` - 1, although scripts call
         # `stochastic_encode` with index `t_start`, which adds more noise than the model expects.
         timesteps = self.choose_timesteps(None, use_original_steps)[:t_start]
         x = x_latent

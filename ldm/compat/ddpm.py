@@ -11,7 +11,7 @@ from ldm.compat.ddpm_base import (
     DiffusionWrapper as DiffusionWrapper,
     uniform_on_device as uniform_on_device,
 )
-from ldm.compat.ddpm_families import (
+from ldm.compat.ddpm_subclasses import (
     ImageEmbeddingConditionedLatentDiffusion as ImageEmbeddingConditionedLatentDiffusion,
     LatentDepth2ImageDiffusion as LatentDepth2ImageDiffusion,
     LatentFinetuneDiffusion as LatentFinetuneDiffusion,

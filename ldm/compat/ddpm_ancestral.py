@@ -23,7 +23,7 @@ from ldm.compat.sampling import (
 
 
 class AncestralSampling(DDPM):
-    """Base class of LatentDiffusion: its methods of DDPM sampling."""
+    """DDPM with the methods of ancestral sampling, which LatentDiffusion inherits."""
 
     clip_denoised: bool
     first_stage_model: Any
@@ -46,7 +46,7 @@ class AncestralSampling(DDPM):
         """Return mean, variance and log variance of p(x_{t-1} | x_t).
 
         Args:
-            return_codebook_ids: Whether to return the logits of the codes as well.
+            return_codebook_ids: Whether to return the logits of the codebook ids as well.
             return_x0: Whether to return the predicted x_0 as well, unless the logits are returned.
         """
         output = self.apply_model(x, t, c, **drop_none(return_ids=return_codebook_ids or None))
@@ -88,7 +88,8 @@ class AncestralSampling(DDPM):
         """Sample x_{t-1} from x_t, both (B, C, h, w).
 
         Args:
-            return_codebook_ids, return_x0: See `p_mean_variance`; codes are the most likely ones.
+            return_codebook_ids: Whether to return the most likely codebook ids as well.
+            return_x0: Whether to return the predicted x_0 as well, unless the ids are returned.
         """
         mean, _, log_variance, *extras = self.p_mean_variance(
             x,
@@ -105,8 +106,8 @@ class AncestralSampling(DDPM):
         noise = noise_like(x.shape, x.device, repeat_noise) * temperature
         if noise_dropout > 0.0:
             noise = F.dropout(noise, p=noise_dropout)
-        is_last = (t == 0).reshape(-1, *(1,) * (x.dim() - 1))
-        x_prev = mean + (~is_last) * (0.5 * log_variance).exp() * noise
+        nonzero_mask = (t != 0).reshape(-1, *(1,) * (x.dim() - 1))
+        x_prev = mean + nonzero_mask * (0.5 * log_variance).exp() * noise
         if return_codebook_ids:
             return x_prev, extras[0].argmax(dim=1)
         return (x_prev, extras[0]) if return_x0 else x_prev
@@ -131,25 +132,25 @@ class AncestralSampling(DDPM):
         start_T: int | None = None,
         log_every_t: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Sample latents; return them, and the predicted x_0 of some timesteps.
+        """Sample latents; return them, and the predicted x_0 at some timesteps.
 
         Args:
             shape: Shape of the batch, or of one latent if `batch_size` is given.
-            mask: 1 keeps `x0`, 0 is sampled; None samples everywhere.
-            temperature: Factor of the noise, or one for each timestep.
+            mask: 1 where `x0` is kept, 0 where latents are sampled; None = sampled everywhere.
+            temperature: Factor of the noise, or a list of one factor per timestep.
             x_T: Initial noise; None draws it.
             start_T: Number of timesteps, of which the first is `start_T` - 1; None = all.
-            log_every_t: Return x_0 of each timestep divisible by this; None = `self.log_every_t`.
+            log_every_t: x_0 is returned at timesteps divisible by this; None = `self.log_every_t`.
         """
         if batch_size is not None:
             shape = (batch_size, *shape)
             cond = slice_condition(cond, batch_size)
         img = torch.randn(*shape, device=self.device) if x_T is None else x_T
-        timesteps = min(self.num_timesteps, start_T or self.num_timesteps)
+        num_timesteps = min(self.num_timesteps, start_T or self.num_timesteps)
         img, _, pred_x0s = self._denoise_loop(
             img,
             cond,
-            timesteps,
+            num_timesteps,
             log_every_t,
             mask,
             x0,
@@ -185,8 +186,8 @@ class AncestralSampling(DDPM):
         Args:
             return_intermediates: Whether to return the initial noise and the latents at every
                 `log_every_t`-th timestep as well.
-            timesteps, start_T: The smaller one is the number of timesteps; None = all. The others:
-                see `progressive_denoising`.
+            timesteps, start_T: The smaller of both is the number of timesteps; None = all. The
+                others: see `progressive_denoising`.
         """
         img = torch.randn(*shape, device=self.betas.device) if x_T is None else x_T
         timesteps = self.num_timesteps if timesteps is None else timesteps
@@ -208,7 +209,7 @@ class AncestralSampling(DDPM):
         self,
         img: Tensor,
         cond: Condition,
-        timesteps: int,
+        num_timesteps: int,
         log_every_t: int | None,
         mask: Tensor | None,
         x0: Tensor | None,
@@ -217,14 +218,14 @@ class AncestralSampling(DDPM):
         temperature: float | Sequence[float] = 1.0,
         **options: Any,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Denoise at the timesteps `timesteps` - 1 … 0.
+        """Denoise at the timesteps `num_timesteps` - 1 … 0.
 
         Returns:
-            Latents; the latents and the predicted x_0 after every `log_every_t`-th timestep.
+            The final latents; the latents and the predicted x_0 at every `log_every_t`-th timestep.
         """
         log_every_t = log_every_t or self.log_every_t
         intermediates, pred_x0s = [], []
-        for i in reversed(range(timesteps)):
+        for i in reversed(range(num_timesteps)):
             t = torch.full((len(img),), i, device=self.betas.device, dtype=torch.long)
             cond = self._add_noise_to_condition(cond, t)
             img, pred_x0 = self.p_sample(
@@ -238,9 +239,9 @@ class AncestralSampling(DDPM):
                 else temperature[i],
                 **options,
             )
-            if mask is not None:  # after the step, unlike DDIM, as in the original
+            if mask is not None:  # after the step, unlike in DDIM, as in the original
                 img = restore_masked(self, img, x0, mask, t)
-            if i % log_every_t == 0 or i == timesteps - 1:
+            if i % log_every_t == 0 or i == num_timesteps - 1:
                 intermediates.append(img)
                 pred_x0s.append(pred_x0)
             if callback:
@@ -267,7 +268,7 @@ class AncestralSampling(DDPM):
         """Sample latents by `p_sample_loop`.
 
         Args:
-            cond: Condition of `batch_size` samples or more; None = unconditional.
+            cond: Condition of at least `batch_size` samples; None = unconditional.
             shape: Shape of the batch; None = `batch_size` latents of the model's `image_size`.
             kwargs: Ignored, as in the original.
         """

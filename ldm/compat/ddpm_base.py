@@ -1,4 +1,4 @@
-"""DDPM of the original: a UNet and the tables of a noise schedule, with loss and training steps.
+"""DDPM of the original: a UNet and a noise schedule, with loss and training steps.
 
 Ho et al. 2020 (arXiv:2006.11239).
 """
@@ -30,18 +30,18 @@ CONDITIONING_KEYS = (
 def uniform_on_device(
     r1: float, r2: float, shape: Sequence[int], device: torch.device | str
 ) -> Tensor:
-    """Draw float32 from the uniform distribution between r1 and r2."""
+    """Draw float32 values from the uniform distribution between r1 and r2."""
     return (r1 - r2) * torch.rand(*shape, device=device) + r2
 
 
 class DiffusionWrapper(LightningModule):
-    """A UNet, which gets its conditions by `conditioning_key`.
+    """A UNet that is conditioned according to `conditioning_key`.
 
     Args:
-        diff_model_config: Config of the UNet. With `sequential_crossattn: true` beside `target`,
+        diff_model_config: Config of the UNet. With `sequential_crossattn: true` next to `target`,
             the UNet gets the list of contexts, one per transformer block, else their concatenation.
         conditioning_key: "concat" (channels), "crossattn" (context), "hybrid" (both), "adm" (class
-            labels), "hybrid-adm" or "crossattn-adm"; None = no condition.
+            labels or vectors), "hybrid-adm", "crossattn-adm"; None = unconditional.
     """
 
     def __init__(self, diff_model_config: Config, conditioning_key: str | None) -> None:
@@ -64,8 +64,8 @@ class DiffusionWrapper(LightningModule):
 
         Args:
             c_concat: Channels to concatenate with x, (B, C_i, h, w) each.
-            c_crossattn: Contexts (B, M_i, D), concatenated along the tokens; with "adm" a list of
-                the class labels only.
+            c_crossattn: Contexts (B, M_i, D), concatenated along the tokens; with "adm" a list that
+                contains only the class labels.
             c_adm: Class labels or vectors, `y` of the UNet.
         """
         key = self.conditioning_key
@@ -94,17 +94,17 @@ class DDPM(TrainingModule):
         unet_config, conditioning_key: See `DiffusionWrapper`.
         loss_type: "l1" or "l2".
         ckpt_path, ignore_keys: See `init_from_ckpt`; None = random weights.
-        load_only_unet: Whether `ckpt_path` has the weights of the UNet alone.
-        monitor: Logged value by which Lightning selects checkpoints; None = no attribute.
+        load_only_unet: Whether `ckpt_path` has the weights of the UNet only.
+        monitor: Name of the logged value by which Lightning selects checkpoints; None = unset.
         given_betas: Betas instead of `beta_schedule` and `timesteps`; None to compute them.
         original_elbo_weight, l_simple_weight: Weights of the variational lower bound and of the
             simple loss.
         v_posterior: The variance of sampling steps is (1 - v) posterior variance + v beta.
         scheduler_config: Config of the learning rate schedule; None = constant.
-        learn_logvar: Whether to learn a log variance of the error at each timestep.
-        make_it_fit: Whether to repeat weights of a checkpoint that has fewer channels.
-        ucg_training: {batch key: {"p": probability, "val": replacement}}, samples to replace in
-            training, for classifier-free guidance; None = none.
+        learn_logvar: Whether to learn a log variance of the loss at each timestep.
+        make_it_fit: Whether to repeat or cut the weights of a checkpoint with other channel counts.
+        ucg_training: {batch key: {"p": probability, "val": replacement}}, conditions to replace at
+            random in training, for classifier-free guidance; None = no replacement.
         reset_ema: Whether to restart the EMA from the weights of the checkpoint.
         reset_num_ema_updates: Whether to restart the warm-up of the EMA's decay.
     """
@@ -162,8 +162,8 @@ class DDPM(TrainingModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
         if use_ema:
-            # It starts from the initial weights, as in the original: `reset_ema` is needed if the
-            # checkpoint, which is loaded later, has no EMA weights.
+            # The EMA starts from the initial weights, as in the original: `reset_ema` is needed if
+            # the checkpoint, which is loaded later, has no EMA weights.
             self.model_ema = LitEma(self.model)
         self.use_scheduler = scheduler_config is not None
         if self.use_scheduler:
@@ -198,12 +198,11 @@ class DDPM(TrainingModule):
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
     ) -> None:
-        """Compute the tables of a noise schedule, and register them in place of earlier ones."""
-        options = (linear_start, linear_end, cosine_s)
-        values = make_beta_schedule(beta_schedule, timesteps, *options)
+        """Register the buffers of a noise schedule, in place of earlier ones."""
+        array = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         if given_betas is not None:
-            values = np.asarray(given_betas)
-        betas = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+            array = np.asarray(given_betas)
+        betas = torch.as_tensor(array, dtype=torch.float64, device="cpu")
         schedule = Schedule(betas, v_posterior=self.v_posterior)
         self.num_timesteps = len(schedule)
         self.betas_float64 = schedule.betas  # for `bridge.to_modern`: the buffers are float32
@@ -211,17 +210,17 @@ class DDPM(TrainingModule):
         self.linear_end = linear_end
         old_betas = self._buffers.get("betas")
         device = torch.device("cpu") if old_betas is None else old_betas.device
-        for name, table in schedule.buffers().items():
-            self.register_buffer(name, table.to(device))
-        weights = schedule.vlb_weights(self.parameterization).float().to(device)
-        self.register_buffer("lvlb_weights", weights, persistent=False)
+        for name, buffer in schedule.buffers().items():
+            self.register_buffer(name, buffer.to(device))
+        lvlb_weights = schedule.vlb_weights(self.parameterization).float().to(device)
+        self.register_buffer("lvlb_weights", lvlb_weights, persistent=False)
         self.update_cond_schedule()
 
     def update_cond_schedule(self) -> None:
-        """Update the condition's timesteps, which only LatentDiffusion has."""
+        """Update the timesteps of the condition's noise; only LatentDiffusion has them."""
 
     def restart_ema(self, reset_ema: bool, reset_num_updates: bool) -> None:
-        """Restart the EMA from the present weights, or restart the warm-up of its decay."""
+        """Restart the EMA from the current weights, or restart the warm-up of its decay."""
         if (reset_ema or reset_num_updates) and not self.use_ema:
             raise ValueError("reset_ema and reset_num_ema_updates need use_ema")
         if reset_ema:
@@ -240,9 +239,9 @@ class DDPM(TrainingModule):
         """Load the weights of a checkpoint whose names the model has.
 
         Args:
-            path: A file of any format that `ldm.load` reads; objects in it are not unpickled.
-            ignore_keys: Prefixes of names to leave out.
-            only_model: Whether to load the UNet only.
+            path: File in any format that `ldm.load` reads; objects in it are not unpickled.
+            ignore_keys: Prefixes of the names to leave out.
+            only_model: Whether to load only the UNet.
         """
         weights = read_state_dict(path, ignore_keys)
         if self.make_it_fit:
@@ -284,7 +283,7 @@ class DDPM(TrainingModule):
         return mean, variance, self._extract("posterior_log_variance_clipped", t, x_t)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Add noise to x_0 (B, …), at the levels of timesteps t (B,); None draws the noise."""
+        """Add the noise of timesteps t (B,) to x_0 (B, …); None draws the noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         scaled = self._extract("sqrt_alphas_cumprod", t, x_start) * x_start
         return scaled + self._extract("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
@@ -295,26 +294,26 @@ class DDPM(TrainingModule):
         return scaled - self._extract("sqrt_one_minus_alphas_cumprod", t, x) * x
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
-        """Compute the mean error, or without `mean` the error of each element."""
+        """Compute the L1 or L2 loss: the mean, or that of each element if `mean` is False."""
         if self.loss_type not in ("l1", "l2"):
             raise NotImplementedError(f"unknown loss type `{self.loss_type}`")
-        error = F.l1_loss if self.loss_type == "l1" else F.mse_loss
-        return error(pred, target, reduction="mean" if mean else "none")
+        loss_fn = F.l1_loss if self.loss_type == "l1" else F.mse_loss
+        return loss_fn(pred, target, reduction="mean" if mean else "none")
 
     def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Any:
         """Compute the loss at timesteps t (B,), and the losses to log; None draws the noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.model(self.q_sample(x_start, t, noise), t)
         target = self.compute_target(x_start, noise, t)
-        error = self.get_loss(output, target, mean=False).mean((1, 2, 3))
+        losses = self.get_loss(output, target, mean=False).mean((1, 2, 3))  # (B,)
         split = "train" if self.training else "val"
-        simple, vlb = error.mean(), (self.lvlb_weights[t] * error).mean()
+        simple, vlb = losses.mean(), (self.lvlb_weights[t] * losses).mean()
         loss = simple * self.l_simple_weight + self.original_elbo_weight * vlb
-        losses = {"loss_simple": simple, "loss_vlb": vlb, "loss": loss}
-        return loss, {f"{split}/{name}": value for name, value in losses.items()}
+        loss_dict = {"loss_simple": simple, "loss_vlb": vlb, "loss": loss}
+        return loss, {f"{split}/{name}": value for name, value in loss_dict.items()}
 
     def compute_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Compute eps, v or x_0, which the UNet should predict."""
+        """Compute the training target of the UNet: eps, v or x_0."""
         if self.parameterization == "v":
             return self.get_v(x_start, noise, t)
         return noise if self.parameterization == "eps" else x_start
@@ -355,13 +354,13 @@ class DDPM(TrainingModule):
         self.log_dict(loss_dict, prog_bar=False, logger=True, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW for the UNet; callers set the attribute `learning_rate` before."""
+        """Return AdamW for the UNet; callers must have set the attribute `learning_rate`."""
         parameters = [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
         return torch.optim.AdamW(parameters, lr=self.learning_rate)
 
-    def _extract(self, table: str, t: Tensor, x: Tensor) -> Tensor:
-        """Read a table at timesteps t (B,), as (B, 1, …) to broadcast with x (B, …)."""
-        return extract_into_tensor(getattr(self, table), t, x.shape)
+    def _extract(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        """Return a buffer's values at timesteps t (B,), as (B, 1, …) to broadcast with x (B, …)."""
+        return extract_into_tensor(getattr(self, name), t, x.shape)
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
         """Return the KL divergence of x_T from the standard normal, (B,), in bits per dimension."""
@@ -373,20 +372,20 @@ class DDPM(TrainingModule):
 def _fit_weights(
     weights: Mapping[str, Tensor], model_weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the weights whose shapes differ from the model's, repeated or cut in two axes."""
-    fitted = {}
-    for name, target in model_weights.items():
-        weight = weights.get(name)
-        if weight is None or weight.shape == target.shape:
+    """Return the weights that differ in shape from the model's, with channels repeated or cut."""
+    fitted_weights = {}
+    for name, model_weight in model_weights.items():
+        weight, expected = weights.get(name), model_weight.shape
+        if weight is None or weight.shape == expected:
             continue
-        if weight.dim() != target.dim() or weight.shape[2:] != target.shape[2:]:
-            shape, expected = tuple(weight.shape), tuple(target.shape)
-            raise ValueError(f"make_it_fit: `{name}` has shape {shape}, expected {expected}")
-        value = weight[torch.arange(len(target)) % len(weight)]
+        if weight.dim() != len(expected) or weight.shape[2:] != expected[2:]:
+            shapes = f"shape {tuple(weight.shape)}, expected {tuple(expected)}"
+            raise ValueError(f"make_it_fit: `{name}` has {shapes}")
+        fitted = weight[torch.arange(expected[0]) % len(weight)]
         if weight.dim() > 1:
-            in_channels = torch.arange(target.shape[1]) % weight.shape[1]
+            in_channels = torch.arange(expected[1]) % weight.shape[1]
             # As in the original, divided by one more than the number of copies.
             divisor = 1 + torch.bincount(in_channels, minlength=weight.shape[1])[in_channels]
-            value = value[:, in_channels] / divisor.reshape(1, -1, *(1,) * (weight.dim() - 2))
-        fitted[name] = value
-    return fitted
+            fitted = fitted[:, in_channels] / divisor.reshape(1, -1, *(1,) * (weight.dim() - 2))
+        fitted_weights[name] = fitted
+    return fitted_weights

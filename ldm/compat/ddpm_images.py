@@ -21,7 +21,7 @@ GRID_PADDING = 2  # pixels around the images of a grid, as in torchvision's `mak
 
 
 class ImageLogging(AncestralSampling):
-    """Base class of LatentDiffusion: its methods that log images."""
+    """DDPM with the method `log_images`, which LatentDiffusion inherits."""
 
     cond_stage_key: str
     decode_first_stage: Callable[..., Tensor]  # defined by LatentDiffusion
@@ -69,18 +69,19 @@ class ImageLogging(AncestralSampling):
 
         Args:
             N, n_row: Number of samples of the batch to use, and of rows in `diffusion_row`.
-            ddim_steps: Steps of DDIM; None = DDPM sampling.
-            return_keys: Names of the images to return; None, or no such image = all.
-            quantize_denoised: Whether to sample with quantized x_0 as well, with a VQ autoencoder.
-            inpaint: Whether to inpaint the middle of the images, and to outpaint the rest.
-            unconditional_guidance_scale: Above 1, sample with guidance as well.
+            ddim_steps: Number of DDIM steps; None = DDPM sampling.
+            return_keys: Names of the images to return; all are returned if it is None, or if none
+                of them exists.
+            quantize_denoised: Whether to sample also with quantized x_0, if the autoencoder is VQ.
+            inpaint: Whether to inpaint the center of the images, and to outpaint the rest.
+            unconditional_guidance_scale: If above 1, sample also with guidance.
             unconditional_guidance_label: See `get_unconditional_conditioning`.
             kwargs: Ignored, as in the original.
 
         Returns:
             Images (B, 3, H, W), and grids (3, H, W), by name.
         """
-        z, c, x, reconstruction, original = self.get_input(
+        z, c, x, reconstruction, original_cond = self.get_input(
             batch,
             self.first_stage_key,
             return_first_stage_outputs=True,
@@ -90,7 +91,7 @@ class ImageLogging(AncestralSampling):
         )
         N, n_row = min(len(x), N), min(len(x), n_row)
         log: Images = {"inputs": x, "reconstruction": reconstruction}
-        log |= self._visualize_condition(batch, x, c, original)
+        log |= self._visualize_condition(batch, x, c, original_cond)
         options: dict[str, Any] = {
             "batch_size": N,
             "ddim": ddim_steps is not None,
@@ -104,9 +105,9 @@ class ImageLogging(AncestralSampling):
 
         weights_scope = self.ema_scope if use_ema_scope else nullcontext
 
-        def sample_images(**kwargs: Any) -> tuple[Tensor, Any]:
+        def sample_images(**sampler_options: Any) -> tuple[Tensor, Any]:
             with weights_scope():
-                samples, intermediates = self.sample_log(cond=c, **options, **kwargs)
+                samples, intermediates = self.sample_log(cond=c, **options, **sampler_options)
             return self.decode_first_stage(samples), intermediates
 
         if sample:
@@ -121,7 +122,7 @@ class ImageLogging(AncestralSampling):
                 log["samples_x0_quantized"], _ = sample_images(quantize_denoised=True)
         if unconditional_guidance_scale > 1.0:
             uncond = self.get_unconditional_conditioning(N, unconditional_guidance_label)
-            if isinstance(c, dict):  # all other conditions stay those of c
+            if isinstance(c, dict):  # only the prompt is replaced
                 uncond = {**c, "c_crossattn": [uncond]}
             log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"], _ = sample_images(
                 unconditional_guidance_scale=unconditional_guidance_scale,
@@ -144,7 +145,7 @@ class ImageLogging(AncestralSampling):
         return log
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Show maps (B, C, h, w) of any number of channels as images, see `project_to_rgb`."""
+        """Convert x (B, C, h, w), with any number of channels, to images; see `project_to_rgb`."""
         x = x.float()
         if "colorize" not in self.__dict__:
             self.colorize = torch.randn(3, x.shape[1], 1, 1).to(x)
@@ -170,7 +171,7 @@ class ImageLogging(AncestralSampling):
         return F.pad(grid, (GRID_PADDING, 0, GRID_PADDING, 0))
 
     def _add_noise_at_timesteps(self, z: Tensor) -> list[Tensor]:
-        """Return latents with the noise of each `log_every_t`-th timestep and of the last one."""
+        """Return latents with the noise of every `log_every_t`-th timestep and of the last one."""
         last = self.num_timesteps - 1
         timesteps = [t for t in range(last + 1) if t % self.log_every_t == 0 or t == last]
         return [
@@ -178,8 +179,10 @@ class ImageLogging(AncestralSampling):
             for t in timesteps
         ]
 
-    def _visualize_condition(self, batch: Batch, x: Tensor, c: Condition, original: Any) -> Images:
-        """Return the conditions of the samples as images, {} if they cannot be visualized."""
+    def _visualize_condition(
+        self, batch: Batch, x: Tensor, c: Condition, original_cond: Any
+    ) -> Images:
+        """Return the conditions of the samples as images; {} if they cannot be visualized."""
         if self.model.conditioning_key is None:
             return {}
         decode = getattr(self.cond_stage_model, "decode", None)
@@ -190,9 +193,9 @@ class ImageLogging(AncestralSampling):
         if key in ("caption", "txt", "human_label") and key in batch:
             height, width = x.shape[-2:]
             captions = batch[key][: len(x)]
-            # The original's font size, a 25th of the image's height
+            # The font size is the original's.
             images = log_txt_as_img((width, height), captions, size=max(height // 25, 1))
             return {"conditioning": images}
-        if isimage(original):
-            return {"conditioning": original}
-        return {"original_conditioning": self.to_rgb(original)} if ismap(original) else {}
+        if isimage(original_cond):
+            return {"conditioning": original_cond}
+        return {"original_conditioning": self.to_rgb(original_cond)} if ismap(original_cond) else {}

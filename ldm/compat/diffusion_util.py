@@ -48,14 +48,14 @@ def make_ddim_timesteps(
 
     Args:
         ddim_discr_method: "uniform" takes every c-th, c = num_ddpm_timesteps // num_ddim_timesteps,
-            often more than num_ddim_timesteps; "quad" is uniform in √t up to 0.8
-            num_ddpm_timesteps.
+            often more than num_ddim_timesteps; "quad" is uniform in √t, up to
+            0.8 num_ddpm_timesteps.
     """
     if ddim_discr_method == "uniform":
         if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
             raise ValueError(f"steps must be in 1 … {num_ddpm_timesteps}, got {num_ddim_timesteps}")
-        # With 3, 9, 27 … steps of 1000 the last is 1000, which no table has: an IndexError later,
-        # as in the original.
+        # With 3, 9, 27 … of 1000 steps, the last is 1000, which is out of range: an IndexError
+        # later, as in the original.
         step = num_ddpm_timesteps // num_ddim_timesteps
         return np.arange(1, num_ddpm_timesteps + 1, step, dtype=np.int64)
     if ddim_discr_method == "quad":
@@ -70,31 +70,31 @@ def make_ddim_timesteps(
 def make_ddim_sampling_parameters(
     alphacums: Tensor | Array, ddim_timesteps: NDArray[np.int64], eta: float, verbose: bool = True
 ) -> tuple[Tensor | Array, Tensor | Array, Array]:
-    """Compute the tables of DDIM (arXiv:2010.02502, eq. 12) at the timesteps of a run.
+    """Compute the parameters of DDIM (arXiv:2010.02502, eq. 12) at the timesteps of a run.
 
     Args:
         alphacums: ᾱ at each timestep of the model.
 
     Returns:
-        sigma of the noise that each step adds (float64); ᾱ; and ᾱ at the timestep before (float64
-        numpy). The first two are tensors if `alphacums` is a tensor, else numpy.
+        sigma of the noise that each step adds (float64); ᾱ; and ᾱ at the previous timestep
+        (float64 numpy). The first two are tensors if `alphacums` is a tensor, else numpy.
     """
-    table = torch.as_tensor(alphacums)
-    alphas = table[torch.as_tensor(ddim_timesteps)]
+    alphas_cumprod = torch.as_tensor(alphacums)
+    alphas = alphas_cumprod[torch.as_tensor(ddim_timesteps)]
     # The first is ᾱ of timestep 0, which is below 1: the last step leaves a little noise.
-    previous = torch.cat([table[:1], alphas[:-1]]).double()
+    alphas_prev = torch.cat([alphas_cumprod[:1], alphas[:-1]]).double()
     alphas64 = alphas.double()
-    variance = (1 - previous) / (1 - alphas64) * (1 - alphas64 / previous)
-    sigmas, alphas_prev = eta * variance.sqrt(), previous.cpu().numpy()
+    variance = (1 - alphas_prev) / (1 - alphas64) * (1 - alphas64 / alphas_prev)
+    sigmas = eta * variance.sqrt()
     if isinstance(alphacums, Tensor):
-        return sigmas, alphas, alphas_prev
-    return sigmas.numpy(), alphas.numpy(), alphas_prev
+        return sigmas, alphas, alphas_prev.cpu().numpy()
+    return sigmas.numpy(), alphas.numpy(), alphas_prev.numpy()
 
 
 def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> Array:
-    """Build betas (num_diffusion_timesteps,) from ᾱ as a function of time in [0, 1]."""
+    """Build betas (num_diffusion_timesteps,) from ᾱ as a function of t in [0, 1]."""
     times = np.linspace(0, 1, num_diffusion_timesteps + 1)
     alphas_cumprod = np.array([alpha_bar(t) for t in times])
     betas: Array = np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], max_beta)
@@ -102,12 +102,12 @@ def betas_for_alpha_bar(
 
 
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
-    """Read a table (T,) at timesteps (B,), as (B, 1, …) to broadcast with tensors of `x_shape`."""
+    """Return a[t] for a (T,) and t (B,), as (B, 1, …) to broadcast with tensors of `x_shape`."""
     return a.gather(-1, t).reshape(t.shape[0], *(1,) * (len(x_shape) - 1))
 
 
 def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = False) -> Tensor:
-    """Draw standard normal noise (B, …); with `repeat` the same for each sample of the batch."""
+    """Draw standard normal noise (B, …); if `repeat`, the same for each sample of the batch."""
     if not repeat:
         return torch.randn(tuple(shape), device=device)
     noise = torch.randn((1, *shape[1:]), device=device)
@@ -130,7 +130,7 @@ def timestep_embedding(
 def checkpoint(
     func: Callable[..., Result], inputs: Sequence[object], params: Iterable[Tensor], flag: bool
 ) -> Result:
-    """Call a function; with `flag`, recompute its activations in the backward pass.
+    """Call a function; if `flag`, recompute its activations in the backward pass.
 
     Args:
         params: Ignored, as torch finds the parameters itself.
@@ -150,7 +150,7 @@ def scale_module(module: nn.Module, scale: float) -> nn.Module:
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm with mean and variance in float32 whatever the dtype."""
+    """GroupNorm that computes mean and variance in float32, whatever the dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         # torch's kernels need x and weight of one dtype, and compute in float32 for half precision.
@@ -196,5 +196,5 @@ class HybridConditioner(nn.Module):
 
 def _select_by_dims(classes: Sequence[type[nn.Module]], dims: int) -> Callable[..., nn.Module]:
     if dims not in (1, 2, 3):
-        raise ValueError(f"unsupported dimensions: {dims}")  # the original's text
+        raise ValueError(f"unsupported dimensions: {dims}")  # the original's message
     return classes[dims - 1]

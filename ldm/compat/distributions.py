@@ -17,7 +17,7 @@ class DiagonalGaussianDistribution(DiagonalGaussian):
         self.var = torch.zeros_like(self.mean) if deterministic else self.logvar.exp()
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw a sample mean + std * noise, (B, C, h, w); the noise is drawn on the CPU."""
+        """Draw a sample, mean + std * noise, (B, C, h, w); the noise is drawn on the CPU."""
         noise = torch.randn(self.mean.shape, generator=generator)
         # The noise stays float32, whatever the dtype of the mean: as in the original, the sample
         # has at least float32 precision.
@@ -31,7 +31,7 @@ class DiagonalGaussianDistribution(DiagonalGaussian):
         return 0.5 * (terms - 1.0 - self.logvar + other.logvar).sum(dim=(1, 2, 3))
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """Compute the negative log likelihood of a sample, summed over `dims`."""
+        """Compute the negative log-likelihood of a sample, summed over `dims`."""
         if self.deterministic:
             return torch.zeros(1)
         terms = math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
@@ -46,5 +46,6 @@ def normal_kl(
     tensor = next((value for value in values if isinstance(value, Tensor)), None)
     assert tensor is not None, "at least one argument must be a Tensor"
     # Numbers get the dtype and device of the first tensor.
-    log1, log2 = (torch.as_tensor(value).to(tensor) for value in (logvar1, logvar2))
-    return 0.5 * (-1.0 + log2 - log1 + (log1 - log2).exp() + (mean1 - mean2) ** 2 * (-log2).exp())
+    logvar1, logvar2 = (torch.as_tensor(value).to(tensor) for value in (logvar1, logvar2))
+    terms = -1.0 + logvar2 - logvar1 + (logvar1 - logvar2).exp()
+    return 0.5 * (terms + (mean1 - mean2) ** 2 * (-logvar2).exp())

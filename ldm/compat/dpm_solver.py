@@ -8,7 +8,7 @@ Lu et al. 2022: DPM-Solver (arXiv:2206.00927) for noise prediction, and DPM-Solv
     phi_2 = phi_1 / h - sign,   phi_3 = phi_2 / h - 1/2
 
 where lambda = log(alpha / sigma) is half the log SNR, h = lambda_t - lambda_s, m the prediction of
-the model, and m' and m'' its derivatives with respect to lambda, times h and h^2:
+the model, and m' and m'' its derivatives with respect to lambda, multiplied by h and h^2:
 
     m = noise    sign = 1     a = sigma_t    b = alpha_t / alpha_s
     m = x0       sign = -1    a = alpha_t    b = sigma_t / sigma_s
@@ -25,13 +25,13 @@ from torch import Tensor
 from ldm.compat.sampling import Condition, DiffusionModel, Sampler, apply_with_guidance
 
 ModelFunction = Callable[[Tensor, Tensor], Tensor]
-MODEL_TYPES = {"eps": "noise", "v": "v"}  # `model_type` of `model_wrapper` by parameterization
+MODEL_TYPES = {"eps": "noise", "v": "v"}  # parameterization -> `model_type` of `model_wrapper`
 COSINE_S = 0.008  # offset of the cosine schedule (arXiv:2102.09672)
-QUANTILE = 0.995  # of |x0|, for dynamic thresholding
+THRESHOLDING_QUANTILE = 0.995  # of |x0|, for dynamic thresholding
 # For adaptive steps
-INITIAL_STEP = 0.05  # in lambda
+INITIAL_LAMBDA_STEP = 0.05
 SAFETY_FACTOR = 0.9  # of the estimated step size
-TIME_TOLERANCE = 1e-5  # difference to the last time at which sampling ends
+TIME_TOLERANCE = 1e-5  # sampling ends when the time is this close to the last one
 
 
 class NoiseScheduleVP:
@@ -40,9 +40,9 @@ class NoiseScheduleVP:
     alpha_t = √ᾱ, sigma_t² = 1 - ᾱ.
 
     Args:
-        schedule: "discrete", which interpolates log alpha linearly between the entries of a table;
-            or "linear" or "cosine", which are continuous.
-        betas, alphas_cumprod: Table of "discrete", which needs one of them.
+        schedule: "discrete", which interpolates log alpha linearly between the timesteps of a
+            model; or "linear" or "cosine", which are continuous.
+        betas, alphas_cumprod: Schedule of the model, (N,); "discrete" needs one of them.
         continuous_beta_0, continuous_beta_1: First and last beta of "linear", per unit of time.
     """
 
@@ -106,7 +106,7 @@ class NoiseScheduleVP:
         log_alpha = -0.5 * F.softplus(-2.0 * lamb)
         if self.schedule == "discrete":
             log_alphas, times = (
-                table.to(lamb).flip(1) for table in (self.log_alpha_array, self.t_array)
+                array.to(lamb).flip(1) for array in (self.log_alpha_array, self.t_array)
             )
             return interpolate_fn(log_alpha.reshape(-1, 1), log_alphas, times).reshape(-1)
         angle = torch.arccos((log_alpha + _LOG_COSINE_AT_0).exp())
@@ -135,12 +135,12 @@ def model_wrapper(
         model: Called with (x, timesteps), or (x, timesteps, condition). Timesteps are fractional,
             0 … 999, for a discrete noise schedule, and the times themselves for a continuous one.
         model_type: What the model predicts: "noise", "x_start", "v" or "score".
-        model_kwargs: Keyword arguments of the model; None = none.
-        guidance_type: "uncond" (none), "classifier" or "classifier-free".
-        condition: Condition of the model, or of the classifier; None = none.
+        model_kwargs: Keyword arguments of the model; None = {}.
+        guidance_type: "uncond" (no guidance), "classifier" or "classifier-free".
+        condition: Condition of the model, or of the classifier; None = unconditional.
         unconditional_condition: Negative condition; None disables "classifier-free".
         classifier_fn: (x, timesteps, condition) -> log probabilities, needed for "classifier".
-        classifier_kwargs: Keyword arguments of `classifier_fn`; None = none.
+        classifier_kwargs: Keyword arguments of `classifier_fn`; None = {}.
     """
     if model_type not in ("noise", "x_start", "v", "score"):
         raise ValueError(f"unknown model_type `{model_type}`")
@@ -148,13 +148,13 @@ def model_wrapper(
         raise ValueError(f"unknown guidance_type `{guidance_type}`")
 
     def to_timesteps(t: Tensor) -> Tensor:
-        if noise_schedule.schedule == "discrete":  # entry i of the table is the time (i + 1) / N
+        if noise_schedule.schedule == "discrete":  # timestep i of the model is at (i + 1) / N
             return (t - 1.0 / noise_schedule.total_N) * 1000.0
         return t
 
     def predict_noise(x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        conditions = () if cond is None else (cond,)
-        output = model(x, to_timesteps(t), *conditions, **(model_kwargs or {}))
+        args = () if cond is None else (cond,)
+        output = model(x, to_timesteps(t), *args, **(model_kwargs or {}))
         if model_type == "noise":
             return output
         alpha, std = (
@@ -165,7 +165,7 @@ def model_wrapper(
             return (x - alpha * output) / std
         return alpha * output + std * x if model_type == "v" else -std * output
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
+    def predict_guided_noise(x: Tensor, t: Tensor) -> Tensor:
         t = t.expand(len(x)) if t.numel() == 1 else t
         if guidance_type == "uncond":
             return predict_noise(x, t)
@@ -183,7 +183,7 @@ def model_wrapper(
         std = expand_dims(noise_schedule.marginal_std(t), x.dim())
         return predict_noise(x, t) - guidance_scale * std * grad
 
-    return predict
+    return predict_guided_noise
 
 
 class DPM_Solver:
@@ -221,8 +221,8 @@ class DPM_Solver:
         alpha, std = self.noise_schedule.marginal_alpha(t), self.noise_schedule.marginal_std(t)
         x0 = (x - expand_dims(std, x.dim()) * noise) / expand_dims(alpha, x.dim())
         if self.thresholding:
-            quantile = x0.abs().flatten(1).quantile(QUANTILE, dim=1).clamp(min=self.max_val)
-            limit = expand_dims(quantile, x0.dim())
+            quantile = x0.abs().flatten(1).quantile(THRESHOLDING_QUANTILE, dim=1)
+            limit = expand_dims(quantile.clamp(min=self.max_val), x0.dim())
             x0 = x0.clamp(-limit, limit) / (limit / self.max_val)
         return x0
 
@@ -234,7 +234,7 @@ class DPM_Solver:
     def get_time_steps(
         self, skip_type: str, t_T: float, t_0: float, N: int, device: torch.device | str
     ) -> Tensor:
-        """Return N + 1 times from t_T down to t_0, evenly spaced in t, √t or the log SNR."""
+        """Return N + 1 times from t_T down to t_0, uniform in t, √t or the log SNR."""
         if skip_type == "time_uniform":
             return torch.linspace(t_T, t_0, N + 1, device=device)
         if skip_type == "time_quadratic":
@@ -243,8 +243,8 @@ class DPM_Solver:
             raise ValueError(
                 f"skip_type must be logSNR, time_uniform or time_quadratic, got `{skip_type}`"
             )
-        ends = self.noise_schedule.marginal_lambda(torch.tensor([t_T, t_0]))
-        lambdas = torch.linspace(float(ends[0]), float(ends[1]), N + 1, device=device)
+        first, last = self.noise_schedule.marginal_lambda(torch.tensor([t_T, t_0])).tolist()
+        lambdas = torch.linspace(first, last, N + 1, device=device)
         return self.noise_schedule.inverse_lambda(lambdas)
 
     def get_orders_and_timesteps_for_singlestep_solver(
@@ -256,9 +256,9 @@ class DPM_Solver:
         t_0: float,
         device: torch.device | str,
     ) -> tuple[Tensor, list[int]]:
-        """Return the K + 1 times between which K steps are made, and the orders of the steps.
+        """Return the K + 1 times that bound K steps, and the order of each step.
 
-        The order of a step is its number of model evaluations; the orders sum to `steps`.
+        The order of a step is its number of model evaluations; the orders sum up to `steps`.
         """
         orders = [order] * (steps // order)
         if order == 3 and steps % 3 == 0:
@@ -267,8 +267,8 @@ class DPM_Solver:
             orders.append(steps % order)
         if skip_type == "logSNR":
             return self.get_time_steps(skip_type, t_T, t_0, len(orders), device), orders
-        ends = torch.tensor([0, *orders]).cumsum(dim=0)
-        return self.get_time_steps(skip_type, t_T, t_0, steps, device)[ends], orders
+        indices = torch.tensor([0, *orders]).cumsum(dim=0)
+        return self.get_time_steps(skip_type, t_T, t_0, steps, device)[indices], orders
 
     def denoise_to_zero_fn(self, x: Tensor, s: Tensor) -> Tensor:
         """Step from time s to time 0: predict x0."""
@@ -299,7 +299,7 @@ class DPM_Solver:
         """Step from time s to t with `order` model evaluations.
 
         Args:
-            solver_type: Estimate of the derivatives, "dpm_solver" or "taylor".
+            solver_type: How derivatives are estimated, "dpm_solver" or "taylor".
             r1, r2: Positions of the second and third evaluation, as fractions of the step in
                 lambda; None = 1/2 for order 2, 1/3 and 2/3 for order 3.
             model_s: Prediction at s; None computes it.
@@ -336,17 +336,17 @@ class DPM_Solver:
         order: int,
         solver_type: str = "dpm_solver",
     ) -> Tensor:
-        """Step to time t from the predictions at the `order` times before, oldest first."""
+        """Step to time t from the predictions at the last `order` times, oldest first."""
         _check_solver_type(solver_type)
         s, model_s = t_prev_list[-1], model_prev_list[-1]
         if order == 1:
             return self._integrate(x, s, t, model_s)
         h = self._get_lambda_step(s, t)
-        slopes, ratios = [], []  # difference quotients, and previous steps relative to h
-        for before, after in ((-2, -1), (-3, -2))[: order - 1]:
-            ratio = self._get_lambda_step(t_prev_list[before], t_prev_list[after]) / h
+        slopes, ratios = [], []  # difference quotients, and earlier steps relative to h
+        for start, end in ((-2, -1), (-3, -2))[: order - 1]:
+            ratio = self._get_lambda_step(t_prev_list[start], t_prev_list[end]) / h
             ratios.append(expand_dims(ratio, x.dim()))
-            slopes.append((model_prev_list[after] - model_prev_list[before]) / ratios[-1])
+            slopes.append((model_prev_list[end] - model_prev_list[start]) / ratios[-1])
         if order == 2:
             return self._integrate_second_order(x, s, t, model_s, slopes[0], solver_type)
         D2 = (slopes[0] - slopes[1]) / (ratios[0] + ratios[1])
@@ -362,32 +362,33 @@ class DPM_Solver:
         rtol: float = 0.05,
         solver_type: str = "dpm_solver",
     ) -> Tensor:
-        """Step from t_T to t_0, with step sizes adapted to the error.
+        """Step from t_T to t_0, with step sizes adapted to the estimated error.
 
         Args:
-            order: 2 or 3; the error is the difference to the next lower order.
+            order: 2 or 3; the error is the difference from a solver of the next lower order.
             atol, rtol: Absolute and relative tolerance of the error.
         """
         if order not in (2, 3):
             raise ValueError(f"order must be 2 or 3 for adaptive steps, got {order}")
         schedule = self.noise_schedule
-        s, end = (torch.full((1,), time, device=x.device) for time in (t_T, t_0))
-        h, x_prev = INITIAL_STEP, x
+        s, t_end = (torch.full((1,), time, device=x.device) for time in (t_T, t_0))
+        h, x_prev = INITIAL_LAMBDA_STEP, x
         r1, r2 = (0.5, None) if order == 2 else (1.0 / 3.0, 2.0 / 3.0)
-        while float((s - end).abs()) > TIME_TOLERANCE:
+        while float((s - t_end).abs()) > TIME_TOLERANCE:
             t = schedule.inverse_lambda(schedule.marginal_lambda(s) + h)
             model_s = self.model_fn(x, s)
-            low, high = (
+            x_lower, x_higher = (
                 self.singlestep_dpm_solver_update(x, s, t, n, solver_type, r1, r2, model_s)
                 for n in (order - 1, order)
             )
-            tolerance = torch.maximum(low.abs(), x_prev.abs()).mul(rtol).clamp(min=atol)
-            error = float(((high - low) / tolerance).square().flatten(1).mean(1).sqrt().max())
+            tolerance = torch.maximum(x_lower.abs(), x_prev.abs()).mul(rtol).clamp(min=atol)
+            relative = (x_higher - x_lower) / tolerance
+            error = float(relative.square().flatten(1).mean(1).sqrt().max())
             if error <= 1.0:  # else the step is rejected, and repeated with a smaller h
-                x, s, x_prev = high, t, low
-            h_to_end = float(self._get_lambda_step(s, end))
+                x, s, x_prev = x_higher, t, x_lower
+            remaining = float(self._get_lambda_step(s, t_end))
             growth = error ** (-1.0 / order) if error > 0.0 else math.inf
-            h = min(SAFETY_FACTOR * h * growth, h_to_end)
+            h = min(SAFETY_FACTOR * h * growth, remaining)
         return x
 
     @torch.no_grad()
@@ -447,9 +448,9 @@ class DPM_Solver:
                 orders = [order] * (steps // order)
                 times = self.get_time_steps(skip_type, t_T, t_0, len(orders), x.device)
             for i, step_order in enumerate(orders):
-                ends = float(times[i]), float(times[i + 1])
-                evaluation_times = self.get_time_steps(skip_type, *ends, step_order, x.device)
-                lambdas = self.noise_schedule.marginal_lambda(evaluation_times)
+                start, end = float(times[i]), float(times[i + 1])
+                step_times = self.get_time_steps(skip_type, start, end, step_order, x.device)
+                lambdas = self.noise_schedule.marginal_lambda(step_times)
                 ratios = (lambdas - lambdas[0]) / (lambdas[-1] - lambdas[0])
                 r1, r2 = (ratios[k] if step_order > k else None for k in (1, 2))
                 x = self.singlestep_dpm_solver_update(
@@ -483,15 +484,15 @@ class DPM_Solver:
         """Step from time s to t, given m, m' (D1) and m'' (D2) of the module's docstring."""
         schedule = self.noise_schedule
         sign = -1.0 if self.predict_x0 else 1.0
-        scales = (schedule.marginal_alpha, schedule.marginal_std)
-        model_scale, x_scale = scales if self.predict_x0 else scales[::-1]
+        functions = (schedule.marginal_alpha, schedule.marginal_std)
+        model_coef, x_coef = functions if self.predict_x0 else functions[::-1]
         h = self._get_lambda_step(s, t)
         phi_1 = torch.expm1(sign * h)
         phi_2 = phi_1 / h - sign
         phi_3 = phi_2 / h - 0.5
         b, a, phi_1, phi_2, phi_3 = (
             expand_dims(value, x.dim())
-            for value in (x_scale(t) / x_scale(s), model_scale(t), phi_1, sign * phi_2, phi_3)
+            for value in (x_coef(t) / x_coef(s), model_coef(t), phi_1, sign * phi_2, phi_3)
         )
         integral = phi_1 * model_s
         if D1 is not None:
@@ -504,8 +505,8 @@ class DPM_Solver:
 class DPMSolverSampler(Sampler):
     """DPM-Solver++ 2M, which calls `apply_model` with fractional timesteps.
 
-    As in the original, `sample` ignores all arguments but the number of steps, the conditions, the
-    guidance scale and `x_T`.
+    As in the original, `sample` ignores all arguments except the number of steps, the shape, the
+    conditions, the guidance scale and `x_T`.
     """
 
     alphas_cumprod: Tensor
@@ -532,7 +533,7 @@ class DPMSolverSampler(Sampler):
         device = self.model.betas.device
         x = torch.randn(*shape, device=device) if x_T is None else x_T
         schedule = NoiseScheduleVP("discrete", alphas_cumprod=self.alphas_cumprod.to(device))
-        predict = model_wrapper(
+        predict_noise = model_wrapper(
             lambda x, t, c=None: self.model.apply_model(x, t, c),
             schedule,
             model_type=MODEL_TYPES[self.model.parameterization],
@@ -541,15 +542,15 @@ class DPMSolverSampler(Sampler):
             unconditional_condition=unconditional_conditioning,
             guidance_scale=unconditional_guidance_scale,
         )
-        solver = DPM_Solver(predict, schedule, predict_x0=True)
+        solver = DPM_Solver(predict_noise, schedule, predict_x0=True)
         return solver.sample(x, steps=self.steps, order=2, method="multistep"), None
 
 
 def interpolate_fn(x: Tensor, xp: Tensor, yp: Tensor) -> Tensor:
-    """Interpolate C functions linearly at x (N, C); extrapolate beyond the ends.
+    """Interpolate C functions linearly at x (N, C), and extrapolate beyond their knots.
 
     Args:
-        xp, yp: Knots, ascending, and values of each function at them, (C, K).
+        xp, yp: K knots of each function, ascending, and its values there, (C, K) each.
     """
     outputs = []
     for inputs, knots, values in zip(x.unbind(1), xp, yp, strict=True):

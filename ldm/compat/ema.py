@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class LitEma(nn.Module):
     """Exponential moving average (EMA) of the parameters of a model that require gradients.
 
-    ema -= (1 - decay) (ema - weight). The name of an EMA buffer is that of its parameter without
+    ema -= (1 - decay) (ema - weight). The name of an EMA buffer is its parameter's name without
     dots.
 
     Args:
@@ -31,8 +31,8 @@ class LitEma(nn.Module):
             raise ValueError("Decay must be between 0 and 1")
         self.m_name2s_name: dict[str, str] = {}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
-        start = 0 if use_num_upates else -1
-        self.register_buffer("num_updates", torch.tensor(start, dtype=torch.int32))
+        num_updates = 0 if use_num_upates else -1
+        self.register_buffer("num_updates", torch.tensor(num_updates, dtype=torch.int32))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.m_name2s_name[name] = name.replace(".", "")

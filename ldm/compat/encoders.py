@@ -30,7 +30,7 @@ UNUSED_VISION_CONFIG = {"layers": 1, "width": 64, "patch_size": 32, "image_size"
 
 def __getattr__(name: str) -> Any:
     if name in MISSING_ENCODERS:
-        # `from … import` replaces the text of an AttributeError, but not of an ImportError.
+        # `from … import` replaces the message of an AttributeError, but not of an ImportError.
         raise ImportError(f"`{name}` is not available: {MISSING_ENCODERS[name]}", name=name)
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
 
@@ -126,12 +126,12 @@ class SpatialRescaler(nn.Module):
         return self(x)
 
 
-class EncoderWithDevice(AbstractEncoder):
-    """Base class of encoders whose `device` is that of their weights."""
+class BaseTextEncoder(AbstractEncoder):
+    """Base class of the text encoders, whose `device` is that of their weights."""
 
     @property
     def device(self) -> torch.device:
-        """Device that inputs are moved to. Programs assign to it, which has no effect."""
+        """Device to which inputs are moved. Assigning to it has no effect, but is allowed."""
         return next(p.device for p in self.parameters())
 
     @device.setter
@@ -141,21 +141,21 @@ class EncoderWithDevice(AbstractEncoder):
         return self(text, **kwargs)
 
     def freeze(self) -> None:
-        """Set eval mode, and do not compute gradients of the weights."""
+        """Set eval mode, and disable gradients of the weights."""
         self.eval()
         self.requires_grad_(False)
 
 
-class FrozenCLIPEmbedder(EncoderWithDevice):
+class FrozenCLIPEmbedder(BaseTextEncoder):
     """Prompts -> context (B, 77, D) by the text model of OpenAI's CLIP: SD 1.
 
     Args:
         version: Name of a model, for its config, or a folder with `config.json` and weights.
         device: Ignored, see `device`.
-        max_length: Tokens of a prompt, 77 at most.
+        max_length: Number of tokens of a prompt, at most 77.
         freeze: Whether to freeze the weights.
-        layer: "last"; "pooled" for the vector at the first EOS token, (B, 1, D); or "hidden" for
-            hidden state `layer_idx` (0 is the embedding), without the final norm.
+        layer: "last"; "pooled" for the last hidden state at the first EOS token, (B, 1, D); or
+            "hidden" for hidden state `layer_idx` (0 is the embedding), without the final norm.
         layer_idx: Index of a hidden state, -layers … layers; None unless `layer` is "hidden".
         arch: Config with transformers' keys; None = that of `version`. Not in the original.
     """
@@ -176,7 +176,7 @@ class FrozenCLIPEmbedder(EncoderWithDevice):
         super().__init__()
         assert layer in self.LAYERS, f"layer must be one of {', '.join(self.LAYERS)}, got {layer}"
         self.tokenizer = CLIPTokenizer.from_pretrained(version)
-        # `from_pretrained` is what programs replace while they build a model.
+        # Third-party code replaces `from_pretrained` while it builds a model.
         self.transformer = (
             CLIPTextModel.from_pretrained(version) if arch is None else CLIPTextModel(arch).eval()
         )
@@ -185,8 +185,8 @@ class FrozenCLIPEmbedder(EncoderWithDevice):
         self.layer_idx = layer_idx
         if layer == "hidden":
             assert layer_idx is not None, 'layer "hidden" needs a layer_idx'
-            depth = len(self.transformer.text_model.encoder.layers)
-            assert abs(layer_idx) <= depth, f"layer_idx must be -{depth} … {depth}, got {layer_idx}"
+            n = len(self.transformer.text_model.encoder.layers)
+            assert abs(layer_idx) <= n, f"layer_idx must be -{n} … {n}, got {layer_idx}"
         if freeze:
             self.freeze()
 
@@ -210,11 +210,11 @@ class FrozenCLIPEmbedder(EncoderWithDevice):
             return outputs.last_hidden_state
         if self.layer == "pooled":
             return cast(Tensor, outputs.pooler_output)[:, None]
-        states = cast("tuple[Tensor, ...]", outputs.hidden_states)
-        return states[cast(int, self.layer_idx)]
+        hidden_states = cast("tuple[Tensor, ...]", outputs.hidden_states)
+        return hidden_states[cast(int, self.layer_idx)]
 
 
-class FrozenOpenCLIPEmbedder(EncoderWithDevice):
+class FrozenOpenCLIPEmbedder(BaseTextEncoder):
     """Prompts -> context (B, 77, D) by the text model of open_clip: SD 2.
 
     Args:
@@ -222,7 +222,7 @@ class FrozenOpenCLIPEmbedder(EncoderWithDevice):
         version: Path of a weights file, or "openai" for quick GELU; any other value is ignored.
         device: Ignored, see `device`.
         freeze: Whether to freeze the weights.
-        layer: Block whose output is returned, after the final norm: "last" or "penultimate".
+        layer: Layer whose output is returned, after the final norm: "last" or "penultimate".
     """
 
     LAYERS: ClassVar = ["last", "penultimate"]
@@ -263,7 +263,7 @@ class FrozenOpenCLIPEmbedder(EncoderWithDevice):
         return out
 
     def text_transformer_forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Run the blocks up to `layer` on x (N, B, D); attn_mask None masks nothing."""
+        """Run all layers up to `layer` on x (N, B, D); `attn_mask` None masks nothing."""
         transformer = self.model.transformer
         for block in transformer.resblocks[: len(transformer.resblocks) - self.layer_idx]:
             if transformer.grad_checkpointing and torch.is_grad_enabled():
@@ -276,12 +276,12 @@ class FrozenOpenCLIPEmbedder(EncoderWithDevice):
 class ImageEmbedder(CLIPVision):
     """Base class of the image encoders."""
 
-    device = EncoderWithDevice.device
-    freeze = EncoderWithDevice.freeze
+    device = BaseTextEncoder.device
+    freeze = BaseTextEncoder.freeze
     ucg_rate: float
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """Resize images to the size of the network, and normalize them."""
+        """Resize images to the network's input size, and normalize them."""
         size = self.model.visual.image_size
         return preprocess(x, size, antialias=self.antialias, blur=self.blur)
 
@@ -290,7 +290,7 @@ class ImageEmbedder(CLIPVision):
         return self.embed(img).to(img.dtype)
 
     def forward(self, image: Tensor, no_dropout: bool = False) -> Tensor:
-        """Encode images; unless `no_dropout`, drop some embeddings (set them to zeros)."""
+        """Encode images; unless `no_dropout`, set random embeddings to zero."""
         x = self.encode_with_vision_transformer(image)
         if no_dropout or self.ucg_rate <= 0:
             return x
@@ -306,7 +306,7 @@ class FrozenOpenCLIPImageEmbedder(ImageEmbedder, OpenCLIPImage):
         device, max_length: Ignored.
         layer: Must be "pooled".
         antialias: Whether to blur before downscaling, as kornia 0.6.0 does.
-        ucg_rate: Probability of dropping an embedding, for classifier-free guidance.
+        ucg_rate: Probability of zeroing an embedding, for classifier-free guidance.
     """
 
     def __init__(
@@ -405,7 +405,7 @@ def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
     from open_clip import factory
 
     if open_clip.create_model_and_transforms is not factory.create_model_and_transforms:
-        # A program has replaced the function, so as to build a model without weights.
+        # Third-party code has replaced the function to build a model without weights.
         model, *_ = open_clip.create_model_and_transforms(arch, pretrained=version)
     else:
         config = open_clip.get_model_config(arch) if isinstance(arch, str) else to_builtin(arch)
@@ -421,7 +421,7 @@ def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
         model.load_state_dict(
             {name: value for name, value in weights.items() if not name.startswith("visual.")}
         )
-    # open_clip has the batch first since 2.26, but programs call the blocks with (N, B, D).
+    # open_clip has the batch first since 2.26, but callers pass (N, B, D) to the blocks.
     model.transformer.batch_first = False
     for block in model.transformer.resblocks:
         block.attn.batch_first = False

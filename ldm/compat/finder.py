@@ -34,10 +34,10 @@ class CompatFinder:
         parent, _, name = fullname.rpartition(".")
         folders = _find_vendored_folders(parent, tuple(sys.path))
         if isinstance(path, list):
-            # The `__path__` of the parent package: other finders shall search these folders, too.
+            # This is the parent's `__path__`: other finders must search these folders, too.
             path += [folder for folder in folders if folder not in path]
         vendored_spec = PathFinder.find_spec(fullname, folders) if folders else None
-        if vendored_spec is not None and vendored_spec.loader is not None:  # not just a folder
+        if vendored_spec is not None and vendored_spec.loader is not None:  # not only a folder
             is_preferred = os.environ.get("LDM_VENDORED") == "1" and (
                 fullname in MODULES or fullname.startswith(VENDORED_PACKAGES)
             )
@@ -57,7 +57,7 @@ class CompatFinder:
         return spec
 
     def invalidate_caches(self) -> None:
-        """Search for vendored folders again: a repository may have been cloned meanwhile."""
+        """Forget the vendored folders: a repository may have been cloned since."""
         _find_vendored_folders.cache_clear()
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -115,7 +115,7 @@ def _find_vendored_folders(package: str, search_path: tuple[str, ...]) -> list[s
     roots = [
         root
         for root in search_path
-        if isinstance(root, str)  # as Python ignores any other entries
+        if isinstance(root, str)  # Python ignores other entries
         and os.path.isdir(os.path.join(root, "ldm"))
         # neither this package itself nor another copy of it
         and not os.path.isfile(os.path.join(root, "ldm/compat/finder.py"))

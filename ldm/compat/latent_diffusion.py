@@ -23,13 +23,13 @@ CLASS_KEYS = ("class_label", "cls")
 class LatentDiffusion(PatchProcessing, ImageLogging):
     """A latent diffusion model with the original's interface.
 
-    Programs subclass it, override its methods, and monkeypatch them.
+    Third-party code subclasses it, overrides its methods, and monkeypatches them.
 
     Args:
         first_stage_config: Config of the autoencoder.
-        cond_stage_config: Config of the encoder of conditions, "__is_first_stage__" for the
+        cond_stage_config: Config of the conditioning encoder, "__is_first_stage__" for the
             autoencoder, or "__is_unconditional__" for no encoder.
-        num_timesteps_cond: Number of noise levels of conditions; None or 1 = no noise.
+        num_timesteps_cond: Number of noise levels of the condition; None or 1 = no noise.
         cond_stage_key: Batch key of the condition.
         concat_mode: Whether `conditioning_key` None means "concat", else "crossattn".
         cond_stage_forward: Method of the encoder to call; None = `encode`.
@@ -69,7 +69,7 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == UNCONDITIONAL and not force_null_conditioning:
             conditioning_key = None
-        # The checkpoint is loaded at the end, after autoencoder and encoder are built.
+        # The checkpoint is loaded at the end, after the autoencoder and the encoder are built.
         ckpt_path = kwargs.pop("ckpt_path", None)
         ignore_keys = kwargs.pop("ignore_keys", ())
         reset_ema = kwargs.pop("reset_ema", False)
@@ -100,19 +100,18 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
             self.make_cond_schedule()
 
     def make_cond_schedule(self) -> None:
-        """Set `cond_ids`, the timestep of the condition's noise for each timestep."""
+        """Set `cond_ids`, the timestep of the condition's noise at each timestep."""
         last = self.num_timesteps - 1
-        ids = torch.full((self.num_timesteps,), last, dtype=torch.long)
-        steps = torch.linspace(0, last, self.num_timesteps_cond).round().long()
-        ids[: self.num_timesteps_cond] = steps
-        self.cond_ids = ids
+        self.cond_ids = torch.full((self.num_timesteps,), last, dtype=torch.long)
+        cond_timesteps = torch.linspace(0, last, self.num_timesteps_cond).round().long()
+        self.cond_ids[: self.num_timesteps_cond] = cond_timesteps
 
     def instantiate_first_stage(self, config: Config) -> None:
         """Build the autoencoder, frozen."""
         self.first_stage_model: Any = freeze(instantiate_from_config(config))
 
     def instantiate_cond_stage(self, config: Config) -> None:
-        """Build the encoder of conditions, frozen unless `cond_stage_trainable`."""
+        """Build the conditioning encoder, frozen unless `cond_stage_trainable`."""
         if config == FIRST_STAGE:
             self.cond_stage_model = self.first_stage_model
         elif config == UNCONDITIONAL:
@@ -127,8 +126,8 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
 
         Lightning 1 passes `dataloader_idx`, Lightning 2 does not.
         """
-        is_first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
-        if not self.scale_by_std or not is_first or self.restarted_from_ckpt:
+        is_first_batch = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
+        if not self.scale_by_std or not is_first_batch or self.restarted_from_ckpt:
             return
         if float(self.scale_factor) != 1.0:
             raise ValueError("scale_by_std needs a scale_factor of 1")
@@ -139,13 +138,13 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Any:
-        """Encode images (B, 3, H, W) to a posterior or a tensor, by the autoencoder."""
+        """Encode images (B, 3, H, W) by the autoencoder, to a posterior or a tensor."""
         if self.uses_patches:
             return self.encode_patches(x)
         return self.first_stage_model.encode(x)
 
     def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
-        """Return scaled latents: a sample of a posterior, or a tensor."""
+        """Scale latents: a sample of a posterior, or a tensor."""
         if isinstance(encoder_posterior, Tensor):
             return self.scale_factor * encoder_posterior
         if isinstance(encoder_posterior, DiagonalGaussianDistribution):
@@ -161,7 +160,7 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
         """Decode latents (B, C, h, w) to images, not clamped.
 
         Args:
-            predict_cids: Whether z are logits (B, C, h, w) of codes, or their indices.
+            predict_cids: Whether z are codebook ids, or their logits (B, C, h, w).
             force_not_quantize: Whether a VQ autoencoder decodes z without quantization.
         """
         if predict_cids:
@@ -187,8 +186,8 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
         """Encode the unconditional (negative) condition for a batch.
 
         Args:
-            null_label: A list of one prompt, such as [""]; None = the unconditional class, for
-                class-conditional models.
+            null_label: A list of one prompt, such as [""]; None = the unconditional class of a
+                class-conditional model.
         """
         if null_label is None:
             if self.cond_stage_key not in CLASS_KEYS:
@@ -219,7 +218,7 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
 
         Args:
             k: Batch key of the images.
-            return_first_stage_outputs: Whether to return images and their reconstructions.
+            return_first_stage_outputs: Whether to return the images and their reconstructions.
             force_c_encode: Whether to encode the condition even if its encoder is trained; else
                 `forward` encodes it.
             cond_key: Batch key of the condition; None = `cond_stage_key`.
@@ -228,15 +227,15 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
             return_x: Whether to return the images.
 
         Returns:
-            [z, c, …]: latents and condition; then images and reconstructions, images, and the
-            condition before encoding, if they are to be returned.
+            [z, c, …]: latents and condition; then, if requested, images and reconstructions,
+            images, and the condition before encoding.
         """
         x = DDPM.get_input(self, batch, k)[:bs].to(self.device)
         z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
-        c, original = None, None
+        c, original_cond = None, None
         if self.model.conditioning_key is not None and not self.force_null_conditioning:
-            original = self._read_condition(batch, cond_key or self.cond_stage_key, x)
-            c = original
+            original_cond = self._read_condition(batch, cond_key or self.cond_stage_key, x)
+            c = original_cond
             if not self.cond_stage_trainable or force_c_encode:
                 if isinstance(c, Tensor):
                     c = c.to(self.device)
@@ -249,7 +248,7 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
         if return_x:
             out.append(x)
         if return_original_cond:
-            out.append(original)
+            out.append(original_cond)
         return out
 
     def _read_condition(self, batch: Batch, key: str, x: Tensor) -> Any:
@@ -269,7 +268,7 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
         Args:
             cond: Keyword arguments of `DiffusionWrapper.forward`. A tensor or list becomes
                 `c_concat` if `conditioning_key` is "concat", else `c_crossattn`.
-            return_ids: Whether to return the whole tuple if the UNet predicts codes, too.
+            return_ids: Whether to return a tuple that the UNet returns, instead of its first item.
         """
         if not isinstance(cond, dict):
             key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
@@ -299,14 +298,14 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
         x_noisy = self.q_sample(x_start=x_start, t=t, noise=noise)
         output = self.apply_model(x_noisy, t, cond)
         target = self.compute_target(x_start, noise, t)
-        error = self.get_loss(output, target, mean=False).mean((1, 2, 3))  # (B,)
+        loss_simple = self.get_loss(output, target, mean=False).mean((1, 2, 3))  # (B,)
         logvar = self.logvar.to(t.device)[t].to(self.device)
-        loss = error / logvar.exp() + logvar
+        loss = loss_simple / logvar.exp() + logvar
         split = "train" if self.training else "val"
-        loss_dict = {f"{split}/loss_simple": error.mean()}
+        loss_dict = {f"{split}/loss_simple": loss_simple.mean()}
         if self.learn_logvar:
             loss_dict |= {f"{split}/loss_gamma": loss.mean(), "logvar": self.logvar.data.mean()}
-        # Not `error` again: the original calls `get_loss`, which programs replace, a second time.
+        # `get_loss` is called a second time, as in the original: third-party code replaces it.
         vlb = self.get_loss(output, target, mean=False).mean((1, 2, 3))
         vlb = (self.lvlb_weights[t] * vlb).mean()
         loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * vlb
@@ -319,9 +318,9 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
         return loss, loss_dict
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW for all trained weights; callers set the attribute `learning_rate` before.
+        """Return AdamW for all trained weights; callers must have set `learning_rate`.
 
-        With a `scheduler_config`, also return its learning rate schedule, in Lightning's format.
+        With a `scheduler_config`, return also its learning rate schedule, in Lightning's format.
         """
         parameters = list(self.model.parameters())
         if self.cond_stage_trainable and self.cond_stage_model is not None:
@@ -338,15 +337,15 @@ class LatentDiffusion(PatchProcessing, ImageLogging):
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Set a module to eval mode permanently, without gradients."""
+    """Set a module to eval mode permanently, and disable gradients."""
     module.eval().requires_grad_(False)
-    # `train` of the whole model calls `train` of its modules, which must have no effect here.
+    # `train` of the model calls `train` of its submodules, which must have no effect here.
     module.train = partial(disabled_train, module)  # type: ignore[method-assign]
     return module
 
 
 def _count_downsamplings(config: Config) -> int:
-    """Return how often an autoencoder halves the image size, by its config; 0 if unknown."""
+    """Return how many times an autoencoder halves the image size; 0 if its config does not tell."""
     params = config.get("params") or {}
     ddconfig = params.get("ddconfig") or {}
     return len(ddconfig.get("ch_mult") or (1,)) - 1
@@ -357,5 +356,5 @@ def _repeat_sample(c: Any, n: int) -> Any:
     if isinstance(c, Mapping):
         return {key: _repeat_sample(value, n) for key, value in c.items()}
     if isinstance(c, list):
-        return [_repeat_sample(entry, n) for entry in c]
+        return [_repeat_sample(value, n) for value in c]
     return c.expand(n, *c.shape[1:]).clone() if len(c) == 1 else c

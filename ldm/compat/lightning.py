@@ -12,7 +12,7 @@ from ldm.loading.files.checkpoint import read_checkpoint
 
 
 class PlainModule(nn.Module):
-    """Replacement for LightningModule without Lightning; it cannot be trained by its Trainer."""
+    """Replacement for LightningModule if Lightning is missing; its Trainer cannot train it."""
 
     global_step = 0
     current_epoch = 0
@@ -43,7 +43,7 @@ class PlainModule(nn.Module):
         loss.backward()
 
     def optimizers(self) -> Any:
-        """Raise RuntimeError: there is no trainer, which would have optimizers."""
+        """Raise RuntimeError: without a trainer there are no optimizers."""
         raise RuntimeError("this model has no trainer")
 
 
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     LightningModule = PlainModule
 else:
     try:
-        # Not the class of `lightning.pytorch`, which is another one: programs test for this one.
+        # Not the one of `lightning.pytorch`, which is another class: `isinstance` must be true.
         from pytorch_lightning import LightningModule
     except ImportError:
         LightningModule = PlainModule
 
 
 class TrainingModule(LightningModule):
-    """Base class of AutoencoderKL and DDPM, with EMA weights and inputs from batches."""
+    """Base class of AutoencoderKL and DDPM, with EMA weights and batch inputs."""
 
     use_ema: bool
     model_ema: LitEma
@@ -70,7 +70,7 @@ class TrainingModule(LightningModule):
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Use the EMA weights within the context, if there are any; `context` is ignored."""
+        """Use the EMA weights, if there are any, inside a `with` block; `context` is ignored."""
         if not self.use_ema:
             yield
             return
@@ -98,9 +98,9 @@ def read_state_dict(path: str, ignore_keys: Sequence[str]) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, EMA weights included, without unpickling objects.
 
     Args:
-        ignore_keys: Prefixes of names to leave out.
+        ignore_keys: Prefixes of the names to leave out.
     """
     file = read_checkpoint(path)
     weights = {**file.state, **file.ema_state}
-    ignored = tuple(ignore_keys)
-    return {name: value for name, value in weights.items() if not name.startswith(ignored)}
+    prefixes = tuple(ignore_keys)
+    return {name: value for name, value in weights.items() if not name.startswith(prefixes)}

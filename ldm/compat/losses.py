@@ -31,23 +31,23 @@ def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 
 
 class DummyLoss(nn.Module):
-    """Placeholder in configs of autoencoders that are not trained."""
+    """Placeholder for the loss in configs of autoencoders that are not trained."""
 
 
 class LPIPSWithDiscriminator(nn.Module):
-    """L1 + LPIPS + KL divergence + the GAN loss.
+    """L1 + LPIPS + KL divergence + GAN loss.
 
-    Errors are summed over an image. The weights of LPIPS come from the checkpoint of the model.
+    Losses are summed over an image. The weights of LPIPS come from the checkpoint of the model.
 
     Args:
         disc_start: First step with the GAN losses.
-        logvar_init: Initial log variance of the error.
+        logvar_init: Initial log variance of the reconstruction loss.
         pixelloss_weight: Ignored, as in the original.
-        disc_factor: Weight of the GAN losses, of the autoencoder and of the discriminator.
-        disc_weight: Gradient norm of the autoencoder's GAN loss at the last layer, relative to that
-            of the other losses.
+        disc_factor: Weight of the GAN losses of both autoencoder and discriminator.
+        disc_weight: Gradient norm of the autoencoder's GAN loss at the last layer, relative to the
+            gradient norm of the other losses.
         use_actnorm: Must be False.
-        disc_conditional: Whether the discriminator gets `cond` as well.
+        disc_conditional: Whether the discriminator also gets `cond`.
         disc_loss: "hinge" or "vanilla".
     """
 
@@ -88,7 +88,7 @@ class LPIPSWithDiscriminator(nn.Module):
     def calculate_adaptive_weight(
         self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor
     ) -> Tensor:
-        """Return the weight of g_loss, by the ratio of gradient norms at the last layer."""
+        """Compute the weight of g_loss from the ratio of gradient norms at the last layer."""
         nll_norm, g_norm = (
             torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
             for loss in (nll_loss, g_loss)
@@ -109,50 +109,50 @@ class LPIPSWithDiscriminator(nn.Module):
         split: str = "train",
         weights: Tensor | float | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Compute a loss, and the values to log by name.
+        """Compute the loss of one optimizer, and a dict of values to log.
 
         Args:
             inputs, reconstructions: Images (B, 3, H, W) in [-1, 1].
             optimizer_idx: 0 for the loss of the autoencoder, 1 for that of the discriminator.
             last_layer: Weight of the decoder's last layer; None omits the autoencoder's GAN loss.
             cond: Channels (B, C, H, W) for the discriminator; None without `disc_conditional`.
-            split: Prefix of the names to log.
-            weights: Weights of the errors, (B, 3, H, W); None = 1.
+            split: Prefix of the logged names.
+            weights: Weights of the reconstruction loss, (B, 3, H, W); None = 1.
         """
-        factor = adopt_weight(self.disc_factor, global_step, self.discriminator_iter_start)
+        disc_factor = adopt_weight(self.disc_factor, global_step, self.discriminator_iter_start)
         if optimizer_idx == 1:
-            real = self._discriminate(inputs.contiguous().detach(), cond)
-            fake = self._discriminate(reconstructions.contiguous().detach(), cond)
-            d_loss = factor * self.disc_loss(real, fake)
-            values = {"disc_loss": d_loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-            return d_loss, {f"{split}/{name}": value.detach() for name, value in values.items()}
-        error = (inputs.contiguous() - reconstructions.contiguous()).abs()
+            real = self._compute_logits(inputs.contiguous().detach(), cond)
+            fake = self._compute_logits(reconstructions.contiguous().detach(), cond)
+            d_loss = disc_factor * self.disc_loss(real, fake)
+            log = {"disc_loss": d_loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+            return d_loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
+        rec_loss = (inputs.contiguous() - reconstructions.contiguous()).abs()
         if self.perceptual_weight > 0:
-            distance = self.perceptual_loss(inputs.contiguous(), reconstructions.contiguous())
-            # (B, 1, 1, 1), added to the error of every value, as in the original.
-            error = error + self.perceptual_weight * distance
-        nll = error / self.logvar.exp() + self.logvar
-        weighted_nll = (nll if weights is None else weights * nll).sum() / len(nll)
-        nll = nll.sum() / len(nll)
-        kl = posteriors.kl().sum() / len(inputs)
-        g_loss = -self._discriminate(reconstructions.contiguous(), cond).mean()
+            p_loss = self.perceptual_loss(inputs.contiguous(), reconstructions.contiguous())
+            # (B, 1, 1, 1), added to the loss of every value, as in the original.
+            rec_loss = rec_loss + self.perceptual_weight * p_loss
+        nll_loss = rec_loss / self.logvar.exp() + self.logvar
+        weighted_nll = (nll_loss if weights is None else weights * nll_loss).sum() / len(nll_loss)
+        nll_loss = nll_loss.sum() / len(nll_loss)
+        kl_loss = posteriors.kl().sum() / len(inputs)
+        g_loss = -self._compute_logits(reconstructions.contiguous(), cond).mean()
         d_weight = torch.tensor(0.0)
         if self.disc_factor > 0.0 and last_layer is not None and torch.is_grad_enabled():
-            d_weight = self.calculate_adaptive_weight(nll, g_loss, last_layer)
-        loss = weighted_nll + self.kl_weight * kl + d_weight * factor * g_loss
-        values = {
+            d_weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer)
+        loss = weighted_nll + self.kl_weight * kl_loss + d_weight * disc_factor * g_loss
+        log = {
             "total_loss": loss,
             "logvar": self.logvar,
-            "kl_loss": kl,
-            "nll_loss": nll,
-            "rec_loss": error.mean(),
+            "kl_loss": kl_loss,
+            "nll_loss": nll_loss,
+            "rec_loss": rec_loss.mean(),
             "d_weight": d_weight,
-            "disc_factor": torch.tensor(factor),
+            "disc_factor": torch.tensor(disc_factor),
             "g_loss": g_loss,
         }
-        return loss, {f"{split}/{name}": value.detach().clone() for name, value in values.items()}
+        return loss, {f"{split}/{name}": value.detach().clone() for name, value in log.items()}
 
-    def _discriminate(self, images: Tensor, cond: Tensor | None) -> Tensor:
+    def _compute_logits(self, images: Tensor, cond: Tensor | None) -> Tensor:
         if self.disc_conditional:
             if cond is None:
                 raise TypeError("disc_conditional needs cond")

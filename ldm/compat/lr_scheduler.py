@@ -8,7 +8,7 @@ from ldm.train.optim.schedules import build_lr_multiplier
 class LearningRateMultiplier:
     """Base class of functions step -> multiplier; see `ldm.train.optim.schedules`."""
 
-    target: str  # not taken from the name of the class, as programs may subclass it
+    target: str  # not the class's name, as third-party code may subclass it
 
     def __init__(self, **params: object) -> None:
         self.multiplier = build_lr_multiplier({"target": self.target, "params": params})
@@ -45,7 +45,7 @@ class LambdaWarmUpCosineScheduler(LearningRateMultiplier):
 
 
 class LambdaWarmUpCosineScheduler2(LearningRateMultiplier):
-    """Cycles of a linear warm-up and a half cosine; arguments are lists with an entry per cycle."""
+    """Cycles of a linear warm-up and a half cosine; arguments are lists of one value per cycle."""
 
     target = "LambdaWarmUpCosineScheduler2"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.encoders.depth import MiDaSDepth, preprocess_for_midas
 from ldm.loading.files.checkpoint import read_checkpoint
 
-# Files from which `load_model` reads weights; programs assign their own paths.
+# Weights files of `load_model`; third-party code assigns its own paths.
 ISL_PATHS = {
     "dpt_large": "midas_models/dpt_large-midas-2f21e586.pt",
     "dpt_hybrid": "midas_models/dpt_hybrid-midas-501f0c75.pt",
@@ -26,7 +26,7 @@ api = sys.modules[__name__]  # this module is `ldm.modules.midas.api`, too
 
 
 def load_midas_transform(model_type: str) -> Transform:
-    """Build a transform of samples: `image`, (H, W, 3) in [0, 1] -> (3, H', W'), normalized."""
+    """Build a transform of a sample's `image`: (H, W, 3) in [0, 1] -> (3, H', W'), normalized."""
 
     def transform(sample: Mapping[str, Any]) -> dict[str, Any]:
         image = torch.as_tensor(np.asarray(sample["image"], dtype=np.float32))

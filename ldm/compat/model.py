@@ -1,7 +1,7 @@
 """`ldm.modules.diffusionmodules.model` of the original: encoder and decoder of the autoencoder.
 
 Classes derive from those of `ldm.nets.autoencoder`, but have torch's own layers. Layers, methods
-and `nonlinearity` are looked up at call time, so that programs can monkeypatch them.
+and `nonlinearity` are looked up at call time, so that they can be monkeypatched.
 """
 
 import math as math
@@ -20,7 +20,7 @@ from ldm.nets.autoencoder import ATTENTION_TYPES, NORM_EPS, AutoencoderConfig
 from ldm.runtime.errors import unknown_name
 
 np = np
-DEFAULT_RESOLUTION = 256  # that of SD's configs: it cannot be inferred from weights
+DEFAULT_RESOLUTION = 256  # as in SD's configs; it cannot be inferred from weights
 
 
 def nonlinearity(x: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ def nonlinearity(x: Tensor) -> Tensor:
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
-    """Build the norm of the autoencoder and of SpatialTransformer."""
-    # The eps is 1e-6; the norms of the UNet's residual blocks have 1e-5.
+    """Build the norm layer of the autoencoder and of SpatialTransformer."""
+    # Its eps is 1e-6; the norms of the UNet's residual blocks have 1e-5.
     return nn.GroupNorm(num_groups, in_channels, eps=NORM_EPS)
 
 
@@ -136,7 +136,7 @@ class EncoderDecoderBase(CompatModule):
     """Base class of Encoder and Decoder, which have the same constructor.
 
     Args:
-        double_z: Whether the encoder returns mean and log variance, 2 z_channels; else z_channels.
+        double_z: Whether the encoder returns mean and log variance (2 z_channels), else z_channels.
         ignored: Other keys of a `ddconfig`. The others: see
             `ldm.nets.autoencoder.AutoencoderConfig`.
     """
@@ -188,7 +188,7 @@ class EncoderDecoderBase(CompatModule):
 
 
 class Encoder(EncoderDecoderBase, autoencoder.Encoder):
-    """image (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w)."""
+    """Images (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w)."""
 
     def set_original_attributes(self) -> None:
         if not self.double_z:
@@ -204,7 +204,7 @@ class Encoder(EncoderDecoderBase, autoencoder.Encoder):
         self.resolution = DEFAULT_RESOLUTION
 
     def forward(self, x: Tensor) -> Tensor:
-        # Autoencoders have no time embedding, but blocks that programs put in take the argument.
+        # Autoencoders have no time embedding, but third-party blocks take the argument.
         temb = None
         h = self.conv_in(x)  # (B, ch, H, W)
         for i, level in enumerate(_cast_levels(self.down)):
@@ -219,7 +219,9 @@ class Encoder(EncoderDecoderBase, autoencoder.Encoder):
 
 
 class Decoder(EncoderDecoderBase, autoencoder.Decoder):
-    """(B, z_channels, h, w) -> image (B, out_ch, H, W); up[0], of full resolution, runs last.
+    """Latents (B, z_channels, h, w) -> images (B, out_ch, H, W).
+
+    Levels run in reverse order: up[0], of full resolution, is the last.
 
     Attributes:
         last_z_shape: Shape of the last input.

@@ -1,7 +1,8 @@
-"""Module names of the original code base, the modules of `ldm.compat` for them, missing names."""
+"""Modules of the original: which modules of `ldm.compat` replace them, and which are missing."""
 
 from itertools import accumulate
 
+# Module of the original -> module of `ldm.compat`
 MODULES = {
     "ldm.models.autoencoder": "autoencoder",
     "ldm.models.diffusion.ddim": "ddim",
@@ -39,16 +40,18 @@ DISTRIBUTION = "ldm-revived"
 # Packages in which LDM_VENDORED=1 prefers vendored modules, besides those of MODULES
 VENDORED_PACKAGES = ("ldm.data.", "ldm.models.", "ldm.modules.")
 
-# Alternatives to modules and classes of the original that this package does not have
+# Module or class that is missing here -> its alternative, for messages
 DEGRADATION = "the degradations of BSRGAN are in https://github.com/cszn/BSRGAN"
 KARLO = "the prior of unCLIP is `ldm.nets.karlo`, and is run by `ldm.unclip`"
 DATA = "read images with torchvision.datasets, or train with `ldm train` (docs/training.md)"
+LATENT_DIFFUSION = "it is in https://github.com/CompVis/latent-diffusion"
 MIDAS = "MiDaS is `ldm.modules.midas.api`, and its network `ldm.encoders.dpt.DPT`"
+T5 = "load it with transformers.T5EncoderModel"
 TAMING = "VQ autoencoders are in https://github.com/CompVis/taming-transformers"
 MISSING_MODULES = {
     "ldm.data.imagenet": DATA,
     "ldm.data.lsun": DATA,
-    "ldm.models.diffusion.classifier": "it is in https://github.com/CompVis/latent-diffusion",
+    "ldm.models.diffusion.classifier": LATENT_DIFFUSION,
     "ldm.modules.image_degradation": DEGRADATION,
     "ldm.modules.image_degradation.bsrgan": DEGRADATION,
     "ldm.modules.image_degradation.bsrgan_light": DEGRADATION,
@@ -59,13 +62,11 @@ MISSING_MODULES = {
     "ldm.modules.midas.utils": MIDAS,
     "ldm.modules.x_transformer": "the package `x-transformers` has it, with other numerics",
 }
-BERT = "it is in https://github.com/CompVis/latent-diffusion"
-T5 = "load it with transformers.T5EncoderModel"
 # Classes of `ldm.modules.encoders.modules`
 MISSING_ENCODERS = {
-    "BERTEmbedder": BERT,
+    "BERTEmbedder": LATENT_DIFFUSION,
     "BERTTokenizer": "transformers.BertTokenizerFast gives the same ids",
-    "TransformerEmbedder": BERT,
+    "TransformerEmbedder": LATENT_DIFFUSION,
     "FrozenT5Embedder": T5,
     "FrozenCLIPT5Encoder": T5,
     "FrozenCLIPTextEmbedder": "its network is `ldm.encoders.text.OpenCLIPText`",

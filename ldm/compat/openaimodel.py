@@ -1,8 +1,8 @@
 """`ldm.modules.diffusionmodules.openaimodel` of the original: the UNet.
 
-Classes derive from those of `ldm.nets`, but have torch's own layers. Layers, methods and names of
-this module are looked up at call time, so that programs can monkeypatch them. One of these is `th`:
-programs replace it by an object whose `cat` takes feature maps of different sizes.
+Classes derive from those of `ldm.nets`, but have torch's own layers. Layers, methods and globals of
+this module are looked up at call time, so that they can be monkeypatched. One of them is `th`,
+which is replaced by an object whose `cat` accepts feature maps of different sizes.
 """
 
 import math as math
@@ -60,7 +60,7 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """Runs layers in order, with the timestep embedding or context for those that take it."""
+    """Runs layers in order, and passes the timestep embedding or context to those that take it."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, context: unet.Context = None
@@ -98,7 +98,7 @@ class ResampleBase(CompatModule):
         super().__init__(channels, out_channels=out_channels, use_conv=use_conv)
         if (conv := self._find_conv()) is not None:
             conv.padding = (padding, padding)
-        self.channels = channels  # if there is no convolution from which they can be inferred
+        self.channels = channels  # in case there is no convolution from which to infer them
         self.out_channels = channels
         swap_classes(self)
 
@@ -245,7 +245,7 @@ class UNetModel(CompatModule, unet.UNet):
     """The denoising network; for the arguments see `ldm.nets.unet.UNet`.
 
     Attributes:
-        dtype: Dtype that x is converted to. Programs set it: `half()` does not change it.
+        dtype: Dtype to which x is converted; callers may set it, as `half()` does not change it.
         num_res_blocks: Number of residual blocks of each level, always a list.
     """
 
@@ -320,17 +320,17 @@ class UNetModel(CompatModule, unet.UNet):
             self.dtype = torch.bfloat16
 
     def set_original_attributes(self) -> None:
-        self.image_size = 32  # that of SD's configs: it cannot be inferred from weights
+        self.image_size = 32  # as in SD's configs; it cannot be inferred from weights
         self.dtype = next(self.parameters()).dtype
         self.predict_codebook_ids = False
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
         self.num_res_blocks = list(self._level_num_res_blocks)
-        # The sum of all blocks' channels: each level has n + 1 on the way down, the downsampling or
-        # the middle block included, and as many on the way up.
-        per_level = zip(self.num_res_blocks, self._level_channels, strict=True)
+        # The sum of the channels of all blocks: each level has n + 1 input blocks, including the
+        # downsampling or middle block, and as many output blocks.
+        levels = zip(self.num_res_blocks, self._level_channels, strict=True)
         self._feature_size = self.model_channels + sum(
-            2 * (blocks + 1) * channels for blocks, channels in per_level
+            2 * (num_blocks + 1) * channels for num_blocks, channels in levels
         )
         channels = self.model_channels
         for block in [*self.input_blocks, *self.output_blocks]:
@@ -338,7 +338,7 @@ class UNetModel(CompatModule, unet.UNet):
                 if isinstance(layer, ResBlock):
                     channels = layer.out_channels
                 elif isinstance(layer, (Upsample, Downsample)):
-                    # Set again, as they cannot be inferred without a convolution.
+                    # Set again, as layers without a convolution cannot infer them.
                     layer.channels = channels
                     layer.out_channels = channels
 
@@ -369,7 +369,7 @@ class UNetModel(CompatModule, unet.UNet):
         emb = self.time_embed(emb)  # (B, 4 model_channels)
         if y is not None:
             emb = emb + self._embed_label(y)
-        # Three arguments, unlike in `ldm.nets`: blocks that programs put in take no more.
+        # Three arguments, unlike in `ldm.nets`: third-party blocks take no others.
         h, skips = x.type(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)

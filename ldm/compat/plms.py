@@ -67,17 +67,17 @@ class PLMSSampler(BaseDDIMSampler):
         t_next: Tensor | None = None,
         dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step from x (B, C, h, w) at timesteps t (B,) to the timesteps below them.
+        """Step from x (B, C, h, w) at timesteps t (B,) to the previous, less noisy timestep.
 
         Args:
             index: Index of t in `ddim_timesteps`.
-            old_eps: Predicted noise of up to three previous steps, oldest first; None or empty at
+            old_eps: Predicted noise of up to three earlier steps, oldest first; None or empty at
                 the first step.
-            t_next: The next timesteps (B,), needed at the first step only.
+            t_next: Timesteps (B,) to step to, needed only at the first step.
             dynamic_threshold: See `norm_thresholding`; None = no limit. The others: see `sample`.
 
         Returns:
-            x at the next timesteps, the predicted x0, and the predicted noise.
+            x at the previous timestep, the predicted x0, and the predicted noise.
         """
         apply_model, scale = self.model.apply_model, unconditional_guidance_scale
 
@@ -111,7 +111,8 @@ class PLMSSampler(BaseDDIMSampler):
             eps_history = [e_t, *reversed(old_eps)][:4]
             weights = ADAMS_BASHFORTH[len(eps_history)]
             e_t_prime = sum(
-                (w * e for w, e in zip(weights, eps_history, strict=True)), torch.zeros_like(e_t)
+                (w * eps for w, eps in zip(weights, eps_history, strict=True)),
+                torch.zeros_like(e_t),
             )
         x_prev, pred_x0 = get_x_prev_and_pred_x0(e_t_prime)
         return x_prev, pred_x0, e_t

@@ -1,7 +1,7 @@
-"""Base classes of the original's samplers: arguments, tables, guidance, initial noise.
+"""Base classes of the original's samplers: arguments, timesteps, guidance, initial noise.
 
-They call `model.apply_model(x, t, c)`, which programs override, at integer timesteps. This is why
-they do not use `ldm.diffusion.samplers`, which are functions of sigma.
+They call `model.apply_model(x, t, c)`, which third-party code overrides, at integer timesteps. This
+is why they do not use `ldm.diffusion.samplers`, which are functions of sigma.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from ldm.compat.diffusion_util import (
 # A tensor, a list of tensors, or a dict of tensors and lists; passed to the model unchanged.
 Condition = Any
 Intermediates = dict[str, list[Tensor]]
-StepOutput = tuple[Tensor, Tensor]  # x at the next timesteps, and the predicted x0
+StepOutput = tuple[Tensor, Tensor]  # x at the previous timestep, and the predicted x0
 
 
 class FirstStage(Protocol):
@@ -45,10 +45,10 @@ class ScoreCorrector(Protocol):
 
 
 class DiffusionModel(Protocol):
-    """The part of a model's interface that samplers use; programs have their own model classes.
+    """The methods of a model that samplers call; third-party code has its own model classes.
 
-    `predict_*` are called on v-prediction models only, `q_sample` with a mask only, and
-    `first_stage_model` is used to quantize x0 only.
+    `predict_*` are only called on v-prediction models, `q_sample` only with a mask, and
+    `first_stage_model` is only used to quantize x0.
     """
 
     num_timesteps: int
@@ -74,13 +74,13 @@ class Sampler:
     """Base class of the samplers.
 
     Args:
-        device: Device of the tables; None = that of the model at each `make_schedule`.
+        device: Device of the buffers; None = that of the model at each `make_schedule`.
         kwargs: Ignored, as in the original.
     """
 
     make_schedule: Callable[..., None]
-    sample_loop: Callable[..., tuple[Tensor, Any]]  # runs all steps of that schedule
-    # Whether `device` was None; set here, too, for subclasses that do not call this constructor
+    sample_loop: Callable[..., tuple[Tensor, Any]]  # runs all steps of the schedule
+    # Whether `device` was None; set here, too, as some subclasses do not call this constructor
     _follows_model_device = True
 
     def __init__(
@@ -125,7 +125,7 @@ class Sampler:
 
         Args:
             S: Number of steps; `make_ddim_timesteps` may give a few more.
-            conditioning: Condition of the model; None = none.
+            conditioning: Condition of the model; None = unconditional.
             callback: Called with the index of each step, from 0.
             img_callback: Called with the predicted x0 and the index of each step.
             normals_sequence: Ignored, as in the original.
@@ -135,7 +135,7 @@ class Sampler:
             unconditional_conditioning: Negative condition; None disables guidance.
             dynamic_threshold: Largest root mean square of x0, see `norm_thresholding`; PLMS only.
                 None = no limit.
-            ucg_schedule: Guidance scale of each step, DDIM only; None = the same at all steps.
+            ucg_schedule: Guidance scale of each step, DDIM only; None = a constant scale.
             kwargs: Ignored, as in the original.
 
         Returns:
@@ -169,7 +169,7 @@ class BaseDDIMSampler(Sampler):
 
     Attributes:
         ddim_timesteps: Timesteps of a run, int64, ascending.
-        ddim_alphas, ddim_alphas_prev: ᾱ at each of them, and at the timestep before it.
+        ddim_alphas, ddim_alphas_prev: ᾱ at each of them, and at the previous timestep.
         ddim_sigmas: Standard deviation of the noise that each step adds.
     """
 
@@ -203,7 +203,7 @@ class BaseDDIMSampler(Sampler):
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Choose timesteps, and compute the tables from the model's current ones."""
+        """Choose timesteps, and compute the buffers from the model's current ones."""
         if ddim_eta != 0 and not self.supports_eta:
             raise ValueError("ddim_eta must be 0 for PLMS")
         if self._follows_model_device:  # the model may have been moved since
@@ -212,8 +212,8 @@ class BaseDDIMSampler(Sampler):
             ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps, verbose=verbose
         )
         alphas, alphas_prev = (
-            table.detach().float().cpu()
-            for table in (self.model.alphas_cumprod, self.model.alphas_cumprod_prev)
+            buffer.detach().float().cpu()
+            for buffer in (self.model.alphas_cumprod, self.model.alphas_cumprod_prev)
         )
         if len(alphas) != self.ddpm_num_timesteps:
             raise ValueError(
@@ -223,7 +223,7 @@ class BaseDDIMSampler(Sampler):
             alphas, self.ddim_timesteps, ddim_eta, verbose=verbose
         )
         variance = (1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev)
-        tables: dict[str, object] = {
+        buffers: dict[str, object] = {
             "betas": self.model.betas.detach().float(),
             "alphas_cumprod": alphas,
             "alphas_cumprod_prev": alphas_prev,
@@ -238,8 +238,8 @@ class BaseDDIMSampler(Sampler):
             "ddim_sqrt_one_minus_alphas": (1 - torch.as_tensor(ddim_alphas)).sqrt(),
             "ddim_sigmas_for_original_num_steps": ddim_eta * variance.sqrt(),
         }
-        for name, table in tables.items():
-            self.register_buffer(name, table)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
     @torch.no_grad()
     def run_steps(
@@ -274,7 +274,7 @@ class BaseDDIMSampler(Sampler):
         run_timesteps = self.choose_timesteps(timesteps, ddim_use_original_steps)
         if ucg_schedule is not None and len(ucg_schedule) != len(run_timesteps):
             raise ValueError(
-                f"ucg_schedule must have {len(run_timesteps)} entries, got {len(ucg_schedule)}"
+                f"ucg_schedule must have {len(run_timesteps)} values, got {len(ucg_schedule)}"
             )
         intermediates = {"x_inter": [img], "pred_x0": [img]}
         old_eps: list[Tensor] = []
@@ -282,10 +282,10 @@ class BaseDDIMSampler(Sampler):
             index = len(run_timesteps) - i - 1
             t, t_next = (
                 torch.full((shape[0],), int(timestep), device=device, dtype=torch.long)
-                # At the last step, `t_next` is t: there is no timestep below it.
+                # At the last step, `t_next` is t: there is no previous timestep.
                 for timestep in (run_timesteps[index], run_timesteps[max(index - 1, 0)])
             )
-            if mask is not None:  # before the step: nothing is restored after the last one
+            if mask is not None:  # before the step: nothing is restored after the last step
                 img = restore_masked(self.model, img, x0, mask, t)
             if ucg_schedule is not None:
                 unconditional_guidance_scale = ucg_schedule[i]
@@ -320,7 +320,7 @@ class BaseDDIMSampler(Sampler):
 
         Args:
             args: x, condition, and t.
-            old_eps: Predicted noise of previous steps, oldest first; PLMS appends to it.
+            old_eps: Predicted noise of earlier steps, oldest first; PLMS appends to it.
             options: Keyword arguments of `p_sample_ddim` or `p_sample_plms`.
         """
         raise NotImplementedError
@@ -331,10 +331,10 @@ class BaseDDIMSampler(Sampler):
         """Return the timesteps of a run, ascending.
 
         Args:
-            timesteps: Number of timesteps, the lowest ones; None = all. As in the original, one
-                fewer is returned from those of `make_schedule`.
+            timesteps: Number of timesteps, of which the lowest are returned; None = all. As in the
+                original, one timestep less is returned unless `use_original_steps`.
             use_original_steps: Whether to choose from all timesteps of the model, not from those of
-                `make_schedule`; `timesteps` may then be an array of them.
+                `make_schedule`; `timesteps` may then be an array of timesteps.
         """
         if use_original_steps:
             if timesteps is None:
@@ -342,31 +342,31 @@ class BaseDDIMSampler(Sampler):
             return np.arange(timesteps) if isinstance(timesteps, int) else timesteps
         if timesteps is None:
             return self.ddim_timesteps
-        count = len(self.ddim_timesteps)
-        return self.ddim_timesteps[: int(min(timesteps / count, 1) * count) - 1]
+        total = len(self.ddim_timesteps)
+        return self.ddim_timesteps[: int(min(timesteps / total, 1) * total) - 1]
 
     def get_step_coefficients(
         self, index: int, x: Tensor, use_original_steps: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ᾱ, the next ᾱ, sigma of the added noise, and √(1 - ᾱ), each (B, 1, 1, 1) for x."""
+        """Return ᾱ, the previous ᾱ, sigma of the added noise, and √(1 - ᾱ), (B, 1, 1, 1) each."""
         if use_original_steps:
-            tables: tuple[Tensor | np.ndarray, ...] = (
+            coefficients: tuple[Tensor | np.ndarray, ...] = (
                 self.model.alphas_cumprod,
                 self.model.alphas_cumprod_prev,
                 self.ddim_sigmas_for_original_num_steps,
                 self.sqrt_one_minus_alphas_cumprod,
             )
         else:
-            tables = (
+            coefficients = (
                 self.ddim_alphas,
                 self.ddim_alphas_prev,
                 self.ddim_sigmas,
                 self.ddim_sqrt_one_minus_alphas,
             )
-        # Some tables are float64; as in the original, the values are float32.
+        # Some are float64; as in the original, float32 is returned.
         shape = (len(x), *(1,) * (x.dim() - 1))
         a_t, a_prev, sigma_t, sqrt_one_minus_at = (
-            torch.full(shape, float(table[index]), device=x.device) for table in tables
+            torch.full(shape, float(values[index]), device=x.device) for values in coefficients
         )
         return a_t, a_prev, sigma_t, sqrt_one_minus_at
 
@@ -382,7 +382,7 @@ class BaseDDIMSampler(Sampler):
 def restore_masked(
     model: DiffusionModel, img: Tensor, x0: Tensor | None, mask: Tensor, t: Tensor
 ) -> Tensor:
-    """Replace latents by x0 with the noise level of timesteps t (B,), where the mask is 1."""
+    """Where the mask is 1, replace latents by x0 with the noise of timesteps t (B,)."""
     if x0 is None:
         raise TypeError("a mask needs x0")
     return model.q_sample(x0, t) * mask + (1.0 - mask) * img
@@ -404,7 +404,7 @@ def correct_score(
 
 
 def drop_none(**kwargs: Any) -> dict[str, Any]:
-    """Return the keyword arguments that are not None: older overrides do not take the others."""
+    """Return the keyword arguments that are not None, as older overrides do not take the others."""
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
@@ -419,7 +419,7 @@ def apply_with_guidance(
     """Return the output of a model, with classifier-free guidance unless `uncond` is None."""
     if uncond is None or scale == 1.0:
         return apply_model(x, t, c)
-    # One batch, unconditional half first: programs that override `apply_model` rely on this.
+    # One batch, unconditional half first: third-party overrides of `apply_model` rely on this.
     outputs = apply_model(torch.cat([x] * 2), torch.cat([t] * 2), cat_conditions(uncond, c))
     uncond_output, cond_output = outputs.chunk(2)
     return uncond_output + scale * (cond_output - uncond_output)
@@ -432,7 +432,7 @@ def cat_conditions(uncond: Condition, c: Condition) -> Condition:
     if isinstance(c, dict):
         return {key: cat_conditions(uncond[key], value) for key, value in c.items()}
     if isinstance(c, list | tuple):
-        return [cat_conditions(*entries) for entries in zip(uncond, c, strict=True)]
+        return [cat_conditions(*pair) for pair in zip(uncond, c, strict=True)]
     return torch.cat([uncond, c])
 
 
@@ -440,6 +440,6 @@ def slice_condition(c: Condition, n: int) -> Condition:
     """Return the first n samples of a condition, which may be a list of captions."""
     if isinstance(c, Mapping):
         return {key: slice_condition(value, n) for key, value in c.items()}
-    if isinstance(c, list) and all(isinstance(entry, Tensor) for entry in c):
-        return [entry[:n] for entry in c]
+    if isinstance(c, list) and all(isinstance(tensor, Tensor) for tensor in c):
+        return [tensor[:n] for tensor in c]
     return c if c is None else c[:n]

@@ -5,10 +5,10 @@ from torch import Tensor
 
 def append_dims(x: Tensor, target_dims: int) -> Tensor:
     """Append axes of length 1 until a tensor has `target_dims` axes."""
-    missing = target_dims - x.dim()
-    if missing < 0:
+    num_new = target_dims - x.dim()
+    if num_new < 0:
         raise ValueError(f"target_dims must be at least {x.dim()}, got {target_dims}")
-    return x.reshape(*x.shape, *(1,) * missing)
+    return x.reshape(*x.shape, *(1,) * num_new)
 
 
 def norm_thresholding(x0: Tensor, value: float) -> Tensor:

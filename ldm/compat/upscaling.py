@@ -10,7 +10,7 @@ from ldm.encoders.lowres import register_schedule
 
 
 class AbstractLowScaleModel(nn.Module):
-    """Base class of noise augmentation.
+    """Base class of noise augmentation models.
 
     Args:
         noise_schedule_config: Keyword arguments of `register_schedule`; None = no schedule.
@@ -32,7 +32,7 @@ class AbstractLowScaleModel(nn.Module):
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
     ) -> None:
-        """Register the tables of a noise schedule as buffers."""
+        """Register the buffers of a noise schedule."""
         self.num_timesteps = timesteps
         self.schedule = register_schedule(
             self,
@@ -48,19 +48,19 @@ class AbstractLowScaleModel(nn.Module):
     def q_sample(
         self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, seed: int | None = None
     ) -> Tensor:
-        """Add noise of timesteps t (B,) to x_start (B, …).
+        """Add the noise of timesteps t (B,) to x_start (B, …).
 
         Args:
-            noise: None draws it from torch's global generator.
-            seed: Seeds that generator before noise is drawn; None = it is not seeded.
+            noise: Standard normal noise; None draws it from torch's global generator.
+            seed: Passed to `torch.manual_seed` before noise is drawn; None = no seeding.
         """
         if noise is None:
             if seed is not None:
                 torch.manual_seed(seed)
             noise = torch.randn_like(x_start)
         signal_scale, noise_scale = (
-            table[t].view(-1, *[1] * (x_start.dim() - 1)).to(x_start.device)
-            for table in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+            buffer[t].view(-1, *[1] * (x_start.dim() - 1)).to(x_start.device)
+            for buffer in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
         )
         return signal_scale * x_start + noise_scale * noise
 
@@ -81,11 +81,11 @@ class SimpleImageConcat(AbstractLowScaleModel):
 
 
 class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
-    """Noise augmentation with given or random levels.
+    """Noise augmentation with given or random noise levels.
 
     Args:
-        max_noise_level: Random levels are 0 … max_noise_level - 1.
-        to_cuda: Ignored, as levels are on the device of the images.
+        max_noise_level: Random noise levels are 0 … max_noise_level - 1.
+        to_cuda: Ignored, as noise levels are on the device of the images.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
     def forward(
         self, x: Tensor, noise_level: Tensor | None = None, seed: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return noised images and their noise levels (B,); None draws the levels."""
+        """Return noised images and their noise levels (B,), which are drawn if None."""
         if noise_level is None:
             noise_level = torch.randint(0, self.max_noise_level, (len(x),), device=x.device)
         return self.q_sample(x, noise_level, seed=seed), noise_level

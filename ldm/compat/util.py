@@ -14,16 +14,16 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 
-def instantiate_from_config(config: Mapping[str, Any] | str, **more: Any) -> Any:
-    """Import and call the class or function `config["target"]`, whatever it is.
+def instantiate_from_config(config: Mapping[str, Any] | str, **kwargs: Any) -> Any:
+    """Import and call the class or function `config["target"]`.
 
-    Use this function only for configs that you would run as a program: unlike `ldm.instantiate`, it
-    allows any target.
+    Use this function only for configs that you trust as much as a program: unlike
+    `ldm.instantiate`, it allows any target.
 
     Args:
         config: A mapping or a node of OmegaConf; its `params` are the keyword arguments. The
             strings "__is_first_stage__" and "__is_unconditional__" give None.
-        more: Additional keyword arguments.
+        kwargs: Additional keyword arguments.
     """
     if "target" not in config:
         if config in ("__is_first_stage__", "__is_unconditional__"):
@@ -31,15 +31,15 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **more: Any) -> Any
         raise KeyError("Expected key `target` to instantiate.")
     assert not isinstance(config, str)
     # An empty `params:` in a YAML file is None.
-    return get_obj_from_str(config["target"])(**(config.get("params") or {}), **more)
+    return get_obj_from_str(config["target"])(**(config.get("params") or {}), **kwargs)
 
 
 def to_builtin(value: Any) -> Any:
     """Convert nested mappings and sequences, such as OmegaConf's, to dicts and lists."""
     if isinstance(value, Mapping):
-        return {key: to_builtin(entry) for key, entry in value.items()}
+        return {key: to_builtin(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [to_builtin(entry) for entry in value]
+        return [to_builtin(item) for item in value]
     return value
 
 
@@ -64,7 +64,7 @@ def default(val: Any, d: Any) -> Any:
 
 
 def ismap(x: object) -> bool:
-    """Return whether x is a tensor (B, C, h, w) of more channels than an image has."""
+    """Return whether x is a tensor (B, C, h, w) with more than 3 channels."""
     return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] > 3
 
 
@@ -91,7 +91,7 @@ def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tens
 
     Args:
         wh: Width and height of each image.
-        xc: B captions; lines have int(40 * width / 256) characters.
+        xc: B captions, split into lines of int(40 * width / 256) characters.
         size: Font size in pixels.
 
     Returns:

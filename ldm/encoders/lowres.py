@@ -150,21 +150,20 @@ class PatchesToChannels(Encoder):
 
     Args:
         key: Batch key of the image, (B, C, n h, n w).
-        patch: The number n of patches along each side, not their size.
+        patches_per_side: n, the number of patches (not their size).
     """
 
     slot: Slot = "concat"
 
-    def __init__(self, *, key: str = "lr", patch: int = 1) -> None:
+    def __init__(self, *, key: str = "lr", patches_per_side: int = 1) -> None:
         super().__init__()
         self.key = key
         self.cache_key = self.source_key = key
-        self.patch = patch
+        self.patches_per_side = patches_per_side
 
     def forward(self, image: Tensor) -> Tensor:
-        return rearrange(
-            image, "b c (p1 h) (p2 w) -> b (p1 p2 c) h w", p1=self.patch, p2=self.patch
-        )
+        n = self.patches_per_side
+        return rearrange(image, "b c (p1 h) (p2 w) -> b (p1 p2 c) h w", p1=n, p2=n)
 
 
 class MaskedImage(Encoder):

@@ -310,8 +310,9 @@ def _make_patches(translator: _ModelTranslator) -> Encoders:
     if translator.params.get("low_scale_config") is not None:
         raise ConfigError(f"{translator.where}: low_scale_config with patches is not supported yet")
     (key,) = translator.params.get("concat_keys") or ["lr"]
-    patch = translator.params.get("reshuffle_patch_size") or 1
-    params = {"key": key, "patch": patch}
+    # The original's name is wrong: it is not the size of the patches.
+    patches_per_side = translator.params.get("reshuffle_patch_size") or 1
+    params = {"key": key, "patches_per_side": patches_per_side}
     return {"folded": {"target": LOWRES_MODULE + "PatchesToChannels", "params": params}}
 
 

@@ -258,7 +258,7 @@ def test_a_score_corrector_changes_the_predicted_noise(build):
 
 
 def test_a_ucg_schedule_needs_one_scale_per_step():
-    with pytest.raises(ValueError, match="ucg_schedule must have 5 entries, got 4"):
+    with pytest.raises(ValueError, match="ucg_schedule must have 5 values, got 4"):
         DDIMSampler(build_recorded_model("ddim_eps")).sample(5, 2, SHAPE, ucg_schedule=[1.0] * 4)
 
 

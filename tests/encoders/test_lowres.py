@@ -94,11 +94,11 @@ def test_a_model_built_on_the_meta_device_has_a_schedule():
 
 def test_patches_become_channels():
     image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    channels = PatchesToChannels(patch=2)(image)
+    channels = PatchesToChannels(patches_per_side=2)(image)
     assert channels[0].flatten(1).tolist() == [
         [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]
     ]  # fmt: skip
-    assert torch.equal(PatchesToChannels(patch=1)(image), image)
+    assert torch.equal(PatchesToChannels(patches_per_side=1)(image), image)
 
 
 @pytest.mark.parametrize("key", ["jpg", "masked_image"])

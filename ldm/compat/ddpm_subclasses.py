@@ -1,6 +1,6 @@
 """Subclasses of the original's LatentDiffusion: inpainting, depth, upscaling, image embeddings.
 
-Each adds conditions in `get_input`: channels concatenated with the latent (`c_concat`) or vectors
+Their `get_input` adds conditions: channels concatenated with the latent (`c_concat`) or vectors
 (`c_adm`).
 """
 
@@ -17,7 +17,7 @@ from ldm.compat.util import instantiate_from_config
 from ldm.encoders.depth import normalize_depth, resize_depth
 from ldm.encoders.lowres import PatchesToChannels
 
-# The first convolution, and its EMA weight.
+# The weight of the first convolution, and its EMA
 FINETUNE_KEYS = (
     "model.diffusion_model.input_blocks.0.0.weight",
     "model_ema.diffusion_modelinput_blocks00weight",
@@ -37,7 +37,7 @@ class ConcatDiffusion(LatentDiffusion):
         ddim_eta: float = 1.0,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return images to log, by default without inpainting and progressive rows."""
+        """Return images to log, by default without inpainting and progressive denoising."""
         options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
         return super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
 
@@ -47,10 +47,11 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
 
     Args:
         concat_keys: Batch keys of the channels that are concatenated with the latent.
-        finetune_keys: Weights of a checkpoint to zero-pad for new input channels; None = none.
+        finetune_keys: Names of the checkpoint's weights to zero-pad for new input channels; None =
+            no padding.
         keep_finetune_dims: Number of input channels to copy from the checkpoint.
         c_concat_log_start, c_concat_log_end: Range of the channels of `c_concat` that `log_images`
-            decodes; both None = no image.
+            decodes; both None = no such image.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         super().__init__(*args, **kwargs)
 
     def load_weights(self, weights: Mapping[str, Tensor], only_model: bool = False) -> None:
-        """Load the weights of a checkpoint; those of `finetune_keys` are zero-padded."""
+        """Load the weights of a checkpoint, and zero-pad those of `finetune_keys`."""
         shapes = {name: weight.shape for name, weight in self.state_dict().items()}
         padded = dict(weights)
         for name in self.finetune_keys or ():
@@ -86,7 +87,7 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         raise NotImplementedError
 
     def make_conditions(self, c_concat: Tensor) -> dict[str, Any]:
-        """Return all conditions but the prompt's, given the channels of `c_concat` (B, C, h, w)."""
+        """Return all conditions except the prompt, given the channels of `c_concat`."""
         return {"c_concat": [c_concat]}
 
     @torch.no_grad()
@@ -99,7 +100,7 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         return_first_stage_outputs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Encode a batch; see LatentDiffusion, but first stage outputs include the prompts."""
+        """Encode a batch as LatentDiffusion does; first stage outputs include the prompts."""
         z, c, *outputs = super().get_input(
             batch,
             self.first_stage_key,
@@ -112,7 +113,7 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         return [z, {**self.make_conditions(c_concat), "c_crossattn": [c]}, *outputs]
 
     def log_images(self, batch: Batch, N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return images to log, including decoded channels of the condition."""
+        """Return images to log, including the decoded channels of `c_concat`."""
         log = super().log_images(batch, N, *args, **kwargs)
         if self.c_concat_log_start is not None or self.c_concat_log_end is not None:
             _, c = self.get_input(batch, self.first_stage_key, bs=N)[:2]
@@ -170,7 +171,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
     def make_concat_channels(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
         image: Tensor = batch[self.depth_stage_key][:bs].to(self.device)
         depth = self.depth_model(image)
-        # The eps of the original's training; its scripts have none.
+        # The eps as in the original's training; its scripts do not add one.
         return [normalize_depth(resize_depth(depth, (z.shape[-2], z.shape[-1])), eps=0.001)]
 
     @torch.no_grad()
@@ -186,7 +187,8 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
     """Images concatenated with the latent, such as noise-augmented images of low resolution.
 
     Args:
-        reshuffle_patch_size: Patches per side, see `PatchesToChannels`; None = images unchanged.
+        reshuffle_patch_size: Number of patches per side (not their size), see `PatchesToChannels`;
+            None = images are not changed.
         low_scale_config: Config of the noise augmentation model; None = no noise.
         low_scale_key: Unused, as in the original.
     """
@@ -211,8 +213,8 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
         images = [DDPM.get_input(self, batch, key)[:bs].to(self.device) for key in self.concat_keys]
         if self.reshuffle_patch_size is None:
             return images
-        to_channels = PatchesToChannels(patch=self.reshuffle_patch_size)
-        return [to_channels(image) for image in images]
+        patches_to_channels = PatchesToChannels(patches_per_side=self.reshuffle_patch_size)
+        return [patches_to_channels(image) for image in images]
 
     def make_conditions(self, c_concat: Tensor) -> dict[str, Any]:
         if self.low_scale_model is None:
@@ -240,7 +242,7 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
     ) -> None:
         super().__init__(*args, **kwargs)
         if self.cond_stage_trainable:
-            raise ValueError("LatentUpscaleDiffusion cannot train the encoder of its prompts")
+            raise ValueError("LatentUpscaleDiffusion cannot train its text encoder")
         self.instantiate_low_stage(low_scale_config)
         self.low_scale_key = low_scale_key
         self.noise_level_key = noise_level_key
@@ -266,13 +268,13 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
             log_mode: Whether to return images, their reconstructions, prompts, the low-resolution
                 images without and with noise, and the noise levels as well.
         """
-        returns_images = log_mode or return_first_stage_outputs
+        return_images = log_mode or return_first_stage_outputs
         z, c, *outputs = super().get_input(
             batch,
             k,
-            return_first_stage_outputs=returns_images,
+            return_first_stage_outputs=return_images,
             force_c_encode=True,
-            return_original_cond=returns_images,
+            return_original_cond=return_images,
             bs=bs,
         )
         x_low = DDPM.get_input(self, batch, self.low_scale_key)[:bs].to(self.device)
@@ -293,12 +295,12 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
 
 
 class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
-    """Stable unCLIP: a noise-augmented image embedding besides the prompt.
+    """Stable unCLIP: a noise-augmented image embedding in addition to the prompt.
 
     Args:
         embedder_config: Config of the image encoder.
         embedding_key: Batch key of the images.
-        embedding_dropout: Probability of a zero embedding, in training.
+        embedding_dropout: Probability of zeroing the embedding in training.
         noise_aug_config: Config of the noise augmentation model; None = no noise.
     """
 
