@@ -4,8 +4,8 @@
     python examples/emoji/evaluate_scales.py --data data/emoji
 
 The result is a figure like that in Stable Diffusion 2's README, with features and prompt scores of
-the classifiers in `judges.py` instead of Inception and CLIP. It takes about 90 minutes on one CPU
-core for 512 images a scale; the same command continues an interrupted run.
+the classifiers in `classifiers.py` instead of Inception and CLIP. For 512 images per scale it takes
+about 90 minutes on one CPU core; running the same command again continues an interrupted run.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate_demo import Prompt, choose_prompts, load_real_images
-from judges import SIDE, Judges
+from classifiers import INPUT_SIDE, WEIGHTS_PATH, EmojiClassifiers
+from evaluate_demo import Prompt, load_real_images, make_prompts
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import ImageFolder
 from ldm.evaluation.generate import Setting, generate_images, write_prompts
@@ -34,79 +34,84 @@ from ldm.runtime.files import compute_sha256, write_atomically
 from ldm.runtime.types import JsonObject
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
-COMPONENTS = 64  # principal components of the features of each classifier
-REFERENCE_SEED = 1  # of the reference's backgrounds: others than those of the prompts
+NUM_COMPONENTS = 64  # principal components of the features of each classifier
+REFERENCE_SEED = 1  # so that the reference has other random backgrounds than the prompts
 
 
-class JudgeFeatures:
+class ClassifierFeatures:
     """A FeatureExtractor: principal components of the last hidden layers of both classifiers.
 
     Features of each classifier are divided by their standard deviation on real images.
 
     Args:
-        real: Real images, whose features define the components.
-        sha256: SHA-256 of the file of the classifiers, for the report.
+        real_images: Images whose features define the components.
+        sha256: SHA-256 of the weights file of the classifiers, for the report.
     """
 
-    dimensions = 2 * COMPONENTS
+    dimensions = 2 * NUM_COMPONENTS
 
-    def __init__(self, judges: Judges, real: Sequence[Image.Image], sha256: str) -> None:
-        self.judges = judges
+    def __init__(
+        self, classifiers: EmojiClassifiers, real_images: Sequence[Image.Image], sha256: str
+    ) -> None:
+        self.classifiers = classifiers
         self.sha256 = sha256
-        self.bases = []
-        for x in self._extract_features(real):
+        self.projections = []
+        for x in self._extract_hidden(real_images):
             mean = x.mean(dim=0)
             _, _, components = torch.linalg.svd(x - mean, full_matrices=False)
-            deviation = (x - mean).square().sum(1).mean().sqrt()
-            self.bases.append((mean, components[:COMPONENTS] / deviation))
+            std = (x - mean).square().sum(1).mean().sqrt()
+            self.projections.append((mean, components[:NUM_COMPONENTS] / std))
 
     def describe(self) -> JsonObject:
-        return {"name": "features of the judges", "components": COMPONENTS, "sha256": self.sha256}
+        name = "features of the classifiers"
+        return {"name": name, "components": NUM_COMPONENTS, "sha256": self.sha256}
 
-    def features(self, images: Sequence[Image.Image]) -> Tensor:
-        hidden = zip(self._extract_features(images), self.bases, strict=True)
-        return torch.cat([(x - mean) @ basis.mT for x, (mean, basis) in hidden], dim=1)
+    def extract_features(self, images: Sequence[Image.Image]) -> Tensor:
+        hidden = zip(self._extract_hidden(images), self.projections, strict=True)
+        return torch.cat([(x - mean) @ components.mT for x, (mean, components) in hidden], dim=1)
 
     @torch.inference_mode()
-    def _extract_features(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Return features for objects (N, 768) and for styles (N, 128), float64."""
+    def _extract_hidden(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Return the last hidden layers for objects (N, 768) and for styles (N, 128), float64."""
         objects: list[Tensor] = []
         styles: list[Tensor] = []
         for start in range(0, len(images), 64):
             x = torch.cat([to_tensor(image) for image in images[start : start + 64]])
-            small = F.interpolate(x, (SIDE, SIDE), mode="area")
-            objects.append(self.judges.object_classifier.extract_features(small))
-            styles.append(self.judges.style_classifier.extract_features(x).mean(dim=(2, 3)))
+            small = F.interpolate(x, (INPUT_SIDE, INPUT_SIDE), mode="area")
+            objects.append(self.classifiers.object_classifier.extract_features(small))
+            styles.append(self.classifiers.style_classifier.extract_features(x).mean(dim=(2, 3)))
         return torch.cat(objects).double(), torch.cat(styles).double()
 
 
-class EmojiJudge:
-    """A PromptJudge: 1 for an image with the background, object and style of its prompt, else 0.
+class EmojiScorer:
+    """A PromptScorer: 1 for an image with the background, object and style of its prompt, else 0.
 
     Args:
-        prompts: Rows of `choose_prompts`.
-        sha256: SHA-256 of the file of the classifiers, for the report.
+        prompts: Rows of `make_prompts`.
+        sha256: SHA-256 of the weights file of the classifiers, for the report.
     """
 
-    def __init__(self, judges: Judges, prompts: Sequence[Prompt], sha256: str) -> None:
-        self.judges = judges
+    def __init__(
+        self, classifiers: EmojiClassifiers, prompts: Sequence[Prompt], sha256: str
+    ) -> None:
+        self.classifiers = classifiers
         self.rows = {row["prompt"]: row for row in prompts}
         self.sha256 = sha256
 
     def describe(self) -> JsonObject:
         return {"name": "fraction with background, object and style right", "sha256": self.sha256}
 
-    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         x = torch.cat([to_tensor(image) for image in images])
         rows = [self.rows[prompt] for prompt in prompts]
-        color, style, objects = self.judges.check(x, rows)
-        return (color & style & objects[:, 0]).double()
+        has_color, has_style, matches = self.classifiers.compare_with_prompts(x, rows)
+        return (has_color & has_style & matches[:, 0]).double()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the dataset")
     parser.add_argument("--count", type=int, default=512, help="images per scale")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="guidance scales")
@@ -118,23 +123,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", default="bf16", help="as for `ldm txt2img`")
     parser.add_argument("--batch", type=int, default=8, help="batch size")
     parser.add_argument("--score", type=int, metavar="N", help="only score the first N images")
-    parser.add_argument("--judges", type=Path, default=Path("logs/judges.pt"), help="classifiers")
+    parser.add_argument("--classifiers", type=Path, default=WEIGHTS_PATH, help="their weights")
     parser.add_argument("--out", type=Path, default=Path("outputs/scales"), help="folder")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = ImageFolder(root=args.data, transform=EmojiTransform())
     objects = sorted({row["object"] for row in folder.rows if row["rank"] < args.objects})
-    prompts = choose_prompts(folder, "train", objects, args.count)
-    judges = Judges.load_or_train(folder, args.judges, objects=objects)
+    prompts = make_prompts(folder, "train", objects, args.count)
+    classifiers = EmojiClassifiers.load_or_train(folder, args.classifiers, objects=objects)
     if args.score is None:
         generate(args, prompts)
     reference = write_reference(folder, objects, args.out / "reference")
-    sha256 = compute_sha256(args.judges)
-    real = [reference.load(k) for k in range(len(reference.files))]
-    extractor = JudgeFeatures(judges, real, sha256)
-    judge = EmojiJudge(judges, prompts, sha256)
-    sets = [image_set.first(args.score) for image_set in find_image_sets(args.out)]
-    results = score_sets(sets, reference, extractor, judge)
+    sha256 = compute_sha256(args.classifiers)
+    real_images = [reference.load(k) for k in range(len(reference.files))]
+    extractor = ClassifierFeatures(classifiers, real_images, sha256)
+    prompt_scorer = EmojiScorer(classifiers, prompts, sha256)
+    sets = [image_set.select_first(args.score) for image_set in find_image_sets(args.out)]
+    results = score_sets(sets, reference, extractor, prompt_scorer)
     save_results(results, args.out)
     save_figure(
         results, args.out, title=f"The demo model over guidance scales, N = {results[0].count}"
@@ -164,8 +169,8 @@ def generate(args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
 
 
 def write_reference(folder: ImageFolder, objects: Sequence[str], out: Path) -> ImageSet:
-    """Write real images of all trained pairs of object and style, on random backgrounds."""
-    rows = choose_prompts(folder, "train", objects, seed=REFERENCE_SEED)
+    """Write missing real images of all trained pairs of object and style; return their set."""
+    rows = make_prompts(folder, "train", objects, seed=REFERENCE_SEED)
     out.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(rows), 64), "Reference"):
         batch = range(start, min(start + 64, len(rows)))
@@ -173,8 +178,8 @@ def write_reference(folder: ImageFolder, objects: Sequence[str], out: Path) -> I
         if missing:
             images = load_real_images(folder, [rows[k] for k in missing], seed=start)
             for k, image in zip(missing, to_pil(images), strict=True):
-                with write_atomically(out / f"{k:05d}.png") as temporary:
-                    image.save(temporary, "PNG")
+                with write_atomically(out / f"{k:05d}.png") as partial:
+                    image.save(partial, "PNG")
     return ImageSet("reference", list_images(out))
 
 

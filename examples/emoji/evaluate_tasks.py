@@ -3,8 +3,8 @@
     python examples/emoji/evaluate_tasks.py inpaint --data data/emoji
     python examples/emoji/evaluate_tasks.py upscale --data data/emoji-512
 
-Held-out images are masked, or downscaled to a quarter of each side, and restored by a model and by
-simple baselines. A table is printed; OUT/TASK.png shows inputs, results and originals.
+Held-out images are masked, or downscaled by 4, and restored by a model and by simple baselines. A
+table is printed; OUT/TASK.png shows inputs, results and originals.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines import inpaint, upscale
 from ldm.runtime.files import find_file
 
-GRID_ROWS = 12  # of OUT/TASK.png
+NUM_GRID_ROWS = 12  # of OUT/TASK.png
 
 Sample = dict[str, Any]
 Images = dict[str, Tensor]  # by name, (1, 3, H, W) each
@@ -35,11 +35,11 @@ Images = dict[str, Tensor]  # by name, (1, 3, H, W) each
 
 @dataclass(frozen=True)
 class Task:
-    """Settings of a task: checkpoint, guidance scale, and keywords of the data's transform."""
+    """Settings of a task: checkpoint, guidance scale, and keyword arguments of EmojiTransform."""
 
     checkpoint: str
     scale: float
-    transform: dict[str, Any]
+    transform_options: dict[str, Any]
 
 
 TASKS = {
@@ -58,14 +58,14 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of the images of one method, over all images.
+    """Mean quality of the images of one method.
 
     Attributes:
         count: Number of images.
-        psnr: Of the pixels to restore, in decibels.
-        edge_error: Mean error of the differences between neighboring pixels, as a fraction of
-            the original's mean difference.
-        contrast: Mean difference between neighboring pixels, as a fraction of the original's.
+        psnr: PSNR of the pixels to restore, in decibels.
+        edge_error: Mean error of the differences between neighboring pixels, relative to the mean
+            difference in the original.
+        contrast: Mean difference between neighboring pixels, relative to the original's.
     """
 
     count: int
@@ -76,12 +76,12 @@ class Quality:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the dataset")
-    parser.add_argument("--ckpt", help="weights (default: of the shipped model)")
-    parser.add_argument("--count", type=int, default=100, help="images, at most")
+    parser.add_argument("--ckpt", help="weights (default: the shipped model's)")
+    parser.add_argument("--count", type=int, default=100, help="largest number of images")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--scale", type=float, help="guidance scale (default: by task)")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
@@ -89,9 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.count < 1:
         parser.error(f"--count must be 1 or more, got {args.count}")
     task = TASKS[args.task]
-    folder = ImageFolder(
-        root=args.data, split="heldout", transform=EmojiTransform(**task.transform)
-    )
+    transform = EmojiTransform(**task.transform_options)
+    folder = ImageFolder(root=args.data, split="heldout", transform=transform)
     step = max(1, len(folder) // args.count)
     indices = range(0, step * min(args.count, len(folder)), step)
     samples = (folder[0, index] for index in tqdm(indices, unit="image"))
@@ -102,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         qualities, images = compare_inpainting(model, load(), samples, **options)
     else:
         qualities, images = compare_upscaling(model, samples, **options)
-    rows = [torch.cat(list(row.values())) for row in images[:GRID_ROWS]]
+    rows = [torch.cat(list(by_name.values())) for by_name in images[:NUM_GRID_ROWS]]
     args.out.mkdir(parents=True, exist_ok=True)
     grid = pixels.make_grid(pixels.to_pil(torch.cat(rows)), len(rows[0]))
     grid.save(args.out / f"{args.task}.png")
@@ -116,10 +115,10 @@ def compare_inpainting(
 
     Args:
         samples: Samples with `jpg`, `mask` and `txt`.
-        options: Keywords of `inpaint`.
+        options: Keyword arguments of `inpaint`.
 
     Returns:
-        Quality by method, and the images of every sample by their names.
+        Quality by method, and the images of each sample by name.
     """
 
     def restore(sample: Sample) -> Images:
@@ -142,18 +141,18 @@ def compare_upscaling(
 
     Args:
         samples: Samples with `jpg`, `lr` and `txt`.
-        options: Keywords of `upscale`.
+        options: Keyword arguments of `upscale`.
 
     Returns:
-        As `compare_inpainting`.
+        See `compare_inpainting`.
     """
 
     def restore(sample: Sample) -> Images:
-        small, size = sample["lr"][None], sample["jpg"].shape[-2:]
+        low_res, size = sample["lr"][None], sample["jpg"].shape[-2:]
         return {
-            "input": F.interpolate(small, size),
-            "bicubic": F.interpolate(small, size, mode="bicubic").clamp(-1, 1),
-            "upscaler": upscale(model, [sample["txt"]], small, **options),
+            "input": F.interpolate(low_res, size),
+            "bicubic": F.interpolate(low_res, size, mode="bicubic").clamp(-1, 1),
+            "upscaler": upscale(model, [sample["txt"]], low_res, **options),
         }
 
     return _compare(restore, samples)
@@ -182,28 +181,29 @@ def _compare(
         all_images.append({**images, "original": original})
         for name, image in images.items():
             if name != "input":
-                sums[name] = sums.get(name, torch.zeros(5)) + _compute_errors(image, original, mask)
+                terms = _compute_quality_terms(image, original, mask)
+                sums[name] = sums.get(name, torch.zeros(5)) + terms
     return {name: _compute_quality(total) for name, total in sums.items()}, all_images
 
 
-def _compute_errors(image: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Return the terms of an image that are summed over images for `_compute_quality`.
+def _compute_quality_terms(image: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+    """Return what `_compute_quality` needs of an image, as five numbers to sum over images.
 
     These are 1, the mean squared error, and for edges (differences of neighboring pixels) the sums
-    of absolute errors, of absolute values, and of absolute values of the original.
+    of absolute errors, of absolute values, and of absolute values in the original.
     """
     mse = ((image - original).square() * mask).sum() / (3 * mask.sum())
     edges, original_edges = ([x.diff(dim=d) for d in (2, 3)] for x in (image, original))
     edge_pairs = zip(edges, original_edges, strict=True)
-    error = sum(float((a - b).abs().sum()) for a, b in edge_pairs)
+    edge_error = sum(float((a - b).abs().sum()) for a, b in edge_pairs)
     sums = (sum(float(x.abs().sum()) for x in tensors) for tensors in (edges, original_edges))
-    return torch.tensor([1.0, float(mse), error, *sums])
+    return torch.tensor([1.0, float(mse), edge_error, *sums])
 
 
 def _compute_quality(sums: Tensor) -> Quality:
-    count, mse, error, edges, original_edges = sums.tolist()
+    count, mse, edge_error, edges, original_edges = sums.tolist()
     psnr = 10 * torch.log10(torch.tensor(4 * count / mse))  # the range of values is 2
-    return Quality(int(count), float(psnr), error / original_edges, edges / original_edges)
+    return Quality(int(count), float(psnr), edge_error / original_edges, edges / original_edges)
 
 
 if __name__ == "__main__":

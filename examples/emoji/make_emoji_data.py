@@ -2,12 +2,12 @@
 
     python examples/emoji/make_emoji_data.py data/emoji --objects 300
 
-It fetches npm packages under permissive licences (Iconify's sets, LobeHub's 3d images, Emojibase's
-names) into a cache folder and rasterizes them, with npm and resvg-py (`pip install resvg-py`).
-Drawings of an object are matched by Unicode code point, or by the slug of its name in packages
-without code points. The result is a folder of `images/<style>/<id>.png` (RGBA), `metadata.jsonl`
-and `NOTICE`, which `ldm.data.folder` reads. One style of every second object that has all styles
-is held out, each style in turn.
+It downloads npm packages under permissive licenses (Iconify's icon sets, LobeHub's 3D images,
+Emojibase's names) into a cache folder and rasterizes the drawings, with npm and resvg-py
+(`pip install resvg-py`). Drawings of an object are matched by Unicode code point, or by the slug of
+its name in packages without code points. The result is a folder of `images/<style>/<id>.png`
+(RGBA), `metadata.jsonl` and `NOTICE`, which `ldm.data.folder` reads. Of every second object that
+has all styles one style is held out, each style in turn.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Entry = dict[str, Any]  # one emoji of Emojibase
+Emoji = dict[str, Any]  # an entry of Emojibase, see `_read_emojis`
 Drawings = dict[str, dict[str, Image.Image]]  # id of an emoji -> style -> image
 
 STYLES = {
@@ -37,7 +37,7 @@ STYLES = {
     "emojione": "@iconify-json/emojione",
     "3d": "@lobehub/fluent-emoji-3d",
 }
-# npm package -> version, licence, author, repository on GitHub
+# npm package -> (version, license, author, repository on GitHub)
 PACKAGES = {
     "@iconify-json/noto": (
         "1.2.9", "Apache-2.0", "Noto Emoji by Google", "googlefonts/noto-emoji",
@@ -67,17 +67,19 @@ PACKAGES = {
         "17.0.0", "MIT", "names, keywords and groups by Miles Johnson", "milesj/emojibase",
     ),
 }  # fmt: skip
-LICENCES = {
+LICENSE_URLS = {
     "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
     "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
     "MIT": "https://opensource.org/license/mit",
 }
-# Emojibase's numbers of the groups; people, symbols and flags are not used.
+# Emojibase's number of each group; people, symbols and flags are not used.
 GROUPS = {0: "faces", 3: "animals", 4: "food", 5: "travel", 6: "activities", 7: "objects"}
-# Number of objects of a subgroup in each round of the ranking, by group
-WEIGHTS = {"faces": 1, "animals": 3, "food": 3, "travel": 2, "activities": 2, "objects": 1}
-# Objects that people are likely to try: first in the ranking, in this order
-COMMON = """
+# Group -> number of objects that each of its subgroups contributes to a round of the ranking
+OBJECTS_PER_ROUND = {
+    "faces": 1, "animals": 3, "food": 3, "travel": 2, "activities": 2, "objects": 1,
+}  # fmt: skip
+# Objects that users are likely to try: first in the ranking, in this order
+COMMON_OBJECTS = """
 cat face, dog face, lion, tiger face, horse face, cow face, pig face, mouse face, rabbit face, fox,
 bear, panda, koala, monkey face, chicken, penguin, owl, frog, turtle, snake, fish, tropical fish,
 octopus, spouting whale, dolphin, crab, butterfly, honeybee, lady beetle, snail, spider, elephant,
@@ -97,11 +99,11 @@ telescope, bed, toilet, bell, megaphone, money bag, gem stone, ring, door, syrin
 face, smiling face with sunglasses, smiling face with heart-eyes, thinking face, angry face, ghost,
 alien, robot, skull, pile of poo, red heart
 """
-CLOCK = re.compile(r"o’clock|-thirty|o'clock")
-RANKING_SIZE = 128  # pixels of the drawings that are compared
+CLOCK_PATTERN = re.compile(r"o’clock|-thirty|o'clock")  # labels that are left out
+RANKING_SIDE = 128  # height and width in pixels of the drawings that are compared for the ranking
 # Two objects are similar if the root mean square difference of their thumbnails in [0, 1], averaged
 # over styles, is below this.
-MIN_DISTANCE = 0.07
+MIN_RMS_DIFFERENCE = 0.07
 
 
 @dataclass(frozen=True)
@@ -121,22 +123,23 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     add = parser.add_argument
     add("out", type=Path, help="folder to write")
     add("--packages", type=Path, default=Path("data/npm"), help="npm cache folder")
-    add("--objects", type=int, help="number of objects to keep (all: about 1000)")
+    add("--objects", type=int, help="number of objects to keep (default: all, about 1000)")
     add("--size", type=int, default=128, help="height and width of the images in pixels")
     args = parser.parse_args(argv)
-    rows = build(install(args.packages), args.out, objects=args.objects, size=args.size)
-    objects = {row.id for row in rows}
+    modules = install_packages(args.packages)
+    rows = build_dataset(modules, args.out, max_objects=args.objects, side=args.size)
+    ids = {row.id for row in rows}
     held_out = [row for row in rows if row.split == "heldout"]
-    print(f"{args.out}: {len(rows)} images, {len(objects)} objects, {len(held_out)} held out")
+    print(f"{args.out}: {len(rows)} images, {len(ids)} objects, {len(held_out)} images held out")
 
 
-def install(folder: Path) -> Path:
-    """Fetch missing packages with npm, and return their folder `node_modules`."""
+def install_packages(folder: Path) -> Path:
+    """Download missing packages with npm, and return their folder `node_modules`."""
     modules = folder / "node_modules"
     if all((modules / name).is_dir() for name in PACKAGES):
         return modules
@@ -147,38 +150,38 @@ def install(folder: Path) -> Path:
     return modules
 
 
-def build(
-    modules: Path, out: Path, objects: int | None = None, size: int = RANKING_SIZE
+def build_dataset(
+    modules: Path, out: Path, max_objects: int | None = None, side: int = RANKING_SIDE
 ) -> list[Row]:
     """Write the dataset and return its metadata.
 
     Args:
         modules: Folder `node_modules` with the packages of PACKAGES.
         out: Folder to write.
-        objects: Number of objects to keep, the first of the ranking; None = all.
-        size: Height and width of the images in pixels; smaller drawings are left out.
+        max_objects: Number of objects to keep, the first of the ranking; None = all.
+        side: Height and width of the images in pixels; smaller drawings are left out.
     """
     packages = {style: _Package(modules / name) for style, name in STYLES.items()}
     slugs: dict[str, set[str]] = {}
     for package in packages.values():
-        for code, name in package.chars.items():
-            slugs.setdefault(_remove_selector(code), set()).add(name)
-    entries = [entry for entry in _read_names(modules) if not CLOCK.search(entry["label"])]
+        for code, slug in package.chars.items():
+            slugs.setdefault(_remove_selector(code), set()).add(slug)
+    emojis = [e for e in _read_emojis(modules) if not CLOCK_PATTERN.search(e["label"])]
     drawings: Drawings = {}
-    for entry in entries:
-        styles = drawings[entry["id"]] = {}
+    for emoji in emojis:
+        by_style = drawings[emoji["id"]] = {}
         for style, package in packages.items():
-            image = package.draw(entry, slugs.get(entry["id"], set()))
+            image = package.draw(emoji, slugs.get(emoji["id"], set()))
             if image is not None:
-                styles[style] = image
-    entries = [entry for entry in entries if drawings[entry["id"]]]
-    entries = _rank_objects(entries, drawings)[:objects]
-    by_id = {entry["id"]: entry for entry in entries}
+                by_style[style] = image
+    emojis = [emoji for emoji in emojis if drawings[emoji["id"]]]
+    emojis = _rank_objects(emojis, drawings)[:max_objects]
+    emojis_by_id = {emoji["id"]: emoji for emoji in emojis}
     rows = []
-    for row in _make_rows(entries, drawings):
+    for row in _make_rows(emojis, drawings):
         image = drawings[row.id][row.style]
-        if size != RANKING_SIZE:
-            image = packages[row.style].draw(by_id[row.id], slugs.get(row.id, set()), size)
+        if side != RANKING_SIDE:
+            image = packages[row.style].draw(emojis_by_id[row.id], slugs.get(row.id, set()), side)
         if image is not None:
             path = out / row.file_name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,57 +199,61 @@ class _Package:
     def __init__(self, folder: Path) -> None:
         self.assets = folder / "assets"
         self.icons: dict[str, Any] = {}
-        self.chars: dict[str, str] = {}
+        self.chars: dict[str, str] = {}  # code point -> slug
         if (folder / "icons.json").exists():
             icon_set = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
             self.icons = icon_set["icons"]
             self.aliases = {
                 name: alias["parent"] for name, alias in icon_set.get("aliases", {}).items()
             }
-            self.side = icon_set.get("width", 16)
+            self.icon_side = icon_set.get("width", 16)  # in units of the SVG
         if (folder / "chars.json").exists():
             self.chars = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
-        self.by_code = {_remove_selector(code): name for code, name in self.chars.items()}
+        self.slugs = {_remove_selector(code): slug for code, slug in self.chars.items()}
 
-    def draw(self, entry: Entry, slugs: set[str], size: int = RANKING_SIZE) -> Image.Image | None:
-        """Draw an object as RGBA image; None if the package does not have it at this size."""
+    def draw(self, emoji: Emoji, slugs: set[str], side: int = RANKING_SIDE) -> Image.Image | None:
+        """Draw an emoji as an RGBA image; None if the package does not have it at this size.
+
+        Args:
+            slugs: Slugs of the emoji in all packages, which are tried if this one's is not known.
+        """
         if not self.icons:
-            return self._load_asset(entry["id"], size)
-        for name in (self.by_code.get(entry["id"]), *sorted(slugs), _make_slug(entry["label"])):
-            icon = self.icons.get(self.aliases.get(name, name)) if name else None
+            return self._load_asset(emoji["id"], side)
+        for slug in (self.slugs.get(emoji["id"]), *sorted(slugs), _make_slug(emoji["label"])):
+            icon = self.icons.get(self.aliases.get(slug, slug)) if slug else None
             if icon is not None:
-                return self._render(icon, size)
+                return self._render(icon, side)
         return None
 
-    def _load_asset(self, code: str, size: int) -> Image.Image | None:
+    def _load_asset(self, code: str, side: int) -> Image.Image | None:
         for path in (self.assets / f"{code}.webp", self.assets / f"{code}-fe0f.webp"):
             if path.exists():
                 image = Image.open(path).convert("RGBA")
-                if image.width < size:
+                if image.width < side:
                     return None
-                return image.resize((size, size), Image.Resampling.LANCZOS)
+                return image.resize((side, side), Image.Resampling.LANCZOS)
         return None
 
-    def _render(self, icon: Entry, size: int) -> Image.Image | None:
+    def _render(self, icon: dict[str, Any], side: int) -> Image.Image | None:
         import resvg_py
 
-        width, height = icon.get("width", self.side), icon.get("height", self.side)
-        box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        # The attribute color is for the "currentColor" of the style "black line".
+        width, height = icon.get("width", self.icon_side), icon.get("height", self.icon_side)
+        view_box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+        # The attribute `color` is the "currentColor" of the style "black line".
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{box}" width="{size}" height="{size}" '
+            f'viewBox="{view_box}" width="{side}" height="{side}" '
             f'color="black">{icon["body"]}</svg>'
         )
-        data = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
-        image = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
         return image if image.getbbox() else None
 
 
-def _read_names(modules: Path) -> Iterator[Entry]:
-    base = modules / "emojibase-data"
-    subgroups = json.loads((base / "meta" / "groups.json").read_text())["subgroups"]
-    for entry in json.loads((base / "en" / "data.json").read_text(encoding="utf-8")):
+def _read_emojis(modules: Path) -> Iterator[Emoji]:
+    folder = modules / "emojibase-data"
+    subgroups = json.loads((folder / "meta" / "groups.json").read_text())["subgroups"]
+    for entry in json.loads((folder / "en" / "data.json").read_text(encoding="utf-8")):
         if entry.get("group") in GROUPS:
             yield {
                 "id": _remove_selector(entry["hexcode"]),
@@ -259,84 +266,85 @@ def _read_names(modules: Path) -> Iterator[Entry]:
             }
 
 
-def _rank_objects(entries: list[Entry], drawings: Drawings) -> list[Entry]:
+def _rank_objects(emojis: list[Emoji], drawings: Drawings) -> list[Emoji]:
     """Sort objects: distinct ones with all styles, those similar to an earlier one, then others.
 
-    Within each, COMMON ones come first, then subgroups in turn, short and old names first. Faces,
-    which are much alike, come last.
+    Each of the three parts starts with COMMON_OBJECTS; then subgroups take turns, short and old
+    names first. Faces, which are much alike, come last.
     """
-    common = {" ".join(label.split()): rank for rank, label in enumerate(COMMON.split(","))}
-    queue = sorted(
-        (entry for entry in entries if entry["label"] in common), key=lambda e: common[e["label"]]
-    )
-    subgroups: dict[str, list[Entry]] = {}
-    for entry in sorted(entries, key=lambda e: (len(e["label"].split()), e["version"], e["order"])):
-        if entry["label"] not in common:
-            subgroups.setdefault(entry["subgroup"], []).append(entry)
-    faces = [entries for entries in subgroups.values() if entries[0]["group"] == "faces"]
-    others = [entries for entries in subgroups.values() if entries[0]["group"] != "faces"]
-    queue += [*_interleave(others), *_interleave(faces)]
-    distinct: list[Entry] = []
-    similar: list[Entry] = []
-    incomplete: list[Entry] = []
-    earlier: list[np.ndarray] = []
-    for entry in queue:
-        styles = drawings[entry["id"]]
-        if len(styles) < len(STYLES):
-            incomplete.append(entry)
+    ranks = {" ".join(label.split()): k for k, label in enumerate(COMMON_OBJECTS.split(","))}
+    ranked = sorted((e for e in emojis if e["label"] in ranks), key=lambda e: ranks[e["label"]])
+    subgroups: dict[str, list[Emoji]] = {}
+    for emoji in sorted(emojis, key=lambda e: (len(e["label"].split()), e["version"], e["order"])):
+        if emoji["label"] not in ranks:
+            subgroups.setdefault(emoji["subgroup"], []).append(emoji)
+    faces = [subgroup for subgroup in subgroups.values() if subgroup[0]["group"] == "faces"]
+    others = [subgroup for subgroup in subgroups.values() if subgroup[0]["group"] != "faces"]
+    ranked += [*_interleave(others), *_interleave(faces)]
+    distinct: list[Emoji] = []
+    similar: list[Emoji] = []
+    incomplete: list[Emoji] = []
+    earlier_thumbnails: list[np.ndarray] = []
+    for emoji in ranked:
+        by_style = drawings[emoji["id"]]
+        if len(by_style) < len(STYLES):
+            incomplete.append(emoji)
             continue
-        thumbnails = np.stack([_make_thumbnail(styles[style]) for style in STYLES])
-        distances = [np.sqrt(((thumbnails - x) ** 2).mean((1, 2))).mean() for x in earlier]
-        (distinct if min(distances, default=1.0) >= MIN_DISTANCE else similar).append(entry)
-        earlier.append(thumbnails)
+        thumbnails = np.stack([_make_thumbnail(by_style[style]) for style in STYLES])
+        differences = [
+            np.sqrt(((thumbnails - x) ** 2).mean((1, 2))).mean() for x in earlier_thumbnails
+        ]
+        is_distinct = min(differences, default=1.0) >= MIN_RMS_DIFFERENCE
+        (distinct if is_distinct else similar).append(emoji)
+        earlier_thumbnails.append(thumbnails)
     return distinct + similar + incomplete
 
 
-def _interleave(subgroups: list[list[Entry]]) -> Iterator[Entry]:
-    """Yield entries of the subgroups in turn, WEIGHTS of them in each round; empties the lists."""
+def _interleave(subgroups: list[list[Emoji]]) -> Iterator[Emoji]:
+    """Yield from each subgroup in turn, OBJECTS_PER_ROUND at a time; this empties the lists."""
     while any(subgroups):
-        for entries in filter(None, subgroups):
-            weight = WEIGHTS[entries[0]["group"]]
-            yield from entries[:weight]
-            del entries[:weight]
+        for subgroup in filter(None, subgroups):
+            count = OBJECTS_PER_ROUND[subgroup[0]["group"]]
+            yield from subgroup[:count]
+            del subgroup[:count]
 
 
-def _make_rows(entries: list[Entry], drawings: Drawings) -> Iterator[Row]:
-    counts = Counter(keyword for entry in entries for keyword in set(entry["keywords"]))
-    complete = 0  # objects with all styles so far
-    for rank, entry in enumerate(entries):
-        styles = drawings[entry["id"]]
-        held_out = None
-        if len(styles) == len(STYLES):
-            if complete % 2 == 1:
-                held_out = list(STYLES)[complete // 2 % len(STYLES)]
-            complete += 1
+def _make_rows(emojis: list[Emoji], drawings: Drawings) -> Iterator[Row]:
+    keyword_counts = Counter(keyword for emoji in emojis for keyword in set(emoji["keywords"]))
+    num_complete = 0  # objects with all styles so far
+    for rank, emoji in enumerate(emojis):
+        by_style = drawings[emoji["id"]]
+        held_out_style = None
+        if len(by_style) == len(STYLES):
+            if num_complete % 2 == 1:
+                held_out_style = list(STYLES)[num_complete // 2 % len(STYLES)]
+            num_complete += 1
         # Captions use keywords instead of the name, so each must belong to a single object.
-        keywords = [k for k in entry["keywords"] if counts[k] == 1 and k != entry["label"]]
-        for style in styles:
+        keywords = [k for k in emoji["keywords"] if keyword_counts[k] == 1 and k != emoji["label"]]
+        for style in by_style:
             yield Row(
-                file_name=f"images/{_make_slug(style)}/{entry['id']}.png",
-                id=entry["id"],
-                object=entry["label"],
+                file_name=f"images/{_make_slug(style)}/{emoji['id']}.png",
+                id=emoji["id"],
+                object=emoji["label"],
                 style=style,
                 keywords=keywords,
-                group=entry["group"],
+                group=emoji["group"],
                 rank=rank,
                 licence=PACKAGES[STYLES[style]][1],
-                split="heldout" if style == held_out else "train",
+                split="heldout" if style == held_out_style else "train",
             )
 
 
 def _make_thumbnail(image: Image.Image) -> np.ndarray:
-    """Return 16 x 16 pixels on gray, (256, 3) in [0, 1], by which objects are compared."""
-    gray = Image.new("RGBA", image.size, (128, 128, 128, 255))
-    gray.alpha_composite(image)
-    small = gray.convert("RGB").resize((16, 16), Image.Resampling.BOX)
+    """Return a drawing on gray at 16 x 16 pixels, (256, 3) in [0, 1], to compare objects by."""
+    composite = Image.new("RGBA", image.size, (128, 128, 128, 255))
+    composite.alpha_composite(image)
+    small = composite.convert("RGB").resize((16, 16), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float32).reshape(256, 3) / 255
 
 
 def _remove_selector(code: str) -> str:
-    """Return code points, joined by hyphens, in lower case without the variation selector."""
+    """Convert code points joined by hyphens to lower case, and remove the variation selector."""
     return "-".join(point for point in code.lower().split("-") if point != "fe0f")
 
 
@@ -346,14 +354,15 @@ def _make_slug(label: str) -> str:
 
 def _format_notice() -> str:
     lines = [
-        "The images in this folder are works of others, whose licences require attribution:",
+        "The images in this folder are works of others, whose licenses require attribution:",
         "",
     ]
     styles = {package: style for style, package in STYLES.items()}
-    for package, (version, licence, author, home) in PACKAGES.items():
-        lines.append(f"{styles.get(package, 'captions')}: {author}, https://github.com/{home}")
-        lines.append(f"    npm package {package} {version}, {licence}")
-    lines += ["", *(f"{name}: {url}" for name, url in LICENCES.items()), ""]
+    for package, (version, license_id, author, repository) in PACKAGES.items():
+        source = f"{author}, https://github.com/{repository}"
+        lines.append(f"{styles.get(package, 'captions')}: {source}")
+        lines.append(f"    npm package {package} {version}, {license_id}")
+    lines += ["", *(f"{name}: {url}" for name, url in LICENSE_URLS.items()), ""]
     lines += ["The images were rasterized and scaled, and are otherwise unchanged.", ""]
     return "\n".join(lines)
 

@@ -24,14 +24,14 @@ from ldm.loading.load import load
 from ldm.pipelines import depth2img, inpaint, txt2img, upscale, vary
 from ldm.runtime.files import find_file
 
-OPTIONS: dict[str, Any] = {"steps": 50, "scale": 3.0}
+SAMPLING_OPTIONS: dict[str, Any] = {"steps": 50, "scale": 3.0}
 # In pixels
 TITLE_HEIGHT = 22
 FONT_SIZE = 14  # of the titles
 GAP = 10  # between panels
 
-# (object, style, background) of docs/demo.jpg; seeds are 0, 1, 2 …
-DEMO = (
+# (object, style, background) of each image in docs/demo.jpg; seeds are 0, 1, 2 …
+DEMO_IMAGES = (
     ("automobile", "black line", "white"),
     ("eggplant", "flat", "pink"),
     ("cocktail glass", "emojione", "red"),
@@ -57,8 +57,8 @@ DEMO = (
     ("wine glass", "noto", "yellow"),
     ("crescent moon", "soft gradient", "blue"),
 )
-# (method, object, run folder) of docs/adapters.jpg
-ADAPTERS = (
+# (method, object, run folder) of each row in docs/adapters.jpg
+ADAPTER_ROWS = (
     ("LoRA", "robot", "logs/lora"),
     ("textual inversion", "polar bear", "logs/textual-inversion"),
     ("DreamBooth", "zebra", "logs/dreambooth"),
@@ -75,12 +75,12 @@ class Panel:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     parser.add_argument("names", nargs="+", choices=list(FIGURES), metavar="NAME",
                         help=", ".join(FIGURES))  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="folder of emoji and emoji-512"
+        "--data", type=Path, default=Path("data"), help="folder with emoji and emoji-512"
     )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
     args = parser.parse_args(argv)
@@ -91,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_demo(data: Path) -> Image.Image:
-    """Draw the images of DEMO, made by the demo model."""
-    prompts = [format_caption(*words) for words in DEMO]
-    images = txt2img(load(), prompts, seeds=list(range(len(prompts))), **OPTIONS)
+    """Draw a grid of DEMO_IMAGES, made by the demo model."""
+    prompts = [format_caption(*words) for words in DEMO_IMAGES]
+    images = txt2img(load(), prompts, seeds=list(range(len(prompts))), **SAMPLING_OPTIONS)
     return pixels.make_grid(pixels.to_pil(images), 8)
 
 
@@ -101,7 +101,9 @@ def make_tasks(data: Path) -> Image.Image:
     """Draw a row of inputs and results for each task."""
     model = load()
     prompts = [format_caption("panda", "flat", "pink"), format_caption("tomato", "noto", "yellow")]
-    images = [txt2img(model, [prompt] * 3, seeds=[0, 1, 2], **OPTIONS) for prompt in prompts]
+    images = [
+        txt2img(model, [prompt] * 3, seeds=[0, 1, 2], **SAMPLING_OPTIONS) for prompt in prompts
+    ]
     rows = [[Panel(f"text to image: {' | '.join(prompts)}", torch.cat(images))]]
     for make_row in (_make_inpainting, _make_upscaling, _make_depth, _make_variations):
         title, images = make_row(data)
@@ -112,10 +114,10 @@ def make_tasks(data: Path) -> Image.Image:
 def make_adapters(data: Path) -> Image.Image:
     """Draw objects that are new to the demo model, before and after training by three methods."""
     base = load()
-    lora, embedding, dreambooth = (_find_checkpoint(run) for _, _, run in ADAPTERS)
+    lora, embedding, dreambooth = (_find_checkpoint(run) for _, _, run in ADAPTER_ROWS)
     trained = (load(loras=[(lora, 1.0)]), load(embeddings=[embedding]), load(ckpt=dreambooth))
     rows = []
-    for (method, name, _), model in zip(ADAPTERS, trained, strict=True):
+    for (method, name, _), model in zip(ADAPTER_ROWS, trained, strict=True):
         token = "<polar-bear>" if method == "textual inversion" else name
         panels = []
         for title, panel_model, object_name in (
@@ -123,7 +125,7 @@ def make_adapters(data: Path) -> Image.Image:
             (f"after: {method}", model, token),
         ):
             prompts = [format_caption(object_name, "3d", "blue")] * 4
-            images = txt2img(panel_model, prompts, seeds=[0, 1, 2, 3], **OPTIONS)
+            images = txt2img(panel_model, prompts, seeds=[0, 1, 2, 3], **SAMPLING_OPTIONS)
             panels.append(Panel(title, images))
         rows.append(panels)
     return draw_figure(rows)
@@ -137,7 +139,7 @@ FIGURES: dict[str, Callable[[Path], Image.Image]] = {
 
 
 def draw_figure(rows: Sequence[Sequence[Panel]]) -> Image.Image:
-    """Draw rows of panels on white; all panels of a row have the same height."""
+    """Draw rows of panels on white; all panels of a row must have the same height."""
     panels = [[_draw_panel(panel) for panel in row] for row in rows]
     width = max(sum(panel.width + GAP for panel in row) - GAP for row in panels)
     height = sum(row[0].height for row in panels)
@@ -168,7 +170,7 @@ def _make_inpainting(data: Path) -> tuple[str, list[Tensor]]:
     images = []
     for sample in _load_samples(data / "emoji", transform, ("duck", "violin", "strawberry")):
         image, mask = sample["jpg"][None], sample["mask"][None]
-        result = inpaint(model, [sample["txt"]], image, mask, seeds=0, **OPTIONS)
+        result = inpaint(model, [sample["txt"]], image, mask, seeds=0, **SAMPLING_OPTIONS)
         images += [torch.where(mask > 0, -0.5, image), result]
     return "inpainting: input, result", images
 
@@ -178,9 +180,9 @@ def _make_upscaling(data: Path) -> tuple[str, list[Tensor]]:
     transform = EmojiTransform(size=512, conditions={"lr": {"factor": 4}})
     images = []
     for sample in _load_samples(data / "emoji-512", transform, ("rabbit face", "bus", "dog face")):
-        small = sample["lr"][None]
-        result = upscale(model, [sample["txt"]], small, seeds=0, steps=25, scale=1.0)
-        bicubic = F.interpolate(small, scale_factor=4.0, mode="bicubic").clamp(-1, 1)
+        low_res = sample["lr"][None]
+        result = upscale(model, [sample["txt"]], low_res, seeds=0, steps=25, scale=1.0)
+        bicubic = F.interpolate(low_res, scale_factor=4.0, mode="bicubic").clamp(-1, 1)
         images += [image[..., 128:256, 128:256] for image in (bicubic, result)]
     return "4x upscaling: bicubic, result (a sixteenth of the image)", images
 
@@ -192,7 +194,7 @@ def _make_depth(data: Path) -> tuple[str, list[Tensor]]:
                            ("duck", "cat face")):  # fmt: skip
         image, depth = sample["jpg"][None], sample["depth"][None]
         prompts = [format_caption(sample["object"], "noto", "blue")] * 2
-        options = {"depth": depth, "strength": 1.0, "seeds": [0, 1], **OPTIONS}
+        options = {"depth": depth, "strength": 1.0, "seeds": [0, 1], **SAMPLING_OPTIONS}
         results = depth2img(model, prompts, image, **options)
         images += [(2 * depth - 1).expand(1, 3, -1, -1), results]
     return "depth to image (recipe): depth map, results", images
@@ -203,14 +205,14 @@ def _make_variations(data: Path) -> tuple[str, list[Tensor]]:
     images = []
     for sample in _load_samples(data / "emoji", EmojiTransform(), ("ear of corn", "cyclone")):
         image = sample["jpg"][None]
-        images += [image, vary(model, [""] * 2, [image], seeds=[0, 1], **OPTIONS)]
+        images += [image, vary(model, [""] * 2, [image], seeds=[0, 1], **SAMPLING_OPTIONS)]
     return "variations (recipe): image, results", images
 
 
 def _load_samples(
     root: Path, transform: EmojiTransform, objects: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Load the held-out drawing of each object, or its first if none is held out."""
+    """Load the held-out drawing of each object, or its first drawing if none is held out."""
     folder = ImageFolder(root=root, transform=transform)
     samples = []
     for name in objects:

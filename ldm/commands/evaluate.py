@@ -106,8 +106,8 @@ def _build_parser(prog: str | None) -> CommandParser:
 
 def _evaluate(args: Namespace) -> None:
     from ldm.evaluation.generate import generate_images, wait_for_images
-    from ldm.evaluation.load import find_clip, load_extractor, load_judge
-    from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
+    from ldm.evaluation.load import find_clip, load_clip_scorer, load_extractor
+    from ldm.evaluation.report import format_score_settings, format_table, save_figure, save_results
     from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
     from ldm.imaging.output import check_outdir
     from ldm.runtime.device import pick_device
@@ -141,14 +141,14 @@ def _evaluate(args: Namespace) -> None:
     else:
         sets = _make_image_sets(args, prompts) if args.images else find_image_sets(outdir)
     if not args.generate and args.count is not None:
-        sets = [image_set.first(args.count) for image_set in sets]
+        sets = [image_set.select_first(args.count) for image_set in sets]
     if reference is not None and args.reference_size is None:
         reference = replace(reference, side=min(sets[0].load(0).size))
-    judge = None if clip is None else load_judge(clip, device)
-    results = score_sets(sets, reference, extractor, judge)
+    prompt_scorer = None if clip is None else load_clip_scorer(clip, device)
+    results = score_sets(sets, reference, extractor, prompt_scorer)
     paths = save_results(results, outdir)
     paths += save_figure(results, outdir, title=args.title)
-    print("\n".join([format_table(results), "", *format_choices(results[0]), ""]))
+    print("\n".join([format_table(results), "", *format_score_settings(results[0]), ""]))
     print("\n".join(map(str, paths)))
 
 

@@ -1,7 +1,7 @@
-"""Networks for scores: Inception for features of images, CLIP for how well images fit prompts.
+"""Networks for scores: Inception for features of images, CLIP for how well images match prompts.
 
-Any object with the methods of `FeatureExtractor` or `PromptJudge` can replace Inception or CLIP,
-such as a classifier for a dataset of your own.
+Any object with the methods of `FeatureExtractor` or `PromptScorer`, such as a classifier trained on
+your own dataset, can replace Inception or CLIP.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from torch import Tensor
 from ldm.encoders import tokenizer
 from ldm.encoders.image import normalize_pixels
 from ldm.encoders.towers import CLIP
-from ldm.evaluation.metrics import cosines
+from ldm.evaluation.metrics import cosine_similarity
 from ldm.nets.inception import INCEPTION_FEATURES, INCEPTION_IMAGE_SIZE, Inception
 from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "RESIZE_MODES", "CLIPJudge", "FeatureExtractor", "InceptionExtractor", "PromptJudge",
+    "RESIZE_MODES", "CLIPScorer", "FeatureExtractor", "InceptionExtractor", "PromptScorer",
     "preprocess_for_clip", "preprocess_for_inception",
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ Images = Sequence[Image.Image]  # RGB, of any sizes
 
 
 class FeatureExtractor(Protocol):
-    """Computes features by which distributions of images are compared."""
+    """Computes features of images, whose distributions are compared."""
 
     @property
     def dimensions(self) -> int:
@@ -40,25 +40,25 @@ class FeatureExtractor(Protocol):
         ...
 
     def describe(self) -> JsonObject:
-        """Return name, hash of the weights (`sha256`) and settings, for reports.
+        """Return name, SHA-256 of the weights file (`sha256`) and settings, for reports.
 
-        Features are cached by this description, unless `sha256` is None.
+        It is part of the key under which features are cached, unless `sha256` is None.
         """
         ...
 
-    def features(self, images: Images) -> Tensor:
-        """Return features (N, d)."""
+    def extract_features(self, images: Images) -> Tensor:
+        """Return the features of images, (N, d)."""
         ...
 
 
-class PromptJudge(Protocol):
-    """Scores how well each image fits its prompt."""
+class PromptScorer(Protocol):
+    """Scores how well each image matches its prompt."""
 
     def describe(self) -> JsonObject:
-        """Return name, hash of the weights (`sha256`) and settings, as FeatureExtractor does."""
+        """See `FeatureExtractor.describe`."""
         ...
 
-    def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image with its prompt, (N,); higher is better."""
         ...
 
@@ -68,8 +68,8 @@ class InceptionExtractor:
     """The 2,048 features of FID.
 
     Args:
-        resize: Name in RESIZE_MODES, see `preprocess_for_inception`.
-        sha256: Hash of the weights' file, for reports; None = unknown, features are not cached.
+        resize: "clean" or "pytorch-fid", see `preprocess_for_inception`.
+        sha256: SHA-256 of the weights file, for reports; None = unknown, features are not cached.
     """
 
     dimensions: ClassVar[int] = INCEPTION_FEATURES
@@ -84,18 +84,18 @@ class InceptionExtractor:
         return {"name": "Inception", "resize": self.resize, "sha256": self.sha256}
 
     @torch.inference_mode()
-    def features(self, images: Images) -> Tensor:
+    def extract_features(self, images: Images) -> Tensor:
         pixels = torch.cat([preprocess_for_inception(image, self.resize) for image in images])
         return self.net(pixels.to(next(self.net.parameters()).device)).cpu()
 
 
 @dataclass(frozen=True, eq=False)
-class CLIPJudge:
+class CLIPScorer:
     """CLIP score: the cosine similarity of the embeddings of image and prompt, -1 … 1.
 
     Args:
         name: Name of the score, for reports.
-        sha256: Hash of the weights' file, for reports; None = unknown, scores are not cached.
+        sha256: SHA-256 of the weights file, for reports; None = unknown, scores are not cached.
     """
 
     clip: CLIP
@@ -106,8 +106,8 @@ class CLIPJudge:
         activation = self.clip.blocks[0].activation.__name__
         return {"name": self.name, "activation": activation, "sha256": self.sha256}
 
-    def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        return cosines(self.embed_images(images), self.embed_texts(prompts))
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        return cosine_similarity(self.embed_images(images), self.embed_texts(prompts))
 
     @torch.inference_mode()
     def embed_images(self, images: Images) -> Tensor:
@@ -123,14 +123,14 @@ class CLIPJudge:
         length = len(self.clip.positional_embedding)
         tokens = tokenizer.tokenize(prompts, tokenizer.OPEN_CLIP, length)
         tokens = tokens.to(self.clip.text_projection.device)
-        ends = (tokens == tokenizer.END_ID).int().argmax(dim=1)
-        _, pooled = self.clip(tokens, len(self.clip.blocks), ends=ends)
+        eos_positions = (tokens == tokenizer.END_ID).int().argmax(dim=1)
+        _, pooled = self.clip(tokens, len(self.clip.blocks), ends=eos_positions)
         assert isinstance(pooled, Tensor)
         return pooled.cpu()
 
 
 def preprocess_for_inception(image: Image.Image, resize: str) -> Tensor:
-    """Preprocess an image for Inception: (1, 3, 299, 299), about [-1, 1].
+    """Preprocess an image for Inception: (1, 3, 299, 299) in about [-1, 1].
 
     Args:
         resize: "clean", as clean-fid: bicubic with antialiasing by Pillow in float, then
@@ -138,13 +138,13 @@ def preprocess_for_inception(image: Image.Image, resize: str) -> Tensor:
     """
     side = INCEPTION_IMAGE_SIZE
     if resize == "clean":
-        planes = [
+        channels = [
             Image.fromarray(np.array(channel, dtype=np.float32)).resize(
                 (side, side), Image.Resampling.BICUBIC
             )
             for channel in image.convert("RGB").split()
         ]
-        x = torch.from_numpy(np.stack([np.array(plane) for plane in planes]))[None]
+        x = torch.from_numpy(np.stack([np.array(channel) for channel in channels]))[None]
         return (x.clamp(0, 255) - 128) / 128
     # Downscaling without antialiasing aliases, which "clean" avoids (arXiv:2104.11222).
     x = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)[None] / 255  # in [0, 1]

@@ -1,12 +1,12 @@
 """Generate images of prompts with several models, samplers, numbers of steps and guidance scales.
 
     OUT/prompts.txt                              the prompts, one per line
-    OUT/<model>-<sampler>-<steps>/options.json   options that all images in it share
+    OUT/<model>-<sampler>-<steps>/options.json   options shared by all images of the folder
     OUT/<model>-<sampler>-<steps>/scale-<s>/00000.png …
 
-In each folder, image k has prompt k // repeat and seed + k, so that all scales start from the same
-noise, and images do not depend on each other, on the batch size or on the number of processes.
-Files are written atomically, and a repeated command generates the missing ones only.
+In each folder, image k has prompt k // repeat and seed + k: all scales start from the same noise,
+and images do not depend on each other, on the batch size or on the number of processes. Files are
+written atomically, and running the command again generates only the missing ones.
 """
 
 import json
@@ -41,7 +41,7 @@ OPTIONS_WITHOUT_EFFECT = ("device", "attention", "offload", "outdir", "n_samples
                           "laion400m")  # fmt: skip
 OPTIONS_IN_FOLDER_NAMES = ("scale", "sampler", "steps", "ckpt")
 
-CHECKPOINT_HASH = "checkpoint_hash"
+CHECKPOINT_HASH_KEY = "checkpoint_hash"
 WAIT_TIMEOUT = 1800.0  # seconds without a new image
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Setting:
     """A model and the options of its images, which are written into one folder.
 
     Args:
-        model_label: Label of the model, for names of folders.
+        model_label: Name of the model in folder names.
         request: Request with a prompt file and a guidance scale.
     """
 
@@ -61,22 +61,24 @@ class Setting:
 
     @property
     def series(self) -> str:
-        """Name of the curve in the plot, and of the folder that has a folder for each scale."""
+        """Name of the curve in the figure, and of the folder with one subfolder per scale."""
         sampling = self.request.sampling
         return f"{self.model_label}-{sampling.sampler}-{sampling.steps}"
 
     def get_folder(self, out: Path) -> Path:
-        """Return the folder of its images."""
+        """Return the folder of the images."""
         return out / self.series / f"scale-{self.request.sampling.scale:g}"
 
     def list_files(self, out: Path) -> list[Path]:
-        """Return the files of its images, which may not exist yet."""
+        """Return the paths of the images, which may not exist yet."""
         folder, count = self.get_folder(out), _count_images(self.request)
         return [_get_image_path(folder, k) for k in range(count)]
 
 
 def write_prompts(out: Path, lines: Sequence[str]) -> Path:
-    """Write the prompts of an evaluation into its folder, or check those in it; return the path.
+    """Write the prompts of an evaluation to its folder; return the path of the file.
+
+    An existing file may have more or fewer prompts, if the first ones are the same.
 
     Raises:
         ArgumentError: The folder has images of other prompts.
@@ -98,22 +100,23 @@ def write_prompts(out: Path, lines: Sequence[str]) -> Path:
 
 
 def generate_images(settings: Sequence[Setting], out: Path) -> None:
-    """Generate the missing images of all settings; each process generates its own batches only.
+    """Generate the missing images of all settings; each process generates only its own batches.
 
     Each batch of prompts is generated with all settings of a model before the next batch, so that
-    an interrupted run has equally many images of all settings.
+    an interrupted run has equally many images of each setting.
 
     Args:
         settings: Settings, grouped by model.
+
     Raises:
         ArgumentError: There are fewer images than processes, or the folder has images with other
             options.
-        NonFinite: An image is NaN even in float32.
+        NonFinite: An image has NaN or infinite values even in float32.
     """
     rank, world_size = get_rank_and_world_size()
-    _check_options(settings, out)
-    # With adaptive steps, an image depends on the others of its batch: such a sampler needs batch
-    # size 1, and so do all settings, as they have the same batches.
+    _record_options(settings, out)
+    # With adaptive steps, an image depends on the rest of its batch, so that the sampler needs
+    # batch size 1. All settings then have it, as they share the batches.
     samplers = (SAMPLERS[setting.request.sampling.sampler or "ddim"] for setting in settings)
     max_batch_size = 1 if any(sampler.adapts_steps for sampler in samplers) else None
     requests = [_limit_batch_size(setting.request, max_batch_size) for setting in settings]
@@ -135,11 +138,11 @@ def generate_images(settings: Sequence[Setting], out: Path) -> None:
 def _check_prompts(setting: Setting, batches: Sequence[Batch]) -> None:
     """Raise ArgumentError for a prompt with per-prompt options."""
     for batch in batches:
-        names = [name for name, _ in batch.line_options]
+        option_names = [name for name, _ in batch.line_options]
         if batch.loras != setting.request.model.lora:
-            names.append("a LoRA")
-        if names:
-            message = f"`{batch.images[0].prompt}` has {', '.join(names)}"
+            option_names.append("a LoRA")
+        if option_names:
+            message = f"`{batch.images[0].prompt}` has {', '.join(option_names)}"
             raise ArgumentError(
                 f"{message}: per-prompt options are not allowed in an evaluation", "from_file"
             )
@@ -152,15 +155,17 @@ def _generate_with_model(
     tasks = [setting.request.task.prepare(setting.request) for setting, _ in plans]
     models = load_models(tasks[0].request)
     size = tasks[0].get_output_size(models.base)
-    infos = [make_run_info(task.request, models, size, without_folders=True) for task in tasks]
+    run_infos = [make_run_info(task.request, models, size, without_folders=True) for task in tasks]
     for setting, _ in plans:
-        _check_checkpoint(out / setting.series / "options.json", infos[0]["checkpoint_hash"])
+        path = out / setting.series / "options.json"
+        _record_checkpoint(path, run_infos[0][CHECKPOINT_HASH_KEY])
     tasks[0].set_up(models.base)
-    for index in range(len(plans[0][1])):
-        for (setting, batches), task, info in zip(plans, tasks, infos, strict=True):
+    num_batches = len(plans[0][1])
+    for index in range(num_batches):
+        for (setting, batches), task, run_info in zip(plans, tasks, run_infos, strict=True):
             batch = _filter_missing(batches[index], setting, out)
             if batch:
-                _generate_batch(task, batch, models, info, setting.get_folder(out))
+                _generate_batch(task, batch, models, run_info, setting.get_folder(out))
                 progress.add(len(batch))
 
 
@@ -170,18 +175,18 @@ def _generate_batch(
     images = generate_with_fallback(prepared, batch, models, RunListener())
     run_info["dtype"] = get_dtype_name(models.base)
     folder.mkdir(parents=True, exist_ok=True)
-    for row, image in enumerate(to_8_bit_rgb(images, run_info, truncate=False)):
-        info = run_info | make_image_info(prepared.request, [batch], 0, row)
+    for k, image in enumerate(to_8_bit_rgb(images, run_info, truncate=False)):
+        info = run_info | make_image_info(prepared.request, [batch], 0, k)
         info["sha256_unmarked"] = hash_pixels(image)
-        with write_atomically(_get_image_path(folder, batch.images[row].index)) as partial:
+        with write_atomically(_get_image_path(folder, batch.images[k].index)) as partial:
             write_png(partial, add_watermark(image, info), info)
 
 
 def _limit_batch_size(request: Request, max_batch_size: int | None) -> Request:
-    """Limit the batch size so that there are at least `world_size` batches.
+    """Limit the batch size so that each process has a batch.
 
     Args:
-        max_batch_size: Further limit; None = none.
+        max_batch_size: Largest batch size; None = any.
     """
     _, world_size = get_rank_and_world_size()
     count = _count_images(request)
@@ -193,14 +198,14 @@ def _limit_batch_size(request: Request, max_batch_size: int | None) -> Request:
     return replace(request, output=output)
 
 
-def _check_options(settings: Sequence[Setting], out: Path) -> None:
-    """Record the options of each series; raise ArgumentError if its folder has other options."""
+def _record_options(settings: Sequence[Setting], out: Path) -> None:
+    """Write the options of each series; raise ArgumentError if its folder has other options."""
     for setting in {setting.series: setting for setting in settings}.values():
         path = out / setting.series / "options.json"
         options = _get_shared_options(setting)
         if path.is_file():
             recorded = json.loads(path.read_text("utf-8"))
-            recorded.pop(CHECKPOINT_HASH, None)
+            recorded.pop(CHECKPOINT_HASH_KEY, None)
             names = options.keys() | recorded
             changed = sorted(name for name in names if options.get(name) != recorded.get(name))
             if changed:
@@ -215,10 +220,10 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
         _write_json(path, options)
 
 
-def _check_checkpoint(path: Path, digest: str) -> None:
-    """Record the hash of the model; raise ArgumentError if the folder has another one's images."""
+def _record_checkpoint(path: Path, checkpoint_hash: str) -> None:
+    """Add the hash of the model to `options.json`; raise ArgumentError if it has another hash."""
     options = json.loads(path.read_text("utf-8"))
-    if options.setdefault(CHECKPOINT_HASH, digest) != digest:
+    if options.setdefault(CHECKPOINT_HASH_KEY, checkpoint_hash) != checkpoint_hash:
         message = f"{path.parent} has images of another model of this name: choose another folder"
         raise ArgumentError(message, "outdir")
     _write_json(path, options)
@@ -243,7 +248,7 @@ def _get_shared_options(setting: Setting) -> JsonObject:
 
 def _filter_missing(batch: Batch, setting: Setting, out: Path) -> Batch:
     folder = setting.get_folder(out)
-    images = [spec for spec in batch.images if not _get_image_path(folder, spec.index).exists()]
+    images = [image for image in batch.images if not _get_image_path(folder, image.index).exists()]
     return replace(batch, images=images)
 
 
@@ -252,14 +257,18 @@ def _get_image_path(folder: Path, index: int) -> Path:
 
 
 def wait_for_images(settings: Sequence[Setting], out: Path) -> None:
-    """Wait for the images of other processes, at most WAIT_TIMEOUT seconds without a new one."""
-    files = [file for setting in settings for file in setting.list_files(out)]
-    last_missing, last_change = -1, time.monotonic()
-    while missing := sum(not file.exists() for file in files):
-        if missing != last_missing:
-            last_missing, last_change = missing, time.monotonic()
+    """Wait for the images of other processes.
+
+    Raises:
+        TimeoutError: There was no new image for WAIT_TIMEOUT seconds.
+    """
+    paths = [path for setting in settings for path in setting.list_files(out)]
+    last_num_missing, last_change = -1, time.monotonic()
+    while num_missing := sum(not path.exists() for path in paths):
+        if num_missing != last_num_missing:
+            last_num_missing, last_change = num_missing, time.monotonic()
         elif time.monotonic() - last_change > WAIT_TIMEOUT:
-            raise TimeoutError(f"{missing} of {len(files)} images are missing: run this again")
+            raise TimeoutError(f"{num_missing} of {len(paths)} images are missing: run this again")
         time.sleep(1)
 
 

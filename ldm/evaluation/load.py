@@ -1,11 +1,11 @@
-"""Load Inception and CLIP from given files, or from published files that were downloaded."""
+"""Load Inception and CLIP from given files, or from published files that are downloaded."""
 
 import logging
 from pathlib import Path
 
 import torch
 
-from ldm.evaluation.extractors import RESIZE_MODES, CLIPJudge, InceptionExtractor
+from ldm.evaluation.extractors import RESIZE_MODES, CLIPScorer, InceptionExtractor
 from ldm.loading.addons.clip import check_clip, get_clip_name, load_clip
 from ldm.loading.addons.inception import load_inception
 from ldm.loading.files.checkpoint import compute_short_hash
@@ -13,7 +13,7 @@ from ldm.loading.published import find_on_disk, read_published_files, resolve_ch
 from ldm.runtime.errors import check_name
 from ldm.runtime.hashes import get_sha256
 
-__all__ = ["find_clip", "load_extractor", "load_judge"]
+__all__ = ["find_clip", "load_clip_scorer", "load_extractor"]
 
 DEFAULT_INCEPTION, DEFAULT_CLIP = "fid-inception", "open-clip-g"  # names of published files
 
@@ -26,8 +26,8 @@ def load_extractor(
     """Load Inception; if there is no file, log a warning and return None.
 
     Args:
-        file: File of weights; None = DEFAULT_INCEPTION, if it was downloaded.
-        resize: Name in RESIZE_MODES.
+        file: Weights file; None = DEFAULT_INCEPTION, if it is downloaded.
+        resize: See `InceptionExtractor`.
     """
     check_name("resize", resize, RESIZE_MODES, argument="resize")
     path = _find_weights(file, DEFAULT_INCEPTION)
@@ -41,7 +41,7 @@ def find_clip(file: str | Path | None) -> Path | None:
     """Find and check the weights of CLIP without loading them; if there is no file, return None.
 
     Args:
-        file: File or folder of weights; None = DEFAULT_CLIP, if it was downloaded.
+        file: Weights file or folder; None = DEFAULT_CLIP, if it is downloaded.
     """
     path = _find_weights(file, DEFAULT_CLIP)
     if path is None:
@@ -51,11 +51,11 @@ def find_clip(file: str | Path | None) -> Path | None:
     return path
 
 
-def load_judge(path: Path, device: torch.device) -> CLIPJudge:
+def load_clip_scorer(path: Path, device: torch.device) -> CLIPScorer:
     """Load CLIP from a file or folder, see `find_clip`."""
     clip = load_clip(path, device=device)
     digest = compute_short_hash(path) if path.is_dir() else get_sha256(path)
-    return CLIPJudge(clip, f"CLIP score ({get_clip_name(clip)})", digest)
+    return CLIPScorer(clip, f"CLIP score ({get_clip_name(clip)})", digest)
 
 
 def _find_weights(file: str | Path | None, name: str) -> Path | None:

@@ -17,11 +17,11 @@ from ldm.runtime.errors import ArgumentError
 __all__ = [
     "Estimate",
     "Statistics",
-    "cosines",
+    "cosine_similarity",
+    "estimate_mean",
     "fid",
     "frechet_distance",
     "kid",
-    "mean_estimate",
     "precision_recall",
 ]
 
@@ -34,7 +34,7 @@ class Estimate:
     """A score and its standard error."""
 
     value: float
-    error: float
+    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Statistics:
     count: int
 
     @classmethod
-    def of(cls, features: Tensor) -> "Statistics":
+    def from_features(cls, features: Tensor) -> "Statistics":
         """Compute the statistics of features (N, d), N > 1."""
         if features.ndim != 2 or len(features) < 2:
             shape = tuple(features.shape)
@@ -60,21 +60,22 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
     Negative eigenvalues are rounding errors, and are set to 0.
     """
-    return _compute_distance(a, b, _compute_matrix_sqrt(b.covariance))
+    return _compute_frechet_distance(a, b, _compute_matrix_sqrt(b.covariance))
 
 
 def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
     """Compute the Fréchet distance of features (N, d) to a reference.
 
-    The standard error is that of `estimate_error`, which leaves out the error of the reference.
+    The standard error is from `estimate_standard_error`, without that of the reference.
     """
     sqrt_covariance = _compute_matrix_sqrt(reference.covariance)
 
     def compute_distance(x: Tensor) -> float:
-        return _compute_distance(Statistics.of(x), reference, sqrt_covariance)
+        statistics = Statistics.from_features(x)
+        return _compute_frechet_distance(statistics, reference, sqrt_covariance)
 
     x = features.double()
-    return Estimate(compute_distance(x), estimate_error(compute_distance, x, seed))
+    return Estimate(compute_distance(x), estimate_standard_error(compute_distance, x, seed))
 
 
 def kid(
@@ -98,18 +99,19 @@ def kid(
         raise ArgumentError(f"{message}, got {len(x)} and {len(y)}")
     generator = torch.Generator().manual_seed(seed)
     if subset_size == len(x) == len(y):
-        subsets = 1  # every subset is the whole set
-    values = []
+        subsets = 1  # every subset would be the full set
+    distances = []
     for _ in range(subsets):
         a, b = _draw_rows(x, subset_size, generator), _draw_rows(y, subset_size, generator)
-        values.append(
+        distances.append(
             _average_kernel_within(a) + _average_kernel_within(b) - 2 * _average_kernel(a, b)
         )
 
     def compute_score(half: Tensor) -> float:  # without the reference's term, which cancels out
         return _average_kernel_within(half) - 2 * _average_kernel(half, y)
 
-    return Estimate(sum(values) / len(values), estimate_error(compute_score, x, seed))
+    mean = sum(distances) / len(distances)
+    return Estimate(mean, estimate_standard_error(compute_score, x, seed))
 
 
 def precision_recall(
@@ -128,28 +130,30 @@ def precision_recall(
     x, y = features.double(), reference.double()
     is_inside_y = _is_in_manifold(x, y, neighbors)
     is_inside_x = _is_in_manifold(y, x, neighbors)
-    return mean_estimate(is_inside_y.double()), mean_estimate(is_inside_x.double())
+    return estimate_mean(is_inside_y.double()), estimate_mean(is_inside_x.double())
 
 
-def cosines(images: Tensor, texts: Tensor) -> Tensor:
-    """Return the cosine similarities (N,), float64, of images and texts, embeddings (N, d)."""
+def cosine_similarity(images: Tensor, texts: Tensor) -> Tensor:
+    """Return the cosine similarity of each pair of embeddings, (N, d) each: (N,) float64."""
     x, y = images.double(), texts.double()
     return torch.nn.functional.cosine_similarity(x, y, dim=1)
 
 
-def mean_estimate(values: Tensor) -> Estimate:
+def estimate_mean(values: Tensor) -> Estimate:
     """Return the mean of values (N,), one per image, with the standard error σ/√N."""
     x = values.double()
-    error = float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-    return Estimate(float(x.mean()), error)
+    standard_error = float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    return Estimate(float(x.mean()), standard_error)
 
 
-def estimate_error(score: Callable[[Tensor], float], features: Tensor, seed: int = 0) -> float:
-    """Estimate the standard error of a score of features (N, d) from random halves.
+def estimate_standard_error(
+    compute_score: Callable[[Tensor], float], features: Tensor, seed: int = 0
+) -> float:
+    """Estimate the standard error of a score of features (N, d) from random halves of them.
 
-    The scores of two halves have independent errors, each with twice the variance of the whole: if
-    Δ is their difference, the standard error is √(mean Δ²) / 2 over NUM_SPLITS random splits. A
-    bias, such as that of FID, cancels out.
+    The scores of two halves have independent errors, each with twice the variance of the score of
+    all features: if Δ is the difference of both scores, the standard error is √(mean Δ²) / 2 over
+    NUM_SPLITS random splits. A bias, such as that of FID, cancels out.
     """
     half = len(features) // 2
     if half < 2:
@@ -159,20 +163,20 @@ def estimate_error(score: Callable[[Tensor], float], features: Tensor, seed: int
     for _ in range(NUM_SPLITS):
         order = torch.randperm(len(features), generator=generator).to(features.device)
         first, second = features[order[:half]], features[order[half : 2 * half]]
-        sum_of_squares += (score(first) - score(second)) ** 2
+        sum_of_squares += (compute_score(first) - compute_score(second)) ** 2
     return math.sqrt(sum_of_squares / NUM_SPLITS) / 2
 
 
 def _compute_matrix_sqrt(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
-    return root
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    sqrt: Tensor = (eigenvectors * eigenvalues.clamp(min=0).sqrt()) @ eigenvectors.mT
+    return sqrt
 
 
-def _compute_distance(
+def _compute_frechet_distance(
     statistics: Statistics, reference: Statistics, sqrt_covariance: Tensor
 ) -> float:
-    """Compute the Fréchet distance; `sqrt_covariance` is the reference's, a matrix square root."""
+    """Compute the Fréchet distance, given the matrix square root of the reference's covariance."""
     covariance = statistics.covariance
     product = sqrt_covariance @ covariance @ sqrt_covariance
     # √C₁ C₂ √C₁ has the eigenvalues of C₁ C₂, and is symmetric except for rounding.
@@ -183,7 +187,7 @@ def _compute_distance(
 
 
 def _average_kernel(x: Tensor, y: Tensor) -> float:
-    """Return the mean of the kernel over all pairs of x (N, d) and y (M, d)."""
+    """Return the mean of the kernel over all pairs of a row of x (N, d) and one of y (M, d)."""
     total = sum(
         float(_apply_kernel(block @ y.mT, x.shape[1]).sum()) for block in x.split(BLOCK_ROWS)
     )
@@ -193,12 +197,12 @@ def _average_kernel(x: Tensor, y: Tensor) -> float:
 def _average_kernel_within(x: Tensor) -> float:
     """Return the mean of the kernel over all pairs of different rows of x (N, d)."""
     n, d = x.shape
-    diagonal = float(_apply_kernel(x.square().sum(dim=1), d).sum())  # of each row with itself
+    diagonal = float(_apply_kernel(x.square().sum(dim=1), d).sum())  # pairs of a row with itself
     return (_average_kernel(x, x) * n * n - diagonal) / (n * (n - 1))
 
 
-def _apply_kernel(products: Tensor, d: int) -> Tensor:
-    return (products / d + 1) ** 3
+def _apply_kernel(dot_products: Tensor, d: int) -> Tensor:
+    return (dot_products / d + 1) ** 3
 
 
 def _draw_rows(x: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ class EvaluationPrompt:
     """A prompt, and the image that it describes.
 
     Args:
-        text: Line of a prompt file, including its options.
+        text: Line of a prompt file, which may include options.
         image_name: File name of the image; None = unknown.
     """
 
@@ -57,9 +57,9 @@ def _parse_lines(text: str) -> list[EvaluationPrompt]:
 
 def _parse_coco(text: str, path: Path) -> list[EvaluationPrompt]:
     with errors_as(FileFormatError, f"{path} is not captions in COCO's format"):
-        content = json.loads(text)
-        names = {image["id"]: image["file_name"] for image in content["images"]}
+        dataset = json.loads(text)
+        file_names = {image["id"]: image["file_name"] for image in dataset["images"]}
         return [
-            EvaluationPrompt(" ".join(row["caption"].split()), names[row["image_id"]])
-            for row in content["annotations"]
+            EvaluationPrompt(" ".join(item["caption"].split()), file_names[item["image_id"]])
+            for item in dataset["annotations"]
         ]

@@ -6,9 +6,9 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.evaluation.figure_labels import XY, place_labels
+from ldm.evaluation.figure_labels import Point, place_labels
 from ldm.evaluation.metrics import Estimate
 from ldm.evaluation.score import Result
 from ldm.runtime.files import write_atomically
@@ -16,25 +16,34 @@ from ldm.runtime.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["format_choices", "format_table", "save_figure", "save_results"]
+__all__ = ["format_score_settings", "format_table", "save_figure", "save_results"]
 
-MARKER_RADIUS = 4.0  # in points, with some space around the marker
-MAX_LABEL_DISTANCE = 14.0  # in points, from the marker; beyond it, a line connects them
+MARKER_RADIUS = 4.0  # in points, including some space around the marker
+MAX_LABEL_DISTANCE = 14.0  # in points, from the marker; a line connects labels that are farther
 
 log = logging.getLogger(__name__)
 
-# Name of a score -> (heading, factor, decimals)
+
+class Column(NamedTuple):
+    """Format of a score in the table; values are multiplied by `factor`."""
+
+    heading: str
+    factor: float = 1.0
+    decimals: int = 3
+
+
+# By the name of the score
 COLUMNS = {
-    "fid": ("FID", 1.0, 3),
-    "kid": ("KID × 1000", 1000.0, 3),
-    "precision": ("precision", 1.0, 3),
-    "recall": ("recall", 1.0, 3),
-    "prompt_score": ("prompt score", 1.0, 4),
+    "fid": Column("FID"),
+    "kid": Column("KID × 1000", factor=1000.0),
+    "precision": Column("precision"),
+    "recall": Column("recall"),
+    "prompt_score": Column("prompt score", decimals=4),
 }
 
 
 def save_results(results: Sequence[Result], out: Path) -> list[Path]:
-    """Write each result as JSON, and the table; return the paths."""
+    """Write a JSON file for each result, and the table; return the paths."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for result in results:
@@ -49,25 +58,25 @@ def save_results(results: Sequence[Result], out: Path) -> list[Path]:
 def format_table(results: Sequence[Result]) -> str:
     """Return the scores as a Markdown table, with standard errors after ±."""
     names = [name for name in COLUMNS if any(name in result.scores for result in results)]
-    judges = {str(r.choices["judge"]["name"]) for r in results if "judge" in r.choices}
-    headings = [COLUMNS[name][0] for name in names]
-    if len(judges) == 1 and "prompt_score" in names:
-        headings[names.index("prompt_score")] = judges.pop()
+    headings = [COLUMNS[name].heading for name in names]
+    scorers = {_get_scorer_name(r) for r in results if "prompt_scorer" in r.score_settings}
+    if len(scorers) == 1 and "prompt_score" in names:
+        headings[names.index("prompt_score")] = scorers.pop()
     lines = [
         "| " + " | ".join(["images", "scale", "N", *headings]) + " |",
         "|" + "---|" * (len(names) + 3),
     ]
     for result in results:
         scale = "" if result.scale is None else f"{result.scale:g}"
-        cells = [_format_cell(result.scores.get(name), *COLUMNS[name][1:]) for name in names]
+        cells = [_format_cell(result.scores.get(name), COLUMNS[name]) for name in names]
         lines.append("| " + " | ".join([result.series, scale, str(result.count), *cells]) + " |")
     return "\n".join(lines)
 
 
-def format_choices(result: Result) -> list[str]:
-    """Format `Result.choices`, one line for each network or set of images."""
+def format_score_settings(result: Result) -> list[str]:
+    """Format `Result.score_settings`, one line for each network or set of images."""
     lines = []
-    for name, settings in result.choices.items():
+    for name, settings in result.score_settings.items():
         if isinstance(settings, dict):
             values = (f"{key} {value}" for key, value in settings.items() if value is not None)
             lines.append(f"{name}: {', '.join(values)}")
@@ -79,6 +88,7 @@ def save_figure(results: Sequence[Result], out: Path, *, title: str | None = Non
 
     Args:
         title: Title of the figure; None = the scores and the number of images.
+
     Returns:
         The paths; [] if there is nothing to plot or matplotlib is not installed.
     """
@@ -92,22 +102,22 @@ def save_figure(results: Sequence[Result], out: Path, *, title: str | None = Non
         return []
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
-    labels: list[tuple[str, XY]] = []
-    lines: list[tuple[XY, XY]] = []
+    labels: list[tuple[str, Point]] = []
+    lines: list[tuple[Point, Point]] = []
     for series in dict.fromkeys(result.series for result in plotted):
         curve = sorted((r for r in plotted if r.series == series), key=lambda r: r.scale or 0)
         x, y = ([r.scores[score] for r in curve] for score in ("prompt_score", "fid"))
         axes.errorbar(
-            [e.value for e in x], [e.value for e in y], xerr=[e.error for e in x],
-            yerr=[e.error for e in y], marker="o", markersize=4, capsize=2, linewidth=1.2,
+            [e.value for e in x], [e.value for e in y], xerr=[e.standard_error for e in x],
+            yerr=[e.standard_error for e in y], marker="o", markersize=4, capsize=2, linewidth=1.2,
             elinewidth=0.7, label=series,
         )  # fmt: skip
         points = [(a.value, b.value) for a, b in zip(x, y, strict=True)]
         lines += itertools.pairwise(points)
         for a, b in zip(x, y, strict=True):  # the error bars
             lines += [
-                ((a.value - a.error, b.value), (a.value + a.error, b.value)),
-                ((a.value, b.value - b.error), (a.value, b.value + b.error)),
+                ((a.value - a.standard_error, b.value), (a.value + a.standard_error, b.value)),
+                ((a.value, b.value - b.standard_error), (a.value, b.value + b.standard_error)),
             ]
         labels += [
             (f"{result.scale:g}", point)
@@ -115,12 +125,12 @@ def save_figure(results: Sequence[Result], out: Path, *, title: str | None = Non
             if result.scale is not None
         ]
     first = plotted[0]
-    judge_name = first.choices["judge"]["name"]
-    size = first.facts.get("size")
+    scorer_name = _get_scorer_name(first)
+    size = first.generation_info.get("size")
     sample_size = f" on {size[1]}x{size[0]} samples" if size else ""
-    axes.set_xlabel(judge_name)
-    axes.set_ylabel(f"FID ({first.choices['features']['name']})")
-    axes.set_title(title or f"FID vs {judge_name}{sample_size}, N = {first.count}", fontsize=11)
+    axes.set_xlabel(scorer_name)
+    axes.set_ylabel(f"FID ({first.score_settings['features']['name']})")
+    axes.set_title(title or f"FID vs {scorer_name}{sample_size}, N = {first.count}", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend()
     _draw_labels(axes, labels, lines)
@@ -133,15 +143,15 @@ def save_figure(results: Sequence[Result], out: Path, *, title: str | None = Non
 
 
 def _draw_labels(
-    axes: "Axes", labels: Sequence[tuple[str, XY]], lines: Sequence[tuple[XY, XY]]
+    axes: "Axes", labels: Sequence[tuple[str, Point]], lines: Sequence[tuple[Point, Point]]
 ) -> None:
-    """Draw labels beside their points; a line connects those that are far away."""
+    """Draw labels beside their points, and a line from each distant label to its point."""
     figure = axes.get_figure(root=True)
     if figure is None or not labels:
         return
-    figure.draw_without_rendering()  # the layout determines the pixels of the points
+    figure.draw_without_rendering()  # computes the layout, on which the pixel positions depend
 
-    def to_pixels(points: Sequence[XY]) -> list[XY]:
+    def to_pixels(points: Sequence[Point]) -> list[Point]:
         return [(float(x), float(y)) for x, y in axes.transData.transform(points)]
 
     points = to_pixels([point for _, point in labels])
@@ -153,11 +163,13 @@ def _draw_labels(
     sizes = [(box.width, box.height) for box in boxes]
     left, bottom, right, top = map(float, axes.get_window_extent().extents)
     pixels_per_point = figure.dpi / 72
-    ends = to_pixels([end for line in lines for end in line])
-    segments = zip(ends[::2], ends[1::2], strict=True)
-    finite = [(start, end) for start, end in segments if all(map(math.isfinite, start + end))]
+    endpoints = to_pixels([endpoint for line in lines for endpoint in line])
+    pixel_lines = zip(endpoints[::2], endpoints[1::2], strict=True)
+    finite_lines = [
+        (start, end) for start, end in pixel_lines if all(map(math.isfinite, start + end))
+    ]
     radius = MARKER_RADIUS * pixels_per_point
-    centers = place_labels(points, sizes, (left, bottom, right, top), radius, finite)
+    centers = place_labels(points, sizes, (left, bottom, right, top), radius, finite_lines)
     for (text, point), (x, y), center in zip(labels, points, centers, strict=True):
         offset = ((center[0] - x) / pixels_per_point, (center[1] - y) / pixels_per_point)
         is_far = math.hypot(*offset) > MAX_LABEL_DISTANCE
@@ -168,10 +180,15 @@ def _draw_labels(
         )  # fmt: skip
 
 
-def _format_cell(estimate: Estimate | None, factor: float, decimals: int) -> str:
+def _format_cell(estimate: Estimate | None, column: Column) -> str:
     if estimate is None:
         return "–"
-    return f"{factor * estimate.value:.{decimals}f} ± {factor * estimate.error:.{decimals}f}"
+    value, error = column.factor * estimate.value, column.factor * estimate.standard_error
+    return f"{value:.{column.decimals}f} ± {error:.{column.decimals}f}"
+
+
+def _get_scorer_name(result: Result) -> str:
+    return str(result.score_settings["prompt_scorer"]["name"])
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
-"""Score folders of images, and report all settings that the scores depend on.
+"""Score sets of images, and report all settings that the scores depend on.
 
 Features are cached on disk (`ldm.runtime.hashes`) by the content of the images, so that those of
-the reference and of unchanged folders are computed once.
+the reference and of unchanged folders are computed only once.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.evaluation.extractors import FeatureExtractor, PromptJudge
+from ldm.evaluation.extractors import FeatureExtractor, PromptScorer
 from ldm.evaluation.metrics import (
     Estimate,
     Statistics,
+    estimate_mean,
     fid,
     kid,
-    mean_estimate,
     precision_recall,
 )
 from ldm.evaluation.progress import Progress
@@ -38,7 +38,6 @@ from ldm.runtime.version import __version__
 __all__ = [
     "ImageSet",
     "Result",
-    "check_counts",
     "compute_scores",
     "find_image_sets",
     "read_features",
@@ -47,9 +46,9 @@ __all__ = [
 
 BATCH_SIZE = 32
 SCALE_PREFIX = "scale-"  # of folder names, before the guidance scale
-# Metadata of the first image that the result of its folder includes.
-FACTS = ("checkpoint", "checkpoint_hash", "sampler", "scheduler_in_use", "steps", "scale", "eta",
-         "rescale", "guidance_interval", "size", "dtype", "ldm")  # fmt: skip
+# Metadata keys of the first image that are copied into the result
+INFO_KEYS = ("checkpoint", "checkpoint_hash", "sampler", "scheduler_in_use", "steps", "scale",
+             "eta", "rescale", "guidance_interval", "size", "dtype", "ldm")  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +58,12 @@ class ImageSet:
     """Images that are scored together.
 
     Args:
-        series: Name of the set's curve in the figure.
-        files: Image files, in the order of the prompts.
+        series: Name of the curve in the figure that the set belongs to.
+        files: Paths of the images, in the order of the prompts.
         scale: Guidance scale; None = unknown.
-        side: Size in pixels of a square center crop, after resizing; None = images unchanged.
-        prompts: Prompts, one per file; None = those in the metadata of the files.
+        side: Side in pixels of the square to which images are resized and cropped; None = images
+            are scored unchanged.
+        prompts: One prompt per file; None = those in the metadata of the files.
     """
 
     series: str
@@ -77,7 +77,7 @@ class ImageSet:
         """Name of this set in messages."""
         return self.series if self.scale is None else f"{self.series} at scale {self.scale:g}"
 
-    def first(self, count: int | None) -> "ImageSet":
+    def select_first(self, count: int | None) -> "ImageSet":
         """Return the set of the first `count` images; None = all."""
         if count is not None and not 1 <= count <= len(self.files):
             message = f"{count} images requested, {self.title} has {len(self.files)}"
@@ -86,7 +86,7 @@ class ImageSet:
         return ImageSet(self.series, self.files[:count], self.scale, self.side, prompts)
 
     def load(self, index: int) -> Image.Image:
-        """Load an image as RGB, resized to `side`."""
+        """Load an image as RGB, resized and cropped to `side`."""
         image = load_image(self.files[index]).convert("RGB")
         if self.side is None:
             return image
@@ -108,19 +108,19 @@ class Result:
         series, scale: See `ImageSet`.
         count: Number of images.
         scores: Scores by name: `fid`, `kid`, `precision`, `recall`, `prompt_score`.
-        facts: How the images were generated, from the metadata of the first one.
-        choices: Networks, reference and settings that the scores depend on besides the images.
+        generation_info: How the images were generated, from the metadata of the first one.
+        score_settings: Networks, reference and hash of the images: what the scores depend on.
     """
 
     series: str
     scale: float | None
     count: int
     scores: dict[str, Estimate]
-    facts: JsonObject = field(default_factory=dict)
-    choices: JsonObject = field(default_factory=dict)
+    generation_info: JsonObject = field(default_factory=dict)
+    score_settings: JsonObject = field(default_factory=dict)
 
     def to_json(self) -> JsonObject:
-        """Return the result as JSON."""
+        """Return the result, and the version of this package, as a JSON object."""
         return {**asdict(self), "ldm": __version__}
 
 
@@ -128,7 +128,7 @@ def find_image_sets(out: str | Path) -> list[ImageSet]:
     """List the image sets that `generate_images` has written into a folder.
 
     Raises:
-        FileFormatError: A folder's name does not end in a guidance scale.
+        FileFormatError: The name of a folder does not end with a guidance scale.
         MissingFile: There are no images.
     """
     sets = []
@@ -138,11 +138,11 @@ def find_image_sets(out: str | Path) -> list[ImageSet]:
         sets.append(ImageSet(folder.parent.name, list_images(folder), scale))
     if not sets:
         raise MissingFile(f"`{out}` has no images of an evaluation")
-    return sorted(sets, key=lambda images: (images.series, images.scale or 0))
+    return sorted(sets, key=lambda image_set: (image_set.series, image_set.scale or 0))
 
 
-def check_counts(sets: Sequence[ImageSet]) -> None:
-    """Raise ArgumentError unless all sets have equally many images: FID depends on their number."""
+def _check_counts(sets: Sequence[ImageSet]) -> None:
+    """Raise ArgumentError unless all sets have the same number of images, as FID depends on it."""
     first = sets[0]
     for image_set in sets:
         if len(image_set.files) != len(first.files):
@@ -157,51 +157,57 @@ def score_sets(
     sets: Sequence[ImageSet],
     reference: ImageSet | None = None,
     extractor: FeatureExtractor | None = None,
-    judge: PromptJudge | None = None,
+    prompt_scorer: PromptScorer | None = None,
 ) -> list[Result]:
-    """Score sets of equally many images.
+    """Score sets that have the same number of images.
 
     Args:
         reference: Real images; None = no FID, KID, precision and recall.
-        extractor: Computes the features for these scores; None = none of these scores.
-        judge: Computes the prompt scores; None = no prompt score.
+        extractor: Computes the features for these four scores; None = the scores are left out.
+        prompt_scorer: Computes the prompt score; None = no prompt score.
     """
-    check_counts(sets)
+    _check_counts(sets)
     reference_features: Tensor | None = None
-    choices: JsonObject = {}
+    shared_settings: JsonObject = {}
     if extractor is not None and reference is not None:
         count, d = len(sets[0].files), extractor.dimensions
         for name, n in (("N", count), ("the number of reference images", len(reference.files))):
             if n <= d:
                 log.warning("%s = %d is not above the %d features: FID is unreliable", name, n, d)
-        reference_features = read_features(reference, extractor, "Reference")
-        choices["features"] = extractor.describe()
-        choices["reference"] = {
+        reference_features = read_features(reference, extractor)
+        shared_settings["features"] = extractor.describe()
+        shared_settings["reference"] = {
             "count": len(reference.files),
             "side": reference.side,
             "sha256": compute_sha256(*reference.files),
         }
-    if judge is not None:
-        choices["judge"] = judge.describe()
+    if prompt_scorer is not None:
+        shared_settings["prompt_scorer"] = prompt_scorer.describe()
     results = []
     for image_set in sets:
         features = None
         if extractor is not None and reference_features is not None:
-            features = read_features(image_set, extractor, image_set.title)
-        prompt_scores = None if judge is None else _score_prompts(image_set, judge)
-        scores = compute_scores(features, reference_features, prompt_scores)
+            features = read_features(image_set, extractor)
+        prompt_scores = None
+        if prompt_scorer is not None:
+            prompt_scores = _compute_prompt_scores(image_set, prompt_scorer)
         info = read_info(image_set.files[0])
-        facts = {name: info[name] for name in FACTS if name in info}
-        set_choices = {**choices, "sha256": compute_sha256(*image_set.files)}
-        count = len(image_set.files)
-        results.append(Result(image_set.series, image_set.scale, count, scores, facts, set_choices))
+        result = Result(
+            image_set.series,
+            image_set.scale,
+            len(image_set.files),
+            compute_scores(features, reference_features, prompt_scores),
+            generation_info={key: info[key] for key in INFO_KEYS if key in info},
+            score_settings={**shared_settings, "sha256": compute_sha256(*image_set.files)},
+        )
+        results.append(result)
     return results
 
 
 def compute_scores(
     features: Tensor | None, reference: Tensor | None, prompt_scores: Tensor | None
 ) -> dict[str, Estimate]:
-    """Compute all scores by name; those that need an argument that is None are left out.
+    """Compute all scores by name; those for which an argument is None are left out.
 
     Args:
         features: Features of the generated images, (N, d).
@@ -210,24 +216,24 @@ def compute_scores(
     """
     scores: dict[str, Estimate] = {}
     if features is not None and reference is not None:
-        scores["fid"] = fid(features, Statistics.of(reference))
+        scores["fid"] = fid(features, Statistics.from_features(reference))
         scores["kid"] = kid(features, reference)
         scores["precision"], scores["recall"] = precision_recall(features, reference)
     if prompt_scores is not None:
-        scores["prompt_score"] = mean_estimate(prompt_scores)
+        scores["prompt_score"] = estimate_mean(prompt_scores)
     return scores
 
 
-def read_features(image_set: ImageSet, extractor: FeatureExtractor, title: str) -> Tensor:
+def read_features(image_set: ImageSet, extractor: FeatureExtractor) -> Tensor:
     """Return the features (N, d) of a set, from the cache if possible."""
 
     def compute(indices: range) -> Tensor:
-        return extractor.features([image_set.load(k) for k in indices])
+        return extractor.extract_features([image_set.load(k) for k in indices])
 
-    return _read_or_compute(image_set, title, compute, extractor.describe())
+    return _read_or_compute(image_set, compute, extractor.describe())
 
 
-def _score_prompts(image_set: ImageSet, judge: PromptJudge) -> Tensor | None:
+def _compute_prompt_scores(image_set: ImageSet, scorer: PromptScorer) -> Tensor | None:
     """Return the prompt score of each image, (N,); None if prompts are unknown."""
     prompts = image_set.read_prompts()
     if prompts is None:
@@ -235,48 +241,47 @@ def _score_prompts(image_set: ImageSet, judge: PromptJudge) -> Tensor | None:
         return None
 
     def compute(indices: range) -> Tensor:
-        return judge.scores([image_set.load(k) for k in indices], [prompts[k] for k in indices])
+        return scorer.score([image_set.load(k) for k in indices], [prompts[k] for k in indices])
 
-    return _read_or_compute(image_set, image_set.title, compute, judge.describe(), prompts)
+    return _read_or_compute(image_set, compute, scorer.describe(), prompts)
 
 
 def _read_or_compute(
     image_set: ImageSet,
-    title: str,
     compute: Callable[[range], Tensor],
     description: JsonObject,
     prompts: Sequence[str] = (),
 ) -> Tensor:
-    """Return the values of a network for each image of a set, (N, …), from the cache if possible.
+    """Return the output of a network for each image of a set, (N, …), from the cache if possible.
 
     Args:
-        compute: (indices of a batch) -> their values.
+        compute: (indices of a batch of images) -> outputs.
         description: Description of the network; if its `sha256` is None, the cache is not used, as
-            it could not tell networks apart.
+            other weights would have the same key.
     """
     count = len(image_set.files)
-    content = [compute_sha256(*image_set.files), count, image_set.side, description, prompts]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    key_data = [compute_sha256(*image_set.files), count, image_set.side, description, prompts]
+    key = hashlib.sha256(json.dumps(key_data).encode()).hexdigest()
     path = get_cache_folder() / "evaluation" / f"{key}.npy"
     is_cached = description.get("sha256", "") is not None
     if is_cached and path.is_file():
         return torch.from_numpy(np.load(path))
-    progress, batches = Progress(count, title), []
+    progress, batches = Progress(count, image_set.title), []
     for start in range(0, count, BATCH_SIZE):
         indices = range(start, min(start + BATCH_SIZE, count))
         batches.append(compute(indices))
         progress.add(len(indices))
     progress.close()
-    values = torch.cat(batches)
+    outputs = torch.cat(batches)
     if is_cached:
-        _write_to_cache(path, values)
-    return values
+        _write_to_cache(path, outputs)
+    return outputs
 
 
-def _write_to_cache(path: Path, values: Tensor) -> None:
+def _write_to_cache(path: Path, outputs: Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as partial, partial.open("wb") as file:
-            np.save(file, values.cpu().numpy())
+            np.save(file, outputs.cpu().numpy())
     except OSError as error:
         log.warning("features are not cached: %s", error)

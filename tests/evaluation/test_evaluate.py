@@ -50,12 +50,13 @@ class MeanColors:
     def describe(self):
         return {"name": "mean color"}
 
-    def features(self, images):
+    def extract_features(self, images):
         means = [np.asarray(image).mean(axis=(0, 1)) for image in images]
         return torch.from_numpy(np.stack(means) / 255)
 
-    def scores(self, images, prompts):
-        return self.features(images)[:, 0] + torch.tensor([len(prompt) for prompt in prompts])
+    def score(self, images, prompts):
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        return self.extract_features(images)[:, 0] + lengths
 
 
 def test_every_scale_has_all_images_from_the_same_noise(run, tiny_model, tmp_path):
@@ -232,7 +233,7 @@ def folders(tmp_path):
     return tmp_path
 
 
-def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch):
+def test_scores_need_only_an_extractor_and_a_scorer(folders, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(folders / "cache"))
     sets = [
         ImageSet(found.series, found.files, found.scale, prompts=["x"] * 12)
@@ -242,8 +243,8 @@ def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch):
     real = ImageSet("reference", list_images(folders / "real"), side=8)
     results = score_sets(sets, real, MeanColors(), MeanColors())
     assert results[0].scores["fid"].value < results[1].scores["fid"].value
-    assert results[0].choices["reference"]["side"] == 8
-    monkeypatch.setattr(MeanColors, "features", None)  # all features are in the cache
+    assert results[0].score_settings["reference"]["side"] == 8
+    monkeypatch.setattr(MeanColors, "extract_features", None)  # all features are in the cache
     assert score_sets(sets, real, MeanColors(), MeanColors()) == results
     table = format_table(results)
     assert "| m-ddim-2 | 10 | 12 |" in table
@@ -261,7 +262,7 @@ def test_features_of_a_network_of_unknown_hash_are_not_cached(folders, monkeypat
     monkeypatch.setattr(MeanColors, "describe", lambda self: {"name": "Inception", "sha256": None})
     score_sets(find_image_sets(folders / "run"), None, None, MeanColors())
     images = ImageSet("reference", list_images(folders / "real"))
-    read_features(images, MeanColors(), "Reference")
+    read_features(images, MeanColors())
     assert not (folders / "cache").exists()
 
 
@@ -277,9 +278,9 @@ def test_few_images_are_warned_of_and_different_numbers_refused(folders, caplog)
     score_sets(sets, real, MeanColors())
     assert "the number of reference images = 3 is not above the 3 features" in caplog.text
     with pytest.raises(ArgumentError, match="0 images requested, m-ddim-2 at scale 2 has 12"):
-        sets[0].first(0)
+        sets[0].select_first(0)
     with pytest.raises(ArgumentError, match="scale 2 has 12 images, .* scale 10 11: scores of"):
-        score_sets([sets[0], sets[1].first(11)], real, MeanColors())
+        score_sets([sets[0], sets[1].select_first(11)], real, MeanColors())
 
 
 def test_two_folders_are_compared_without_a_model(run, folders):

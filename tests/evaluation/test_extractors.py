@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ldm.encoders.tokenizer import OPEN_CLIP, tokenize
 from ldm.encoders.towers import CLIP
 from ldm.evaluation.extractors import (
-    CLIPJudge,
+    CLIPScorer,
     InceptionExtractor,
     preprocess_for_clip,
     preprocess_for_inception,
@@ -59,7 +59,8 @@ def test_inception_agrees_with_torch_fidelity(inception_weights, images, tmp_pat
     )
     image = images[0].resize((299, 299))
     pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
-    own = InceptionExtractor(load_inception(tmp_path / "inception.pth"), "clean").features([image])
+    extractor = InceptionExtractor(load_inception(tmp_path / "inception.pth"), "clean")
+    own = extractor.extract_features([image])
     expected = theirs(pixels)[0]
     assert own.shape == (1, 2048)
     assert float((own - expected).abs().max()) < 1e-4 * float(expected.abs().max())
@@ -120,16 +121,16 @@ def test_clip_score_agrees_with_open_clip(clip_weights, images, tmp_path):
     open_clip_model = open_clip.model.CLIP(embed_dim=64, **sizes).eval().requires_grad_(False)
     open_clip_model.load_state_dict(clip_weights)
     torch.save(clip_weights, tmp_path / "clip.bin")
-    judge = CLIPJudge(load_clip(tmp_path / "clip.bin"))
+    scorer = CLIPScorer(load_clip(tmp_path / "clip.bin"))
     transform = open_clip.transform.image_transform(56, is_train=False)
     pixels = torch.stack([transform(image) for image in images])
     assert torch.equal(torch.cat([preprocess_for_clip(image, 56) for image in images]), pixels)
     image_embeddings = open_clip_model.encode_image(pixels)
     text_embeddings = open_clip_model.encode_text(open_clip.SimpleTokenizer()(PROMPTS))
-    assert torch.allclose(judge.embed_images(images), image_embeddings, atol=1e-6)
-    assert torch.allclose(judge.embed_texts(PROMPTS), text_embeddings, atol=1e-6)
+    assert torch.allclose(scorer.embed_images(images), image_embeddings, atol=1e-6)
+    assert torch.allclose(scorer.embed_texts(PROMPTS), text_embeddings, atol=1e-6)
     expected = torch.cosine_similarity(image_embeddings, text_embeddings)
-    assert torch.allclose(judge.scores(images, PROMPTS).float(), expected, atol=1e-5)
+    assert torch.allclose(scorer.score(images, PROMPTS).float(), expected, atol=1e-5)
 
 
 def test_clip_is_read_from_unclip_checkpoints(clip_weights, tmp_path):
@@ -140,10 +141,10 @@ def test_clip_is_read_from_unclip_checkpoints(clip_weights, tmp_path):
     text = {name: value for name, value in state.items() if not name.startswith("visual.")}
     vit_h = embedder | {f"cond_stage_model.model.{name}": value for name, value in text.items()}
     torch.save(state, tmp_path / "bare.ckpt")
-    expected = CLIPJudge(load_clip(tmp_path / "bare.ckpt")).embed_texts(PROMPTS)
+    expected = CLIPScorer(load_clip(tmp_path / "bare.ckpt")).embed_texts(PROMPTS)
     for name, unclip in {"l.ckpt": vit_l, "h.ckpt": vit_h}.items():
         torch.save({"state_dict": unclip}, tmp_path / name)
-        assert torch.equal(CLIPJudge(load_clip(tmp_path / name)).embed_texts(PROMPTS), expected)
+        assert torch.equal(CLIPScorer(load_clip(tmp_path / name)).embed_texts(PROMPTS), expected)
     torch.save({"state_dict": embedder}, tmp_path / "no-text.ckpt")
     with pytest.raises(FileFormatError, match=re.escape("vision and text tower")):
         check_clip(tmp_path / "no-text.ckpt")
@@ -214,9 +215,9 @@ def test_clip_of_transformers_agrees_with_it(images, tmp_path):
     tokens = tokenize(PROMPTS, OPEN_CLIP)
     pixels = torch.cat([preprocess_for_clip(image, 56) for image in images])
     for path in (tmp_path / "clip", tmp_path / "clip/model.safetensors"):
-        judge = CLIPJudge(load_clip(path))
+        scorer = CLIPScorer(load_clip(path))
         with torch.inference_mode():
             text = theirs.text_projection(theirs.text_model(tokens).pooler_output)
             image = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
-        assert torch.allclose(judge.embed_texts(PROMPTS), text, atol=1e-5)
-        assert torch.allclose(judge.embed_images(images), image, atol=1e-5)
+        assert torch.allclose(scorer.embed_texts(PROMPTS), text, atol=1e-5)
+        assert torch.allclose(scorer.embed_images(images), image, atol=1e-5)

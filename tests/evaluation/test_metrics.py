@@ -6,11 +6,11 @@ import torch
 
 from ldm.evaluation.metrics import (
     Statistics,
-    cosines,
+    cosine_similarity,
+    estimate_mean,
     fid,
     frechet_distance,
     kid,
-    mean_estimate,
     precision_recall,
 )
 
@@ -25,7 +25,7 @@ def features():
 
 
 def test_frechet_distance_equals_the_reference_value(features):
-    a, b = map(Statistics.of, features)
+    a, b = map(Statistics.from_features, features)
     assert frechet_distance(a, b) == pytest.approx(2.668662863, abs=1e-9)
     assert fid(features[0], b).value == pytest.approx(frechet_distance(a, b), rel=1e-12)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-10)
@@ -33,7 +33,7 @@ def test_frechet_distance_equals_the_reference_value(features):
 
 def test_frechet_distance_of_fewer_images_than_features_is_finite(features):
     a, b = features
-    assert 0 < frechet_distance(Statistics.of(a[:8]), Statistics.of(b)) < 100
+    assert 0 < frechet_distance(Statistics.from_features(a[:8]), Statistics.from_features(b)) < 100
 
 
 @pytest.mark.slow  # to import the packages
@@ -43,7 +43,7 @@ def test_frechet_distance_agrees_with_pytorch_fid_and_clean_fid(features):
     clean_fid = pytest.importorskip("cleanfid.fid")
     a, b = (x.numpy() for x in features)
     arguments = a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T)
-    distance = frechet_distance(*map(Statistics.of, features))
+    distance = frechet_distance(*map(Statistics.from_features, features))
     assert distance == pytest.approx(pytorch_fid.calculate_frechet_distance(*arguments), rel=1e-12)
     assert distance == pytest.approx(clean_fid.frechet_distance(*arguments), rel=1e-12)
 
@@ -53,7 +53,7 @@ def test_kid_has_the_value_of_clean_fid(features):
     expected = 0.2643463551764813  # kernel_distance(a, b, num_subsets=1, max_subset_size=400)
     assert kid(a, b[:400]).value == pytest.approx(expected, rel=1e-12)
     subsets = kid(a, b, subset_size=100)
-    assert subsets.value == pytest.approx(expected, abs=4 * subsets.error)
+    assert subsets.value == pytest.approx(expected, abs=4 * subsets.standard_error)
 
 
 def test_standard_errors_are_those_of_repeated_draws(features):
@@ -61,12 +61,13 @@ def test_standard_errors_are_those_of_repeated_draws(features):
     torch.manual_seed(0)
     _, b = features
     reference = b[:400]
-    statistics = Statistics.of(reference)
+    statistics = Statistics.from_features(reference)
     draws = [torch.randn(400, 16) for _ in range(24)]
     for metric in (lambda x: fid(x, statistics), lambda x: kid(x, reference)):
         estimates = [metric(x) for x in draws]
         spread = np.std([estimate.value for estimate in estimates])
-        assert np.mean([estimate.error for estimate in estimates]) == pytest.approx(spread, rel=0.4)
+        standard_errors = [estimate.standard_error for estimate in estimates]
+        assert np.mean(standard_errors) == pytest.approx(spread, rel=0.4)
 
 
 def test_precision_and_recall_are_fractions_inside_the_manifold_of_the_other_features(features):
@@ -84,9 +85,9 @@ def test_precision_and_recall_are_fractions_inside_the_manifold_of_the_other_fea
     assert [metric.value for metric in precision_recall(x, y + 100)] == [0, 0]
 
 
-def test_mean_of_cosines_has_the_error_of_a_mean():
+def test_mean_cosine_similarity_has_the_standard_error_of_a_mean():
     x, y = torch.randn(50, 8), torch.randn(50, 8)
-    values = cosines(x, 3 * y)
+    values = cosine_similarity(x, 3 * y)
     assert torch.allclose(values.float(), torch.cosine_similarity(x, y), atol=1e-6)
-    estimate = mean_estimate(values)
-    assert estimate.error == pytest.approx(float(values.std()) / 50**0.5)
+    estimate = estimate_mean(values)
+    assert estimate.standard_error == pytest.approx(float(values.std()) / 50**0.5)

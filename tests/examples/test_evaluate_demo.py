@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import evaluate_demo
-from judges import Gallery, Judges, classify_background
+from classifiers import EmojiClassifiers, Gallery, classify_background
 from ldm.data.drawings import COLORS, EmojiTransform
 from ldm.data.folder import ImageFolder
 
@@ -20,7 +20,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def prompts(folder):
-    return evaluate_demo.choose_prompts(folder, "train")
+    return evaluate_demo.make_prompts(folder, "train")
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +37,21 @@ def test_the_background_is_read_from_the_border():
 
 
 def test_prompts_name_object_style_and_color(folder):
-    (held_out,) = evaluate_demo.choose_prompts(folder, "heldout")
+    (held_out,) = evaluate_demo.make_prompts(folder, "heldout")
     assert held_out["object"] == "red apple"
     assert f"{held_out['style']} emoji of a red apple on" in held_out["prompt"]
     assert f"{held_out['color']} background" in held_out["prompt"]
-    assert len(evaluate_demo.choose_prompts(folder, "train", count=5)) == 5
+    assert len(evaluate_demo.make_prompts(folder, "train", count=5)) == 5
 
 
 def test_shuffling_moves_every_prompt(prompts):
-    shuffled = evaluate_demo.shuffle(prompts)
+    shuffled = evaluate_demo.derange(prompts)
     assert all(a is not b for a, b in zip(prompts, shuffled, strict=True))
     assert {id(row) for row in prompts} == {id(row) for row in shuffled}
 
 
-class PerfectJudges(Judges):
-    """Judges that return the right labels."""
+class PerfectClassifiers(EmojiClassifiers):
+    """Classifiers that return the right labels."""
 
     def __init__(self, folder, prompts):
         objects, styles = ({row[key] for row in folder.rows} for key in ("object", "style"))
@@ -65,9 +65,11 @@ class PerfectJudges(Judges):
 
 
 def test_real_images_have_full_scores(folder, prompts, images):
-    judges = PerfectJudges(folder, prompts)
-    result = evaluate_demo.score(judges, Gallery(folder, judges.objects), images, prompts)
-    assert result == evaluate_demo.Score(23, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    classifiers = PerfectClassifiers(folder, prompts)
+    result = evaluate_demo.compute_scores(
+        classifiers, Gallery(folder, classifiers.objects), images, prompts
+    )
+    assert result == evaluate_demo.Scores(23, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     assert "| real | 23 | 100.0 % | 100.0 %" in evaluate_demo.format_table({"real": result})
 
 
@@ -83,13 +85,13 @@ def test_the_gallery_separates_style_from_object(folder, prompts, images):
 
 
 def test_judges_are_trained_once_and_loaded_again(folder, tmp_path):
-    path = tmp_path / "judges.pt"
-    judges = Judges.load_or_train(folder, path, steps=1)
+    path = tmp_path / "classifiers.pt"
+    classifiers = EmojiClassifiers.load_or_train(folder, path, steps=1)
     image = torch.zeros(2, 3, 128, 128)
-    objects, styles = judges.classify(image)
+    objects, styles = classifiers.classify(image)
     assert objects.shape == (2, 3)
     assert styles.shape == (2, 8)
-    loaded = Judges.load_or_train(folder, path, steps=1)
-    torch.testing.assert_close(loaded.style_classifier(image), judges.style_classifier(image))
-    with pytest.raises(SystemExit, match="judges.pt has classifiers of other objects"):
-        Judges.load_or_train(folder, path, objects=["a", "b", "c"])
+    loaded = EmojiClassifiers.load_or_train(folder, path, steps=1)
+    torch.testing.assert_close(loaded.style_classifier(image), classifiers.style_classifier(image))
+    with pytest.raises(SystemExit, match="classifiers.pt has classifiers of other objects"):
+        EmojiClassifiers.load_or_train(folder, path, objects=["a", "b", "c"])

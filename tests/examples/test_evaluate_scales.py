@@ -1,4 +1,4 @@
-"""The figure of the demo model over guidance scales, with few images and untrained judges."""
+"""The figure of the demo model over guidance scales, with few images and untrained classifiers."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import evaluate_scales
-from judges import Judges
+from classifiers import EmojiClassifiers
 from ldm.imaging.reading import list_images
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
@@ -15,18 +15,18 @@ FLAGS = ["--data", str(EMOJI), "--count", "4", "--steps", "1", "--batch", "4"]
 
 @pytest.fixture
 def judges_path(monkeypatch, tmp_path):
-    """Path of a file of judges, which are not trained."""
+    """Path of a file of classifiers, which are not trained."""
     for name in ("train_objects", "train_styles"):
-        monkeypatch.setattr(Judges, name, lambda *args: None)
-    monkeypatch.setattr(evaluate_scales, "COMPONENTS", 2)
-    monkeypatch.setattr(evaluate_scales.JudgeFeatures, "dimensions", 4)
-    return tmp_path / "judges.pt"
+        monkeypatch.setattr(EmojiClassifiers, name, lambda *args: None)
+    monkeypatch.setattr(evaluate_scales, "NUM_COMPONENTS", 2)
+    monkeypatch.setattr(evaluate_scales.ClassifierFeatures, "dimensions", 4)
+    return tmp_path / "classifiers.pt"
 
 
 @pytest.mark.slow
 def test_images_of_all_scales_are_made_once_and_scored(judges_path, tmp_path, capsys):
     out = tmp_path / "out"
-    flags = [*FLAGS, "--scales", "1.5", "2", "--judges", str(judges_path), "--out", str(out)]
+    flags = [*FLAGS, "--scales", "1.5", "2", "--classifiers", str(judges_path), "--out", str(out)]
     evaluate_scales.main(flags)
     table = capsys.readouterr().out
     paths = [out / f"demo-ddim-1-{scale}.json" for scale in ("1.5", "2")]

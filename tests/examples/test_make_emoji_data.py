@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from make_emoji_data import PACKAGES, STYLES, build
+from make_emoji_data import PACKAGES, STYLES, build_dataset
 
 OBJECTS = {"1F34E": "red apple", "1F680": "rocket", "1F431": "cat face", "1F55B": "twelve o’clock"}
 SHAPES = (
@@ -51,7 +51,7 @@ def modules(tmp_path):
 
 
 def test_objects_are_drawn_in_all_styles_and_described(modules, tmp_path):
-    rows = build(modules, tmp_path / "out", size=32)
+    rows = build_dataset(modules, tmp_path / "out", side=32)
     styles = {name: {row.style for row in rows if row.object == name} for name in OBJECTS.values()}
     assert styles["red apple"] == styles["rocket"] == set(STYLES)
     assert styles["cat face"] == set(STYLES) - {"emojione"}
@@ -65,7 +65,7 @@ def test_objects_are_drawn_in_all_styles_and_described(modules, tmp_path):
 
 
 def test_metadata_and_licenses_are_written_next_to_the_images(modules, tmp_path):
-    rows = build(modules, tmp_path / "out", objects=1, size=32)
+    rows = build_dataset(modules, tmp_path / "out", max_objects=1, side=32)
     lines = (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()
     assert len(lines) == len(rows) == 8
     notice = (tmp_path / "out" / "NOTICE").read_text()
@@ -76,7 +76,7 @@ def test_metadata_and_licenses_are_written_next_to_the_images(modules, tmp_path)
 
 
 def test_drawings_are_never_enlarged(modules, tmp_path):
-    rows = build(modules, tmp_path / "out", size=192)
+    rows = build_dataset(modules, tmp_path / "out", side=192)
     assert {row.style for row in rows} == set(STYLES) - {"3d"}
     with Image.open(tmp_path / "out" / rows[0].file_name) as file:
         assert file.size == (192, 192)

@@ -3,7 +3,7 @@
 import torch
 
 from ldm.imaging.pixels import to_tensor
-from make_figures import DEMO, Panel, draw_figure
+from make_figures import DEMO_IMAGES, Panel, draw_figure
 
 
 def test_a_figure_has_titles_over_rows_of_images():
@@ -18,4 +18,4 @@ def test_a_figure_has_titles_over_rows_of_images():
 
 
 def test_the_demo_shows_every_style():
-    assert len({style for _, style, _ in DEMO}) == 8
+    assert len({style for _, style, _ in DEMO_IMAGES}) == 8

@@ -48,7 +48,7 @@ def test_only_the_first_process_loads_what_scores_need(tmp_path, overrides):
     run = build_tiny_run(tmp_path / "run", *overrides)
     second = replace(run, ranks=Ranks(rank=1, world_size=2))
     evaluators = [Evaluator(each, run.settings.callbacks.evaluation) for each in (run, second)]
-    assert [evaluator.judge is None for evaluator in evaluators] == [False, True]
+    assert [evaluator.prompt_scorer is None for evaluator in evaluators] == [False, True]
     assert evaluators[1]() == {}
 
 

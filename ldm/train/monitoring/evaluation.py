@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ldm.evaluation.extractors import CLIPJudge, InceptionExtractor
-from ldm.evaluation.load import find_clip, load_extractor, load_judge
+from ldm.evaluation.extractors import CLIPScorer, InceptionExtractor
+from ldm.evaluation.load import find_clip, load_clip_scorer, load_extractor
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.score import ImageSet, compute_scores, read_features
 from ldm.generate.lora_tags import split_tags
@@ -52,7 +52,7 @@ class Evaluator:
                 raise ConfigError(f"{SECTION}.prompts: `{prompt}` has options or LoRAs of its own")
         self.reference: ImageSet | None = None
         self.extractor: InceptionExtractor | None = None
-        self.judge: CLIPJudge | None = None
+        self.prompt_scorer: CLIPScorer | None = None
         if not run.ranks.is_main_process:  # the others compute no metrics
             return
         if options.reference is not None:
@@ -61,8 +61,8 @@ class Evaluator:
             self.extractor = load_extractor(options.inception, options.resize, run.device)
         clip = find_clip(options.clip)
         if clip is not None:
-            self.judge = load_judge(clip, run.device)
-        if self.extractor is None and self.judge is None:
+            self.prompt_scorer = load_clip_scorer(clip, run.device)
+        if self.extractor is None and self.prompt_scorer is None:
             raise ConfigError(f"{SECTION} needs `reference`, a folder of images, or `clip`, a file")
 
     def __call__(self) -> dict[str, float]:
@@ -95,12 +95,12 @@ class Evaluator:
             with run.autocast():
                 images = to_pil(txt2img(model, prompts, seeds=seeds, **sampling))
             if self.extractor is not None:
-                features.append(self.extractor.features(images))
-            if self.judge is not None:
-                prompt_scores.append(self.judge.scores(images, prompts))
+                features.append(self.extractor.extract_features(images))
+            if self.prompt_scorer is not None:
+                prompt_scores.append(self.prompt_scorer.score(images, prompts))
         reference_features = None
         if self.extractor is not None and self.reference is not None:
-            reference_features = read_features(self.reference, self.extractor, "Reference")
+            reference_features = read_features(self.reference, self.extractor)
         estimates = compute_scores(
             torch.cat(features) if features else None,
             reference_features,
