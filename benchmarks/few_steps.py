@@ -4,9 +4,9 @@
     python benchmarks/few_steps.py --dtype bfloat16 --rounds 2
 
 Networks have their published sizes and random weights: both implementations read one temporary
-diffusers folder (float32: 4.3 GB), and take turns in one process. Times include the text encoder,
-decoding and conversion to 8 bits, but not loading. `ratio` is diffusers' median time divided by
-ours, with its range over the rounds.
+diffusers folder (4.3 GB in float32), and take turns in one process. Times include the text encoder,
+decoding and conversion to 8 bits, but not loading. `ratio` is the median time of diffusers divided
+by ours, followed by the range over the rounds.
 """
 
 import argparse
@@ -29,10 +29,10 @@ PROMPT = "a fox in the snow, oil painting"
 
 @dataclass(frozen=True)
 class Case:
-    """Settings of an image.
+    """A row of the table: the settings of an image.
 
     Args:
-        uses_taesd: Whether TAESD decodes.
+        uses_taesd: Whether TAESD decodes the latent, instead of the VAE.
     """
 
     title: str
@@ -57,8 +57,8 @@ def main() -> None:
     add("--side", type=int, default=512, help="height and width in pixels (%(default)s)")
     add("--rounds", type=int, default=3, help="images of each implementation (%(default)s)")
     add("--threads", type=int, default=2)
-    rows = range(len(CASES))
-    add("--rows", type=int, nargs="+", choices=rows, default=rows, help="rows of the table (all)")
+    indices = range(len(CASES))
+    add("--rows", type=int, nargs="+", choices=indices, default=indices, help="table rows (all)")
     add("--config", default=ROOT / "configs/stable-diffusion/v1-inference.yaml")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -68,39 +68,39 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), args)
         for index in args.rows:
-            print(compare(CASES[index], Path(folder), args), flush=True)
-            gc.collect()  # both models, before the next are loaded
+            print(run_case(CASES[index], Path(folder), args), flush=True)
+            gc.collect()  # frees both models before the next ones are loaded
 
 
 def write_models(folder: Path, args: argparse.Namespace) -> None:
     """Write a diffusers folder `sd1` and one of TAESD, `taesd`."""
     from diffusers import AutoencoderTiny
 
-    file, options = folder / "sd1.safetensors", ("--config", args.config, "--dtype", args.dtype)
-    harness.run(ROOT, "benchmarks/make_checkpoint.py", file, *options)
-    convert = ["scripts/convert.py", file, folder / "sd1", "--config", args.config]
-    harness.run(ROOT, *convert)
-    file.unlink()
+    path, flags = folder / "sd1.safetensors", ("--config", args.config, "--dtype", args.dtype)
+    harness.run_python(ROOT, "benchmarks/make_checkpoint.py", path, *flags)
+    command = ["scripts/convert.py", path, folder / "sd1", "--config", args.config]
+    harness.run_python(ROOT, *command)
+    path.unlink()
     torch.manual_seed(0)
     AutoencoderTiny().save_pretrained(folder / "taesd")
 
 
 @torch.inference_mode()
-def compare(case: Case, folder: Path, args: argparse.Namespace) -> str:
-    """Return the line of a case: both median times, and their ratio with its range."""
-    implementations = [load(case, folder, args) for load in (load_ours, load_diffusers)]
-    for make_image in implementations:
+def run_case(case: Case, folder: Path, args: argparse.Namespace) -> str:
+    """Return the table row of a case: both median times, their ratio and its range."""
+    generators = [load(case, folder, args) for load in (load_ours, load_diffusers)]
+    for make_image in generators:
         make_image(1)  # warm-up
-    calls = [partial(make_image, case.steps) for make_image in implementations]
-    times = harness.measure_in_turns(calls, args.rounds, torch.device("cpu"))
+    functions = [partial(make_image, case.steps) for make_image in generators]
+    times = harness.measure_alternating(functions, args.rounds, torch.device("cpu"))
     ours, baseline = map(statistics.median, times)
-    ratios = sorted(theirs / seconds for seconds, theirs in zip(*times, strict=True))
+    ratios = sorted(baseline / ours for ours, baseline in zip(*times, strict=True))
     ratio_range = f"{ratios[0]:.2f} … {ratios[-1]:.2f}"
     return f"{case.title:38} {ours:7.1f}s {baseline:9.1f}s   {baseline / ours:.2f} ({ratio_range})"
 
 
 def load_ours(case: Case, folder: Path, args: argparse.Namespace) -> Callable[[int], object]:
-    """Load the model; return a function of the number of steps that makes an image."""
+    """Load the model; return a function (number of steps) -> image."""
     import ldm
     from ldm.imaging.pixels import to_pil
 
@@ -114,7 +114,7 @@ def load_ours(case: Case, folder: Path, args: argparse.Namespace) -> Callable[[i
 
 
 def load_diffusers(case: Case, folder: Path, args: argparse.Namespace) -> Callable[[int], object]:
-    """Load the pipeline of diffusers; return a function like that of `load_ours`."""
+    """Load the pipeline of diffusers; return a function (number of steps) -> image."""
     from diffusers import (
         AutoencoderTiny,
         DPMSolverMultistepScheduler,

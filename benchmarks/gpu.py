@@ -1,9 +1,9 @@
-"""All checks that need a GPU, in about ten minutes, with one table of results at the end.
+"""Runs all checks that need a GPU, in about ten minutes, and prints a table of the results.
 
     pip install -e '.[test,benchmarks,train]' && pip install xformers
     python benchmarks/gpu.py                       # exit code 1 if a check fails
     python benchmarks/gpu.py --only nccl attention
-    python benchmarks/gpu.py --device cpu          # exercises this script: tiny sizes, no GPU code
+    python benchmarks/gpu.py --device cpu          # tests this script: tiny sizes, no GPU code
 
 tests      pytest -m gpu
 networks   run.py in float16 and bfloat16 against diffusers: the lowest ratio
@@ -11,8 +11,8 @@ training   train.py, SD 2 in bfloat16 against diffusers
 attention  xformers against SDPA on the shapes of SD 2: the lowest and highest ratio
            (their outputs are compared by the tests)
 offload    an image of SDXL at 1024 x 1024 in 8 GB of the GPU's memory: peak and estimate
-nccl       one step of the demo's UNet with DistributedDataParallel, its gradients against those of
-           a step without; with one GPU as well, where it initializes NCCL
+nccl       one step of the demo's UNet with DistributedDataParallel: its gradients are compared with
+           those of a step without; it runs on one GPU, too, where it initializes NCCL
 trainer    scripts/train.py by torchrun on all GPUs
 
 A check that exceeds its time limit is stopped; the others still run. Nothing is installed: a check
@@ -39,16 +39,18 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 # (heads, queries, keys, features per head): attention of SD 2's UNet at 64x64, and of its VAE
-SHAPES = [(5, 4096, 4096, 64), (10, 1024, 1024, 64), (20, 256, 256, 64), (5, 4096, 77, 64)]
-SHAPES += [(1, 4096, 4096, 512)]
-TINY_SHAPES = [(2, 64, 64, 16), (2, 64, 77, 16)]
+ATTENTION_SHAPES = [
+    (5, 4096, 4096, 64), (10, 1024, 1024, 64), (20, 256, 256, 64), (5, 4096, 77, 64),
+    (1, 4096, 4096, 512),
+]  # fmt: skip
+TINY_ATTENTION_SHAPES = [(2, 64, 64, 16), (2, 64, 77, 16)]
 MEMORY_LIMIT = 8e9  # bytes of the GPU, for the offloaded model
 STEPS = 4  # sampling steps of the offloaded model
 MAX_GRADIENT_ERROR = 1e-4  # relative L2, float32; kernels may sum in another order
 
 
 def list_checks(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
-    """Return command and time limit in seconds of each check, whose last line is its result."""
+    """Return the command of each check, whose last line is its result, and its limit in seconds."""
     is_cpu = device == "cpu"
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
     torchrun += [f"--nproc-per-node={2 if is_cpu else torch.cuda.device_count()}"]
@@ -95,15 +97,15 @@ def main() -> None:
             print(f"== {name}", flush=True)
             rows.append((name, *run_check(*list_checks(args.device, folder)[name])))
     print(f"\n{'CPU: no GPU was tested' if is_cpu else torch.cuda.get_device_name()}")
-    print(f"{'check':10} {'result':8} {'seconds':>7}  worst / ratio")
-    for name, state, seconds, last in rows:
-        print(f"{name:10} {state:8} {seconds:7.0f}  {last}")
-    if any(state == "FAILED" for _, state, *_ in rows):
+    print(f"{'check':10} {'status':8} {'seconds':>7}  result")
+    for name, status, seconds, last_line in rows:
+        print(f"{name:10} {status:8} {seconds:7.0f}  {last_line}")
+    if any(status == "FAILED" for _, status, *_ in rows):
         raise SystemExit(1)
 
 
-def run_check(command: list[str], limit: int) -> tuple[str, float, str]:
-    """Run a check, showing its output; return its state, seconds and last line."""
+def run_check(command: list[str], time_limit: int) -> tuple[str, float, str]:
+    """Run a check and print its output; return its status, seconds and last line."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command],
@@ -115,15 +117,15 @@ def run_check(command: list[str], limit: int) -> tuple[str, float, str]:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=limit)
+        output, _ = process.communicate(timeout=time_limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with its workers
+        os.killpg(process.pid, signal.SIGKILL)  # including its workers
         output, _ = process.communicate()
-        output += f"\nstopped after {limit} s"
+        output += f"\nstopped after {time_limit} s"
     print(output, flush=True)
-    seconds, last = time.perf_counter() - start, ["", *output.strip().splitlines()][-1]
-    state = "skipped" if last.startswith("skipped") else "ok"
-    return "FAILED" if process.returncode else state, seconds, last
+    seconds, last_line = time.perf_counter() - start, ["", *output.strip().splitlines()][-1]
+    status = "skipped" if last_line.startswith("skipped") else "ok"
+    return "FAILED" if process.returncode else status, seconds, last_line
 
 
 @torch.no_grad()
@@ -138,7 +140,7 @@ def compare_attention(device: torch.device) -> None:
         return
     ratios = []
     for dtype in [torch.float32] if is_cpu else [torch.float16, torch.bfloat16]:
-        for heads, n, m, d in TINY_SHAPES if is_cpu else SHAPES:
+        for heads, n, m, d in TINY_ATTENTION_SHAPES if is_cpu else ATTENTION_SHAPES:
             shapes = [(2, heads, n, d), (2, heads, m, d), (2, heads, m, d)]
             q, k, v = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
             seconds = {}
@@ -152,7 +154,7 @@ def compare_attention(device: torch.device) -> None:
 
 
 def offload_model(device: torch.device) -> None:
-    """Make an image of SDXL in 8 GB of GPU memory, or on a CPU of the demo model."""
+    """Make an image with SDXL in 8 GB of GPU memory; on a CPU, with the demo model."""
     import ldm
     from ldm.pipelines.memory import estimate_memory
 
@@ -165,7 +167,7 @@ def offload_model(device: torch.device) -> None:
         model = build_random_model(ROOT / "configs/stable-diffusion-xl/sd_xl_base.yaml")
     estimate = estimate_memory(model, size).with_offload / 2**30
     model.offload(device)
-    for _ in range(2):  # the first includes the initialization of CUDA
+    for _ in range(2):  # the first run includes the initialization of CUDA
         start = time.perf_counter()
         ldm.txt2img(model, ["a"], size=size, steps=STEPS, seeds=0, scale=5.0)
         seconds = time.perf_counter() - start
@@ -182,13 +184,13 @@ def build_random_model(config: Path) -> Any:
     from ldm.loading.legacy import translate_config
 
     model = build_on_meta(translate_config(read_yaml(config)), where=str(config))
-    state = draw_weights(model.state_dict(), torch.float16)
-    fill_weights(model, state, dtype=torch.float16, autoencoder_dtype=torch.bfloat16)
+    weights = draw_weights(model.state_dict(), torch.float16)
+    fill_weights(model, weights, dtype=torch.float16, autoencoder_dtype=torch.bfloat16)
     return model.eval()
 
 
 def train_distributed(device: torch.device) -> None:
-    """Train one step on two samples per process, and check the gradients of the whole batch."""
+    """Train one step on two samples per process; compare gradients with those of the full batch."""
     import ldm
 
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
@@ -203,15 +205,16 @@ def train_distributed(device: torch.device) -> None:
     t = torch.linspace(50, 950, len(x), device=device).long()
     context = torch.randn(len(x), 16, unet.context_dim, device=device)
     (unet(x, t, context) - target).square().mean().backward()
-    expected = [p.grad for p in unet.parameters()]
+    expected_grads = [p.grad for p in unet.parameters()]
     unet.zero_grad()
     samples = slice(2 * rank, 2 * rank + 2)
     replica = nn.parallel.DistributedDataParallel(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     output = replica(x[samples], t[samples], context[samples])
     (output - target[samples]).square().mean().backward()
-    difference = [p.grad - grad for p, grad in zip(unet.parameters(), expected, strict=True)]
-    error = (nn.utils.get_total_norm(difference) / nn.utils.get_total_norm(expected)).item()
+    pairs = zip(unet.parameters(), expected_grads, strict=True)
+    error_norm = nn.utils.get_total_norm([p.grad - grad for p, grad in pairs])
+    error = (error_norm / nn.utils.get_total_norm(expected_grads)).item()
     optimizer.step()
     backend = dist.get_backend()
     dist.destroy_process_group()

@@ -4,10 +4,11 @@
     git worktree add /tmp/before main && python benchmarks/guidance.py --against /tmp/before
 
 A stage samples a latent with a UNet of Stable Diffusion 1 with random weights: `plain` by DDIM with
-guidance, `pag` and `freeu` with these as well, the others by samplers that add noise. Both
-implementations evaluate the UNet equally often; text encoder and decoder are not timed. Where both
-draw the same noise, their latents must agree. `ratio` is the baseline's time divided by ours, as in
-`run.py`. DPM++ SDE is compared with diffusers' single-step solver, as its other one needs torchsde.
+guidance, `pag` and `freeu` by the same with PAG or FreeU, the others by samplers that add noise.
+Both implementations evaluate the UNet the same number of times; text encoder and decoder are not
+timed. Where both draw the same noise, their latents must agree. `ratio` is the baseline's time
+divided by ours, as in `run.py`. DPM++ SDE is compared with diffusers' single-step solver, as its
+multistep solver needs torchsde.
 """
 
 import argparse
@@ -18,30 +19,30 @@ from typing import Any
 
 import harness
 import torch
-from harness import ROOT, Implementation, Result, Worker
+from harness import ROOT, Implementation, WarmUpResult, Worker
 from torch import Tensor
 
-STEPS = 4
-SCALE = 7.5
+NUM_STEPS = 4
+GUIDANCE_SCALE = 7.5
 PAG_SCALE = 3.0
-FREEU = (1.2, 1.4, 0.9, 0.2)  # b1, b2, s1, s2
-SAME_NOISE = ("plain", "pag", "freeu")
+FREEU_FACTORS = (1.2, 1.4, 0.9, 0.2)  # b1, b2, s1, s2
+DETERMINISTIC_STAGES = ("plain", "pag", "freeu")  # both implementations start from the same noise
 NEW_STAGES = ("pag", "freeu")  # missing in older revisions
 # Our sampler -> scheduler of diffusers, its order, and its number of steps
 SDE_SCHEDULERS = {
-    "dpmpp_sde": ("DPMSolverSinglestepScheduler", 2, 2 * STEPS - 1),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", 2, STEPS),
-    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", 3, STEPS),
+    "dpmpp_sde": ("DPMSolverSinglestepScheduler", 2, 2 * NUM_STEPS - 1),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", 2, NUM_STEPS),
+    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", 3, NUM_STEPS),
 }
-STAGES = (*SAME_NOISE, *SDE_SCHEDULERS)
-MAX_ERROR = 1e-3  # difference of latents, relative to their largest value
-Call = Callable[[], Tensor]
+STAGES = (*DETERMINISTIC_STAGES, *SDE_SCHEDULERS)
+MAX_ERROR = 1e-3  # largest difference of latents, relative to their largest value
+SampleFunction = Callable[[], Tensor]
 
 
 def main() -> None:
     parser = harness.make_parser(__doc__, dtypes=["float32"], threads=1)
     add = parser.add_argument
-    add("--stage", nargs="+", choices=STAGES, help="all; with --against, without pag, freeu")
+    add("--stage", nargs="+", choices=STAGES, help="all; without pag and freeu if --against")
     add("--side", type=int, default=32, help="height and width of the latent (%(default)s)")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -61,40 +62,42 @@ def main() -> None:
 
 
 def write_model(folder: Path) -> None:
-    """Write config, checkpoint and diffusers folder of a model that is small but for its UNet."""
+    """Write config, checkpoint and diffusers folder of a model; all but its UNet is small."""
     from ldm.loading.config import format_yaml, read_yaml
 
-    raw = read_yaml(ROOT / "configs/stable-diffusion/v1-inference.yaml")
-    params = raw["model"]["params"]
+    config = read_yaml(ROOT / "configs/stable-diffusion/v1-inference.yaml")
+    params = config["model"]["params"]
     params["unet_config"]["params"] |= {"context_dim": 64}
     params["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "num_res_blocks": 1}
     arch = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
             "num_attention_heads": 2}  # fmt: skip
     params["cond_stage_config"].setdefault("params", {})["arch"] = arch
-    config, file = folder / "model.yaml", folder / "model.safetensors"
-    config.write_text(format_yaml(raw), encoding="utf-8")
-    harness.run(ROOT, "benchmarks/make_checkpoint.py", file, "--config", config)
-    harness.run(ROOT, "scripts/convert.py", file, folder / "model", "--config", config)
+    config_path, ckpt_path = folder / "model.yaml", folder / "model.safetensors"
+    config_path.write_text(format_yaml(config), encoding="utf-8")
+    flags = ["--config", config_path]
+    harness.run_python(ROOT, "benchmarks/make_checkpoint.py", ckpt_path, *flags)
+    harness.run_python(ROOT, "scripts/convert.py", ckpt_path, folder / "model", *flags)
 
 
 def compare(args: argparse.Namespace, stage: str) -> dict[str, Any]:
-    """Compare one stage; print and return the row."""
+    """Compare one stage; print and return its row."""
 
-    def start(implementation: Implementation) -> Worker:
-        options = ("--stage", stage, "--folder", args.folder, "--side", args.side)
-        return Worker(implementation, Path(__file__), args, *options)
+    def start_worker(implementation: Implementation) -> Worker:
+        flags = ("--stage", stage, "--folder", args.folder, "--side", args.side)
+        return Worker(implementation, Path(__file__), args, *flags)
 
-    def check(result: Result, other: Result) -> dict[str, float]:
-        if stage not in SAME_NOISE:
+    def compare_results(ours: WarmUpResult, baseline: WarmUpResult) -> dict[str, float]:
+        if stage not in DETERMINISTIC_STAGES:
             return {}
-        ours, theirs = (torch.load(r["output"], weights_only=True) for r in (result, other))
-        error = float((ours - theirs).abs().max() / theirs.abs().max())
+        x, y = (torch.load(result["output"], weights_only=True) for result in (ours, baseline))
+        error = float((x - y).abs().max() / y.abs().max())
         if not error < MAX_ERROR:
             raise SystemExit(f"{stage}: the latents differ by {error:.1e}")
         return {"error": error}
 
     row: dict[str, Any] = {"stage": stage, "dtype": "float32"}
-    row |= harness.compare(start, harness.get_implementations(args), check, rounds=args.rounds)
+    implementations = harness.get_implementations(args)
+    row |= harness.compare(start_worker, implementations, compare_results, rounds=args.rounds)
     error = f"  error {row['error']:.1e}" if "error" in row else ""
     print(f"{stage:13} {harness.format_row(row)}{error}", flush=True)
     return row
@@ -102,62 +105,63 @@ def compare(args: argparse.Namespace, stage: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def run_worker(args: argparse.Namespace) -> None:
-    """In the worker: sample once as a warm-up, write the latent, serve timed calls."""
+    """In the worker process: sample once as a warm-up, write the latent, serve timed calls."""
     load = {"ours": load_ours, "diffusers": load_diffusers}[args.worker]
-    call = load(args.stage[0], args)
-    output = call()
+    sample = load(args.stage[0], args)
+    latent = sample()
     with tempfile.NamedTemporaryFile(dir=args.folder, delete=False) as file:
-        torch.save(output.float().cpu(), file)
-    harness.serve({"output": file.name}, call, args.device)
+        torch.save(latent.float().cpu(), file)
+    harness.serve({"output": file.name}, sample, args.device)
 
 
-def load_ours(stage: str, args: argparse.Namespace) -> Call:
-    """Load our model; return a function that samples by it."""
+def load_ours(stage: str, args: argparse.Namespace) -> SampleFunction:
+    """Load our model; return a function that samples a latent."""
     import ldm
 
     paths = (args.folder / f"model.{suffix}" for suffix in ("yaml", "safetensors"))
     model = ldm.load(*paths, device=args.device)
-    options: dict[str, Any] = {"steps": STEPS, "scale": SCALE, "x_T": draw_noise(args.side)}
-    cond, uncond = (model.condition({"txt": [text]}) for text in ("a cat", ""))
+    noise = draw_noise(args.side)
+    options: dict[str, Any] = {"steps": NUM_STEPS, "scale": GUIDANCE_SCALE, "x_T": noise}
+    cond, uncond = (model.condition({"txt": [prompt]}) for prompt in ("a cat", ""))
     if stage == "pag":
         from ldm.diffusion.guidance import Guidance, PerturbedAttention
 
         options["guidance"] = PerturbedAttention(PAG_SCALE, Guidance())
     if stage == "freeu":
-        options |= {"freeu": FREEU, "freeu_version": "diffusers"}
+        options |= {"freeu": FREEU_FACTORS, "freeu_version": "diffusers"}
     if stage in SDE_SCHEDULERS:
         options |= {"sampler": stage, "scheduler": "karras"}
     return lambda: ldm.sample(model, cond, uncond, seeds=0, **options)
 
 
-def load_diffusers(stage: str, args: argparse.Namespace) -> Call:
-    """Load the pipeline of diffusers; return a function that samples by it."""
-    import diffusers as package
+def load_diffusers(stage: str, args: argparse.Namespace) -> SampleFunction:
+    """Load the pipeline of diffusers; return a function that samples a latent."""
+    import diffusers
 
     name = "StableDiffusionPAGPipeline" if stage == "pag" else "StableDiffusionPipeline"
-    pipe = getattr(package, name).from_pretrained(args.folder / "model", local_files_only=True)
+    pipe = getattr(diffusers, name).from_pretrained(args.folder / "model", local_files_only=True)
     pipe = pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    steps, options = STEPS, {"pag_scale": PAG_SCALE} if stage == "pag" else {}
+    steps, options = NUM_STEPS, {"pag_scale": PAG_SCALE} if stage == "pag" else {}
     if stage == "freeu":
-        b1, b2, s1, s2 = FREEU
+        b1, b2, s1, s2 = FREEU_FACTORS
         pipe.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
     if stage in SDE_SCHEDULERS:
         scheduler_class, order, steps = SDE_SCHEDULERS[stage]
         settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": order}
         config = {**pipe.scheduler.config, **settings, "use_karras_sigmas": True}
-        pipe.scheduler = getattr(package, scheduler_class).from_config(config)
+        pipe.scheduler = getattr(diffusers, scheduler_class).from_config(config)
     cond, uncond = pipe.encode_prompt("a cat", args.device, 1, True, "")
     return lambda: pipe(
         prompt_embeds=cond, negative_prompt_embeds=uncond, latents=draw_noise(args.side),
-        num_inference_steps=steps, guidance_scale=SCALE, height=8 * args.side, width=8 * args.side,
-        generator=torch.Generator().manual_seed(0), output_type="latent", return_dict=False,
-        **options,
+        num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, height=8 * args.side,
+        width=8 * args.side, generator=torch.Generator().manual_seed(0), output_type="latent",
+        return_dict=False, **options,
     )[0]  # fmt: skip
 
 
 def draw_noise(side: int) -> Tensor:
-    """Return the initial noise."""
+    """Return the initial noise of a latent, (1, 4, side, side)."""
     return torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
 
 

@@ -5,8 +5,8 @@
     python benchmarks/make_checkpoint.py /tmp/unclip-l.safetensors --karlo \\
         --config configs/stable-diffusion/v2-1-stable-unclip-l-inference.yaml
 
-Names and shapes follow from the config. Values are slices of one block of normal numbers, which is
-fast, scaled so that activations stay finite. The file has to fit into memory.
+Names and shapes follow from the config. Weights are slices of one block of normal noise, which is
+fast, scaled so that activations stay finite. The checkpoint has to fit into memory.
 """
 
 import math
@@ -43,12 +43,11 @@ def main() -> None:
     model = build_on_meta(translate_config(read_yaml(args.config)), where=str(args.config))
     if not isinstance(model, LatentDiffusion):
         parser.error(f"`{args.config}` is not the config of a latent diffusion model")
-    names = restore_names(model.state_dict(), make_buffers(model))
-    state = draw_weights(names, dtype)
+    weights = draw_weights(restore_names(model.state_dict(), make_buffers(model)), dtype)
     if args.out.suffix == ".ckpt":
-        torch.save({"epoch": 11, "global_step": 875000, "state_dict": state}, args.out)
+        torch.save({"epoch": 11, "global_step": 875000, "state_dict": weights}, args.out)
     else:
-        write_checkpoint(args.out, state)
+        write_checkpoint(args.out, weights)
     if args.karlo:
         with torch.device("meta"):
             prior = Prior().state_dict()
@@ -58,22 +57,22 @@ def main() -> None:
     print(args.out)
 
 
-def draw_weights(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Replace the tensors on the meta device by random weights, and keep the others."""
+def draw_weights(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Replace tensors on the meta device by random weights of a dtype, and keep other tensors."""
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(1 << 22, generator=generator)
+    noise_block = torch.randn(1 << 22, generator=generator)
 
-    def draw(name: str, weight: Tensor) -> Tensor:
-        start = int(torch.randint(len(block) // 2, (), generator=generator))
-        repeats = math.ceil(weight.numel() / (len(block) - start))
-        values = block[start:].repeat(repeats)[: weight.numel()].view(weight.shape)
+    def draw_weight(name: str, weight: Tensor) -> Tensor:
+        start = int(torch.randint(len(noise_block) // 2, (), generator=generator))
+        repeats = math.ceil(weight.numel() / (len(noise_block) - start))
+        noise = noise_block[start:].repeat(repeats)[: weight.numel()].view(weight.shape)
         if weight.dim() > 1:
-            return values / math.sqrt(weight[0].numel())
-        return 1 + 0.02 * values if name.endswith("weight") else 0.02 * values
+            return noise / math.sqrt(weight[0].numel())
+        return 1 + 0.02 * noise if name.endswith("weight") else 0.02 * noise
 
     return {
-        name: draw(name, value).to(dtype) if value.is_meta else value
-        for name, value in state.items()
+        name: draw_weight(name, tensor).to(dtype) if tensor.is_meta else tensor
+        for name, tensor in state_dict.items()
     }
 
 

@@ -1,6 +1,6 @@
-"""Networks of Stable Diffusion XL with random weights: ours, and diffusers' with the same.
+"""Networks of Stable Diffusion XL, ours and diffusers', with the same random weights.
 
-Each is built separately, so that no process needs memory for the whole model.
+Each is built separately, so that no process needs memory for the complete model.
 """
 
 from collections.abc import Callable
@@ -21,26 +21,26 @@ from ldm.loading.legacy import translate_config
 from ldm.nets.blocks import timestep_embedding
 
 CONFIG = ROOT / "configs/stable-diffusion-xl/sd_xl_base.yaml"
-BIG_G = {
+EOS_TOKEN_ID = 49407
+BIG_G_CONFIG = {  # of transformers
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
     "num_attention_heads": 20,
     "projection_dim": 1280,
     "hidden_act": "gelu",
-    "eos_token_id": 49407,
+    "eos_token_id": EOS_TOKEN_ID,
     "pad_token_id": 0,
 }
-SIZES = (1024, 1024, 0, 0, 1024, 1024)  # original size, crop, target size
-END = 49407  # CLIP's end token
+MICRO_CONDITIONS = (1024, 1024, 0, 0, 1024, 1024)  # original size, crop, target size
 
 Call = Callable[..., Tensor]
 
 
-def write_configs(file: Path) -> None:
+def write_configs(checkpoint: Path) -> None:
     """Write the folder of configs and tokenizers that diffusers needs to load a single file."""
-    folder = file.with_suffix("")
-    write_text_files(folder, plan_conversion(file, folder, config=CONFIG).text_files)
+    folder = checkpoint.with_suffix("")
+    write_text_files(folder, plan_conversion(checkpoint, folder, config=CONFIG).text_files)
 
 
 def build_ours(name: str) -> tuple[nn.Module, Call]:
@@ -48,8 +48,8 @@ def build_ours(name: str) -> tuple[nn.Module, Call]:
     model: Any = build_on_meta(translate_config(read_yaml(CONFIG)), where=str(CONFIG))
     conditioner = model.conditioner
     network: Any = {"unet": model.unet, "vae": model.autoencoder, "text": conditioner.text_2}[name]
-    state = draw_weights(network.state_dict(), torch.float16)
-    network.load_state_dict(state, assign=True)
+    weights = draw_weights(network.state_dict(), torch.float16)
+    network.load_state_dict(weights, assign=True)
     network.eval()
     if name == "vae":
         return network, network.decode
@@ -58,7 +58,7 @@ def build_ours(name: str) -> tuple[nn.Module, Call]:
 
     def encode(tokens: Tensor) -> Tensor:
         cond = network(tokens)
-        return concat(cond.crossattn, cond.vector)
+        return concat_outputs(cond.crossattn, cond.vector)
 
     return network, encode
 
@@ -78,9 +78,9 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
     from ldm.loading.diffusers.networks import make_unet_config, make_vae_config
 
     ours: Any = build_ours(name)[0]
-    state = ours.state_dict()
-    keys = {"unet": locate_unet, "vae": locate_vae, "text": locate_text_encoder}[name](state)
-    weights = convert_to_diffusers(keys, state)
+    our_weights = ours.state_dict()
+    locate = {"unet": locate_unet, "vae": locate_vae, "text": locate_text_encoder}[name]
+    weights = convert_to_diffusers(locate(our_weights), our_weights)
     network: Any
     with torch.device("meta"):
         if name == "unet":
@@ -91,28 +91,28 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
             params = {"ddconfig": asdict(ours.config), "embed_dim": ours.embed_dim}
             network = AutoencoderKL.from_config(make_vae_config(params, None, 1024))
         else:
-            network = CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G))
-            weights["text_projection.weight"] = state["model.text_projection"].mT.contiguous()
-    allowed = network.state_dict().keys()
-    network.load_state_dict({k: v for k, v in weights.items() if k in allowed}, assign=True)
+            network = CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G_CONFIG))
+            projection = our_weights["model.text_projection"].mT.contiguous()
+            weights["text_projection.weight"] = projection
+    network.load_state_dict({name: weights[name] for name in network.state_dict()}, assign=True)
     network.eval()
     if name == "vae":
         return network, lambda z: network.decode(z, return_dict=False)[0]
     if name == "text":
-        # A buffer that is not in the state dict, so that it is still on the meta device
+        # This buffer is not in the state dict, so that it is still on the meta device.
         for module in (m for m in network.modules() if hasattr(m, "position_ids")):
             module.position_ids = torch.arange(77).expand(1, -1)
 
         def encode(tokens: Tensor) -> Tensor:
             output = network(tokens, output_hidden_states=True)
-            return concat(output.hidden_states[-2], output.text_embeds)
+            return concat_outputs(output.hidden_states[-2], output.text_embeds)
 
         return network, encode
 
     def denoise(x: Tensor, t: Tensor, context: Tensor, y: Tensor) -> Tensor:
-        sizes = torch.tensor([SIZES] * len(x), device=x.device)
-        added = {"text_embeds": y[:, :1280], "time_ids": sizes}
-        out: Tensor = network(x, t, context, added_cond_kwargs=added, return_dict=False)[0]
+        time_ids = torch.tensor([MICRO_CONDITIONS] * len(x), device=x.device)
+        added_cond = {"text_embeds": y[:, :1280], "time_ids": time_ids}
+        out: Tensor = network(x, t, context, added_cond_kwargs=added_cond, return_dict=False)[0]
         return out
 
     return network, denoise
@@ -123,14 +123,14 @@ def make_example_inputs(name: str, side: int, prompts: int = 2) -> list[Tensor]:
     if name == "vae":
         return [torch.randn(1, 4, side, side)]
     if name == "text":
-        tokens = torch.randint(1, END - 1, (prompts, 77))
-        tokens[:, 20] = END
+        tokens = torch.randint(1, EOS_TOKEN_ID - 1, (prompts, 77))
+        tokens[:, 20] = EOS_TOKEN_ID
         return [tokens]
-    sizes = timestep_embedding(torch.tensor(SIZES), 256).flatten().expand(2, -1)
-    y = torch.cat([torch.randn(2, 1280), sizes], dim=1)
+    size_embedding = timestep_embedding(torch.tensor(MICRO_CONDITIONS), 256).flatten()
+    y = torch.cat([torch.randn(2, 1280), size_embedding.expand(2, -1)], dim=1)
     return [torch.randn(2, 4, side, side), torch.tensor([500, 500]), torch.randn(2, 77, 2048), y]
 
 
-def concat(context: Tensor, pooled: Tensor) -> Tensor:
-    """Concatenate both outputs of a text encoder to one tensor, (B, 78, D)."""
+def concat_outputs(context: Tensor, pooled: Tensor) -> Tensor:
+    """Concatenate both outputs of a text encoder, (B, 77, D) and (B, D): (B, 78, D)."""
     return torch.cat([context, pooled[:, None]], dim=1)

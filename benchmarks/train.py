@@ -5,15 +5,15 @@
     python benchmarks/train.py --device cuda --size sd2 --dtype bfloat16 --side 64
     python benchmarks/train.py --against /tmp/before             # another checkout
 
-Both train the same UNet from the same weights on given latents and text embeddings: noise,
+Both train the same UNet from the same weights on precomputed latents and text embeddings: noise,
 forward, mean squared error, backward, gradient clipping, AdamW, EMA. The baseline is diffusers'
-example with its defaults: UNet2DConditionModel, DDPMScheduler, EMAModel; bfloat16 is autocast with
-float32 weights in both. Another checkout runs its own train.py.
+example with its defaults: UNet2DConditionModel, DDPMScheduler, EMAModel. In bfloat16 both use
+autocast with float32 weights. Another checkout runs its own train.py.
 
-The losses of one batch must agree, within 1e-4 in float32 and 2 % in bfloat16. After three steps of
-warm-up measurements alternate: ours, the baseline, the baseline, ours …; run.py describes what is
-printed. On a CPU two models of size sd2 (865 million parameters each) do not fit into memory: one
-worker runs at a time.
+The losses of one batch must agree, within 1e-4 in float32 and 2 % in bfloat16. After three warm-up
+steps, measurements alternate: ours, the baseline, the baseline, ours …; run.py describes the
+columns. On a CPU two models of size sd2 (865 million parameters each) do not fit into memory, so
+that only one worker runs at a time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
-from harness import ROOT, Implementation, Result, Worker
+from harness import ROOT, Implementation, WarmUpResult, Worker
 from make_checkpoint import draw_weights
 from torch import Tensor, nn
 
@@ -38,29 +38,29 @@ from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.tasks.diffusion import DiffusionTask
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-WARM_UP_STEPS = 3
+LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # relative
+NUM_WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Size:
-    """The config of a UNet, the batch size, and height and width of the latents."""
+class Workload:
+    """What to train: a config, the batch size, and height and width of the latents."""
 
     config: str
     batch_size: int
     side: int
 
 
-SIZES = {
-    "tiny": Size("configs/train/tiny.yaml", 8, 8),
-    "demo": Size("configs/demo/text2img.yaml", 8, 16),
-    "sd2": Size("configs/stable-diffusion/v2-inference.yaml", 1, 32),
+WORKLOADS = {
+    "tiny": Workload("configs/train/tiny.yaml", 8, 8),
+    "demo": Workload("configs/demo/text2img.yaml", 8, 16),
+    "sd2": Workload("configs/stable-diffusion/v2-inference.yaml", 1, 32),
 }
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents (B, 4, h, w), contexts (B, 77, D), and noise and timesteps of the checked loss."""
+    """Latents (B, 4, h, w), contexts (B, 77, D), and noise and timesteps for `compute_loss`."""
 
     z: Tensor
     context: Tensor
@@ -68,13 +68,14 @@ class Batch:
     t: Tensor
 
 
-Step = tuple[Callable[[], Tensor], Callable[[], None]]  # the checked loss, one step of training
+# compute_loss, with the noise and timesteps of a `Batch`, and train_step, with random ones
+TrainingFunctions = tuple[Callable[[], Tensor], Callable[[], None]]
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, dtypes=TOLERANCE, threads=1)
+    parser = harness.make_parser(__doc__, dtypes=LOSS_TOLERANCES, threads=1)
     add = parser.add_argument
-    add("--size", nargs="+", choices=SIZES, default=["tiny", "demo"])
+    add("--size", nargs="+", choices=WORKLOADS, default=["tiny", "demo"])
     add("--no-ema", action="store_true", help="train without EMA, which takes 3.5 GB at size sd2")
     add("--side", type=int, help="height and width of the latents (by size)")
     args = parser.parse_args()
@@ -87,54 +88,56 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
-    """Compare one size in one dtype; print and return the row."""
+    """Compare one size in one dtype; print and return its row."""
 
-    def start(implementation: Implementation) -> Worker:
-        options = ["--size", size, "--dtype", dtype, *(["--no-ema"] if args.no_ema else [])]
-        options += ["--side", args.side] if args.side else []
-        return Worker(implementation, implementation.root / "benchmarks/train.py", args, *options)
+    def start_worker(implementation: Implementation) -> Worker:
+        flags = ["--size", size, "--dtype", dtype, *(["--no-ema"] if args.no_ema else [])]
+        flags += ["--side", args.side] if args.side else []
+        return Worker(implementation, implementation.root / "benchmarks/train.py", args, *flags)
 
-    def check(result: Result, other: Result) -> dict[str, float]:
-        loss, baseline = result["loss"], other["loss"]
-        if not abs(loss - baseline) <= TOLERANCE[dtype] * baseline:
-            raise SystemExit(f"{size}: loss {loss:.6f}, the baseline's is {baseline:.6f}")
-        return {"loss": loss, "baseline_loss": baseline}
+    def compare_results(ours: WarmUpResult, baseline: WarmUpResult) -> dict[str, float]:
+        loss, baseline_loss = ours["loss"], baseline["loss"]
+        if not abs(loss - baseline_loss) <= LOSS_TOLERANCES[dtype] * baseline_loss:
+            raise SystemExit(f"{size}: loss {loss:.6f}, the baseline's is {baseline_loss:.6f}")
+        return {"loss": loss, "baseline_loss": baseline_loss}
 
-    both_fit = size != "sd2" or args.device.type == "cuda"
     row: dict[str, Any] = {"stage": f"train {size}", "dtype": dtype, "ema": not args.no_ema}
     row |= harness.compare(
-        start, harness.get_implementations(args), check, rounds=args.rounds, both_fit=both_fit
+        start_worker,
+        harness.get_implementations(args),
+        compare_results,
+        rounds=args.rounds,
+        both_fit=size != "sd2" or args.device.type == "cuda",
     )
-    row["batch"] = SIZES[size].batch_size
+    row["batch"] = WORKLOADS[size].batch_size
     ema = "without EMA" if args.no_ema else "with EMA"
     print(f"{size:5} {dtype:8} batch {row['batch']}  {harness.format_row(row)}  {ema}", flush=True)
     return row
 
 
 def run_worker(args: argparse.Namespace) -> None:
-    """In the worker: compute the checked loss, warm up, serve timed steps."""
-    size, device, dtype = SIZES[args.size[0]], args.device, getattr(torch, args.dtype[0])
+    """In the worker process: compute the loss of a batch, warm up, serve timed steps."""
+    workload, device, dtype = WORKLOADS[args.size[0]], args.device, getattr(torch, args.dtype[0])
     torch.manual_seed(0)
-    model = build_model(size).to(device)
-    side = args.side or size.side
-    z, noise = torch.randn(2, size.batch_size, 4, side, side)
-    t = torch.linspace(50, 950, size.batch_size).long()
-    context = torch.randn(size.batch_size, 77, model.unet.context_dim)
+    model = build_model(workload.config).to(device)
+    side = args.side or workload.side
+    z, noise = torch.randn(2, workload.batch_size, 4, side, side)
+    t = torch.linspace(50, 950, workload.batch_size).long()
+    context = torch.randn(workload.batch_size, 77, model.unet.context_dim)
     batch = Batch(z.to(device), context.to(device), noise.to(device), t.to(device))
-    loss, step = {"ours": build_ours, "diffusers": build_diffusers}[args.worker](
-        model, batch, not args.no_ema
-    )
+    build = {"ours": build_ours, "diffusers": build_diffusers}[args.worker]
+    compute_loss, train_step = build(model, batch, not args.no_ema)
     del model
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         # Not under no_grad, which would pack the weights for inference
-        checked_loss = float(loss().detach())
-        for _ in range(WARM_UP_STEPS):
-            step()
-        harness.serve({"loss": checked_loss}, step, device)
+        loss = float(compute_loss().detach())
+        for _ in range(NUM_WARM_UP_STEPS):
+            train_step()
+        harness.serve({"loss": loss}, train_step, device)
 
 
 class PrecomputedContext(Encoder):
-    """Stands in for a text encoder: returns the contexts of the batch."""
+    """Replaces the text encoder: returns the contexts of the batch."""
 
     slot, key = "crossattn", "txt"
 
@@ -142,38 +145,38 @@ class PrecomputedContext(Encoder):
         return context
 
 
-def build_model(size: Size) -> Any:
+def build_model(config: str) -> Any:
     """Build a model with the UNet and the noise schedule of a config, and random weights."""
-    spec = translate_config(read_yaml(ROOT / size.config))["params"]
+    params = translate_config(read_yaml(ROOT / config))["params"]
     with torch.device("meta"):
-        unet: Any = instantiate(spec["unet"], where="unet")
+        unet: Any = instantiate(params["unet"], where="unet")
     unet.load_state_dict(draw_weights(unet.state_dict(), torch.float32), assign=True)
-    # As in the baseline; the config of SD 2 enables it.
+    # Disabled as in the baseline; the config of SD 2 enables it.
     set_gradient_checkpointing(unet, enabled=False)
-    schedule = instantiate(spec["schedule"], where="schedule")
+    schedule = instantiate(params["schedule"], where="schedule")
     model = LatentDiffusion(
         unet=unet,
         conditioner=Conditioner(text=PrecomputedContext()),
         autoencoder=PixelSpace(),
         schedule=schedule,
-        parameterization=spec["parameterization"],
+        parameterization=params["parameterization"],
     )
     return model.train()
 
 
-def build_ours(model: Any, batch: Batch, use_ema: bool) -> Step:
-    """Return loss and step of our training loop."""
+def build_ours(model: Any, batch: Batch, use_ema: bool) -> TrainingFunctions:
+    """Return the functions of our training loop."""
     task = DiffusionTask(model, conditioning_dropout_prob=0.0)
     generator = torch.Generator().manual_seed(0)
     optimizer = make_optimizer(task.trainable, 1e-5)
     ema = EMA(task.trainable) if use_ema else None
     cond = Cond(crossattn=batch.context)
 
-    def loss() -> Tensor:
+    def compute_loss() -> Tensor:
         error = model.denoiser.error(batch.z, cond, batch.t, batch.noise)
         return task.criterion(error, batch.t.cpu())["loss"]
 
-    def step() -> None:
+    def train_step() -> None:
         optimizer.zero_grad(set_to_none=True)
         task.loss({"z": batch.z, "txt": batch.context}, generator)["loss"].backward()
         gradients = [p.grad for p in task.trainable.parameters() if p.grad is not None]
@@ -184,11 +187,11 @@ def build_ours(model: Any, batch: Batch, use_ema: bool) -> Step:
         if ema is not None:
             ema.update(task.trainable)
 
-    return loss, step
+    return compute_loss, train_step
 
 
-def build_diffusers(model: Any, batch: Batch, use_ema: bool) -> Step:
-    """Return loss and step of diffusers' examples/text_to_image, without accelerate."""
+def build_diffusers(model: Any, batch: Batch, use_ema: bool) -> TrainingFunctions:
+    """Return the functions of diffusers' examples/text_to_image, without accelerate."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
 
@@ -197,8 +200,8 @@ def build_diffusers(model: Any, batch: Batch, use_ema: bool) -> Step:
 
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(make_unet_config(model.unet, 64))
-    state = {name: value.detach() for name, value in model.unet.state_dict().items()}
-    unet.load_state_dict(convert_to_diffusers(locate_unet(state), state), assign=True)
+    weights = {name: value.detach() for name, value in model.unet.state_dict().items()}
+    unet.load_state_dict(convert_to_diffusers(locate_unet(weights), weights), assign=True)
     unet.requires_grad_(True).train()
     prediction_type = {"eps": "epsilon", "v": "v_prediction"}[model.parameterization]
     scheduler: Any = DDPMScheduler(
@@ -207,7 +210,7 @@ def build_diffusers(model: Any, batch: Batch, use_ema: bool) -> Step:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2)
     ema = EMAModel(unet.parameters(), decay=0.9999) if use_ema else None
 
-    def loss(noise: Tensor, t: Tensor) -> Tensor:
+    def compute_loss(noise: Tensor, t: Tensor) -> Tensor:
         noisy = scheduler.add_noise(batch.z, noise, t)
         target = noise
         if prediction_type == "v_prediction":
@@ -215,16 +218,16 @@ def build_diffusers(model: Any, batch: Batch, use_ema: bool) -> Step:
         prediction = unet(noisy, t, batch.context, return_dict=False)[0]
         return F.mse_loss(prediction.float(), target.float(), reduction="mean")
 
-    def step() -> None:
+    def train_step() -> None:
         noise = torch.randn_like(batch.z)
-        loss(noise, torch.randint_like(batch.t, 0, 1000)).backward()
+        compute_loss(noise, torch.randint_like(batch.t, 0, 1000)).backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if ema is not None:
             ema.step(unet.parameters())
 
-    return lambda: loss(batch.noise, batch.t), step
+    return lambda: compute_loss(batch.noise, batch.t), train_step
 
 
 if __name__ == "__main__":
