@@ -9,7 +9,7 @@ from typing import Literal
 
 from ldm.app.progress import Progress
 from ldm.generate.info import Info
-from ldm.runtime.errors import ArgumentError, Stop, explain
+from ldm.runtime.errors import ArgumentError, Stop, describe_error
 
 __all__ = ["Job", "Jobs"]
 
@@ -52,7 +52,7 @@ class Jobs:
     def __init__(
         self,
         max_waiting: int,
-        explain: Callable[[BaseException], str] = explain,
+        explain: Callable[[BaseException], str] = describe_error,
         list_initial_infos: Callable[[], list[Info]] = list,
     ) -> None:
         self.max_waiting = max_waiting

@@ -31,7 +31,7 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import FAMILIES, is_sdxl
 from ldm.pipelines.preview import fit_preview
 from ldm.prompts.syntax import PLAIN, parse_prompt
-from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
+from ldm.runtime.errors import ArgumentError, MissingFile, make_unknown_name_error
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["ADDONS", "Library", "remove_folders"]
@@ -276,7 +276,7 @@ class Library:
             if name := values.get(addon_type):
                 files = self.list_addons(addon_type)
                 if name not in files:
-                    raise unknown_name(title, name, files, argument=addon_type)
+                    raise make_unknown_name_error(title, name, files, argument=addon_type)
                 paths[addon_type] = str(files[str(name)])
         return paths
 

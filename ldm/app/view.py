@@ -11,7 +11,7 @@ from ldm.app.jobs import Job
 from ldm.app.progress import Progress
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import format_parameters, read_info
-from ldm.runtime.errors import FileFormatError, LdmError, explain, is_out_of_memory
+from ldm.runtime.errors import FileFormatError, LdmError, describe_error, is_out_of_memory
 from ldm.runtime.types import JsonObject
 
 __all__ = [
@@ -58,7 +58,7 @@ def render_token_count(count: int, limit: int, truncated: str) -> str:
 
 def explain_to_user(error: BaseException) -> str:
     """Describe an error in one line, with the label of the field that caused it."""
-    text = explain(error).replace("\n", " — ")
+    text = describe_error(error).replace("\n", " — ")
     if is_out_of_memory(error):
         return text + MEMORY_ADVICE
     name = error.argument if isinstance(error, LdmError) else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from ldm.generate.option_parsers import parse_count
 from ldm.runtime.command import CommandParser
 from ldm.runtime.errors import ArgumentError
-from ldm.runtime.files import check_folder_of
+from ldm.runtime.files import check_parent_folder
 
 __all__ = ["main"]
 
@@ -47,7 +47,7 @@ def _check(args: Namespace) -> int:
     from ldm.data.pack import write_shards
 
     if args.list:
-        check_folder_of(args.list, "list")
+        check_parent_folder(args.list, "list")
     folder = open_folder(args.data)
     if args.pack and folder is None:
         raise ArgumentError(f"only a folder of images can be packed, not `{args.data[0]}`", "pack")

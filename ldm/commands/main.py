@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ldm.generate.tasks import TASKS
 from ldm.prompts import PromptWarning
-from ldm.runtime.errors import nearest_name
+from ldm.runtime.errors import find_nearest_name
 from ldm.runtime.version import __version__
 
 __all__ = ["main", "main_of_alias"]
@@ -69,7 +69,7 @@ def main_of_alias() -> int:
 def _suggest(name: str) -> str:
     """Suggest commands of which the name, or a word in it (`inspect`, `lora`), is similar."""
     words = {command: (command, *command.split("-")) for command in (*TASKS, *PROGRAMS)}
-    nearest = nearest_name(name, chain.from_iterable(words.values()))
+    nearest = find_nearest_name(name, chain.from_iterable(words.values()))
     similar = [f"`{command}`" for command in words if nearest in words[command]]
     return f", did you mean {' or '.join(similar)}?" if similar else ""
 

@@ -20,7 +20,7 @@ from ldm.generate.groups import GROUP_HEADINGS, SDXL, ModelOptions, UpscalerOpti
 from ldm.generate.options import get_options
 from ldm.runtime.command import CommandParser
 from ldm.runtime.errors import FileFormatError, errors_as
-from ldm.runtime.files import check_folder_of
+from ldm.runtime.files import check_parent_folder
 
 __all__ = ["main"]
 
@@ -67,7 +67,7 @@ def _replay(args: Namespace) -> int:
     from ldm.imaging.reading import open_image
 
     if args.output:
-        check_folder_of(args.output, "output")
+        check_parent_folder(args.output, "output")
     values = {name: vars(args)[name] for name in MODEL_OPTIONS}
     changes = {name: value for name, value in values.items() if value not in (None, [])}
     info = read_info(args.image)

@@ -21,7 +21,7 @@ from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPImage, CLIPVision, OpenCLIPImage, preprocess
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.files.clip_statistics import read_clip_statistics
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import make_unknown_name_error
 from ldm.runtime.files import find_file
 
 # open_clip always builds a vision tower: this small one is removed afterwards.
@@ -410,7 +410,7 @@ def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
     else:
         config = open_clip.get_model_config(arch) if isinstance(arch, str) else to_builtin(arch)
         if config is None:
-            raise unknown_name("arch", arch, open_clip.list_models())
+            raise make_unknown_name_error("arch", arch, open_clip.list_models())
         if version == "openai":
             config["quick_gelu"] = True
         model = open_clip.CLIP(**{**config, "vision_cfg": UNUSED_VISION_CONFIG})

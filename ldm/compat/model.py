@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.compat.class_swap import COMPAT_CLASSES, CompatModule, swap_classes
 from ldm.nets import autoencoder, blocks
 from ldm.nets.autoencoder import ATTENTION_TYPES, NORM_EPS, AutoencoderConfig
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import make_unknown_name_error
 
 np = np
 DEFAULT_RESOLUTION = 256  # as in SD's configs; it cannot be inferred from weights
@@ -128,7 +128,7 @@ def make_attn(
 ) -> nn.Module:
     """Build an AttnBlock, or nn.Identity for attn_type "none"."""
     if attn_type not in ATTENTION_TYPES:
-        raise unknown_name("attn_type", attn_type, ATTENTION_TYPES)
+        raise make_unknown_name_error("attn_type", attn_type, ATTENTION_TYPES)
     return nn.Identity() if attn_type == "none" else AttnBlock(in_channels)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import make_unknown_name_error
 
 __all__ = ["PARAMETERIZATIONS", "Denoiser", "get_scalings"]
 
@@ -44,7 +44,7 @@ def get_scalings(
     if parameterization == "edm":
         variance = sigma_data**2 + sigma**2
         return sigma_data**2 / variance, sigma_data * sigma / variance.sqrt()
-    raise unknown_name(
+    raise make_unknown_name_error(
         "parameterization", parameterization, PARAMETERIZATIONS, argument="parameterization"
     )
 

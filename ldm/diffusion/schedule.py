@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ldm.diffusion import names
 from ldm.diffusion.scheduler_options import check_rho
-from ldm.diffusion.schedulers import SIGMA_FUNCTIONS, linspace
-from ldm.runtime.errors import ArgumentError, check_name, unknown_name
+from ldm.diffusion.schedulers import SCHEDULER_FUNCTIONS, linspace
+from ldm.runtime.errors import ArgumentError, check_name, make_unknown_name_error
 
 __all__ = [
     "ContinuousSchedule",
@@ -73,7 +73,7 @@ def make_betas(
         # A beta of 1, the last one, would leave no signal (arXiv:2102.09672, section 3.2).
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
     allowed = ("linear", "sqrt_linear", "sqrt", "cosine", "squaredcos_cap_v2")
-    raise unknown_name("beta schedule", name, allowed)
+    raise make_unknown_name_error("beta schedule", name, allowed)
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.loading.hub import HUB_PREFIX
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import resolve_checkpoint
-from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
+from ldm.runtime.errors import ArgumentError, MissingFile, make_unknown_name_error
 from ldm.runtime.files import find_file, list_files
 
 __all__ = ["Loras", "add_tagged_loras", "list_local_loras", "remove_tags", "split_tags"]
@@ -123,5 +123,5 @@ def _match_name(name: str, files: Mapping[str, str]) -> str:
         message = f"unknown LoRA `{name}`: no LoRA files found, pass the folder that contains it"
         raise ArgumentError(message, "lora_dir")
     if not matches:
-        raise unknown_name("LoRA", name, files, argument="lora_dir")
+        raise make_unknown_name_error("LoRA", name, files, argument="lora_dir")
     return files[matches[0]]

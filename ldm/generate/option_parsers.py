@@ -8,7 +8,7 @@ from typing import TypeVar
 from ldm.diffusion.names import APG, API_LEGACY, FREEU_PRESETS, LEGACY, SLD, FreeUFactors
 from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, make_unknown_name_error
 from ldm.runtime.files import read_text
 
 __all__ = [
@@ -163,5 +163,5 @@ def parse_legacy(argument: str) -> tuple[str, ...]:
     names = sorted({name.strip() for name in argument.replace("_", "-").split(",")} - {""})
     unknown = [name for name in names if name not in QUIRKS]
     if unknown:
-        raise unknown_name("quirk", unknown[0], QUIRKS)
+        raise make_unknown_name_error("quirk", unknown[0], QUIRKS)
     return tuple(names)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, make_unknown_name_error
 
 __all__ = ["Option", "Value", "decode_option", "encode_option", "get_options", "option"]
 
@@ -114,7 +114,7 @@ def decode_option(name: str, option: Option, value: object) -> Value:
 def _parse(name: str, option: Option, value: object) -> Value:
     argument = _to_argument(option, value)
     if option.choices and argument not in option.choices:
-        raise unknown_name(name, argument, option.choices, argument=name)
+        raise make_unknown_name_error(name, argument, option.choices, argument=name)
     try:
         return option.parse(argument)
     except ValueError as error:

@@ -15,7 +15,7 @@ from dynamicprompts.wildcards import WildcardManager
 from dynamicprompts.wildcards.values import WildcardValues
 from pyparsing import ParseException
 
-from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
+from ldm.runtime.errors import ArgumentError, MissingFile, make_unknown_name_error
 
 __all__ = ["DynamicPrompts"]
 
@@ -78,5 +78,5 @@ class _Wildcards(WildcardManager):
             if self.path is None:
                 raise ArgumentError(f"`__{wildcard}__` needs a folder of wildcards", "wildcards")
             names = sorted(self.get_collection_names())
-            raise unknown_name("wildcard", wildcard, names, argument="wildcards")
+            raise make_unknown_name_error("wildcard", wildcard, names, argument="wildcards")
         return values

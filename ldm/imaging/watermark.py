@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, make_unknown_name_error
 
 __all__ = [
     "METHODS", "PAYLOADS", "Finding", "Method", "can_hold_watermark", "detect_watermarks",
@@ -312,4 +312,4 @@ def _check_image(image: Image.Image, method: Method) -> None:
         size = f"{image.width}x{image.height}"
         raise ArgumentError(f"image too small for a watermark: {size}, needs 256x256 pixels")
     if method not in METHODS:
-        raise unknown_name("watermark", method, METHODS)
+        raise make_unknown_name_error("watermark", method, METHODS)

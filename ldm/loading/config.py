@@ -30,7 +30,7 @@ from ldm.runtime.errors import (
     MissingFile,
     check_name,
     check_names,
-    unknown_name,
+    make_unknown_name_error,
 )
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -249,7 +249,7 @@ def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., 
         return factory
     package = next((p for p in allow if str(target).startswith(p + ".")), None)
     if package is None:
-        raise unknown_name("target", target, list_targets(), where)
+        raise make_unknown_name_error("target", target, list_targets(), where)
     names = target.split(".")
     if not all(name.isidentifier() and not name.startswith("__") for name in names):
         raise ConfigError(f"{where}: `{target}` is not the name of a class")

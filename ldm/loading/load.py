@@ -74,7 +74,7 @@ from ldm.runtime.errors import (
     MissingFile,
     errors_about,
     errors_as,
-    unknown_name,
+    make_unknown_name_error,
 )
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -307,7 +307,9 @@ def _open_weights(ckpt: str | Path, variant: str | None) -> Checkpoint:
     if file_variant and not is_diffusers_folder(
         resolve_checkpoint(ckpt, file_variant=file_variant)
     ):
-        raise unknown_name("variant", file_variant, (NO_VARIANT, *VARIANTS), argument="variant")
+        raise make_unknown_name_error(
+            "variant", file_variant, (NO_VARIANT, *VARIANTS), argument="variant"
+        )
     return open_checkpoint(ckpt, file_variant)
 
 

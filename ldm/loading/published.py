@@ -21,7 +21,7 @@ from ldm.loading.hub import (
     find_or_download,
     get_url_path,
 )
-from ldm.runtime.errors import DownloadError, MissingFile, check_name, nearest_name
+from ldm.runtime.errors import DownloadError, MissingFile, check_name, find_nearest_name
 from ldm.runtime.hashes import JsonCache, find_cached_sha256, find_paths_by_sha256, get_sha256
 
 __all__ = [
@@ -112,7 +112,7 @@ def resolve_checkpoint(
             return local_path
         message = f"`{name}` ({file.title}, {file.size_text}) is not on this machine"
         raise MissingFile(f"{message}; run `ldm download {name}`")
-    nearest = nearest_name(name, files)
+    nearest = find_nearest_name(name, files)
     if nearest and not path.suffix and len(path.parts) == 1:
         raise MissingFile(f"no checkpoint `{name}`, did you mean `{nearest}`?")
     return path

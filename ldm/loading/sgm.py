@@ -17,7 +17,7 @@ import torch
 
 from ldm.diffusion.denoiser import SIGMA_DATA
 from ldm.diffusion.schedule import Schedule, betas_from_sigmas, make_betas
-from ldm.runtime.errors import ConfigError, check_names, unknown_name
+from ldm.runtime.errors import ConfigError, check_names, make_unknown_name_error
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -289,5 +289,5 @@ def _get_class_name(spec: JsonMapping, allowed: Collection[str], where: str) -> 
     """Return the class name of a target, without its module."""
     name = str(spec.get("target", "")).rpartition(".")[2]
     if name not in allowed:
-        raise unknown_name("target", spec.get("target", ""), allowed, where)
+        raise make_unknown_name_error("target", spec.get("target", ""), allowed, where)
     return name

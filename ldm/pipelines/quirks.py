@@ -21,7 +21,7 @@ from ldm.diffusion.scheduler_options import check_rho
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import find_family, is_sdxl
 from ldm.runtime.arguments import as_list
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, make_unknown_name_error
 
 __all__ = ["Quirks", "get_row_seeds", "make_noise_source", "make_seeded_noise_source"]
 
@@ -39,7 +39,7 @@ class Quirks:
     def __post_init__(self) -> None:
         unknown = sorted(self.names - LEGACY.keys())
         if unknown:
-            raise unknown_name("legacy name", unknown[0], LEGACY, argument="legacy")
+            raise make_unknown_name_error("legacy name", unknown[0], LEGACY, argument="legacy")
 
     def __contains__(self, name: str) -> bool:
         return name in self.names

@@ -15,7 +15,7 @@ from ldm.pipelines.arguments import check_arguments
 from ldm.pipelines.families import check_family, quote_name
 from ldm.pipelines.finite import check_finite_weights
 from ldm.pipelines.options import GuidedOptions, TaskArguments, check_options
-from ldm.runtime.errors import ArgumentError, NonFinite, UnknownName, unknown_name
+from ldm.runtime.errors import ArgumentError, NonFinite, UnknownName, make_unknown_name_error
 from ldm.runtime.warn import warn_caller
 
 __all__ = ["get_clip_skip_warning", "task"]
@@ -67,7 +67,9 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
                 if (nearest := SUGGESTED_KEYWORDS.get(keyword, "")) in allowed:
                     message = f"unknown {description} `{keyword}`, did you mean `{nearest}`?"
                     raise UnknownName(message, keyword)
-                raise unknown_name(description, keyword, allowed[1:], argument=keyword)
+                raise make_unknown_name_error(
+                    description, keyword, allowed[1:], argument=keyword
+                )
             names = ("tiling", "clip_skip")
             context_options = {name: keywords.pop(name) for name in names if name in keywords}
             if isinstance(legacy := keywords.get("legacy"), str):

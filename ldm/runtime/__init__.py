@@ -1,9 +1,9 @@
-"""Basics of all programs.
+"""Basics that all programs share.
 
-errors, warn                       errors, names checked against lists; warnings
+errors, warn                       errors, checks of names against lists; warnings
 command                            parsing of flags, logging, exit status
-device, ranks                      devices, precision, threads; processes of a run
+device, ranks                      device, dtype, threads; rank and world size
 files, hashes                      reading, atomic writing, SHA-256
-memory, offload                    memory of a computation; weights off the device
+memory, offload                    peak memory of a computation; weights kept on the CPU
 arguments, types, version          single values as lists; types of JSON; version of the package
 """

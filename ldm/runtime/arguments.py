@@ -1,4 +1,4 @@
-"""Arguments that are one value or several."""
+"""Arguments that take one value or several."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def as_list(values: T | Iterable[T]) -> list[T]:
-    """Return values as a list; a single text or path becomes a list of one."""
+    """Return values as a list; a single string or path becomes a list of one."""
     if isinstance(values, str | Path):
         return [cast(T, values)]
     return list(cast(Iterable[T], values))

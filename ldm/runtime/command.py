@@ -10,20 +10,26 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NoReturn
 
-from ldm.runtime.errors import LdmError, WrongFamily, explain, is_out_of_memory, nearest_name
+from ldm.runtime.errors import (
+    LdmError,
+    WrongFamily,
+    describe_error,
+    find_nearest_name,
+    is_out_of_memory,
+)
 
 __all__ = ["CommandParser", "log_to_stderr", "run_command"]
 
 log = logging.getLogger(__name__)
 
-# Loggers whose INFO messages are shown without --verbose.
+# Loggers whose INFO messages are also shown without --verbose.
 INFO_LOGGERS = (
     "ldm.runtime.command", "ldm.generate", "ldm.app", "ldm.commands", "ldm.loading.hub",
     "ldm.loading.published", "ldm.loading.replace_components", "ldm.pipelines.sdxl",
 )  # fmt: skip
 
 PATH_METAVARS = ("FILE", "DIR")
-MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
+OUT_OF_MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
 # Function of `ldm.pipelines` -> command, where the names differ.
 COMMANDS_BY_FUNCTION = {
     "vary": "unclip",
@@ -33,7 +39,7 @@ COMMANDS_BY_FUNCTION = {
 
 
 class CommandParser(ArgumentParser):
-    """A parser with `--verbose`; accepts abbreviated flags, and `_` for `-` in them.
+    """An argument parser with `--verbose`; flags may be abbreviated, with `_` for `-`.
 
     Args:
         original_flags: Flags of the original scripts, whose abbreviations take precedence over
@@ -42,7 +48,7 @@ class CommandParser(ArgumentParser):
 
     Attributes:
         actions_by_flag: Argparse's action of each flag.
-        given_flags: The flags in the arguments that `parse` got last, spelled as declared.
+        given_flags: The flags in the last arguments of `parse`, spelled as declared.
     """
 
     def __init__(
@@ -70,8 +76,8 @@ class CommandParser(ArgumentParser):
     def add_argument(self, *names: Any, **kwargs: Any) -> Action:
         """Add a flag as argparse does.
 
-        `parse` accepts abbreviations of it, and suggests it for a misspelt flag. The metavar FILE
-        or DIR makes its value a path, in which `~` is the home folder.
+        `parse` accepts abbreviations of it, and suggests it for a misspelled flag. With the metavar
+        FILE or DIR, its value is a path, in which `~` is the home folder.
         """
         return self._register_flags(super().add_argument(*names, **_add_path_type(kwargs)))
 
@@ -89,7 +95,7 @@ class CommandParser(ArgumentParser):
         """
         arguments = list(sys.argv[1:] if argv is None else argv)
         flags_end = arguments.index("--") if "--" in arguments else len(arguments)
-        completed = [self._complete(argument) for argument in arguments[:flags_end]]
+        completed = [self._complete_flag(argument) for argument in arguments[:flags_end]]
         names = {argument.partition("=")[0] for argument in completed}
         self.given_flags = frozenset(names & self.actions_by_flag.keys())
         args, unparsed = self.parse_known_args(completed + arguments[flags_end:])
@@ -98,7 +104,7 @@ class CommandParser(ArgumentParser):
         ]
         for argument in unparsed:
             if argument not in overrides or not self.takes_overrides:
-                self._refuse(argument)
+                self._exit_for_unknown(argument)
         if self.takes_overrides:
             args.overrides = overrides
         return args
@@ -106,7 +112,7 @@ class CommandParser(ArgumentParser):
     def run(
         self, main: Callable[[Namespace], int | None], argv: Sequence[str] | None = None
     ) -> int:
-        """Parse arguments, see `parse`, and run a command with them, see `run_command`."""
+        """Parse arguments (see `parse`), and run a command with them (see `run_command`)."""
         args = self.parse(argv)
         return run_command(lambda: main(args), self)
 
@@ -117,7 +123,7 @@ class CommandParser(ArgumentParser):
         another task, or flags that save memory.
         """
         if is_out_of_memory(error):
-            return MEMORY_HINT if "--vae-tile" in self.actions_by_flag else ""
+            return OUT_OF_MEMORY_HINT if "--vae-tile" in self.actions_by_flag else ""
         if isinstance(error, WrongFamily):
             command = error.task and COMMANDS_BY_FUNCTION.get(error.task, error.task)
             return f" (ldm {command}, scripts/{command}.py)" if command else ""
@@ -127,20 +133,20 @@ class CommandParser(ArgumentParser):
         return ""
 
     def _find_flag(self, argument: str) -> str | None:
-        """Return the flag of a library argument, in the given spelling if it was given."""
+        """Return the flag of a library argument, as spelled by the user if it was given."""
         names = (argument, argument.removesuffix("s"))  # "loras": --lora
         flags = [flag for flag, action in self.actions_by_flag.items() if action.dest in names]
         return next((flag for flag in flags if flag in self.given_flags), next(iter(flags), None))
 
-    def _complete(self, argument: str) -> str:
-        """Return an argument with an abbreviated flag completed, spelled as declared."""
+    def _complete_flag(self, argument: str) -> str:
+        """Return an argument with its flag completed and spelled as declared."""
         name, equals, value = argument.partition("=")
         if not name.startswith("--"):
             return argument
         normalized = name.replace("-", "_")
         matches: list[str] = []
-        known = self.actions_by_flag.keys()
-        for flags in (self.original_flags & known, known):
+        declared = self.actions_by_flag.keys()
+        for flags in (self.original_flags & declared, declared):
             exact = [flag for flag in flags if flag.replace("-", "_") == normalized]
             matches = exact or [
                 flag for flag in flags if flag.replace("-", "_").startswith(normalized)
@@ -152,8 +158,8 @@ class CommandParser(ArgumentParser):
             self.error(f"`{name}` could be any of {', '.join(sorted(matches))}")
         return argument
 
-    def _refuse(self, argument: str) -> NoReturn:
-        nearest = nearest_name(argument.partition("=")[0], self.actions_by_flag)
+    def _exit_for_unknown(self, argument: str) -> NoReturn:
+        nearest = find_nearest_name(argument.partition("=")[0], self.actions_by_flag)
         suggestion = f", did you mean `{nearest}`?" if nearest else ""
         self.error(f"unknown argument `{argument}`{suggestion}")
 
@@ -166,7 +172,7 @@ def _add_path_type(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _keep_messages(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """Wrap the parser of an argument, so that argparse shows the messages of LdmErrors."""
 
-    @wraps(parse, updated=())  # argparse names it in messages
+    @wraps(parse, updated=())  # argparse shows its name in messages
     def parse_argument(argument: str) -> Any:
         try:
             return parse(argument)
@@ -196,17 +202,17 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
         warnings.showwarning = _show_warning
         try:
             status = main() or 0
-            if sys.stdout is not None:  # as under pythonw
+            if sys.stdout is not None:  # it is None under pythonw
                 sys.stdout.flush()
             return status
-        except BrokenPipeError:  # as by `| head`; Python flushes stdout once more when it exits
+        except BrokenPipeError:  # such as by `| head`; Python flushes stdout once more at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except KeyboardInterrupt:
             log.error("interrupted; finished files are kept")
             return 130
-        except Exception as error:  # top level: users see the message of any error
-            text = explain(error) + parser.find_error_suffix(error)
+        except Exception as error:  # top level: show the message of any error
+            text = describe_error(error) + parser.find_error_suffix(error)
             if not verbose and text.startswith(f"{type(error).__name__}:"):
                 text += " (--verbose shows where)"
             log.error("%s: error: %s", parser.prog, text, exc_info=verbose)
@@ -214,7 +220,7 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
 
 
 def log_to_stderr(level: int) -> None:
-    """Send the log of this package to stderr, as results go to stdout."""
+    """Send the log of this package to stderr, as stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package_logger = logging.getLogger("ldm")

@@ -1,4 +1,4 @@
-"""Choose device, precision and number of threads for this machine; get the size of its memory."""
+"""Choose device, dtype and number of threads for this machine; get its memory and CPU features."""
 
 import ctypes
 import functools
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 PRECISIONS = {"full": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ASSUMED_MEMORY = 16 << 30  # bytes, where the system does not report its memory
+DEFAULT_MEMORY_BYTES = 16 << 30  # if the system does not report its memory
 SMALL_MODEL_THREADS = 4  # more threads are slower for small models
 
 
@@ -33,8 +33,8 @@ def pick_device(name: str | None = None) -> torch.device:
     """Return the named device, or the best available one; with torchrun, each process's own GPU.
 
     Args:
-        name: "cuda", "cuda:1", "mps" or "cpu"; None = the first of cuda, mps and cpu that is
-            available.
+        name: Such as "cuda", "cuda:1", "mps" or "cpu"; None = the first of cuda, mps and cpu that
+            is available.
     """
     counts = {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -51,17 +51,17 @@ def pick_device(name: str | None = None) -> torch.device:
         message = f"device `{name}` is not available here, choose one of {', '.join(available)}"
         raise ArgumentError(message, "device")
     if device.type == "cuda" and device.index is None:
-        # Modulo, as a launcher may show each of its processes one GPU only, under the number 0.
+        # Modulo, as a launcher may show each of its processes only one GPU, with index 0.
         device = torch.device("cuda", get_local_rank() % torch.cuda.device_count())
     return device
 
 
 def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dtype:
-    """Return the dtype of weights.
+    """Return the dtype for weights.
 
     Args:
         precision: "full", "fp16", "bf16", or "autocast": half precision where it is faster.
-        is_small: Whether the model is small, which makes "autocast" float32.
+        is_small: Whether the model is small, so that "autocast" is float32.
     """
     if precision in PRECISIONS:
         return PRECISIONS[precision]
@@ -99,13 +99,13 @@ def get_total_memory(device: torch.device) -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not on Linux
-        return ASSUMED_MEMORY
+        return DEFAULT_MEMORY_BYTES
 
 
 def get_free_memory() -> float:
-    """Return the bytes of memory still available to this process, within its container.
+    """Return the bytes of memory that are available to this process, within its container.
 
-    Infinity where the system does not report it.
+    Infinity if the system does not report them.
     """
     limits = [float("inf")]
     try:
@@ -123,9 +123,9 @@ def get_free_memory() -> float:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed buffers for reuse, in the whole process; return whether it does.
+    """Make glibc keep freed buffers of this process for reuse; return whether it does.
 
-    Otherwise each large activation is mapped, faulted in page by page, and unmapped again.
+    By default, each large activation is mapped, faulted in page by page, and unmapped again.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -138,7 +138,7 @@ def keep_freed_memory() -> bool:
 
 
 def has_fast_bf16() -> bool:
-    """Return whether this CPU multiplies bfloat16 natively; on others it is slower than float32."""
+    """Return whether this CPU multiplies bfloat16 natively; on others, float32 is faster."""
     return any(feature in _read_cpu_info() for feature in (" avx512_bf16", " amx_bf16"))
 
 
@@ -148,12 +148,12 @@ def has_amx() -> bool:
 
 
 def is_intel() -> bool:
-    """Return whether Intel made this CPU."""
+    """Return whether this CPU is made by Intel."""
     return "GenuineIntel" in _read_cpu_info()
 
 
 @functools.cache
 def _read_cpu_info() -> str:
-    """Return /proc/cpuinfo; without it the processor's name according to `platform`."""
-    info = Path("/proc/cpuinfo")
-    return info.read_text("utf-8") if info.is_file() else platform.processor()
+    """Return the content of /proc/cpuinfo, else the processor's name according to `platform`."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text("utf-8") if file.is_file() else platform.processor()

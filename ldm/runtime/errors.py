@@ -2,7 +2,7 @@
 
     LdmError
     ├── ArgumentError (ValueError)            an argument has an invalid value
-    │   ├── UnknownName                       a name is not in a list; says the nearest one
+    │   ├── UnknownName                       a name is not allowed; its message suggests one
     │   ├── MissingArgument                   an argument is required for this call
     │   └── WrongFamily                       a model is for another task
     ├── MissingFile (FileNotFoundError)       a file does not exist
@@ -11,7 +11,7 @@
     ├── FileFormatError (ValueError)          a file is damaged, unsafe or in another format
     ├── ConfigError (ValueError)              a config is invalid
     ├── WeightsMismatch (ValueError)          names or shapes of weights do not fit a model
-    └── NonFinite (ArithmeticError)           a part of a model returned NaN or infinity
+    └── NonFinite (ArithmeticError)           a component of a model returned NaN or infinity
     Stop                                      raised by a callback to end a run; not an error
 
 Messages name arguments and files. The command line adds the flag of the argument.
@@ -42,17 +42,17 @@ __all__ = [
     "WrongFamily",
     "check_name",
     "check_names",
+    "describe_error",
     "errors_about",
     "errors_as",
-    "explain",
+    "find_nearest_name",
     "is_out_of_memory",
-    "nearest_name",
-    "unknown_name",
+    "make_unknown_name_error",
 ]
 
-MAX_LISTED = 32  # longest list of allowed names in a message
+MAX_LISTED_NAMES = 32  # longest list of allowed names in a message
 # In the messages of torch for CUDA, MPS, and the CPU.
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "alloc_cpu")
+OUT_OF_MEMORY_PHRASES = ("out of memory", "not enough memory", "alloc_cpu")
 MALFORMED_DATA_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
@@ -78,11 +78,11 @@ class ArgumentError(LdmError, ValueError):
 
 
 class UnknownName(ArgumentError):
-    """A name is not in a list of allowed ones; see `unknown_name`."""
+    """A name is not among the allowed ones; see `make_unknown_name_error`."""
 
 
 class MissingArgument(ArgumentError):
-    """An argument is missing that this call requires, although it is optional in others."""
+    """An optional argument is missing that this call requires."""
 
 
 class WrongFamily(ArgumentError):
@@ -131,12 +131,12 @@ class WeightsMismatch(LdmError, ValueError):
 
 
 class NonFinite(LdmError, ArithmeticError):
-    """A part of the model returned NaN or infinity.
+    """A component of the model returned NaN or infinity.
 
     Args:
-        stage: Name of the part, such as "the VAE".
-        cause: Description of weights that are not finite, so that another dtype would not help;
-            None if all weights are finite.
+        stage: Name of the component, such as "the VAE".
+        cause: Description of non-finite weights, with which another dtype would not help; None if
+            all weights are finite.
     """
 
     def __init__(self, stage: str, cause: str | None = None) -> None:
@@ -160,7 +160,7 @@ class Stop(Exception):
 
 @contextmanager
 def errors_about(argument: str) -> Iterator[None]:
-    """Context manager that adds the argument's name to errors without one."""
+    """Context manager that adds the name of an argument to errors without one."""
     try:
         yield
     except LdmError as error:
@@ -183,14 +183,14 @@ def errors_as(error_type: type[LdmError], summary: str) -> Iterator[None]:
         raise error_type(f"{summary}: {type(error).__name__}: {error}") from error
 
 
-def nearest_name(name: str, allowed: Iterable[str]) -> str | None:
+def find_nearest_name(name: str, allowed: Iterable[str]) -> str | None:
     """Return the allowed name most similar to `name` (`-` equals `_`); None if none is close."""
     by_key = {candidate.replace("-", "_"): candidate for candidate in allowed}
     matches = difflib.get_close_matches(name.replace("-", "_"), by_key, n=1, cutoff=0.5)
     return by_key[matches[0]] if matches else None
 
 
-def unknown_name(
+def make_unknown_name_error(
     kind: str, name: object, allowed: Iterable[str], where: str = "", argument: str | None = None
 ) -> UnknownName:
     """Build the error for a name that is not in a list.
@@ -198,17 +198,17 @@ def unknown_name(
     Its message has the nearest allowed name, and all allowed names if they are few.
 
     Args:
-        kind: Kind of name, such as "sampler".
-        where: File, or file and key, that the name was read from, put before the message; "" for
-            none.
+        kind: What the name stands for, such as "sampler".
+        where: File, or file and key, that the name was read from, put before the message; "" if
+            it is not from a file.
         argument: Name of the invalid argument, see `LdmError`; None if it is not known.
     """
     names = list(allowed)
-    nearest = nearest_name(str(name), names)
+    nearest = find_nearest_name(str(name), names)
     message = f"unknown {kind} `{name}`"
     if nearest:
         message += f", did you mean `{nearest}`?"
-    if 0 < len(names) <= MAX_LISTED:
+    if 0 < len(names) <= MAX_LISTED_NAMES:
         message += f"{'' if nearest else ','} choose one of {', '.join(names)}"
     return UnknownName(f"{where}: {message}" if where else message, argument)
 
@@ -220,31 +220,31 @@ def check_name(
     where: str = "",
     argument: str | None = None,
 ) -> None:
-    """Raise UnknownName for a name that is not in a list; for arguments see `unknown_name`."""
+    """Raise UnknownName unless a name is allowed; arguments: `make_unknown_name_error`."""
     if name not in allowed:
         names = [str(allowed_name) for allowed_name in allowed]
         if isinstance(allowed, set | frozenset):
             names.sort()  # sets have another order in each process
-        raise unknown_name(kind, name, names, where, argument)
+        raise make_unknown_name_error(kind, name, names, where, argument)
 
 
 def check_names(
     kind: str, names: Iterable[object], allowed: Collection[object], where: str = ""
 ) -> None:
-    """Raise UnknownName for the first name that is not in a list."""
+    """Raise UnknownName for the first name that is not allowed."""
     for name in names:
         check_name(kind, name, allowed, where)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, on any device."""
+    """Return whether an error means that memory ran out, on any device."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(phrase in text for phrase in OUT_OF_MEMORY)
+        isinstance(error, RuntimeError) and any(phrase in text for phrase in OUT_OF_MEMORY_PHRASES)
     )
 
 
-def explain(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error in one line, or two if its message has a hint."""
     if is_out_of_memory(error):
         return "out of memory"

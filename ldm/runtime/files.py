@@ -12,7 +12,7 @@ from pathlib import Path
 from ldm.runtime.errors import FileFormatError, MissingFile
 
 __all__ = [
-    "check_folder_of",
+    "check_parent_folder",
     "compute_sha256",
     "decode_text",
     "find_file",
@@ -23,13 +23,13 @@ __all__ = [
     "write_atomically",
 ]
 
-PACKAGE = Path(__file__).resolve().parents[1]
-BLOCK_SIZE = 1 << 22  # bytes read at once
+PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
+BLOCK_BYTES = 1 << 22  # read at once
 
 _digests: dict[tuple[tuple[Path, int, int], ...], str] = {}  # by (path, size, mtime) of the files
 
 
-def check_folder_of(path: str | Path, argument: str) -> None:
+def check_parent_folder(path: str | Path, argument: str) -> None:
     """Raise MissingFile unless the folder of a file to be written exists."""
     folder = Path(path).expanduser().parent
     if not folder.is_dir():
@@ -37,8 +37,8 @@ def check_folder_of(path: str | Path, argument: str) -> None:
 
 
 def find_file(path: str | Path) -> Path:
-    """Find a file by its path, else by the path in the project root or the installed package."""
-    candidates = [Path(path).expanduser(), PACKAGE.parent / path, PACKAGE / path]
+    """Find a file by its path, or by its path within the project root or the installed package."""
+    candidates = [Path(path).expanduser(), PACKAGE_FOLDER.parent / path, PACKAGE_FOLDER / path]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -54,28 +54,28 @@ def is_hidden(path: str) -> bool:
     )
 
 
-def list_files(root: str | Path, left_out: Counter[str] | None = None) -> Iterator[Path]:
-    """List all files beneath a folder, those behind symbolic links last, each folder once.
+def list_files(root: str | Path, skipped: Counter[str] | None = None) -> Iterator[Path]:
+    """List all files in a folder and its subfolders, those behind symbolic links last.
 
-    Hidden files and folders are left out.
+    Hidden files and folders are skipped, and each folder is listed once.
 
     Args:
-        left_out: Counter for hidden folders and for links to folders that are listed already.
+        skipped: Counts hidden folders, and links to folders that are already listed.
     """
-    left_out = Counter() if left_out is None else left_out
+    skipped = Counter() if skipped is None else skipped
     start, queue, visited = Path(os.path.realpath(root)), deque([Path(root)]), set[Path]()
     while queue:
         for folder, folders, files in os.walk(queue.popleft()):
             real = Path(os.path.realpath(folder))
             if real in visited or (real != start and start.is_relative_to(real)):
-                left_out["links to folders that are read already"] += 1
+                skipped["links to folders that are read already"] += 1
                 folders.clear()
                 continue
             visited.add(real)
-            shown = sorted(name for name in folders if not is_hidden(name))
-            left_out["hidden folders"] += len(folders) - len(shown)
-            folders[:] = [name for name in shown if not _is_link(real / name)]
-            queue += [Path(folder, name) for name in shown if name not in folders]
+            visible = sorted(name for name in folders if not is_hidden(name))
+            skipped["hidden folders"] += len(folders) - len(visible)
+            folders[:] = [name for name in visible if not _is_link(real / name)]
+            queue += [Path(folder, name) for name in visible if name not in folders]
             yield from (Path(folder, name) for name in sorted(files) if not is_hidden(name))
 
 
@@ -93,12 +93,12 @@ def read_text(path: str | Path) -> str:
 
 
 def decode_text(content: bytes, name: str | Path) -> str:
-    """Decode the bytes of a text file, in one of the encodings of `read_text`."""
+    """Decode a text file in one of the encodings of `read_text`; `name` is for error messages."""
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else "utf-8-sig"
     try:
         text = content.decode(encoding)
-        bad_index = text.find("\0")  # UTF-16 without a mark is valid UTF-8, but full of zeros
+        bad_index = text.find("\0")  # UTF-16 without a mark may be valid UTF-8, with zeros
     except UnicodeDecodeError as error:
         text = error.object[: error.start].decode(encoding)
         bad_index = len(text)
@@ -112,7 +112,7 @@ def decode_text(content: bytes, name: str | Path) -> str:
 def compute_sha256(*paths: str | Path, progress: Callable[[int], object] | None = None) -> str:
     """Return the SHA-256 of a file, or of several concatenated, in hexadecimal.
 
-    Cached in this process as long as the files do not change.
+    It is cached in this process as long as the files do not change.
 
     Args:
         progress: Called with the number of bytes of each block read; None = not called.
@@ -123,7 +123,7 @@ def compute_sha256(*paths: str | Path, progress: Callable[[int], object] | None 
         digest = hashlib.sha256()
         for path in files:
             with path.open("rb") as file:
-                while block := file.read(BLOCK_SIZE):
+                while block := file.read(BLOCK_BYTES):
                     digest.update(block)
                     if progress is not None:
                         progress(len(block))
@@ -150,7 +150,7 @@ def write_atomically(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         try:
             temporary.replace(path)
         except (PermissionError, FileExistsError):
-            # On Windows, a file that a program has open can be renamed, but not replaced.
+            # On Windows, an open file can be renamed, but not replaced.
             old = path.with_name(f".{path.name}.old")
             with suppress(OSError):
                 old.unlink(missing_ok=True)
@@ -165,10 +165,10 @@ def write_atomically(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file is on disk, or (not on Windows) the entries of a folder are."""
+    """Wait until a file, or (not on Windows) the list of files in a folder, is on disk."""
     is_folder = path.is_dir()
     with suppress(OSError) if is_folder else nullcontext():  # Windows cannot open folders
-        # Windows flushes only what is open for writing.
+        # Windows flushes only files that are open for writing.
         handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             os.fsync(handle)

@@ -38,8 +38,8 @@ class JsonCache:
     Errors of reading and writing are ignored: programs work without the cache.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, file_name: str) -> None:
+        self.file_name = file_name
 
     def read(self) -> JsonObject:
         """Return all entries; {} if the file is missing or damaged."""
@@ -59,16 +59,17 @@ class JsonCache:
             pass
 
     def _get_path(self) -> Path:
-        return get_cache_folder() / self.name
+        return get_cache_folder() / self.file_name
 
 
-HASHES = JsonCache("hashes.json")  # paths on separate lines -> [*`_get_state`, SHA-256]
+# Paths on separate lines -> [*`_get_size_and_mtime`, SHA-256]
+HASH_CACHE = JsonCache("hashes.json")
 
 
 def get_sha256(*paths: str | Path) -> str:
     """Return the SHA-256 of a file, or of several concatenated.
 
-    Of large ones it is taken from the cache, or computed with a progress bar.
+    That of large files is read from the cache, or computed with a progress bar and cached.
     """
     if digest := find_cached_sha256(*paths):
         return digest
@@ -83,32 +84,32 @@ def get_sha256(*paths: str | Path) -> str:
 
 
 def find_cached_sha256(*paths: str | Path) -> str | None:
-    """Return the cached SHA-256 of files; None if it is not cached, or a file has changed."""
+    """Return the cached SHA-256 of files; None if it is not cached or a file has changed."""
     files = [Path(path).expanduser().absolute() for path in paths]
-    entry = HASHES.read().get(_make_key(files))
-    if not entry or not all(map(Path.is_file, files)) or entry[:2] != _get_state(files):
+    entry = HASH_CACHE.read().get(_make_key(files))
+    if not entry or not all(map(Path.is_file, files)) or entry[:2] != _get_size_and_mtime(files):
         return None
     return str(entry[2])
 
 
 def find_paths_by_sha256(digest: str) -> list[Path]:
     """Return the paths of cached files with this hash that have not changed since."""
-    paths = [path for path, entry in HASHES.read().items() if entry[2] == digest]
+    paths = [path for path, entry in HASH_CACHE.read().items() if entry[2] == digest]
     return [Path(path) for path in paths if find_cached_sha256(path)]
 
 
 def cache_sha256(digest: str, *paths: str | Path) -> None:
     """Cache the hash of files in their current state."""
     files = [Path(path).expanduser().absolute() for path in paths]
-    HASHES.set(_make_key(files), [*_get_state(files), digest])
+    HASH_CACHE.set(_make_key(files), [*_get_size_and_mtime(files), digest])
 
 
 def _make_key(files: Sequence[Path]) -> str:
     return "\n".join(map(str, files))
 
 
-def _get_state(files: Sequence[Path]) -> list[Any]:
-    """Return [bytes, mtime in ns] of a file, or lists of them of several."""
+def _get_size_and_mtime(files: Sequence[Path]) -> list[Any]:
+    """Return [bytes, mtime in ns] of a file; of several files, [list of bytes, list of mtimes]."""
     stats = [file.stat() for file in files]
     sizes, times = [stat.st_size for stat in stats], [stat.st_mtime_ns for stat in stats]
     return [sizes[0], times[0]] if len(files) == 1 else [sizes, times]

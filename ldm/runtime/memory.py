@@ -1,4 +1,4 @@
-"""Measure the memory of a computation on PyTorch's fake tensors, which have shapes only."""
+"""Measure the memory of a computation on PyTorch's fake tensors, which have no data."""
 
 import weakref
 from typing import Any
@@ -17,22 +17,21 @@ class PeakMemoryMode(TorchDispatchMode):
     Attributes:
         current: Bytes of live storages.
         peak: The maximum of `current` so far.
-        sizes: Bytes of each live storage, by address.
+        bytes_by_storage: Bytes of each live storage, by its address.
     """
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
         self.current: int = 0
         self.peak: int = 0
-        self.sizes: dict[int, int] = {}
+        self.bytes_by_storage: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        inputs = {
-            storage._cdata for storage in _list_storages((args, kwargs))
-        }  # views create nothing
+        # Views have the storages of inputs.
+        inputs = {storage._cdata for storage in _list_storages((args, kwargs))}
         for storage in _list_storages(output):
             if storage._cdata not in inputs:
                 self._track(storage)
@@ -40,21 +39,21 @@ class PeakMemoryMode(TorchDispatchMode):
 
     def _track(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
+        if key not in self.bytes_by_storage:
+            self.bytes_by_storage[key] = storage.nbytes()
             self.current += storage.nbytes()
             self.peak = max(self.peak, self.current)
-            # Keys are addresses, which later storages reuse: forget them as soon as they are freed.
+            # Later storages reuse addresses: forget a key as soon as its storage is freed.
             weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self.current -= self.sizes.pop(key)
+        self.current -= self.bytes_by_storage.pop(key)
 
 
 def make_fake(module: nn.Module) -> None:
-    """Replace a module's meta tensors by fake CPU tensors; call it under FakeTensorMode.
+    """Replace a module's meta tensors by fake CPU tensors; to be called under FakeTensorMode.
 
-    On the CPU, because autocast is not applied to meta tensors.
+    They are on the CPU because autocast is not applied to meta tensors.
     """
     for submodule in module.modules():
         for name, parameter in submodule._parameters.items():

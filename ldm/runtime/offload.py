@@ -1,4 +1,4 @@
-"""Offload modules: keep weights on the CPU, with a copy on a device only while they are in use."""
+"""Offload modules: keep weights on the CPU, and copy them to a device only while they are used."""
 
 import itertools
 import weakref
@@ -10,7 +10,7 @@ __all__ = ["offload", "unload_all"]
 
 
 class _OffloadedModule:
-    """A module and, while it is on the device, the CPU data of its parameters and buffers."""
+    """A module and, while it is on the device, the CPU copies of its parameters and buffers."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
@@ -18,7 +18,7 @@ class _OffloadedModule:
         self.cpu_data: list[tuple[Tensor, Tensor]] = []  # (parameter or buffer, its data)
 
     def load(self, *hook_args: object) -> None:
-        """Copy the weights to the device, and unload the module that is there."""
+        """Copy the weights to the device, and unload the module that is on it."""
         current = _loaded.get(self.device)
         if current is self:
             return
@@ -26,7 +26,7 @@ class _OffloadedModule:
             current.unload()
         try:
             for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
-                # A copy even to the same device, as `unload` drops what was written to it.
+                # Copied even on the same device, as `unload` discards writes to the copy.
                 self.cpu_data.append((tensor, tensor.data))
                 tensor.data = tensor.data.to(self.device, copy=True)
         except RuntimeError:  # out of memory
@@ -43,8 +43,8 @@ class _OffloadedModule:
         _loaded.pop(self.device, None)
 
 
-# The loaded module of each device. One dict for all models, so that base and refiner are not on the
-# device together.
+# The loaded module of each device; one dict for all models, so that base and refiner are not on the
+# device at once.
 _loaded: weakref.WeakValueDictionary[torch.device, _OffloadedModule] = weakref.WeakValueDictionary()
 
 
@@ -55,11 +55,11 @@ def unload_all() -> None:
 
 
 def offload(module: nn.Module, device: torch.device) -> None:
-    """Keep a module on the CPU; load it to the device when it runs, until another one runs.
+    """Keep a module on the CPU; when it runs, load it to the device until another module runs.
 
     Calling the module, or one of its children, counts as running.
     """
-    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", to be one key
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", the same key
     offloaded = _OffloadedModule(module, device)
     for submodule in (module, *module.children()):
         submodule.register_forward_pre_hook(offloaded.load)

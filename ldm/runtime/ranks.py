@@ -4,7 +4,7 @@ import os
 
 __all__ = ["get_local_rank", "get_local_world_size", "get_rank_and_world_size"]
 
-LAUNCHERS = (
+RANK_VARIABLES = (  # (rank, world size) by torchrun and Slurm
     ("RANK", "WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
@@ -13,7 +13,7 @@ LAUNCHERS = (
 
 def get_rank_and_world_size() -> tuple[int, int]:
     """Return (rank, world size) under torchrun or Slurm, else (0, 1)."""
-    for rank, world_size in LAUNCHERS:
+    for rank, world_size in RANK_VARIABLES:
         if rank in os.environ and world_size in os.environ:
             return int(os.environ[rank]), int(os.environ[world_size])
     return 0, 1

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.runtime.command import log_to_stderr
-from ldm.runtime.errors import explain, unknown_name
+from ldm.runtime.errors import describe_error, make_unknown_name_error
 from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.train.distributed import launch
 from ldm.train.request import TrainRequest
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
             print(line)
     except (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         if not debug:
-            print(f"{prog}: error: {explain(error)}", file=sys.stderr)
+            print(f"{prog}: error: {describe_error(error)}", file=sys.stderr)
             return 1
         if sys.stdin.isatty():
             import pdb
@@ -332,7 +332,7 @@ def _check_trainer_options(trainer_options: dict[str, str], spellings: dict[str,
                 value = f"{FOREIGN_OPTIONS[name]}={trainer_options[name]}"
                 raise ValueError(f"command line: unknown option `{name}`, use {value}")
             options = [spelling.lstrip("-") for spelling in spellings]
-            raise unknown_name("option", name, known + options, "command line")
+            raise make_unknown_name_error("option", name, known + options, "command line")
 
 
 def _parse_bool(text: str) -> bool:

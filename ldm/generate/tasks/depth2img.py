@@ -9,7 +9,7 @@ from ldm.generate.request import Request
 from ldm.generate.tasks.base import Task
 from ldm.generate.tasks.images import ImageInputs, PreparedImageTask, fit_image
 from ldm.runtime.errors import errors_about
-from ldm.runtime.files import check_folder_of
+from ldm.runtime.files import check_parent_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Depth2ImgTask(PreparedImageTask):
         self.inputs = inputs = request.get_inputs(Depth2ImgInputs)
         self._estimated_depth: Tensor | None = None  # not normalized
         if inputs.save_depth is not None:
-            check_folder_of(inputs.save_depth, "save_depth")
+            check_parent_folder(inputs.save_depth, "save_depth")
         if inputs.depth_map is not None:
             with errors_about("depth_map"):
                 depth = load_depth(inputs.depth_map, inverted=inputs.depth_inverted)

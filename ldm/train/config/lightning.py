@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldm.runtime.errors import check_names, unknown_name
+from ldm.runtime.errors import check_names, make_unknown_name_error
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainerArguments, list_keys
 from ldm.train.config.sgm import is_sgm_model, translate_training
@@ -211,7 +211,7 @@ def _translate_callbacks(config: JsonMapping, result: _Translation) -> None:
         class_name = target.rpartition(".")[2]
         name = CALLBACK_NAMES.get(class_name, key)
         if target and class_name not in CALLBACK_NAMES:
-            raise unknown_name("callback", target, CALLBACK_NAMES, where)
+            raise make_unknown_name_error("callback", target, CALLBACK_NAMES, where)
         if name not in KNOWN_KEYS["callbacks"]:
             continue
         check_names("key", get_section(config, where), SPEC_KEYS, where)

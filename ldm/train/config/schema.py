@@ -27,7 +27,7 @@ from ldm.data.transforms import CROP_POSITIONS
 from ldm.diffusion.names import LEGACY, SCHEDULERS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.nets.attention import BACKENDS
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import make_unknown_name_error
 from ldm.runtime.types import JsonObject
 from ldm.train.tasks.adaptation import TARGETS
 from ldm.train.tasks.criterion import WEIGHTINGS
@@ -598,7 +598,7 @@ def validate_section(
             parent = next(iter(get_args(type_hint)), type_hint)  # X of `X | None`
         section_name = ".".join([where, *names[:-1]])
         known = [*list_keys(parent), *(suggested_keys if parent is section else ())]
-        raise unknown_name(kind, names[-1], known, section_name)
+        raise make_unknown_name_error(kind, names[-1], known, section_name)
     if problem["type"] == "missing" and problem["loc"][-1] == names[-1]:
         raise ValueError(f"{'.'.join([where, *names[:-1]])} needs `{names[-1]}`")
     message = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
-from ldm.runtime.errors import check_names, unknown_name
+from ldm.runtime.errors import check_names, make_unknown_name_error
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["SPEC_KEYS", "check_specs", "drop_nulls", "get_section", "read_spec"]
@@ -38,7 +38,7 @@ def read_spec(
         raise ValueError(f"{where}: `{spec}` should be a mapping with a `target`")
     name = str(spec.get("target")).rpartition(".")[2]
     if name not in classes:
-        raise unknown_name(kind, spec.get("target"), classes, where)
+        raise make_unknown_name_error(kind, spec.get("target"), classes, where)
     check_names("key", spec, SPEC_KEYS, where)
     return name, drop_nulls(spec.get("params") or {})
 

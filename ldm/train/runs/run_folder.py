@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from glob import escape
 from pathlib import Path
 
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import make_unknown_name_error
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.request import TrainRequest
 
@@ -106,7 +106,7 @@ def read_config(request: TrainRequest, existing_run: ExistingRun | None) -> Json
     for key in config:
         is_used = key in CONFIG_SECTIONS or re.search(rf"\$\{{{re.escape(key)}[.}}]", text)
         if not (existing_run or is_used):
-            raise unknown_name("section", key, CONFIG_SECTIONS, where)
+            raise make_unknown_name_error("section", key, CONFIG_SECTIONS, where)
     return {key: config[key] for key in CONFIG_SECTIONS if key in config}
 
 
