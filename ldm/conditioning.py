@@ -136,7 +136,7 @@ class Composition:
     samples: int
 
     def __len__(self) -> int:
-        return self.samples
+        return self.batch_size
 
     def compose(self, uncond: Tensor, predictions: Tensor) -> Tensor:
         """Return u + sum of w (c - u) over the subprompts of each sample, (B, C, h, w).
@@ -145,7 +145,7 @@ class Composition:
             uncond: Predictions u (B, C, h, w) for the negative prompts.
             predictions: Predictions c (M, C, h, w) for the subprompts, whose weights are w.
         """
-        rows = self.rows.to(uncond.device)
+        rows = self.sample_indices.to(uncond.device)
         weights = self.weights.to(uncond).view(-1, *[1] * (uncond.dim() - 1))
         return uncond.index_add(0, rows, weights * (predictions - uncond[rows]))
 

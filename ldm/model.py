@@ -42,8 +42,7 @@ class Defaults:
     Args:
         scale: Guidance scale; 1 disables guidance; None = the default of the task, mostly 9.
         sampler: Name in `ldm.SAMPLERS`.
-        scheduler: Name of the spacing of noise levels, see `NoiseSchedule.step_sigmas`; None = the
-            sampler's default.
+        scheduler: Name in `ldm.diffusion.names.SCHEDULERS`; None = the sampler's default.
         eta: Amount of noise that steps add, 0 = deterministic; None = the sampler's default.
         max_steps, max_scale: Upper limits for a few-step (distilled) model; None = no limit.
     """
@@ -97,7 +96,7 @@ class LatentDiffusion(nn.Module):
         latent_size: (height, width) of the latents in training.
         image_size: The larger one of `latent_size`.
         provenance: Files and settings that the model was loaded with, set by `ldm.load`.
-        merged: LoRAs that `ldm.set_loras` has merged into the weights; None if never called.
+        merged_changes: LoRAs that `ldm.set_loras` has merged into the weights; None if never called.
     """
 
     def __init__(
@@ -146,7 +145,7 @@ class LatentDiffusion(nn.Module):
         self.latent_size = (sides[0], sides[1])
         self.image_size = max(sides)
         self.provenance: dict[str, Any] = {}
-        self.merged: MergedChanges | None = None
+        self.merged_changes: MergedChanges | None = None
         self._execution_device: torch.device | None = None
 
     @property
@@ -165,16 +164,16 @@ class LatentDiffusion(nn.Module):
         return self.unet.time_cond_proj_dim if isinstance(self.unet, UNet) else None
 
     @property
-    def downscale(self) -> int:
+    def downscale_factor(self) -> int:
         """Image pixels per latent pixel along each side, often 8."""
-        return self.autoencoder.downscale
+        return self.autoencoder.downscale_factor
 
     @property
     def latent_space(self) -> LatentSpace:
         """Properties that two models must share to exchange latents."""
         return LatentSpace(
             self.channels,
-            self.downscale,
+            self.downscale_factor,
             self.autoencoder.in_channels,
             self.scale_factor,
             self.latent_mean is not None or self.latent_std is not None,
@@ -237,7 +236,7 @@ class LatentDiffusion(nn.Module):
         z = self.denormalize(z)
         if tile is None:
             return self.autoencoder.decode(z)
-        return apply_tiled(self.autoencoder.decode, z, tile, factor=self.downscale)
+        return apply_tiled(self.autoencoder.decode, z, tile, factor=self.downscale_factor)
 
     def prepare(
         self, batch: Batch, size: tuple[int, int], generator: torch.Generator | None = None

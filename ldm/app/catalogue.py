@@ -182,7 +182,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
         raise FileFormatError(f"`{path}` is not a complete model")
     params = spec["params"]
     conditioner = build_on_meta(_remove_midas(params["conditioner"]), where=path.name)
-    downscale = _get_downscale(build_on_meta(params["autoencoder"], where=path.name))
+    downscale_factor = _get_downscale_factor(build_on_meta(params["autoencoder"], where=path.name))
     family = find_family(conditioner) if isinstance(conditioner, Conditioner) else None
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
     defaults, image_size = Defaults(), params.get("image_size", 64)  # latent pixels
@@ -201,7 +201,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
         config=config,
         tasks=tasks,
         family=family,
-        size=(height * downscale, width * downscale),
+        size=(height * downscale_factor, width * downscale_factor),
         defaults=defaults,
         is_sdxl=is_sdxl,
         spec=spec,
@@ -218,9 +218,9 @@ def _remove_midas(spec: JsonObject) -> JsonObject:
     return {**spec, "params": {**spec["params"], "depth": depth}}
 
 
-def _get_downscale(autoencoder: nn.Module) -> int:
+def _get_downscale_factor(autoencoder: nn.Module) -> int:
     """Return pixels per latent pixel; 8, as in all published ones, for unknown autoencoders."""
-    return autoencoder.downscale if isinstance(autoencoder, AutoencoderKL | PixelSpace) else 8
+    return autoencoder.downscale_factor if isinstance(autoencoder, AutoencoderKL | PixelSpace) else 8
 
 
 @lru_cache(maxsize=1024)

@@ -53,14 +53,14 @@ class ModelCache:
         cached = self._models.get(key)
         # LoRAs are merged into weights, which the returned model may share with others.
         for other in self._models.values():
-            if other is not cached and other.merged is not None:
+            if other is not cached and other.merged_changes is not None:
                 set_loras(other, ())
         if cached is not None:
             self._models[key] = self._models.pop(key)
         else:
             self._models[key] = self._load_new(config, ckpt, ckpt_stats, options)
         model = self._models[key]
-        if loras or model.merged is not None:
+        if loras or model.merged_changes is not None:
             set_loras(model, loras)
         return model
 
@@ -92,7 +92,11 @@ class ModelCache:
         """Bytes of all models together; shared tensors count once."""
         tensors = [t for model in self._models.values() for t in _iter_tensors(model)]
         for model in self._models.values():
-            tensors += [] if model.merged is None else model.merged.originals.values()
+            tensors += (
+                []
+                if model.merged_changes is None
+                else model.merged_changes.original_weights.values()
+            )
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 

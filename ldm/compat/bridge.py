@@ -368,7 +368,7 @@ def _build_embedder_encoders(model: ImageEmbeddingConditionedLatentDiffusion) ->
 def _copy_schedule(target: Any, source: nn.Module, schedule: Schedule) -> None:
     """Copy a module's noise schedule, and the buffers registered for it, to another module."""
     target.schedule = schedule
-    for name in schedule.buffers():
+    for name in schedule.compute_buffers():
         if name in source._buffers:
             target.register_buffer(name, source.get_buffer(name))
 

@@ -3,8 +3,8 @@
 Reading order:
 
     names                  tables of samplers and schedulers, hyperparameters of guidance methods
-    scheduler_options      checks of the options for schedulers
-    step_noise             options of the samplers' noise, and their checks
+    scheduler_options      checks of options for the scheduler
+    step_noise             options for the samplers' noise, and their checks
     schedule               noise levels of a model
     schedulers             noise levels of a run
     denoiser               network prediction -> estimate of the clean latent; training target

@@ -54,17 +54,17 @@ class Denoiser:
     """A network with its noise schedule and parameterization, for samplers and training losses.
 
     Args:
-        network: (z_t, t, context=…, y=…) -> prediction; also gets `context_mask` and `perturbed`
-            if conditions have them.
+        network: (z_t, t, context=…, y=…) -> prediction; called with `context_mask` and `perturbed`
+            only if the condition has them.
         parameterization: What the network predicts, a name in PARAMETERIZATIONS.
-        nearest: Whether to round sigma to the nearest level of the schedule, as sgm does.
-        sigma_data: Standard deviation of the latents, for edm.
+        quantize_sigma: Whether sigma is rounded to the nearest level of the schedule, as in sgm.
+        sigma_data: Standard deviation of the latents, used by edm only.
     """
 
     network: Callable[..., Tensor]
     schedule: NoiseSchedule
     parameterization: str = "eps"
-    nearest: bool = False
+    quantize_sigma: bool = False
     sigma_data: float = SIGMA_DATA
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
@@ -88,10 +88,10 @@ class Denoiser:
 
         Args:
             x, sigma, cond: As in `__call__`.
-            t: Timestep input of the network, a number or (B,); None = that of sigma.
+            t: Timestep input of the network, a number or (B,); None = computed from sigma.
         """
         sigma = self._round_sigma(sigma)
-        t = self.schedule.network_timestep(sigma) if t is None else torch.as_tensor(t)
+        t = self.schedule.sigma_to_c_noise(sigma) if t is None else torch.as_tensor(t)
         data_variance = self.sigma_data**2 if self.parameterization == "edm" else 1
         std = (data_variance + _to_broadcastable(sigma, x) ** 2).sqrt()  # of x
         return self._run_network(x / std, t, cond)
@@ -101,20 +101,21 @@ class Denoiser:
         c_skip, c_out = self._get_scalings(_to_broadcastable(self._round_sigma(sigma), x))
         return c_skip * x + c_out * prediction
 
-    def eps_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Compute the factor from a difference of predictions to one of eps: (1 or B, 1, 1, 1).
+    def compute_eps_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """Compute the factor that converts a difference of predictions to one of eps.
 
-        eps is (x - z) / sigma; for models that predict it, the factor is exactly 1.
+        eps is (x - z) / sigma; for models that predict it, the factor is exactly 1. Its shape is
+        (1 or B, 1, 1, 1).
         """
         rounded = _to_broadcastable(self._round_sigma(sigma), x)
-        return -self.estimate_factor(x, sigma) / rounded
+        return -self.compute_denoised_factor(x, sigma) / rounded
 
-    def estimate_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Compute the factor from a difference of predictions to one of z: (1 or B, 1, 1, 1)."""
+    def compute_denoised_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """Compute c_out (1 or B, 1, 1, 1): it converts a difference of predictions to one of z."""
         _, c_out = self._get_scalings(_to_broadcastable(self._round_sigma(sigma), x))
         return c_out
 
-    def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def compute_target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute the training target, the prediction that is converted to z, (B, C, h, w).
 
         z = c_skip (z + sigma noise) + c_out target, solved for the target: noise for eps.
@@ -127,7 +128,7 @@ class Denoiser:
         c_skip, c_out = self._get_scalings(sigma)
         return ((1 - c_skip) / c_out) * z - (c_skip / c_out * sigma) * noise
 
-    def error(
+    def compute_error(
         self,
         z: Tensor,
         cond: Cond | None,
@@ -135,17 +136,17 @@ class Denoiser:
         noise: Tensor,
         input_noise: Tensor | None = None,
     ) -> Tensor:
-        """Compute prediction minus target; its mean square is the simple training loss.
+        """Compute prediction minus target (B, C, h, w); its mean square is the simple loss of DDPM.
 
         Args:
             z: Latents (B, C, h, w).
             t: Timesteps (B,): int64 in 0 … T-1, or fractional ones.
             noise: Standard normal noise (B, C, h, w).
-            input_noise: Noise in the network's input, where it differs from `noise` as in input
-                perturbation (arXiv:2301.11706); None = `noise`.
+            input_noise: Noise in the network's input, for input perturbation (arXiv:2301.11706);
+                None = `noise`.
         """
         prediction = self.predict_at(z, cond, t, noise if input_noise is None else input_noise)
-        return prediction - self.target(z, noise, t)
+        return prediction - self.compute_target(z, noise, t)
 
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
         """Add noise to latents z at timesteps t (B,), and predict; (B, C, h, w) float32."""
@@ -161,7 +162,7 @@ class Denoiser:
         return get_scalings(self.parameterization, sigma, self.sigma_data)
 
     def _round_sigma(self, sigma: Tensor | float) -> Tensor | float:
-        return self.schedule.nearest_sigma(sigma) if self.nearest else sigma
+        return self.schedule.get_nearest_sigma(sigma) if self.quantize_sigma else sigma
 
     def _run_network(self, z_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         cond = cond or Cond()
@@ -170,12 +171,12 @@ class Denoiser:
         # float32 also for networks in half precision: above 512, float16 has a spacing of 0.5 and
         # bfloat16 one of 4, which would round timesteps.
         t = t.to(z_t.device, torch.float32).expand(len(z_t))
-        inputs = {"context": cond.crossattn, "y": cond.vector}
+        kwargs = {"context": cond.crossattn, "y": cond.vector}
         if cond.context_mask is not None:
-            inputs["context_mask"] = cond.context_mask
+            kwargs["context_mask"] = cond.context_mask
         if cond.perturbed is not None:
-            inputs["perturbed"] = cond.perturbed
-        return self.network(z_t, t, **inputs).float()
+            kwargs["perturbed"] = cond.perturbed
+        return self.network(z_t, t, **kwargs).float()
 
 
 def _to_broadcastable(value: Tensor | float, like: Tensor) -> Tensor:

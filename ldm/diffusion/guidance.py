@@ -117,7 +117,7 @@ class SafeGuidance(Guidance):
 
     def combine(self, evaluation: Evaluation) -> Tensor:
         settings = self.settings
-        factor = evaluation.denoiser.eps_factor(evaluation.x, evaluation.sigma)
+        factor = evaluation.denoiser.compute_eps_factor(evaluation.x, evaluation.sigma)
         uncond, cond, (concept,) = evaluation.uncond, evaluation.cond, evaluation.pred_extra
         difference = (cond - concept) * factor
         strength = (difference.abs() * settings.scale).clamp(max=1.0)
@@ -163,7 +163,7 @@ class ProjectedGuidance(Guidance):
 
     def combine(self, evaluation: Evaluation) -> Tensor:
         settings, cond = self.settings, evaluation.cond
-        factor = evaluation.denoiser.estimate_factor(evaluation.x, evaluation.sigma)
+        factor = evaluation.denoiser.compute_denoised_factor(evaluation.x, evaluation.sigma)
         difference = (cond - evaluation.uncond) * factor
         if self._momentum is not None:
             difference = difference + settings.momentum * self._momentum
@@ -337,7 +337,7 @@ def add_guidance(
         x: Tensor, sigma: float, scale: float, *, has_uncond: bool, is_guided: bool, perturbs: bool
     ) -> Evaluation:
         """Run the network once, on the conditions that are needed."""
-        x_cond = x[cond.rows.to(x.device)] if isinstance(cond, Composition) else x
+        x_cond = x[cond.sample_indices.to(x.device)] if isinstance(cond, Composition) else x
         inputs = [x, x_cond] if has_uncond else [x_cond]
         inputs += [x] * len(extra_conds) if is_guided else []
         inputs += [x_cond] if perturbs else []

@@ -19,7 +19,7 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["embed_guidance", "embed_scale"]
 
 # As in diffusers' `get_guidance_scale_embedding`.
-FACTOR = 1000
+EMBEDDING_FACTOR = 1000
 MAX_PERIOD = 1e4
 
 
@@ -30,7 +30,7 @@ def embed_scale(scale: float, dim: int) -> Tensor:
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) / (half - 1) * torch.arange(half))
-    angles = FACTOR * (scale - 1) * frequencies
+    angles = EMBEDDING_FACTOR * (scale - 1) * frequencies
     return torch.cat([angles.sin(), angles.cos()])[None]
 
 
@@ -45,9 +45,9 @@ def embed_guidance(
     """Build `denoise(x, sigma)` for a network that takes the guidance scale; it runs once per call.
 
     Args:
-        uncond: Ignored; a parameter for the signature of `add_guidance`.
+        uncond: Ignored; there for the signature of `add_guidance`.
         scale: Guidance scale, or a function of sigma.
-        dim: Features of the scale's embedding.
+        dim: Number of features of the embedding.
     """
     if isinstance(cond, Composition):
         raise ArgumentError(

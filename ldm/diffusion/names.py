@@ -1,4 +1,4 @@
-"""Names that users choose from: samplers, schedulers, presets, quirks of the original.
+"""Names that users choose from: samplers, schedulers, guidance presets, quirks of the original.
 
 Each table is the only list of its names: functions, flags, form fields and PNG texts read it. This
 module does not import torch, so that `--help` is fast.
@@ -31,9 +31,9 @@ __all__ = [
     "check_guidance_options",
 ]
 
-# Sigma above which x is practically pure noise, as with zero terminal SNR and cosine schedules.
-# Some samplers give broken images from there: those that extrapolate over a whole step, or space
-# few levels up to it.
+# Above this sigma, x is practically pure noise, as with zero terminal SNR and cosine schedules.
+# Samplers that extrapolate over a whole step, or take few levels up to it, return broken images if
+# they start there.
 HIGH_SIGMA = 1000.0
 
 TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
@@ -41,44 +41,45 @@ TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: its function, what it takes, and its defaults.
+    """A sampler: its function, the options that it takes, and its defaults.
 
     Args:
-        function: Name in a module of `ldm.diffusion.samplers`.
-        label: Name in A1111's text and on the page.
-        eta: Default amount of the noise that it adds between steps; None = it cannot be set.
-        adds_fixed_noise: Whether it adds noise between steps whose amount cannot be set.
-        takes_brownian: Whether noise between steps may come from a Brownian path over sigma.
+        function_name: Name of its function in a module of `ldm.diffusion.samplers`.
+        label: Name in A1111's parameter text and on the page.
+        eta: Default amount of noise that it adds after steps; None = it does not take eta.
+        adds_fixed_noise: Whether it adds noise after steps whose amount cannot be set.
+        takes_brownian: Whether noise after steps may come from a Brownian path over sigma.
         takes_churn: Whether it adds noise before steps (s_churn).
-        scales_time: Whether it needs the function `NoiseSchedule.scale_time`.
-        takes_uncond: Whether it needs the unconditional estimate of z, too.
+        scales_timesteps: Whether it takes the function `NoiseSchedule.scale_timestep`.
+        takes_uncond: Whether it also needs the unconditional estimate of z.
         scale: Default guidance scale; None = the model's.
         scheduler: Default scheduler; None = the model's.
-        high_sigma_scheduler: Default if the highest sigma is above HIGH_SIGMA; None = as otherwise.
+        high_sigma_scheduler: Default scheduler if the highest sigma is above HIGH_SIGMA; None =
+            `scheduler`.
         a1111_scheduler: The scheduler that A1111's "Automatic" stands for.
-        adapts_steps: Whether its steps depend on the batch; commands and page use batches of one.
-        skips_last_level: Whether one more step is planned and the last level before 0 dropped, as
-            A1111 does.
+        is_adaptive: Whether its steps depend on the batch; commands and page use batches of one.
+        skips_last_level: Whether to plan one step more and drop the last level before 0, as A1111
+            does.
     """
 
-    function: str
+    function_name: str
     label: str
     eta: float | None = None
     adds_fixed_noise: bool = False
     takes_brownian: bool = False
     takes_churn: bool = False
-    scales_time: bool = False
+    scales_timesteps: bool = False
     takes_uncond: bool = False
     scale: float | None = None
     scheduler: str | None = None
     high_sigma_scheduler: str | None = None
     a1111_scheduler: str = "normal"
-    adapts_steps: bool = False
+    is_adaptive: bool = False
     skips_last_level: bool = False
 
     @property
     def takes_noise(self) -> bool:
-        """Whether it adds noise between steps."""
+        """Whether it adds noise after steps."""
         return self.eta is not None or self.adds_fixed_noise
 
 
@@ -87,18 +88,18 @@ class Scheduler:
     """A scheduler: its function, its limits and its defaults.
 
     Args:
-        function: Name in `ldm.diffusion.schedulers`.
-        label: Name in A1111's text and on the page; one of A1111's names only if its levels are
-            the same.
-        max_steps: None = the number of timesteps.
-        for_sdxl: The scheduler that replaces it for SDXL; None = itself.
-        rho: Default exponent; None = it has none.
+        function_name: Name of its function in `ldm.diffusion.schedulers`.
+        label: Name in A1111's parameter text and on the page; a name of A1111's only if its sigmas
+            are the same.
+        max_steps: Largest number of steps; None = the number of timesteps.
+        sdxl_scheduler: Name of the scheduler that replaces it for SDXL; None = not replaced.
+        rho: Default exponent; None = it does not take rho.
     """
 
-    function: str
+    function_name: str
     label: str
     max_steps: int | None = None
-    for_sdxl: str | None = None
+    sdxl_scheduler: str | None = None
     rho: float | None = None
 
 
@@ -161,7 +162,7 @@ SAMPLERS = {
         eta=1.0,
         scheduler="normal",
         high_sigma_scheduler="edm",
-        adapts_steps=True,
+        is_adaptive=True,
     ),
     "ddpm": Sampler("euler_ancestral", "DDPM", eta=1.0),
     "euler_cfg_pp": Sampler(
@@ -175,7 +176,7 @@ SAMPLERS = {
     "lcm": Sampler(
         "lcm", "LCM", adds_fixed_noise=True, scheduler="lcm", a1111_scheduler="lcm_a1111"
     ),
-    "tcd": Sampler("tcd", "TCD", eta=0.3, scales_time=True, scheduler="tcd"),
+    "tcd": Sampler("tcd", "TCD", eta=0.3, scales_timesteps=True, scheduler="tcd"),
 }
 
 SCHEDULERS = {
@@ -196,10 +197,10 @@ SCHEDULERS = {
     "beta": Scheduler("beta_sigmas", "Beta in time", max_steps=138),
     "beta_sigma": Scheduler("beta_sigma_sigmas", "Beta"),
     "kl_optimal": Scheduler("kl_optimal_sigmas", "KL Optimal"),
-    "ays": Scheduler("ays_sigmas", "Align Your Steps, last to 0", for_sdxl="ays_xl"),
-    "ays_a1111": Scheduler("ays_a1111_sigmas", "Align Your Steps", for_sdxl="ays_xl_a1111"),
-    "ays_xl": Scheduler("ays_xl_sigmas", "Align Your Steps XL, last to 0"),
-    "ays_xl_a1111": Scheduler("ays_xl_a1111_sigmas", "Align Your Steps XL"),
+    "ays": Scheduler("ays_sigmas", "Align Your Steps, last to 0", sdxl_scheduler="ays_xl"),
+    "ays_a1111": Scheduler("ays_a1111_sigmas", "Align Your Steps", sdxl_scheduler="ays_xl_a1111"),
+    "ays_xl": Scheduler("ays_sdxl_sigmas", "Align Your Steps XL, last to 0"),
+    "ays_xl_a1111": Scheduler("ays_sdxl_a1111_sigmas", "Align Your Steps XL"),
     "lcm": Scheduler("lcm_sigmas", "LCM", max_steps=50),
     "lcm_a1111": Scheduler("lcm_a1111_sigmas", "LCM as in A1111"),
     "tcd": Scheduler("tcd_sigmas", "TCD", max_steps=50),
@@ -211,10 +212,10 @@ class SLD:
     """Hyperparameters of safe latent diffusion (arXiv:2211.05105); see `SafeGuidance`.
 
     Args:
-        warmup: Number of evaluations of the network before it acts; delta in the paper.
-        scale: Factor from the difference in eps to the strength of guidance, which is at most 1;
-            s_S in the paper.
-        threshold: Elements of eps with a greater difference are not changed; lambda in the paper.
+        warmup: Number of evaluations of the network without SLD; delta in the paper.
+        scale: Strength of the safety guidance per difference in eps, s_S in the paper; the
+            strength is at most 1.
+        threshold: Elements with a greater difference in eps are unchanged; lambda in the paper.
         momentum_scale: s_m in the paper.
         momentum_beta: beta_m in the paper, 0 … 1.
     """
@@ -235,7 +236,7 @@ class SLD:
 
     @classmethod
     def parse(cls, value: "str | Sequence[float] | SLD") -> "SLD":
-        """Return the hyperparameters of a preset, or of five numbers in the arguments' order."""
+        """Return the hyperparameters of a preset, or five numbers in the order of the arguments."""
         if isinstance(value, SLD):
             return value
         if isinstance(value, str):
@@ -254,7 +255,7 @@ class APG:
     The defaults are the authors' for Stable Diffusion XL.
 
     Args:
-        eta: Factor of the component of the update parallel to the estimate; 1 keeps it.
+        eta: Factor of the update's component parallel to the estimate; 1 keeps it.
         norm: Largest norm of an update, r in the paper; 0 for no limit.
         momentum: Factor of the running sum of updates, beta in the paper, in (-1, 1).
     """
@@ -277,7 +278,7 @@ class APG:
 
     @classmethod
     def parse(cls, value: "Sequence[float] | APG") -> "APG":
-        """Return the hyperparameters of three numbers, in the order of the arguments."""
+        """Return hyperparameters from three numbers, in the order of the arguments."""
         return value if isinstance(value, APG) else cls(*_parse_numbers("apg", value, fields(cls)))
 
 
@@ -307,10 +308,10 @@ class FreeUFactors:
     def parse(
         cls, value: "str | Sequence[float] | FreeUFactors", auto_preset: str
     ) -> "FreeUFactors":
-        """Return the factors of a preset, or of four numbers in the order of the arguments.
+        """Return the factors of a preset, or four numbers in the order of the arguments.
 
         Args:
-            auto_preset: The preset for "auto".
+            auto_preset: The preset that "auto" stands for.
         """
         if isinstance(value, FreeUFactors):
             return value
@@ -324,7 +325,7 @@ def check_guidance_options(options: Collection[str], scale: float | None) -> Non
     """Raise ArgumentError for guidance methods that exclude each other or need another scale.
 
     Args:
-        options: Names of all options that have a value.
+        options: Names of the options that have a value.
         scale: Guidance scale; None = not known.
     """
     methods = [name for name in EXCLUSIVE_GUIDANCE if name in options]
@@ -338,18 +339,19 @@ def check_guidance_options(options: Collection[str], scale: float | None) -> Non
 
 
 def _parse_numbers(
-    option: str, numbers: Sequence[float], args: Sequence["Field[object]"]
+    option: str, numbers: Sequence[float], parameters: Sequence["Field[object]"]
 ) -> Sequence[float]:
-    """Convert numbers to floats; raise ArgumentError unless there is one for each argument."""
+    """Convert numbers to floats; raise ArgumentError unless there is one for each parameter."""
     count = len(numbers) if isinstance(numbers, Sized) else 1
-    if count != len(args):
-        names = ", ".join(arg.name for arg in args)
-        message = f"{option} takes {len(args)} numbers ({names}), got {count}"
+    if count != len(parameters):
+        names = ", ".join(parameter.name for parameter in parameters)
+        message = f"{option} takes {len(parameters)} numbers ({names}), got {count}"
         raise ArgumentError(message, option)
     return [float(number) for number in numbers]
 
 
-# Safe latent diffusion: presets, and the unsafe concept of the authors' package and of diffusers.
+# Safe latent diffusion: the authors' presets, and the unsafe concepts of their package and of
+# diffusers.
 SLD_PRESETS = {
     "weak": SLD(15, 20, 0.0, 0.0, 0.0),
     "medium": SLD(10, 1000, 0.01, 0.3, 0.4),
@@ -363,8 +365,8 @@ _CONCEPT = (
 )
 SLD_CONCEPTS = {"original": _CONCEPT, "diffusers": f"an image showing {_CONCEPT}"}
 
-# Guidance methods of which a run has at most one; `pag` combines with each. At a guidance scale of
-# 1 they have no effect: `sld` warns then, the others are refused.
+# A run has at most one of these guidance methods, which `pag` can be combined with. They have no
+# effect at a guidance scale of 1: `sld` warns then, the others are refused.
 EXCLUSIVE_GUIDANCE = ("sld", "apg", "perp_neg")
 FREEU_PRESETS = {  # the authors', for version 1
     "sd1": FreeUFactors(1.5, 1.6, 0.9, 0.2),
@@ -373,8 +375,8 @@ FREEU_PRESETS = {  # the authors', for version 1
 }
 FREEU_VERSIONS = {
     "1": "the authors' first version, in blocks with certain channel counts",
-    "2": "their second, with b scaled by the mean over channels",
-    "diffusers": "the first in the deepest blocks, as diffusers does",
+    "2": "their second version, with b scaled by the mean over channels",
+    "diffusers": "the first version in the deepest blocks, as in diffusers",
 }
 
 # Quirks of SDXL's original code, which have no effect on other models.

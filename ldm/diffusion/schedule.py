@@ -6,8 +6,8 @@ deviation of the noise, with which samplers work:
     z_t = √ᾱ z + √(1-ᾱ) noise,      x = z_t / √ᾱ = z + sigma noise,      sigma = √((1-ᾱ) / ᾱ).
 
 `Schedule` has T levels from betas, at t in 0 … T-1; between two timesteps log ᾱ is linear in t, as
-in DPM-Solver. `ContinuousSchedule` has a continuous range of levels. `schedulers` choose those of a
-run.
+in DPM-Solver. `ContinuousSchedule` has a continuous range of levels. `schedulers` choose the levels
+of a run.
 
 DDPM: Ho et al. 2020 (arXiv:2006.11239). Cosine: Nichol and Dhariwal 2021 (arXiv:2102.09672). EDM:
 Karras et al. 2022 (arXiv:2206.00364). Zero terminal SNR: Lin et al. 2023 (arXiv:2305.08891).
@@ -53,9 +53,9 @@ def make_betas(
 
     Args:
         name: `linear` is linear in sqrt(beta), as in Stable Diffusion; `sqrt_linear` is linear in
-            beta; `sqrt` is the square root of linear betas (misleading names of the original).
-            `cosine` and `squaredcos_cap_v2` have the square of a cosine as ᾱ; the offset of the
-            latter is 0.008.
+            beta; `sqrt` is the square root of linear betas (the original's misleading names). In
+            `cosine` and diffusers' `squaredcos_cap_v2`, ᾱ is a squared cosine; the latter ignores
+            `cosine_s` and has an offset of 0.008.
         linear_start, linear_end: First and last beta of `linear` and `sqrt_linear`; for `sqrt`,
             the squares of its first and last beta.
         cosine_s: Offset s of `cosine` (arXiv:2102.09672, eq. 17).
@@ -102,7 +102,7 @@ class NoiseSchedule(ABC):
     """Noise levels of a model, and the timesteps that its network gets for them.
 
     Attributes:
-        sigmas: Levels that schedulers choose from, (T,) float64, ascending.
+        sigmas: Noise levels that schedulers choose from, (T,) float64, ascending.
         zero_snr: Whether the last level is (nearly) noise alone: zero terminal SNR.
     """
 
@@ -125,37 +125,40 @@ class NoiseSchedule(ABC):
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
         """Convert a timestep to a noise level, float64."""
 
-    def network_timestep(self, sigma: Tensor | float) -> Tensor:
-        """Convert a noise level to the timestep input of the network (EDM's c_noise)."""
+    def sigma_to_c_noise(self, sigma: Tensor | float) -> Tensor:
+        """Convert a noise level to c_noise (EDM), the timestep input of the network."""
         return self.sigma_to_t(sigma)
 
-    def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
+    def get_nearest_sigma(self, sigma: Tensor | float) -> Tensor:
         """Return the nearest noise level that the model was trained with."""
         return torch.as_tensor(sigma)
 
-    def scale_time(self, sigma: float, factor: float) -> float:
-        """Return `factor * sigma`, for TCD; discrete schedules scale the timestep instead."""
+    def scale_timestep(self, sigma: float, factor: float) -> float:
+        """Return the noise level at `factor` times the timestep of sigma, for TCD.
+
+        A continuous schedule scales sigma instead.
+        """
         return factor * sigma
 
-    def step_sigmas(
+    def get_step_sigmas(
         self, steps: int, scheduler: str = "uniform", rho: float | None = None
     ) -> Tensor:
-        """Compute the noise levels (steps + 1,) of a run, float64, descending.
+        """Return the noise levels (steps + 1,) of a run, float64, descending.
 
         Args:
             steps: 1 … T, or at most `max_steps` of the scheduler.
             scheduler: A name in `names.SCHEDULERS`. All but "uniform", "time_uniform" and "tcd" end
                 at 0; "ddim_uniform" may have more steps than `steps`.
-            rho: Exponent of "karras", "polyexponential" and "edm"; None = their defaults.
+            rho: Exponent of "karras", "polyexponential" and "edm"; None = the scheduler's default.
         """
         self.check_steps(steps, scheduler)
         check_rho(rho, scheduler)
         options = {} if rho is None else {"rho": rho}
-        return SIGMA_FUNCTIONS[scheduler](self, steps, **options)
+        return SCHEDULER_FUNCTIONS[scheduler](self, steps, **options)
 
     def check_steps(self, steps: int, scheduler: str) -> None:
         """Raise ArgumentError unless a scheduler exists and supports a number of steps."""
-        check_name("scheduler", scheduler, SIGMA_FUNCTIONS, argument="scheduler")
+        check_name("scheduler", scheduler, SCHEDULER_FUNCTIONS, argument="scheduler")
         max_steps = names.SCHEDULERS[scheduler].max_steps
         if not 1 <= steps <= (max_steps or len(self)):
             suffix = f" with scheduler `{scheduler}`" if max_steps else ""
@@ -171,14 +174,14 @@ class Schedule(NoiseSchedule):
 
     Args:
         betas: (T,) float64 in (0, 1).
-        v_posterior: Weight v of beta in `posterior_variance` of `buffers`, 0 … 1; the variance of
-            the posterior has the weight 1 - v.
+        v_posterior: Weight of beta in `posterior_variance` of `compute_buffers`, 0 … 1; the weight
+            of the true posterior variance is 1 - v_posterior.
         zero_snr: Whether to rescale the betas to zero terminal SNR.
-        log_time: Whether the timestep input of the network derives from 0.25 ln sigma (EDM),
-            instead of from sigma.
-        quantize_time: Whether that input is the index of a level, instead of sigma or 0.25 ln sigma
-            itself. It is fractional between two levels; with `log_time`, it is rounded.
-        flip_time: Whether index 0 is the highest level for the network: sgm's `flip: false`.
+        uses_log_sigma: Whether c_noise, the timestep input of the network, is computed from
+            0.25 ln sigma (EDM) instead of sigma.
+        quantize_c_noise: Whether c_noise is the index of a level, instead of sigma or 0.25 ln sigma
+            itself. It is fractional between two levels; with `uses_log_sigma`, it is rounded.
+        flip_timesteps: Whether index 0 is the highest level for the network: sgm's `flip: false`.
         append_zero: Whether sigma 0 is also a level for the network: sgm's `do_append_zero`.
 
     Attributes:
@@ -189,9 +192,9 @@ class Schedule(NoiseSchedule):
     betas: Tensor
     v_posterior: float = 0.0
     zero_snr: bool = False
-    log_time: bool = False
-    quantize_time: bool = True
-    flip_time: bool = False
+    uses_log_sigma: bool = False
+    quantize_c_noise: bool = True
+    flip_timesteps: bool = False
     append_zero: bool = False
     alphas_cumprod: Tensor = field(init=False)
     sigmas: Tensor = field(init=False)
@@ -206,20 +209,21 @@ class Schedule(NoiseSchedule):
 
     @property
     def uses_plain_timesteps(self) -> bool:
-        """Whether the network gets t itself, as no option of sgm's `DiscreteDenoiser` is set."""
-        return self.quantize_time and not (self.log_time or self.flip_time or self.append_zero)
+        """Whether c_noise is t itself, as no option of sgm's `DiscreteDenoiser` is set."""
+        is_modified = self.uses_log_sigma or self.flip_timesteps or self.append_zero
+        return self.quantize_c_noise and not is_modified
 
-    def scale_time(self, sigma: float, factor: float) -> float:
-        """Return the noise level at `factor` times the timestep of sigma, rounded down."""
-        # Rounded to 6 digits first: interpolation may return 498.9999 … for the whole timestep 499.
+    def scale_timestep(self, sigma: float, factor: float) -> float:
+        """Return the noise level at floor(factor * t), where t is the timestep of sigma."""
+        # Rounded to 6 digits first: interpolation may return 498.9999 … for timestep 499.
         t = round(float(self.sigma_to_t(sigma)), 6)
         return float(self.sigmas[math.floor(factor * t)])
 
     @property
-    def network_levels(self) -> Tensor:
-        """Noise levels in the order of the network's timesteps, (T,) or (T + 1,) float64."""
+    def network_sigmas(self) -> Tensor:
+        """Noise levels by the index that c_noise counts, (T,) or (T + 1,) float64."""
         levels = torch.cat([torch.zeros(1), self.sigmas]) if self.append_zero else self.sigmas
-        return levels.flip(0) if self.flip_time else levels
+        return levels.flip(0) if self.flip_timesteps else levels
 
     @property
     def t_range(self) -> tuple[float, float]:
@@ -231,22 +235,22 @@ class Schedule(NoiseSchedule):
         log_alphas_cumprod = self.alphas_cumprod.log().flip(0)  # ascending, for np.interp
         return _interpolate_at_sigma(sigma, log_alphas_cumprod, torch.arange(len(self) - 1, -1, -1))
 
-    def network_timestep(self, sigma: Tensor | float) -> Tensor:
-        """Convert a noise level to the timestep input of the network.
+    def sigma_to_c_noise(self, sigma: Tensor | float) -> Tensor:
+        """Convert a noise level to c_noise, the timestep input of the network.
 
-        It is fractional between two levels; rounded to an index only with `log_time` and
-        `quantize_time`.
+        It is fractional between two levels; rounded to an index only with `uses_log_sigma` and
+        `quantize_c_noise`.
         """
         if self.uses_plain_timesteps:
             return self.sigma_to_t(sigma)
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
-        if not self.quantize_time or self.log_time:
-            c_noise = 0.25 * sigma.log() if self.log_time else sigma
+        if not self.quantize_c_noise or self.uses_log_sigma:
+            c_noise = 0.25 * sigma.log() if self.uses_log_sigma else sigma
             # As in sgm, which looks c_noise up among the sigmas although it is a logarithm.
-            return self._nearest_index(c_noise) if self.quantize_time else c_noise
-        levels = self.network_levels
+            return self._nearest_index(c_noise) if self.quantize_c_noise else c_noise
+        levels = self.network_sigmas
         indices = torch.arange(len(levels))
-        if not self.flip_time:  # to descending levels, that is ascending log ᾱ
+        if not self.flip_timesteps:  # to descending levels, that is ascending log ᾱ
             levels, indices = levels.flip(0), indices.flip(0)
         return _interpolate_at_sigma(sigma, -levels.square().log1p(), indices)
 
@@ -263,14 +267,14 @@ class Schedule(NoiseSchedule):
         log_alpha_cumprod = np.interp(t.numpy(), timesteps, log_alphas_cumprod)
         return torch.as_tensor(np.sqrt(np.expm1(-log_alpha_cumprod)))  # √(1/ᾱ - 1)
 
-    def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
-        """Return the nearest of `network_levels`, the first of equally near ones."""
+    def get_nearest_sigma(self, sigma: Tensor | float) -> Tensor:
+        """Return the nearest of `network_sigmas`; of two equally near ones, the first."""
         index = self._nearest_index(torch.as_tensor(sigma, dtype=torch.float64).cpu())
-        return self.network_levels[index]
+        return self.network_sigmas[index]
 
     def _nearest_index(self, value: Tensor) -> Tensor:
         # In float32, as sgm: which of two neighbors is nearer may depend on the precision.
-        return (value.float()[..., None] - self.network_levels.float()).abs().argmin(dim=-1)
+        return (value.float()[..., None] - self.network_sigmas.float()).abs().argmin(dim=-1)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute z_t = √ᾱ z + √(1-ᾱ) noise, float32 (arXiv:2006.11239, eq. 4).
@@ -287,7 +291,7 @@ class Schedule(NoiseSchedule):
         noise_scale = (1 - alphas_cumprod).sqrt().to(z.device, torch.float32)
         return signal_scale * z.float() + noise_scale * noise.to(z.device, torch.float32)
 
-    def vlb_weights(self, parameterization: str) -> Tensor:
+    def compute_vlb_weights(self, parameterization: str) -> Tensor:
         """Compute weights (T,) of the squared error in the variational lower bound.
 
         eps   β² / (2 σ² α (1 - ᾱ)), with the posterior variance σ² (arXiv:2006.11239, eq. 12)
@@ -300,21 +304,21 @@ class Schedule(NoiseSchedule):
         if parameterization == "x0":
             weights = 0.5 * alphas_cumprod.sqrt() / (2 - alphas_cumprod)
         else:
-            posterior_variance = self.buffers()["posterior_variance"].double()
+            posterior_variance = self.compute_buffers()["posterior_variance"].double()
             weights = self.betas**2 / (
                 2 * posterior_variance * (1 - self.betas) * (1 - alphas_cumprod)
             )
         # Without `v_posterior`, the posterior of timestep 0 has no variance: for eps its weight is
-        # infinite. As in the original, it gets the weight of timestep 1, for x0, too.
+        # infinite. As in the original, it gets the weight of timestep 1, also for x0.
         return torch.cat([weights[1:2], weights[1:]])
 
-    def buffers(self) -> dict[str, Tensor]:
-        """Compute the twelve tables (T,) float32 in the original's checkpoints, by name."""
+    def compute_buffers(self) -> dict[str, Tensor]:
+        """Compute the twelve buffers (T,) float32 in the original's checkpoints, by name."""
         betas, alphas_cumprod = self.betas, self.alphas_cumprod
         alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
         true_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         posterior_variance = (1 - self.v_posterior) * true_variance + self.v_posterior * betas
-        tables = {
+        buffers = {
             "betas": betas,
             "alphas_cumprod": alphas_cumprod,
             "alphas_cumprod_prev": alphas_cumprod_prev,
@@ -330,7 +334,7 @@ class Schedule(NoiseSchedule):
                 (1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod)
             ),
         }
-        return {name: table.float() for name, table in tables.items()}
+        return {name: buffer.float() for name, buffer in buffers.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,16 +342,16 @@ class ContinuousSchedule(NoiseSchedule):
     """A continuous range of noise levels, as EDM models have (arXiv:2206.00364).
 
     Args:
-        sigma_min, sigma_max: Ends of the range.
-        log_time: Whether the network gets 0.25 ln sigma (c_noise in table 1), instead of sigma.
+        sigma_min, sigma_max: Lowest and highest noise level.
+        uses_log_sigma: Whether c_noise (table 1) is 0.25 ln sigma instead of sigma.
 
     Attributes:
-        sigmas: 1000 levels, evenly spaced in log sigma, for schedulers that choose by timestep.
+        sigmas: 1000 levels, evenly spaced in log sigma, for schedulers that index timesteps.
     """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    log_time: bool = True
+    uses_log_sigma: bool = True
     sigmas: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -360,14 +364,14 @@ class ContinuousSchedule(NoiseSchedule):
         return float(self.sigma_to_t(self.sigma_min)), float(self.sigma_to_t(self.sigma_max))
 
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
-        """Convert a noise level to 0.25 ln sigma, float64, or return sigma without `log_time`."""
+        """Convert a noise level to 0.25 ln sigma, or to sigma without `uses_log_sigma`; float64."""
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
-        return 0.25 * sigma.log() if self.log_time else sigma
+        return 0.25 * sigma.log() if self.uses_log_sigma else sigma
 
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
         """Convert a timestep to a noise level, float64."""
         t = torch.as_tensor(t, dtype=torch.float64).cpu()
-        return (4 * t).exp() if self.log_time else t
+        return (4 * t).exp() if self.uses_log_sigma else t
 
 
 def _interpolate_at_sigma(

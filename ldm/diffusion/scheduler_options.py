@@ -1,4 +1,4 @@
-"""Checks of options for the scheduler. Without torch, as the command line parses with them."""
+"""Checks of options for the scheduler. Without torch, for the command line's parser."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ SCHEDULERS_WITH_RHO = [name for name, scheduler in SCHEDULERS.items() if schedul
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
-    """Raise ArgumentError unless these are at least two finite, strictly descending levels >= 0."""
+    """Raise ArgumentError unless sigmas are at least two finite numbers >= 0, descending."""
     if len(sigmas) < 2:
         raise ArgumentError(f"sigmas must be two numbers or more, got {len(sigmas)}", "sigmas")
     for sigma, sigma_next in pairwise(sigmas):
@@ -25,7 +25,7 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
 
 
 def check_rho(rho: float | None, scheduler: str) -> None:
-    """Raise ArgumentError for a rho out of range, or one that a scheduler does not take."""
+    """Raise ArgumentError for a rho out of range, or for a scheduler that takes none."""
     if rho is None:
         return
     if scheduler not in SCHEDULERS_WITH_RHO:

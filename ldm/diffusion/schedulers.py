@@ -1,7 +1,7 @@
 """Schedulers: functions that choose the noise levels of a run.
 
 Each takes the noise schedule of a model and a number n of steps, and returns n + 1 sigmas, float64,
-descending; see `NoiseSchedule.step_sigmas`. Below, T is the number of timesteps of the schedule,
+descending; see `NoiseSchedule.get_step_sigmas`. Below, T is the number of the schedule's timesteps,
 and i = 0 … n-1 the index of a step.
 """
 
@@ -19,15 +19,15 @@ from ldm.diffusion import names
 if TYPE_CHECKING:
     from ldm.diffusion.schedule import NoiseSchedule
 
-__all__ = ["SIGMA_FUNCTIONS", "linspace"]
+__all__ = ["SCHEDULER_FUNCTIONS", "linspace"]
 
 # Sigmas of "Align Your Steps" (arXiv:2404.14507) for ten steps of Stable Diffusion 1 and XL, as
 # published by the authors.
-AYS_LEVELS = (
+AYS_SIGMAS = (
     14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092,
     0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582,
 )  # fmt: skip
-AYS_XL_LEVELS = (
+AYS_SDXL_SIGMAS = (
     14.6146412293, 6.3184485287, 3.7681790315, 2.1811480769, 1.3405244945, 0.8620721141,
     0.5550693289, 0.3798540708, 0.2332364134, 0.1114188177, 0.0291671582,
 )  # fmt: skip
@@ -39,10 +39,10 @@ def linspace(start: float, end: float, n: int) -> Tensor:
 
 
 def uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Space steps like the original: t = floor(i T / n) + 1 in descending order, then t = 0.
+    """Space steps like the original's DDIM: t = floor(i T / n) + 1, descending, then t = 0.
 
-    Equal to the original wherever n divides T. For n = T the + 1 is left out, as it would exceed
-    the last timestep.
+    Equal to the original if n divides T. For n = T the + 1 is omitted, as it would exceed the last
+    timestep.
     """
     total = len(schedule)
     t = torch.arange(steps) * total // steps + (1 if steps < total else 0)
@@ -56,7 +56,7 @@ def time_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
 
 
 def trailing_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Take timesteps T (n - i) / n - 1, rounded: from the very last (arXiv:2305.08891, table 2)."""
+    """Take timesteps T (n - i) / n - 1, rounded; the first is T-1 (arXiv:2305.08891, table 2)."""
     t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()
     return _append_zero(schedule.sigmas[t - 1])
 
@@ -85,14 +85,14 @@ def leading_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
 def ddim_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Take timesteps 1, 1 + k, 1 + 2k … < T in descending order, k = floor(T / n), like ComfyUI.
 
-    These may be more than n.
+    There may be more than n of them.
     """
     t = torch.arange(1, len(schedule), max(len(schedule) // steps, 1)).flip(0)
     return _append_zero(schedule.sigmas[t])
 
 
 def turbo_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Take timesteps T-1 - i floor(T / 10), as sgm's demo of SDXL Turbo does for 1 … 4 steps."""
+    """Take timesteps T-1 - i floor(T / 10), like sgm's demo of SDXL Turbo for 1 … 4 steps."""
     t = len(schedule) - 1 - torch.arange(steps) * (len(schedule) // 10)
     return _append_zero(schedule.sigmas[t])
 
@@ -115,10 +115,10 @@ def karras_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 7.0) -> Te
 
 
 def exponential_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 1.0) -> Tensor:
-    """Space steps evenly in log sigma; for rho other than 1 as u^rho, with u evenly from 1 to 0."""
-    log_low, log_high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
+    """Space steps in log sigma as u^rho, with u evenly from 1 to 0; rho 1 is exponential."""
+    log_min, log_max = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
     ramp = linspace(1, 0, steps) ** rho
-    return _append_zero((log_low + ramp * (log_high - log_low)).exp())
+    return _append_zero((log_min + ramp * (log_max - log_min)).exp())
 
 
 def normal_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
@@ -141,32 +141,32 @@ def beta_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
 
 def beta_sigma_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space sigmas, not timesteps, as quantiles of Beta(0.6, 0.6), like A1111 and diffusers."""
-    low, high = schedule.sigmas[[0, -1]].tolist()
+    sigma_min, sigma_max = schedule.sigmas[[0, -1]].tolist()
     quantiles = torch.from_numpy(_compute_beta_quantiles(np.linspace(1, 0, steps)))
-    return _append_zero(low + quantiles * (high - low))
+    return _append_zero(sigma_min + quantiles * (sigma_max - sigma_min))
 
 
 def kl_optimal_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps evenly in arctan sigma, like A1111's "KL Optimal" (arXiv:2404.14507)."""
-    atan_low, atan_high = schedule.sigmas[[0, -1]].atan().tolist()
-    return _append_zero(linspace(atan_high, atan_low, steps).tan())
+    atan_min, atan_max = schedule.sigmas[[0, -1]].atan().tolist()
+    return _append_zero(linspace(atan_max, atan_min, steps).tan())
 
 
 def ays_sigmas(
-    schedule: "NoiseSchedule", steps: int, levels: Sequence[float] = AYS_LEVELS
+    schedule: "NoiseSchedule", steps: int, sigmas: Sequence[float] = AYS_SIGMAS
 ) -> Tensor:
-    """Take the levels of "Align Your Steps" (arXiv:2404.14507), like ComfyUI: the last becomes 0.
+    """Take the sigmas of "Align Your Steps" (arXiv:2404.14507), like ComfyUI: the last becomes 0.
 
-    For a number of steps other than ten they are interpolated in log sigma.
+    For numbers of steps other than ten, they are interpolated in log sigma.
     """
-    return _append_zero(_interpolate_levels(levels, steps + 1)[:-1])
+    return _append_zero(_interpolate_sigmas(sigmas, steps + 1)[:-1])
 
 
 def ays_a1111_sigmas(
-    schedule: "NoiseSchedule", steps: int, levels: Sequence[float] = AYS_LEVELS
+    schedule: "NoiseSchedule", steps: int, sigmas: Sequence[float] = AYS_SIGMAS
 ) -> Tensor:
-    """Take the levels of "Align Your Steps" like A1111: all of them, and 0 after the last."""
-    return _append_zero(_interpolate_levels(levels, steps))
+    """Take all sigmas of "Align Your Steps", then 0, like A1111."""
+    return _append_zero(_interpolate_sigmas(sigmas, steps))
 
 
 def lcm_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
@@ -175,9 +175,9 @@ def lcm_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
 
 
 def lcm_a1111_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Space steps evenly over the 50 levels of `lcm`, interpolated, like A1111."""
-    levels = _take_teacher_sigmas(schedule, min(50, len(schedule))).tolist()
-    return _append_zero(_interpolate_levels(levels, steps))
+    """Space steps evenly over the 50 sigmas of `lcm`, interpolated, like A1111."""
+    sigmas = _take_teacher_sigmas(schedule, min(50, len(schedule))).tolist()
+    return _append_zero(_interpolate_sigmas(sigmas, steps))
 
 
 def tcd_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
@@ -185,27 +185,27 @@ def tcd_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     return torch.cat([_take_teacher_sigmas(schedule, steps), schedule.sigmas[:1]])
 
 
-ays_xl_sigmas = partial(ays_sigmas, levels=AYS_XL_LEVELS)
-ays_xl_a1111_sigmas = partial(ays_a1111_sigmas, levels=AYS_XL_LEVELS)
+ays_sdxl_sigmas = partial(ays_sigmas, sigmas=AYS_SDXL_SIGMAS)
+ays_sdxl_a1111_sigmas = partial(ays_a1111_sigmas, sigmas=AYS_SDXL_SIGMAS)
 
 
 def _take_teacher_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Take n sigmas of the DDIM steps that consistency models were distilled from."""
+    """Take n sigmas of the teacher's DDIM steps, as in consistency distillation."""
     teacher_steps = min(50, len(schedule))  # `original_inference_steps` in diffusers
     indices = teacher_steps - torch.arange(steps) * teacher_steps // steps
     return schedule.sigmas[indices * (len(schedule) // teacher_steps) - 1]
 
 
 def _interpolate_timesteps(schedule: "NoiseSchedule", t: NDArray[np.float64]) -> Tensor:
-    """Return the levels of fractional timesteps, linear in log sigma as in k-diffusion."""
+    """Return sigmas at fractional timesteps, linear in log sigma as in k-diffusion."""
     log_sigmas = schedule.sigmas.log().numpy()
     return torch.as_tensor(np.interp(t, np.arange(len(schedule)), log_sigmas)).exp()
 
 
-def _interpolate_levels(levels: Sequence[float], count: int) -> Tensor:
-    """Return `count` levels, interpolated in log sigma evenly over the positions of `levels`."""
-    positions = np.linspace(0, len(levels) - 1, count)
-    return torch.as_tensor(np.exp(np.interp(positions, np.arange(len(levels)), np.log(levels))))
+def _interpolate_sigmas(sigmas: Sequence[float], n: int) -> Tensor:
+    """Return n sigmas, interpolated in log sigma at evenly spaced indices of `sigmas`."""
+    indices = np.linspace(0, len(sigmas) - 1, n)
+    return torch.as_tensor(np.exp(np.interp(indices, np.arange(len(sigmas)), np.log(sigmas))))
 
 
 def _compute_beta_quantiles(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -236,7 +236,7 @@ def _append_zero(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
-# Functions of this module by the name of the scheduler, from `names.SCHEDULERS`.
-SIGMA_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    name: globals()[scheduler.function] for name, scheduler in names.SCHEDULERS.items()
+# Functions of this module by name of the scheduler.
+SCHEDULER_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    name: globals()[scheduler.function_name] for name, scheduler in names.SCHEDULERS.items()
 }

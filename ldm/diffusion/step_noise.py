@@ -1,4 +1,4 @@
-"""Options for the noise that samplers add before and between steps, and their checks."""
+"""Options for the noise that samplers add before and after steps, and their checks."""
 
 import math
 from dataclasses import dataclass, fields
@@ -18,14 +18,14 @@ SAMPLERS_WITH_NOISE = [
 
 @dataclass(frozen=True)
 class StepNoise:
-    """Amounts of noise in a run, under k-diffusion's names.
+    """Options for the noise that steps add, under k-diffusion's names.
 
     Args:
-        eta: Noise between steps, 0 (none) … 1 (as DDPM); None = the sampler's default.
-        s_churn: Noise before steps, 0 … number of steps (arXiv:2206.00364, algorithm 2).
-        s_tmin, s_tmax: Sigmas between which there is churn; None = no upper limit.
-        s_noise: Standard deviation of both.
-        brownian: Whether noise between steps is from a path over sigma, see `BrownianPaths`.
+        eta: Amount of noise after steps, 0 (none) … 1 (as DDPM); None = the sampler's default.
+        s_churn: Amount of noise before steps, 0 … number of steps (arXiv:2206.00364, algorithm 2).
+        s_tmin, s_tmax: Sigmas between which s_churn adds noise; None = no upper limit.
+        s_noise: Standard deviation of the noise before and after steps.
+        brownian: Whether noise after steps is from a Brownian path, see `BrownianPaths`.
     """
 
     eta: float | None = None
@@ -45,13 +45,13 @@ class StepNoise:
 
     def check(self, sampler: str) -> None:
         """Raise ArgumentError for a value that a sampler does not take."""
-        for name, is_given, samplers in (
+        for name, is_set, samplers in (
             ("eta", bool(self.eta), SAMPLERS_WITH_ETA),
             ("s_churn", self.s_churn > 0, SAMPLERS_WITH_CHURN),
             ("s_noise", self.s_noise != 1, SAMPLERS_WITH_NOISE),
             ("brownian", self.brownian, SAMPLERS_WITH_BROWNIAN),
         ):
-            if is_given and sampler not in samplers:
+            if is_set and sampler not in samplers:
                 message = f"sampler `{sampler}` takes no {name}, only {', '.join(samplers)} do"
                 raise ArgumentError(message, name)
 

@@ -85,7 +85,7 @@ class MiDaSDepth(Encoder):
         else:
             keys = ", ".join(f"`{key}`" for key in batch)
             raise KeyError(f"depth needs `depth`, `midas_in` or `jpg`, the batch has {keys}")
-        return {"depth": resize_depth(depth, options.size)}
+        return {"depth": resize_depth(depth, options.latent_size)}
 
 
 def preprocess_for_midas(image: Tensor) -> Tensor:

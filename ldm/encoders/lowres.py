@@ -28,7 +28,7 @@ def register_schedule(module: nn.Module, config: Config) -> Schedule:
     name = options.pop("beta_schedule", "linear")
     with torch.device("cpu"):  # tables need values even if the weights are on the meta device
         schedule = Schedule(make_betas(name, **options))
-        tables = schedule.buffers()
+        tables = schedule.compute_buffers()
     for name, table in tables.items():
         if not name.startswith("posterior"):
             module.register_buffer(name, table)

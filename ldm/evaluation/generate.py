@@ -118,7 +118,7 @@ def generate_images(settings: Sequence[Setting], out: Path) -> None:
     # With adaptive steps, an image depends on the rest of its batch, so that the sampler needs
     # batch size 1. All settings then have it, as they share the batches.
     samplers = (SAMPLERS[setting.request.sampling.sampler or "ddim"] for setting in settings)
-    max_batch_size = 1 if any(sampler.adapts_steps for sampler in samplers) else None
+    max_batch_size = 1 if any(sampler.is_adaptive for sampler in samplers) else None
     requests = [_limit_batch_size(setting.request, max_batch_size) for setting in settings]
     plans = [(s, plan_batches(request)) for s, request in zip(settings, requests, strict=True)]
     for setting, batches in plans:

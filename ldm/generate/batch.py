@@ -117,7 +117,7 @@ def _make_sampling_arguments(request: Request, model: LatentDiffusion) -> dict[s
 
 
 def _to_latent_pixels(pixels: int | None, model: LatentDiffusion) -> int | None:
-    return None if pixels is None else max(pixels // model.downscale, 1)
+    return None if pixels is None else max(pixels // model.downscale_factor, 1)
 
 
 def _make_sdxl_arguments(request: Request, batch: Batch, models: Models) -> dict[str, object]:

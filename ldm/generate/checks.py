@@ -294,10 +294,12 @@ def _list_ignored_options(request: Request, model: LatentDiffusion) -> list[str]
         warnings.append(f"sampler `dpm` is deterministic: eta {sampling.eta:g} is ignored")
     if model_options.channels not in (None, model.channels):
         warnings.append(f"`C` {model_options.channels} is ignored: the model has {model.channels}")
-    if model_options.factor not in (None, model.downscale):
-        warnings.append(f"`f` {model_options.factor} is ignored: the model has {model.downscale}")
+    if model_options.factor not in (None, model.downscale_factor):
+        warnings.append(
+            f"`f` {model_options.factor} is ignored: the model has {model.downscale_factor}"
+        )
     sampler = SAMPLERS.get(sampling.sampler or "")
-    if sampler and sampler.takes_uncond and (sampling.scale or 0) > 2 * (sampler.scale or 1):
+    if sampler and sampler.is_cfg_pp and (sampling.scale or 0) > 2 * (sampler.scale or 1):
         warnings.append(
             f"sampler `{sampling.sampler}` is made for guidance scales around 1,"
             f" not {sampling.scale:g}"
@@ -331,7 +333,7 @@ def log_advice(request: Request, model: LatentDiffusion) -> None:
     sampling = request.sampling
     if model.provenance.get("pipeline") == SAFE_PIPELINE and sampling.sld is None:
         log.info("the model's own pipeline uses safe latent diffusion: `sld` medium does the same")
-    native_size = model.image_size * model.downscale
+    native_size = model.image_size * model.downscale_factor
     is_v_prediction = request.task.families == ("text",) and model.parameterization == "v"
     if native_size == 512 and is_v_prediction and sampling.size == (None, None):
         log.info(

@@ -47,7 +47,7 @@ def draw_initial_noise(
 
 
 def _get_latent_shape(model: LatentDiffusion, size: tuple[int, int]) -> tuple[int, int, int]:
-    height, width = (-(-side // model.downscale) for side in size)
+    height, width = (-(-side // model.downscale_factor) for side in size)
     return model.channels, height, width
 
 

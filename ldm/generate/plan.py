@@ -103,8 +103,8 @@ def plan_batches(
             options = dict(group.line_options)
             _check_perp_neg(group.images, options.get("perp_neg", request.sampling.perp_neg))
             sampler = options.get("sampler", request.sampling.sampler)
-            adapts_steps = sampler in SAMPLERS and SAMPLERS[sampler].adapts_steps
-            batch_size = 1 if adapts_steps else request.output.n_samples
+            is_adaptive = sampler in SAMPLERS and SAMPLERS[sampler].is_adaptive
+            batch_size = 1 if is_adaptive else request.output.n_samples
             for start in range(0, len(group), batch_size):
                 images = group.images[start : start + batch_size]
                 batches.append(replace(group, images=images))

@@ -21,9 +21,8 @@ def make_buffers(model: LatentDiffusion) -> dict[str, Tensor]:
     is_sgm = has_sgm_names(model.state_dict())
     buffers: dict[str, Tensor] = {}
     if isinstance(schedule, Schedule):
-        buffers = (
-            {"denoiser.sigmas": schedule.network_levels.float()} if is_sgm else schedule.buffers()
-        )
+        sgm_buffers = {"denoiser.sigmas": schedule.network_sigmas.float()}
+        buffers = sgm_buffers if is_sgm else schedule.compute_buffers()
     if isinstance(schedule, ContinuousSchedule) and predicts_v:
         buffers["edm_vpred.sigma_min"] = torch.tensor(schedule.sigma_min)
         buffers["edm_vpred.sigma_max"] = torch.tensor(schedule.sigma_max)

@@ -50,7 +50,7 @@ def make_modelspec(
     metadata = dict(metadata or {})
     if not isinstance(model, LatentDiffusion):
         return metadata
-    height, width = (side * model.downscale for side in model.latent_size)
+    height, width = (side * model.downscale_factor for side in model.latent_size)
     # Our LoRAs for SD 1 and 2 have diffusers' names.
     has_original_names = adapter != "lora" or is_sdxl(model)
     fields = {

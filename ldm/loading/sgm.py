@@ -203,14 +203,16 @@ def _translate_denoiser(engine: JsonMapping, where: str) -> JsonObject:
     params = denoiser.get("params") or {}
     check_names(f"parameter of {name}", params, DENOISER_PARAMS[name], where)
     scaling = params.get("scaling_config") or {}
-    prediction_type, log_time = SCALINGS[_get_class_name(scaling, SCALINGS, where)]
+    prediction_type, uses_log_sigma = SCALINGS[_get_class_name(scaling, SCALINGS, where)]
     sigma_data = (scaling.get("params") or {}).get("sigma_data", SIGMA_DATA)
     if name == "DiscreteDenoiser":
         zero_snr = engine.get("rescale_betas_zero_snr", False)
-        schedule = _make_discrete_schedule(params, zero_snr, log_time, where)
+        schedule = _make_discrete_schedule(params, zero_snr, uses_log_sigma, where)
         scheduler = "sgm_uniform"
     else:
-        schedule = _make_continuous_schedule(engine.get("sampler_config") or {}, log_time, where)
+        schedule = _make_continuous_schedule(
+            engine.get("sampler_config") or {}, uses_log_sigma, where
+        )
         scheduler = "karras"
     # Guidance scale 5 is the default of diffusers' SDXL pipelines.
     defaults = {"scale": 5.0, "scheduler": scheduler} | (engine.get("defaults") or {})
@@ -223,7 +225,7 @@ def _translate_denoiser(engine: JsonMapping, where: str) -> JsonObject:
 
 
 def _make_discrete_schedule(
-    params: JsonMapping, zero_snr: bool, log_time: bool, where: str
+    params: JsonMapping, zero_snr: bool, uses_log_sigma: bool, where: str
 ) -> JsonObject:
     config = params.get("discretization_config") or {}
     name = _get_class_name(config, ("LegacyDDPMDiscretization", "EDMDiscretization"), where)
@@ -231,9 +233,9 @@ def _make_discrete_schedule(
     num_levels = params.get("num_idx", 1000)
     options = {
         "zero_snr": zero_snr,
-        "log_time": log_time,
-        "quantize_time": params.get("quantize_c_noise", True),
-        "flip_time": not params.get("flip", True),
+        "uses_log_sigma": uses_log_sigma,
+        "quantize_c_noise": params.get("quantize_c_noise", True),
+        "flip_timesteps": not params.get("flip", True),
         "append_zero": params.get("do_append_zero", False),
     }
     if name == "EDMDiscretization":
@@ -246,7 +248,7 @@ def _make_discrete_schedule(
         beta_params = _get_beta_params(discretization, where)
         betas = {"target": "ldm.diffusion.schedule.make_betas", "params": beta_params}
         if num_levels != beta_params["timesteps"]:  # sgm selects num_levels of them
-            sigmas = Schedule(make_betas(**beta_params)).step_sigmas(num_levels, "sgm_uniform")
+            sigmas = Schedule(make_betas(**beta_params)).get_step_sigmas(num_levels, "sgm_uniform")
             betas = betas_from_sigmas(sigmas[:-1].flip(0))
     return {"target": "ldm.diffusion.schedule.Schedule", "params": {"betas": betas, **options}}
 
@@ -261,7 +263,7 @@ def _make_continuous_schedule(sampler: JsonMapping, log_time: bool, where: str) 
     discretization = _fill_defaults(discretization, EDM_DEFAULTS, where)
     del discretization["rho"]
     target = "ldm.diffusion.schedule.ContinuousSchedule"
-    return {"target": target, "params": {**discretization, "log_time": log_time}}
+    return {"target": target, "params": {**discretization, "uses_log_sigma": uses_log_sigma}}
 
 
 def _get_beta_params(discretization: JsonMapping, where: str) -> JsonObject:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldm.nets.attention import attention
 from ldm.nets.blocks import CheckpointedLayer, Conv2d, GroupNorm, Layer, Upsample
-from ldm.nets.circular import pad_end
+from ldm.nets.circular import pad_bottom_right
 from ldm.runtime.errors import check_name, check_names
 
 __all__ = ["AutoencoderConfig", "AutoencoderKL", "DiagonalGaussian", "PixelSpace"]
@@ -177,7 +177,7 @@ class AsymmetricDownsample(Layer):
     def forward(self, x: Tensor) -> Tensor:
         if self.conv is None:
             return F.avg_pool2d(x, 2)  # (B, C, h / 2, w / 2)
-        return self.conv(pad_end(x))  # (B, C, h / 2, w / 2)
+        return self.conv(pad_bottom_right(x))  # (B, C, h / 2, w / 2)
 
 
 class ResolutionLevel(Layer):
@@ -309,7 +309,7 @@ class AutoencoderKL(nn.Module):
     Attributes:
         in_channels: Channels of an image: 3 (RGB); with depth, 1 or 3 more, see
             `ldm.imaging.rgbd`.
-        downscale: Image pixels per latent pixel along each side.
+        downscale_factor: Image pixels per latent pixel along each side.
     """
 
     IGNORED_PARAMS = frozenset({
@@ -324,7 +324,7 @@ class AutoencoderKL(nn.Module):
         self.embed_dim = embed_dim
         self.in_channels = config.in_channels
         self.z_channels = config.z_channels
-        self.downscale = 2 ** (len(config.ch_mult) - 1)
+        self.downscale_factor = 2 ** (len(config.ch_mult) - 1)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = Conv2d(2 * config.z_channels, 2 * embed_dim, 1)
@@ -337,10 +337,10 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """Encode images (B, C, H, W) in [-1, 1] as distributions of z (B, embed_dim, h, w)."""
-        if min(image.shape[-2:]) < self.downscale:
+        if min(image.shape[-2:]) < self.downscale_factor:
             raise ValueError(
                 f"an image of {image.shape[-1]}x{image.shape[-2]} pixels is too small: each side "
-                f"must be at least {self.downscale}"
+                f"must be at least {self.downscale_factor}"
             )
         moments = self.quant_conv(self.encoder(image.to(self.dtype)))  # (B, 2 embed_dim, h, w)
         return DiagonalGaussian(moments.to(image.dtype).contiguous())
@@ -363,7 +363,7 @@ class PixelSpace(nn.Module):
 
     IGNORED_PARAMS = frozenset({"vq_interface"})  # of the original's `quantize`
     in_channels = 3
-    downscale = 1
+    downscale_factor = 1
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """Return a distribution with the image (B, 3, H, W) as mean, and standard deviation 0."""

@@ -17,7 +17,11 @@ from torch import Tensor
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "circular_padding", "crop_circular", "get_circular_axes", "pad_circular", "pad_end",
+    "circular_padding",
+    "crop_circular",
+    "get_circular_axes",
+    "pad_bottom_right",
+    "pad_circular",
     "pad_reflect",
 ]  # fmt: skip
 
@@ -72,7 +76,7 @@ def pad_reflect(x: Tensor, padding: int) -> Tensor:
     return F.pad(x, (pad_x, pad_x, pad_y, pad_y), "reflect") if pad_x or pad_y else x
 
 
-def pad_end(x: Tensor) -> Tensor:
+def pad_bottom_right(x: Tensor) -> Tensor:
     """Pad x (B, C, h, w) by a column at the right and a row at the bottom, circular or zeros."""
     for axis, pad in {"x": (0, 1), "y": (0, 0, 0, 1)}.items():
         if axis in get_circular_axes():

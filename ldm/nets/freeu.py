@@ -20,12 +20,12 @@ class FreeU:
 
     Args:
         factors: (b, s) of each output block; None leaves the block unchanged.
-        by_mean: Whether the backbone's factor grows with the mean over channels, from 1 at its
+        is_version_2: Whether the backbone's factor grows with the mean over channels, from 1 at its
             minimum in a sample to b at its maximum (version 2); else it is b everywhere.
     """
 
     factors: Sequence[tuple[float, float] | None]
-    by_mean: bool = False
+    is_version_2: bool = False
 
     def __call__(self, index: int, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         """Rescale backbone (B, C, h, w) and skip (B, C', h, w) of output block `index`."""
@@ -35,7 +35,7 @@ class FreeU:
         b, s = factors
         half = h.shape[1] // 2
         backbone_factor: Tensor | float = b
-        if self.by_mean:
+        if self.is_version_2:
             mean = h.float().mean(dim=1, keepdim=True)  # (B, 1, h, w)
             lowest, highest = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
             span = (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)

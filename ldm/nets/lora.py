@@ -21,8 +21,15 @@ from ldm.nets.blocks import Conv2d, Linear, UpsampleConv2d, upsample_nearest, ze
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "TEXT_PROJECTION", "Addition", "LoRA", "LoRALayer", "MergedChanges", "Target", "WeightChange",
-    "merge_changes", "sum_additions",
+    "TEXT_PROJECTION",
+    "LoRA",
+    "LoRALayer",
+    "MergedChanges",
+    "Target",
+    "WeightChange",
+    "WeightDelta",
+    "merge_changes",
+    "sum_deltas",
 ]  # fmt: skip
 
 TEXT_PROJECTION = "text_projection"  # parameter of an OpenCLIP text tower, (C_in, C_out)
@@ -83,7 +90,7 @@ class WeightChange(ABC):
         """Return the changed weight, (C_out, C_in, …); both are float32."""
 
 
-class Addition(WeightChange):
+class WeightDelta(WeightChange):
     """A change that does not depend on the weight."""
 
     @abstractmethod
@@ -94,7 +101,7 @@ class Addition(WeightChange):
         return weight + self.compute_delta().to(weight.device)
 
 
-class LoRALayer(nn.Module, Addition):
+class LoRALayer(nn.Module, WeightDelta):
     """A low-rank addition to one layer, initially zero.
 
     Args:
@@ -193,7 +200,7 @@ class MergedChanges:
     Memory-mapped ones stay memory-mapped.
 
     Attributes:
-        originals: Original weights by (layer, parameter name).
+        original_weights: Original weights by (layer, parameter name).
         tokens: Tokens of textual inversions that came with the changes.
         loras: The merged files and strengths, to be compared with those of a later call.
         restore_defaults: Restores the model's `defaults`, which a few-step LoRA replaces; None if
@@ -201,7 +208,7 @@ class MergedChanges:
     """
 
     def __init__(self) -> None:
-        self.originals: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        self.original_weights: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self.tokens: list[str] = []
         self.loras: object = None
         self.restore_defaults: Callable[[], None] | None = None
@@ -211,7 +218,7 @@ class MergedChanges:
         self.restore()
         for target in dict.fromkeys(change.target for change in changes):
             key = (target.layer, target.parameter_name)
-            self.originals[key] = target.layer.get_parameter(target.parameter_name)
+            self.original_weights[key] = target.layer.get_parameter(target.parameter_name)
         try:
             merge_changes(changes)
         except ArgumentError:
@@ -220,14 +227,14 @@ class MergedChanges:
 
     def restore(self) -> None:
         """Restore the original weights."""
-        for (layer, name), weight in self.originals.items():
+        for (layer, name), weight in self.original_weights.items():
             merged = layer.get_parameter(name)
             if (weight.dtype, weight.device) != (merged.dtype, merged.device):
                 # `model.to` was called, which sees the merged weights only.
                 requires_grad = merged.requires_grad
                 weight = nn.Parameter(weight.detach().to(merged), requires_grad=requires_grad)
             layer.register_parameter(name, weight)
-        self.originals.clear()
+        self.original_weights.clear()
 
 
 @torch.no_grad()
@@ -242,16 +249,16 @@ def merge_changes(changes: Iterable[WeightChange]) -> None:
         by_target.setdefault(change.target, []).append(change)
     for target, group in by_target.items():
         weight = target.weight.float()
-        additions = [change for change in group if isinstance(change, Addition)]
+        additions = [change for change in group if isinstance(change, WeightDelta)]
         if additions:
-            weight = weight + sum_additions(additions).to(weight.device)
+            weight = weight + sum_deltas(additions).to(weight.device)
         for change in group:
-            if not isinstance(change, Addition):
+            if not isinstance(change, WeightDelta):
                 weight = change.change_weight(weight)
         target.set_weight(weight)
 
 
-def sum_additions(additions: Sequence[Addition]) -> Tensor:
+def sum_deltas(additions: Sequence[WeightDelta]) -> Tensor:
     """Return the sum of additions to one weight, float32, bitwise equal for any order of them."""
     deltas = [addition.compute_delta() for addition in additions]
     if len(deltas) > 2:

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldm.nets.lora import Addition, Target, WeightChange
+from ldm.nets.lora import Target, WeightChange, WeightDelta
 
 __all__ = ["Adapter", "build_change", "find_rank", "is_complete"]
 
@@ -111,7 +111,7 @@ def _build(
     magnitude = next((adapter.tensors[name] for name in MAGNITUDES if name in adapter), None)
     if magnitude is None:
         return change
-    if not isinstance(change, Addition):
+    if not isinstance(change, WeightDelta):
         raise ValueError(
             "its magnitudes (DoRA) need the tensors of LoRA, LoHa, LoKr or a difference"
         )
@@ -121,7 +121,7 @@ def _build(
 
 
 @dataclass(eq=False)
-class _Delta(Addition):
+class _Delta(WeightDelta):
     """W + w delta."""
 
     compute: DeltaFunction
@@ -160,7 +160,7 @@ class _DoRA(WeightChange):
     """
 
     target: Target
-    addition: Addition
+    addition: WeightDelta
     magnitude: Tensor
     strength: float
 

@@ -71,7 +71,7 @@ class TinyAutoencoder(nn.Module):
     """
 
     in_channels = 3
-    downscale = 8
+    downscale_factor = 8
     z_channels = LATENT_CHANNELS
 
     def __init__(self, scale_factor: float) -> None:

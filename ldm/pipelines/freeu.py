@@ -50,4 +50,4 @@ def make_freeu(
             f"{sorted(set(keys))} channels: it changes those with {sorted(factors_by_key)}",
             "freeu",
         )
-    return FreeU(factors_by_block, by_mean=version == "2")
+    return FreeU(factors_by_block, is_version_2=version == "2")

@@ -88,7 +88,7 @@ def generate(
     guidance, syntax = make_guidance(options, quirks), options.get("syntax", PLAIN)
     shape = get_latent_shape(model, len(prompts), size, z=z, x_T=sampling.get("x_T"))
     height, width = shape[-2:]
-    pixel_size = (height * model.downscale, width * model.downscale)
+    pixel_size = (height * model.downscale_factor, width * model.downscale_factor)
     check_size(model, pixel_size, sdxl)
     if upscaling is not None:
         upscaling.check_run(model, height, width, syntax)

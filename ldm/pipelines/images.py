@@ -40,7 +40,7 @@ def encode_image(
         image: (1, 3, H, W) in [-1, 1].
         noise_source: (like) -> standard normal noise in the shape of `like`.
     """
-    image = pad_to_multiple(image.to(model.device), model.downscale)
+    image = pad_to_multiple(image.to(model.device), model.downscale_factor)
     posterior = model.autoencoder.encode(image)
     mean = posterior.mean.float().expand(n, -1, -1, -1)
     z = mean + posterior.std.float() * noise_source(torch.empty(mean.shape, device=mean.device))

@@ -111,10 +111,10 @@ def check_sides_for_tiling(model: LatentDiffusion, height: int, width: int) -> N
     multiple = model.unet.size_multiple // LATENT_UPSCALE_FACTOR
     for axis, side in (("y", height), ("x", width)):
         if axis in get_circular_axes() and side != _round_up(side, multiple):
-            pixels = multiple * model.downscale
+            pixels = multiple * model.downscale_factor
             raise ArgumentError(
                 f"with tiling the x2 latent upscaler takes sides that are multiples of {pixels} "
-                f"pixels, from {2 * pixels}, got {side * model.downscale}",
+                f"pixels, from {2 * pixels}, got {side * model.downscale_factor}",
                 "tiling",
             )
 

@@ -61,7 +61,7 @@ def estimate_memory(model: LatentDiffusion, size: tuple[int, int]) -> MemoryEsti
         "autoencoder": model.autoencoder,
         **text_encoders,
     }
-    height, width = (pixels // model.downscale for pixels in size)
+    height, width = (pixels // model.downscale_factor for pixels in size)
     activations = dict.fromkeys(networks, 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in networks.values():

@@ -71,7 +71,9 @@ def _check_initial_latent(model: LatentDiffusion, arguments: TaskArguments) -> N
         if find_family(model.conditioner) in ("upscaling", "latent-upscaling"):
             return  # their latents are larger than the image
         multiple = (
-            REFINER_SIZE_MULTIPLE if arguments.get("refiner") is not None else model.downscale
+            REFINER_SIZE_MULTIPLE
+            if arguments.get("refiner") is not None
+            else model.downscale_factor
         )
         height, width = (side + -side % multiple for side in image.shape[-2:])
         size = height, width

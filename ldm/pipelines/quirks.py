@@ -60,15 +60,15 @@ class Quirks:
     def get_sigmas(
         self, schedule: NoiseSchedule, steps: int, scheduler: str, rho: float | None = None
     ) -> Tensor:
-        """Return the noise levels of a run; as `NoiseSchedule.step_sigmas` without a quirk."""
+        """Return the noise levels of a run; as `NoiseSchedule.get_step_sigmas` without a quirk."""
         if "steps" in self and scheduler == "uniform":
             check_rho(rho, scheduler)
             return _compute_original_sigmas(schedule, steps)
-        return schedule.step_sigmas(steps, scheduler, rho)
+        return schedule.get_step_sigmas(steps, scheduler, rho)
 
     def get_denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
         """Return the model's denoiser; with quirks, v or x0 predictions are taken for eps."""
-        denoiser = replace(model.denoiser, nearest="nearest-sigma" in self)
+        denoiser = replace(model.denoiser, quantize_sigma="nearest-sigma" in self)
         v_as_eps = "plms-v" in self and sampler == "plms" and denoiser.parameterization == "v"
         x0_as_eps = "x0-eps" in self and denoiser.parameterization == "x0"
         if x0_as_eps and sampler == "dpm":

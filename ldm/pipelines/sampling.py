@@ -393,8 +393,8 @@ def _get_sampler_options(
         options["eta"] = eta = spec.eta if step_noise.eta is None else step_noise.eta
         if eta == 0 and not always_draws:
             options["noise_source"] = None  # nothing is drawn; the original drew noise, times 0
-    if spec.scales_time:
-        options["scale_time"] = schedule.scale_time
+    if spec.scales_timesteps:
+        options["scale_timestep"] = schedule.scale_timestep
     if spec.function == "dpmpp_2m" and is_continued:
         options["lower_order_final"] = False  # as its last step is not the last of the run
     return options

@@ -73,7 +73,7 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
     steps = model.defaults.steps if steps is None else steps
     scheduler = options.get("scheduler") or get_default_scheduler(model, sampler)
     if is_sdxl(model) and scheduler in SCHEDULERS:
-        scheduler = SCHEDULERS[scheduler].for_sdxl or scheduler
+        scheduler = SCHEDULERS[scheduler].sdxl_scheduler or scheduler
     sigmas = quirks.get_sigmas(model.schedule, steps, scheduler, rho)
     max_steps = SCHEDULERS[scheduler].max_steps or len(model.schedule)
     if SAMPLERS[sampler].skips_last_level and sigmas[-1] == 0 and steps < max_steps:
@@ -240,7 +240,7 @@ def _get_latent_size(
     """Return (h, w) of latents for `size` (H, W) in pixels; None = of `like`, else in training."""
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
-    downscale_factor = model.downscale
+    downscale_factor = model.downscale_factor
     height, width = map(operator.index, size)
     if any(pixels <= 0 or pixels % downscale_factor for pixels in (height, width)):
         raise ArgumentError(

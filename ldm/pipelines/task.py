@@ -67,9 +67,7 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
                 if (nearest := SUGGESTED_KEYWORDS.get(keyword, "")) in allowed:
                     message = f"unknown {description} `{keyword}`, did you mean `{nearest}`?"
                     raise UnknownName(message, keyword)
-                raise make_unknown_name_error(
-                    description, keyword, allowed[1:], argument=keyword
-                )
+                raise make_unknown_name_error(description, keyword, allowed[1:], argument=keyword)
             names = ("tiling", "clip_skip")
             context_options = {name: keywords.pop(name) for name in names if name in keywords}
             if isinstance(legacy := keywords.get("legacy"), str):

@@ -148,7 +148,7 @@ def img2img(
     source = _parse_source_prompt(source_prompt, options) if inversion else None
     padded = pad_to_multiple(image, _get_size_multiple(model, options))
     if upscaling is not None:
-        factor, like = (model.downscale, padded) if z is None else (1, z)
+        factor, like = (model.downscale_factor, padded) if z is None else (1, z)
         height, width = (side // factor for side in like.shape[-2:])
         upscaling.check_run(model, height, width, options.get("syntax", PLAIN))
     if z is None:
@@ -208,11 +208,13 @@ def inpaint(
         if options.get("refiner") is not None:  # the refiner does not read masks
             options["x_T"] = x_T = _get_initial_noise(options, noise_source, masked_z)
             image_z = encode_image(model, padded, n, noise_source) if z is None else z
-            constrain_refiner = _make_constraint(binary_mask, image_z, x_T, model.downscale)
+            constrain_refiner = _make_constraint(binary_mask, image_z, x_T, model.downscale_factor)
     else:
         z = encode_image(model, padded, n, noise_source)
         options["x_T"] = x_T = _get_initial_noise(options, noise_source, z)
-        constrain = constrain_refiner = _make_constraint(binary_mask, z, x_T, model.downscale)
+        constrain = constrain_refiner = _make_constraint(
+            binary_mask, z, x_T, model.downscale_factor
+        )
     images = generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise_source=noise_source, z=z,
         strength=strength, size=(padded.shape[-2], padded.shape[-1]), constrain=constrain,
@@ -297,7 +299,7 @@ def upscale(
     tile = model.image_size if tile is None else tile
     if options.get("unet_tile") is None:
         options["unet_tile"] = tile
-    size = (low_res.shape[-2] * model.downscale, low_res.shape[-1] * model.downscale)
+    size = (low_res.shape[-2] * model.downscale_factor, low_res.shape[-1] * model.downscale_factor)
     return generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise_source=noise_source, size=size,
         **options,
@@ -331,7 +333,7 @@ def upscale_rgbd(
     noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
     _check_noise_level(noise_level, model.conditioner.get(RGBDLatent).max_noise_level)
-    padded = pad_to_multiple(image, model.downscale)
+    padded = pad_to_multiple(image, model.downscale_factor)
     level = torch.full((n,), noise_level, device=model.device)
     inputs = {"rgbd": encode_image(model, padded, n, noise_source), "noise_level": level}
     images = generate(
@@ -381,7 +383,9 @@ def upscale_latent(
     if latent is None:
         if image is None:
             raise MissingArgument("neither an image nor a latent is given", "image")
-        check_sides_for_tiling(model, *(-(-side // model.downscale) for side in image.shape[-2:]))
+        check_sides_for_tiling(
+            model, *(-(-side // model.downscale_factor) for side in image.shape[-2:])
+        )
         latent = encode_image(model, image, n, noise_source)
     else:
         if image is not None:
@@ -402,7 +406,7 @@ def upscale_latent(
 
 def _get_size_multiple(model: LatentDiffusion, options: TextOptions) -> int:
     """Return the number of pixels that the sides of images must be multiples of."""
-    return model.downscale if options.get("refiner") is None else REFINER_SIZE_MULTIPLE
+    return model.downscale_factor if options.get("refiner") is None else REFINER_SIZE_MULTIPLE
 
 
 def _get_initial_noise(options: TextOptions, noise_source: NoiseSource, like: Tensor) -> Tensor:
@@ -446,7 +450,7 @@ def _invert_to_noise(
     # At strength 0 one step, as the last level may be 0.
     indices = quirks.find_first_step(strength, steps, total_steps)
     first, noise_index = (min(index, total_steps - 1) for index in indices)
-    height, width = (side * model.downscale for side in z.shape[-2:])
+    height, width = (side * model.downscale_factor for side in z.shape[-2:])
     sdxl = select_sdxl_options(options)
     micro_conds, _ = get_micro_conditions(model, sdxl, (height, width), Quirks())
     warn_about_prompts(model, [source])

@@ -207,7 +207,7 @@ def _run_model(model: LatentDiffusion, batch_size: int, size: int) -> Tensor:
         output = encoder.encode_tokens(torch.zeros(batch_size, encoder.length, dtype=torch.long))
         outputs += [output] if isinstance(output, Tensor) else output.tensors().values()
     outputs = [output for output in outputs if output.requires_grad]
-    side = size // model.downscale
+    side = size // model.downscale_factor
     outputs.append(
         run_on_zeros(model.unet, batch_size, (side, side), is_context_trained=bool(outputs))
     )

@@ -29,7 +29,7 @@ class Model(nn.Module):
         self.conditioner = Conditioner(text=text)
         torch.manual_seed(vae_seed)
         self.autoencoder = nn.Conv2d(3, 4, 3)
-        self.merged = None
+        self.merged_changes = None
 
 
 BUILDERS = {}  # by file name: function that builds the model of the file
@@ -145,7 +145,7 @@ def test_models_with_other_embeddings_are_kept_separately(cache, write_file, tmp
 
 def test_loras_are_removed_before_components_are_shared(cache, write_file, monkeypatch):
     def set_loras(model, loras):
-        model.merged = MergedChanges()
+        model.merged_changes = MergedChanges()
         calls.append((model, loras))
 
     monkeypatch.setattr("ldm.app.model_cache.set_loras", set_loras)

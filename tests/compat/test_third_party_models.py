@@ -369,7 +369,7 @@ def test_models_without_a_counterpart_are_refused():
 def test_settings_without_a_counterpart_are_refused(monkeypatch):
     modern = build_recorded_model(load_golden("e2e_txt2img"), "base_v")
     text = modern.conditioner.text
-    flipped = Schedule(modern.schedule.betas, flip_time=True)
+    flipped = Schedule(modern.schedule.betas, flip_timesteps=True)
     for owner, name, value, message in (
         (modern, "schedule", flipped, "timestep options"),
         (modern, "latent_std", torch.ones(1, 4, 1, 1), "standard deviation of latents"),

@@ -44,7 +44,7 @@ def test_twice_the_steps_give_almost_the_same_sample(sampler):
         return x * 0.25 / (0.25 + sigma**2)
 
     def sample(steps, paths):
-        sigmas = SCHEDULE.step_sigmas(steps, "karras")
+        sigmas = SCHEDULE.get_step_sigmas(steps, "karras")
         x = torch.randn(2, 4, 20, 20, generator=torch.Generator().manual_seed(1)) * sigmas[0]
         generator = torch.Generator().manual_seed(2)
         noise = lambda like: torch.randn(like.shape, generator=generator)  # noqa: E731

@@ -29,7 +29,7 @@ def test_a_perfect_network_gives_the_clean_latent_and_no_loss(z_and_noise, param
     z, noise = z_and_noise
 
     def network(z_t, t, **slots):
-        return denoiser.target(z, noise, t.round().long())
+        return denoiser.compute_target(z, noise, t.round().long())
 
     denoiser = Denoiser(network, SCHEDULE, parameterization)
     sigma = float(SCHEDULE.sigmas[t])
@@ -91,7 +91,7 @@ def test_scalings_are_the_recorded_ones(name):
         torch.testing.assert_close(schedule.sigma_to_t(sigma).float(), expected["c_noise"])
 
 
-SIGMAS_50 = SCHEDULE.step_sigmas(50, "sgm_uniform")[:-1].flip(0)
+SIGMAS_50 = SCHEDULE.get_step_sigmas(50, "sgm_uniform")[:-1].flip(0)
 DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
     "discrete_eps": ("eps", SCHEDULE),
     "discrete_v": ("v", SCHEDULE),
@@ -101,7 +101,7 @@ DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
     "discrete_eps_noflip": ("eps", Schedule(SCHEDULE.betas, flip_time=True)),
     "discrete_eps_zero": ("eps", Schedule(SCHEDULE.betas, append_zero=True)),
     "continuous_edm": ("edm", ContinuousSchedule()),
-    "continuous_eps": ("eps", ContinuousSchedule(log_time=False)),
+    "continuous_eps": ("eps", ContinuousSchedule(uses_log_sigma=False)),
     "continuous_v_edm": ("v", ContinuousSchedule()),
 }
 

@@ -94,7 +94,7 @@ def test_ddim_decodes_from_an_intermediate_step_as_recorded(parameterization, st
     golden = load_golden(f"ddim_{parameterization}")
     name = f"img2img_tenc{steps}"
     denoiser, shared = load_denoiser(f"ddim_{parameterization}"), golden.select("shared/")
-    sigmas = denoiser.schedule.step_sigmas(10)[-steps - 1 :]
+    sigmas = denoiser.schedule.get_step_sigmas(10)[-steps - 1 :]
     x = golden.outputs(name)["z_enc"] * (1 + sigmas[0] ** 2).sqrt().float()
     for output, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
         conds = Cond(shared["c"]), None if uncond is None else Cond(uncond)
@@ -118,7 +118,7 @@ def test_dpm_gives_the_recorded_samples_at_the_recorded_times(parameterization, 
     outputs = replay(golden, name, dpmpp_2m, denoiser, scheduler="time_uniform")
     golden.assert_close(name, samples=outputs["samples"])
     steps = golden.case(name)["info"]["S"]
-    t = denoiser.schedule.sigma_to_t(denoiser.schedule.step_sigmas(steps, "time_uniform")[:-1])
+    t = denoiser.schedule.sigma_to_t(denoiser.schedule.get_step_sigmas(steps, "time_uniform")[:-1])
     torch.testing.assert_close(t, golden.outputs(name)["model_times"].double(), rtol=0, atol=1e-3)
 
 
@@ -270,7 +270,7 @@ def test_dpm_solver_gives_the_numbers_of_k_diffusion(name, evaluations, eta, exp
     ("steps", "restart_steps", "restarts"), [(10, 0, 0), (20, 9, 1), (40, 10, 2)]
 )
 def test_restart_repeats_steps_from_a_higher_sigma(steps, restart_steps, restarts):
-    sigmas, evaluated, callbacks = SCHEDULE.step_sigmas(steps, "karras"), [], []
+    sigmas, evaluated, callbacks = SCHEDULE.get_step_sigmas(steps, "karras"), [], []
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         evaluated.append(sigma)
@@ -286,7 +286,7 @@ def test_restart_repeats_steps_from_a_higher_sigma(steps, restart_steps, restart
     if not restarts:
         assert torch.equal(used, sigmas[:-1].float())
         return
-    base = SCHEDULE.step_sigmas(steps - restart_steps * restarts, "karras")
+    base = SCHEDULE.get_step_sigmas(steps - restart_steps * restarts, "karras")
     low, high = (base[(base - sigma).abs().argmin()] ** (1 / 7) for sigma in (0.1, 2.0))
     expected = torch.linspace(high, low, restart_steps + 1, dtype=torch.float64)[:-1] ** 7
     for i in raised:
@@ -326,7 +326,7 @@ def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
     scheduler.set_timesteps(8)
     module = sys.modules[type(scheduler).__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.ones(shape))
-    sigmas = SCHEDULE.step_sigmas(8, "trailing")
+    sigmas = SCHEDULE.get_step_sigmas(8, "trailing")
     initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
     theirs = run_scheduler(scheduler, initial_x, sigmas)
     x = SAMPLERS["ddpm"](
@@ -349,7 +349,7 @@ def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
     scheduler.set_timesteps(steps)
     module = sys.modules[type(scheduler).__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.ones(shape))
-    sigmas = SCHEDULE.step_sigmas(steps, "tcd")
+    sigmas = SCHEDULE.get_step_sigmas(steps, "tcd")
     initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
     theirs = run_scheduler(scheduler, initial_x, sigmas, eta=eta)
     options = {"eta": eta, "scale_time": SCHEDULE.scale_time, "noise_source": torch.ones_like}

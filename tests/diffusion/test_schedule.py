@@ -51,14 +51,14 @@ def test_the_quirk_steps_gives_the_recorded_timesteps(steps):
     sigmas = Quirks(frozenset({"steps"})).get_sigmas(SCHEDULE, steps, "uniform")
     assert torch.equal(sigmas[:-1].flip(0), SCHEDULE.sigmas[expected.long()])
     if 1000 % steps == 0:
-        assert torch.equal(sigmas, SCHEDULE.step_sigmas(steps))
+        assert torch.equal(sigmas, SCHEDULE.get_step_sigmas(steps))
 
 
 @pytest.mark.parametrize("steps", [3, 9, 27, 37, 333, 1000])
 def test_step_counts_that_crash_the_original_are_refused_only_with_its_quirk(steps):
     with pytest.raises(ValueError, match=f"the original fails at {steps} steps"):
         Quirks(frozenset({"steps"})).get_sigmas(SCHEDULE, steps, "uniform")
-    assert len(SCHEDULE.step_sigmas(steps)) == steps + 1
+    assert len(SCHEDULE.get_step_sigmas(steps)) == steps + 1
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -66,7 +66,7 @@ def test_every_scheduler_descends_in_the_requested_number_of_steps(scheduler):
     limit = SCHEDULERS[scheduler].max_steps or 1000
     for schedule in (SCHEDULE, ContinuousSchedule(0.002, 120)):
         for steps in {min(number, limit) for number in (1, 2, 3, 30, 333, 1000)}:
-            sigmas = schedule.step_sigmas(steps, scheduler)
+            sigmas = schedule.get_step_sigmas(steps, scheduler)
             if scheduler != "ddim_uniform":  # which rounds the number of steps
                 assert len(sigmas) == steps + 1
             assert (sigmas.diff() <= 0).all()
@@ -81,21 +81,21 @@ def assert_close(sigmas, expected):
 def test_sigmas_of_sdxl_are_the_recorded_ones():
     for info, expected in list_cases("legacy_", "sdxl_discretization"):
         if "timesteps" in expected:
-            sigmas = SCHEDULE.step_sigmas(info["n"], "sgm_uniform")
+            sigmas = SCHEDULE.get_step_sigmas(info["n"], "sgm_uniform")
             assert torch.equal(sigmas[:-1], SCHEDULE.sigmas[expected["timesteps"]])
             assert_close(sigmas, expected["sigmas"])
     for _, expected in list_cases("turbo_", "sdxl_discretization"):
         steps = len(expected["sigmas"]) - 1
-        assert_close(SCHEDULE.step_sigmas(steps, "turbo"), expected["sigmas"])
+        assert_close(SCHEDULE.get_step_sigmas(steps, "turbo"), expected["sigmas"])
     for info, expected in list_cases("edm_", "sdxl_discretization"):
         if info["params"]:
             assert_close(edm_sigmas(SCHEDULE, info["n"], **info["params"]), expected["sigmas"])
         else:
-            assert_close(ContinuousSchedule().step_sigmas(info["n"], "karras"), expected["sigmas"])
+            assert_close(ContinuousSchedule().get_step_sigmas(info["n"], "karras"), expected["sigmas"])
     golden = load_golden("sdxl_discretization")
     short = Schedule(make_betas("linear", 500, linear_start=0.0001, linear_end=0.02))
-    assert_close(short.step_sigmas(10, "sgm_uniform"), golden.outputs("legacy_other")["s10"])
-    assert_close(short.step_sigmas(500, "sgm_uniform"), golden.outputs("legacy_other")["all"])
+    assert_close(short.get_step_sigmas(10, "sgm_uniform"), golden.outputs("legacy_other")["s10"])
+    assert_close(short.get_step_sigmas(500, "sgm_uniform"), golden.outputs("legacy_other")["all"])
     expected = golden.outputs("discrete_denoiser")
     assert_close(SCHEDULE.sigmas, expected["sigmas"])
     sigma = golden.inputs("discrete_denoiser")["sigma"]
@@ -109,7 +109,7 @@ def test_img2img_starts_at_the_sigma_at_which_a_base_ends_for_a_refiner():
         for info, expected in list_cases(prefix, "sdxl_discretization"):
             if "n" in info and "strength" in info:
                 n = info["n"]
-                sigmas = SCHEDULE.step_sigmas(n, "sgm_uniform")
+                sigmas = SCHEDULE.get_step_sigmas(n, "sgm_uniform")
                 first, _ = quirks.find_first_step(info["strength"], n, n)
                 used = sigmas[first:] if prefix == "img2img_" else sigmas[: first + 1]
                 assert_close(used, expected["sigmas"])
@@ -122,7 +122,7 @@ def test_leading_steps_equal_diffusers(diffusers, steps):
     options |= {"timestep_spacing": "leading", "steps_offset": 1}
     scheduler = diffusers.EulerDiscreteScheduler(**options)
     scheduler.set_timesteps(steps)
-    assert_close(SCHEDULE.step_sigmas(steps, "leading"), scheduler.sigmas)
+    assert_close(SCHEDULE.get_step_sigmas(steps, "leading"), scheduler.sigmas)
 
 
 def test_sigma_and_t_are_inverse():
@@ -138,13 +138,13 @@ def test_errors_name_the_allowed_values():
     with pytest.raises(ValueError, match="choose one of linear, sqrt_linear"):
         make_betas("quadratic")
     with pytest.raises(ValueError, match="choose one of uniform"):
-        SCHEDULE.step_sigmas(10, "even")
+        SCHEDULE.get_step_sigmas(10, "even")
     with pytest.raises(ValueError, match="1 … 1000, got 1001"):
-        SCHEDULE.step_sigmas(1001)
+        SCHEDULE.get_step_sigmas(1001)
     with pytest.raises(ValueError, match="1 … 10 with scheduler `turbo`, got 11"):
-        SCHEDULE.step_sigmas(11, "turbo")
+        SCHEDULE.get_step_sigmas(11, "turbo")
     with pytest.raises(ValueError, match="`normal` takes no rho, only karras, polyexponential"):
-        SCHEDULE.step_sigmas(5, "normal", rho=2)
+        SCHEDULE.get_step_sigmas(5, "normal", rho=2)
 
 
 # Five sigmas of Stable Diffusion's schedule, from ComfyUI (`normal`, `simple`, `beta`, `ays`) and
@@ -165,14 +165,14 @@ SIGMAS = {
 @pytest.mark.parametrize("scheduler", SIGMAS)
 def test_sigmas_are_those_of_comfyui_and_a1111(scheduler):
     expected = torch.tensor([*SIGMAS[scheduler], 0.0], dtype=torch.float64)
-    torch.testing.assert_close(SCHEDULE.step_sigmas(5, scheduler), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(SCHEDULE.get_step_sigmas(5, scheduler), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8, 50])
 def test_sigmas_of_consistency_models_are_those_of_diffusers(diffusers, steps):
     scheduler = diffusers.TCDScheduler()
     scheduler.set_timesteps(steps)
-    lcm, tcd = (SCHEDULE.step_sigmas(steps, name) for name in ("lcm", "tcd"))
+    lcm, tcd = (SCHEDULE.get_step_sigmas(steps, name) for name in ("lcm", "tcd"))
     for sigmas in (lcm, tcd):
         assert torch.equal(sigmas[:-1], SCHEDULE.sigmas[scheduler.timesteps])
     assert tcd[-1] == SCHEDULE.sigmas[0]
@@ -180,10 +180,10 @@ def test_sigmas_of_consistency_models_are_those_of_diffusers(diffusers, steps):
 
 def test_polyexponential_sigmas_with_rho_are_those_of_k_diffusion():
     expected = [14.614641, 0.962907, 0.137996, 0.043017, 0.029167, 0.0]
-    sigmas = SCHEDULE.step_sigmas(5, "polyexponential", rho=2.0)
+    sigmas = SCHEDULE.get_step_sigmas(5, "polyexponential", rho=2.0)
     assert sigmas.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_ten_steps_of_align_your_steps_are_not_interpolated():
-    sigmas = SCHEDULE.step_sigmas(10, "ays_xl")
+    sigmas = SCHEDULE.get_step_sigmas(10, "ays_xl")
     assert sigmas[1:3].tolist() == pytest.approx([6.3184485287, 3.7681790315])

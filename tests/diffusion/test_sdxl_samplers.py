@@ -63,7 +63,7 @@ def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: 
     denoiser = make_denoiser(info["denoiser"])
     is_edm = get_class_name(info["discretization"]) == "EDMDiscretization"
     scheduler = "edm" if "params" in info["discretization"] else "karras"
-    sigmas = denoiser.schedule.step_sigmas(steps, scheduler if is_edm else "sgm_uniform")
+    sigmas = denoiser.schedule.get_step_sigmas(steps, scheduler if is_edm else "sgm_uniform")
     cond, uncond = read_conditions(golden)
     guider = info["guider"] or {}
     scale = guider.get("params", {}).get("scale", 1.0)
@@ -99,7 +99,7 @@ def test_turbo_sampling_equals_the_recorded_one(steps: int) -> None:
     noise = (torch.from_numpy(array).float() for array in arrays)
     denoiser = make_denoiser("EpsScaling")
     cond, _ = read_conditions(golden)
-    sigmas = SCHEDULE.step_sigmas(steps, "turbo")
+    sigmas = SCHEDULE.get_step_sigmas(steps, "turbo")
     initial_x = next(noise) * (1 + float(sigmas[0]) ** 2) ** 0.5
     x = SAMPLERS["euler_a"](
         add_guidance(denoiser, cond[:1]), initial_x, sigmas, noise_source=lambda like: next(noise)

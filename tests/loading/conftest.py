@@ -74,7 +74,7 @@ def tiny_state(tiny_yaml) -> dict[str, torch.Tensor]:
     """Random weights by the original's names, schedule tables included."""
     torch.manual_seed(0)
     model = instantiate(read_yaml(tiny_yaml), where="tiny.yaml")
-    state = restore_names(model.state_dict(), model.schedule.buffers())
+    state = restore_names(model.state_dict(), model.schedule.compute_buffers())
     return {name: torch.randn_like(v) if v.dim() > 1 else v for name, v in state.items()}
 
 

@@ -162,7 +162,7 @@ def test_the_denoiser_is_built_as_the_config_says():
     params["scaling_config"] = {"target": "x.EDMScaling", "params": {"sigma_data": 1.0}}
     model = build(raw)
     assert model.denoiser.sigma_data == 1
-    assert (model.schedule.flip_time, model.schedule.append_zero) == (True, True)
+    assert (model.schedule.flip_timesteps, model.schedule.append_zero) == (True, True)
     table = make_buffers(model)["denoiser.sigmas"]
     assert len(table) == 1001
     assert table[0] == model.schedule.sigmas[-1].float()
@@ -203,7 +203,7 @@ def test_families_are_recognised(full, config, markers, detected):
     model = translate_config(raw)["params"]
     assert not weights.prediction_type.is_disputed
     if detected == "sd_xl_cosxl":
-        expected = {"sigma_min": 0.002, "sigma_max": 90.0, "log_time": True}
+        expected = {"sigma_min": 0.002, "sigma_max": 90.0, "uses_log_sigma": True}
         assert model["schedule"]["params"] == expected
     if detected == "playground-v2.5":
         assert model["latent_mean"] == [1.0] * 4

@@ -120,7 +120,7 @@ def test_names_and_shapes_are_the_original_ones_at_full_size(name):
     with meta_device():
         autoencoder = AutoencoderKL(ddconfig=ddconfig, embed_dim=embed_dim)
     assert get_shapes(autoencoder) == read_recorded_shapes(f"vae_{name}")
-    assert autoencoder.downscale == 2 ** (len(ddconfig["ch_mult"]) - 1)
+    assert autoencoder.downscale_factor == 2 ** (len(ddconfig["ch_mult"]) - 1)
 
 
 def test_diffusers_computes_the_same(diffusers):

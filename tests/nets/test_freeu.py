@@ -25,12 +25,12 @@ def test_low_frequencies_are_those_of_the_fourier_transform(size):
     assert (half - filter_skip(x, 0.3)).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("by_mean", [False, True])
-def test_both_versions_are_their_formulas_sample_by_sample(by_mean):
+@pytest.mark.parametrize("is_version_2", [False, True])
+def test_both_versions_are_their_formulas_sample_by_sample(is_version_2):
     x, t, context = make_tiny_inputs()
     unet = build_tiny_unet()
     inputs, outputs = [], []
-    freeu = FreeU([(1.4, 0.3), None, (1.2, 0.6), None], by_mean)
+    freeu = FreeU([(1.4, 0.3), None, (1.2, 0.6), None], is_version_2)
 
     def spy(i, h, skip):
         inputs.append((h, skip))
@@ -44,7 +44,7 @@ def test_both_versions_are_their_formulas_sample_by_sample(by_mean):
         b, s = factors or (1, 1)
         mean = h.double().mean(1, keepdim=True)
         low, high = (f(mean, (2, 3), keepdim=True) for f in (torch.amin, torch.amax))
-        factor = (b - 1) * (mean - low) / (high - low) + 1 if by_mean else b
+        factor = (b - 1) * (mean - low) / (high - low) + 1 if is_version_2 else b
         expected = h.double()
         expected[:, : h.shape[1] // 2] *= factor
         assert (h_out - expected).abs().max() < 1e-5
@@ -52,5 +52,5 @@ def test_both_versions_are_their_formulas_sample_by_sample(by_mean):
 
 
 def test_a_sample_without_contrast_stays_finite():
-    h, _ = FreeU([(1.4, 1.0)], by_mean=True)(0, torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2))
+    h, _ = FreeU([(1.4, 1.0)], is_version_2=True)(0, torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2))
     assert torch.equal(h, torch.ones(1, 4, 2, 2))

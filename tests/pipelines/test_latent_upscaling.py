@@ -51,7 +51,9 @@ def test_the_loss_with_variance_equals_the_recorded_one(model):
     prediction, log_variance = model.unet.predict_with_log_variance(
         z_t, sigma.log() / 4, inputs["hidden"], vector, inputs["padding"] == 0
     )
-    error = prediction - model.denoiser.target(inputs["clean"], inputs["noise"], sigma.log() / 4)
+    error = prediction - model.denoiser.compute_target(
+        inputs["clean"], inputs["noise"], sigma.log() / 4
+    )
     loss = ((error.square().mean((1, 2, 3)) * (-log_variance).exp()) + log_variance) / 2
     loss.mean().backward()
     assert_close(loss.detach(), expected["loss"])
@@ -106,7 +108,7 @@ def test_images_equal_those_of_diffusers(model, name, monkeypatch):
     info, inputs, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
     if info["interpolation_type"] == "linear":
         betas = make_betas("linear", linear_start=0.00085, linear_end=0.012)
-        schedule = Schedule(betas, log_time=True, quantize_time=False)
+        schedule = Schedule(betas, uses_log_sigma=True, quantize_c_noise=False)
         monkeypatch.setattr(model, "schedule", schedule)
     image = inputs.get("image")
     latents: list[Tensor] = []

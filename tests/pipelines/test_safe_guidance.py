@@ -95,7 +95,7 @@ def test_runs_equal_the_recorded_ones(model, name):
         legacy=["sld-off"],
     )
     noise = file.case(name)["noise_mkldnn_off_1thread"]
-    sigmas = model.schedule.step_sigmas(info["steps"], "leading")
+    sigmas = model.schedule.get_step_sigmas(info["steps"], "leading")
     z_ts = expected["x_after"][1:] if is_pndm else expected["x_after"]
     for (x, _), sigma, z_t in zip(steps[:-1], sigmas[1:], z_ts, strict=False):
         limit = 1e-4 * float(z_ts.abs().max()) + 10 * noise["x_after"]

@@ -246,7 +246,7 @@ def test_options_without_effect_are_warned_of(model, options, message):
 
 
 def test_an_inversion_without_guidance_takes_no_scale(model):
-    cond, sigmas = model.condition({"txt": ["a"]}), model.schedule.step_sigmas(2)
+    cond, sigmas = model.condition({"txt": ["a"]}), model.schedule.get_step_sigmas(2)
     with pytest.raises(ArgumentError, match="scale needs uncond"):
         invert(model, LATENT, cond, sigmas=sigmas, scale=3.0)
 
@@ -297,7 +297,7 @@ def test_cfg_pp_computes_the_unconditional_estimate_at_any_scale(image):
 
 
 def test_given_sigmas_are_used(model):
-    sigmas = model.schedule.step_sigmas(3, "karras").tolist()
+    sigmas = model.schedule.get_step_sigmas(3, "karras").tolist()
     images = [
         run(model, ["a"], seeds=7, sampler="euler", **options)
         for options in (
@@ -314,10 +314,10 @@ def test_the_last_level_is_skipped_where_a1111_does(model):
     def get_levels(sampler, **options):
         return get_sigmas(model, Quirks(), {"sampler": sampler, "steps": 5, **options})
 
-    longer = model.schedule.step_sigmas(6, "karras")
+    longer = model.schedule.get_step_sigmas(6, "karras")
     skipped = torch.cat([longer[:-2], longer[-1:]])
     assert torch.equal(get_levels("dpm2", scheduler="karras"), skipped)
-    five = model.schedule.step_sigmas(5, "karras")
+    five = model.schedule.get_step_sigmas(5, "karras")
     assert torch.equal(get_levels("dpmpp_2m", scheduler="karras"), five)
     assert len(get_levels("dpm2_a", scheduler="uniform")) == 6
 
@@ -346,7 +346,7 @@ def test_legacy_inversion_equals_the_recorded_one(kind):
         parameterization=kind,
     )
     cond, uncond = Cond(shared["c"]), Cond(shared["uc"])
-    options = {"sigmas": denoiser.schedule.step_sigmas(10)[-7:], "legacy": {"encode"}}
+    options = {"sigmas": denoiser.schedule.get_step_sigmas(10)[-7:], "legacy": {"encode"}}
     z = invert(model, shared["x0"], cond, **options)
     guided = invert(model, shared["x0"], cond, uncond, scale=2.0, **options)
     file.assert_close("encode", z=z, z_cfg=guided)

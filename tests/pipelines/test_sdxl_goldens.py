@@ -204,7 +204,7 @@ def test_base_and_refiner_may_sample_differently(name: str) -> None:
     file = recorded("sdxl_e2e_refine")
     info, base, refiner = file.case(name)["info"], load_model("base"), load_model("refiner")
     draws = iter(file.draws(name))
-    sigmas = base.schedule.step_sigmas(info["steps"], "sgm_uniform")
+    sigmas = base.schedule.get_step_sigmas(info["steps"], "sgm_uniform")
     end_step = len(file.outputs(name)["sigmas_base"]) - 1
     options = {"scale": info["guidance"], "legacy": DEMO, "noise_source": lambda like: next(draws)}
     z_t = sample(
@@ -213,7 +213,7 @@ def test_base_and_refiner_may_sample_differently(name: str) -> None:
     )  # fmt: skip
     std = float(1 + sigmas[end_step] ** 2) ** 0.5
     assert_latents_close(z_t * std, file.outputs(name)["z_base"])
-    sigmas = refiner.schedule.step_sigmas(info["refiner_steps"], "sgm_uniform")
+    sigmas = refiner.schedule.get_step_sigmas(info["refiner_steps"], "sgm_uniform")
     sigmas = sigmas[-len(file.outputs(name)["sigmas_refiner"]) :]
     z = sample(
         refiner, *make_conditions(refiner, info["prompt"]), sigmas=sigmas,

@@ -113,7 +113,7 @@ def test_a_refiner_of_nine_channels_keeps_what_is_outside_the_mask(strength: flo
     order = (1, 2) if strength == 1 else (2, 1)  # of the initial noise and the image's
     posterior = base.autoencoder.encode(image)
     z = base.normalize(posterior.mean + posterior.std * draws[order[1]])
-    sigma = float(base.schedule.step_sigmas(4, "sgm_uniform")[3])
+    sigma = float(base.schedule.get_step_sigmas(4, "sgm_uniform")[3])
     expected = (z + sigma * draws[order[0]]) / (1 + sigma**2) ** 0.5
     torch.testing.assert_close(z_t[..., 4:], expected[..., 4:], rtol=0, atol=1e-5)
     assert (z_t[..., :4] - expected[..., :4]).abs().max() > 0.01

@@ -91,7 +91,7 @@ def test_sizes_follow_the_image_and_negative_ones_the_positive():
 )
 def test_the_handover_is_at_a_step(options, legacy, index):
     schedule = build_model("xl").schedule
-    sigmas = schedule.step_sigmas(50, "sgm_uniform")
+    sigmas = schedule.get_step_sigmas(50, "sgm_uniform")
     assert find_handover(schedule, sigmas, options, Quirks(frozenset(legacy))) == index
 
 

@@ -48,7 +48,9 @@ def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
     criterion = build_criterion(params)
     cond, noise = Cond(crossattn=shared["c"]), shared["noise"]
     denoiser = Denoiser(unet, SCHEDULE, params.get("parameterization", "eps"))
-    losses = criterion(denoiser.error(shared["x_start"], cond, shared["t"], noise), shared["t"])
+    losses = criterion(
+        denoiser.compute_error(shared["x_start"], cond, shared["t"], noise), shared["t"]
+    )
     assert losses["t"].equal(shared["t"])
     assert losses["loss_per_sample"].mean() == pytest.approx(float(losses["loss_simple"]), rel=1e-6)
     if mode == "train":
@@ -77,7 +79,7 @@ def test_loss_of_drawn_timesteps_and_noise_equals_the_originals() -> None:
     t, noise = golden.draws("forward_rng")
     denoiser = Denoiser(build_unet(golden, "config_eps_l2"), SCHEDULE)
     with torch.no_grad():
-        error = denoiser.error(shared["x_start"], Cond(crossattn=shared["c"]), t, noise)
+        error = denoiser.compute_error(shared["x_start"], Cond(crossattn=shared["c"]), t, noise)
         loss = build_criterion({})(error, t)["loss"]
     torch.testing.assert_close(loss, golden.outputs("forward_rng")["loss"], rtol=1e-5, atol=1e-6)
 
@@ -90,7 +92,7 @@ def test_two_steps_of_adamw_equal_the_originals() -> None:
     optimizer = make_optimizer(unet, 1e-3)
     for step in range(2):
         cond, t, noise = Cond(crossattn=inputs["c"]), inputs["t"], inputs["noise"].roll(step, 0)
-        loss = criterion(denoiser.error(inputs["x_start"], cond, t, noise), t)["loss"]
+        loss = criterion(denoiser.compute_error(inputs["x_start"], cond, t, noise), t)["loss"]
         torch.testing.assert_close(loss.detach(), recorded[f"loss{step}"], rtol=1e-4, atol=1e-5)
         optimizer.zero_grad()
         loss.backward()

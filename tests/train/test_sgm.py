@@ -254,7 +254,7 @@ def compute_engine_loss(
     criterion = Criterion(model.schedule, model.parameterization, **options)
     shared = golden.select("shared/")
     cond = model.conditioner(shared, drop, legacy=("independent-dropout",))
-    losses = criterion(model.denoiser.error(shared["x"], cond, t, noise), t)
+    losses = criterion(model.denoiser.compute_error(shared["x"], cond, t, noise), t)
     return {**losses, "per_sample": criterion.compute_weights(t) * losses["loss_per_sample"]}
 
 

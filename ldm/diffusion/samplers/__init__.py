@@ -45,5 +45,5 @@ _FUNCTIONS = {name: value for module in _MODULES for name, value in vars(module)
 
 # Rows of `ldm.diffusion.names.SAMPLERS` say which function of these modules each name stands for.
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    name: _FUNCTIONS[sampler.function] for name, sampler in names.SAMPLERS.items()
+    name: _FUNCTIONS[sampler.function_name] for name, sampler in names.SAMPLERS.items()
 }

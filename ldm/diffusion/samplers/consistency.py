@@ -29,7 +29,7 @@ def tcd(
     sigmas: Tensor,
     *,
     eta: float = 0.3,
-    scale_time: Callable[[float, float], float] = lambda sigma, factor: factor * sigma,
+    scale_timestep: Callable[[float, float], float] = lambda sigma, factor: factor * sigma,
     noise_source: NoiseSource | None = None,
 ) -> Steps:
     """Sample by TCD (arXiv:2402.19159): step below the next level, then add noise up to it.
@@ -38,12 +38,12 @@ def tcd(
 
     Args:
         eta: The paper's gamma, 0 … 1: 0 is DDIM, 1 steps down to the lowest level.
-        scale_time: (sigma, factor) -> the noise level at `factor` times the timestep of sigma, see
-            `NoiseSchedule.scale_time`.
+        scale_timestep: (sigma, factor) -> the noise level at `factor` times the timestep of sigma, see
+            `NoiseSchedule.scale_timestep`.
     """
     for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
-        sigma_down = min(scale_time(sigma_next, 1 - eta), sigma_next)
+        sigma_down = min(scale_timestep(sigma_next, 1 - eta), sigma_next)
         x = denoised + (x - denoised) * (sigma_down / sigma)
         if noise_source:
             x = x + noise_source(x) * math.sqrt(sigma_next**2 - sigma_down**2)

@@ -40,7 +40,7 @@ class PreparedTask:
     def get_output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         """Return (height, width) of the images in pixels: as requested, else the model's own."""
         height, width = self.request.sampling.size
-        native_height, native_width = (side * model.downscale for side in model.latent_size)
+        native_height, native_width = (side * model.downscale_factor for side in model.latent_size)
         return height or native_height, width or native_width
 
     def set_up(self, model: "LatentDiffusion") -> None:

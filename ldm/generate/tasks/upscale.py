@@ -81,7 +81,7 @@ class UpscaleTask(PreparedImageTask):
             raise ArgumentError("only LDM3D-SR takes a target size", "target_size")
         if family == "latent-upscaling":
             return 2 * height, 2 * width
-        return height * model.downscale, width * model.downscale
+        return height * model.downscale_factor, width * model.downscale_factor
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
@@ -132,7 +132,7 @@ class UpscaleLatentTask(PreparedTask):
             )
         self.latent.normalize(model)  # raises ArgumentError
         height, width = self.latent.latent.shape[-2:]
-        return 2 * height * model.downscale, 2 * width * model.downscale
+        return 2 * height * model.downscale_factor, 2 * width * model.downscale_factor
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"

@@ -42,11 +42,11 @@ from ldm.loading.find_variant import detect_first_lora_variant, warn_if_distille
 from ldm.loading.variants import is_variant_fixed, set_variant
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import (
-    Addition,
     LoRALayer,
     MergedChanges,
     Target,
     WeightChange,
+    WeightDelta,
     merge_changes,
 )
 from ldm.nets.lycoris import Adapter, build_change
@@ -129,17 +129,17 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
         ValueError, FileNotFoundError: As `ldm.load`; the model is unchanged.
     """
     check_model(model)
-    if model.merged is None and model.provenance.get("loras"):
+    if model.merged_changes is None and model.provenance.get("loras"):
         raise ArgumentError(
             f"{quote_name(model)} was loaded with loras, which cannot be removed: load it without",
             "loras",
         )
     pairs = parse_loras(files)
     requested = [(str(path), _read_modification_time(path), weight) for path, weight in pairs]
-    if model.merged is not None and model.merged.loras == requested:
+    if model.merged_changes is not None and model.merged_changes.loras == requested:
         return
     loras = read_loras(model, pairs)
-    merged = model.merged = model.merged or MergedChanges()
+    merged = model.merged_changes = model.merged_changes or MergedChanges()
     unload_all()  # the weights of offloaded components are changed on the CPU
     for encoder in model.conditioner.find_all(TextEncoder):
         for token in merged.tokens:
@@ -230,7 +230,7 @@ def _warn_about_order(files: Sequence[LoRAFile]) -> None:
     counts: Counter[Target] = Counter()
     paths = []
     for file in files:
-        targets = {c.target for c in file.changes if not isinstance(c, Addition)}
+        targets = {c.target for c in file.changes if not isinstance(c, WeightDelta)}
         counts.update(targets)
         paths += [file.path.name] if targets else []
     if counts and max(counts.values()) > 1:

@@ -22,7 +22,7 @@ from ldm.loading.convert import fill_lora_components
 from ldm.loading.families import FAMILIES
 from ldm.loading.merge import ModelFile, check_compatible, read_model_file
 from ldm.model import LatentDiffusion
-from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, sum_additions
+from ldm.nets.lora import LoRA, LoRALayer, Target, WeightDelta, sum_deltas
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingArgument, WeightsMismatch
 
 __all__ = [
@@ -204,11 +204,11 @@ def join_loras(
         ValueError: As `read_changes`.
     """
     names: dict[Target, str] = {}
-    additions: dict[Target, list[Addition]] = {}
+    additions: dict[Target, list[WeightDelta]] = {}
     other_tensors: dict[str, Tensor] = {}
     for path, weight in files:
         for name, change in read_changes(path, model, weight):
-            if not isinstance(change, Addition):
+            if not isinstance(change, WeightDelta):
                 raise FileFormatError(
                     f"`{path}` scales or rotates weights (DoRA, (IA)^3, GLoRA, OFT, BOFT), which "
                     "a LoRA cannot do: merge it into a checkpoint with `convert`, then extract a "
@@ -223,7 +223,7 @@ def join_loras(
         progress(1)
         if target.weight.dim() == 1:
             name = f"{names[target]}.{_get_1d_role(target)}"
-            other_tensors[name] = sum_additions(target_additions)
+            other_tensors[name] = sum_deltas(target_additions)
             continue
         u, s, vh = _decompose_sum(target_additions, is_limited=limits != NO_LIMITS)
         rank = min(limits.count_kept(s), int(s.count_nonzero()))
@@ -276,7 +276,7 @@ def compute_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _decompose_sum(
-    additions: Sequence[Addition], *, is_limited: bool
+    additions: Sequence[WeightDelta], *, is_limited: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (m, k), S (k,), Vh (k, n) whose product is the sum of the additions.
 
@@ -284,7 +284,7 @@ def _decompose_sum(
     """
     plain = [addition for addition in additions if isinstance(addition, LoRALayer)]
     if len(plain) < len(additions):
-        u, s, vh = compute_svd(sum_additions(additions).flatten(1))
+        u, s, vh = compute_svd(sum_deltas(additions).flatten(1))
         rank = int(s.count_nonzero())
         return u[:, :rank], s[:rank], vh[:rank]
     up = torch.cat([a.lora_up.weight.flatten(1).double() * float(a.scale) for a in plain], 1)

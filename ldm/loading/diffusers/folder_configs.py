@@ -112,7 +112,7 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> FolderFiles:
     side = _get_training_size(model)
     height, width = model.latent_size
     sample_size = side if height == width else [height, width]
-    image_size = side * model.downscale
+    image_size = side * model.downscale_factor
     files: FolderFiles = {
         layout.UNET_CONFIG: networks.make_unet_config(model.unet, sample_size),
         layout.VAE_CONFIG: networks.make_vae_config(vae, model.scale_factor, image_size),

@@ -60,7 +60,7 @@ def make_upscaler_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> J
     files: JsonObject = {
         UNET_CONFIG: _make_unet_config(model),
         VAE_CONFIG: networks.make_vae_config(
-            params["autoencoder"]["params"], model.scale_factor, side * model.downscale
+            params["autoencoder"]["params"], model.scale_factor, side * model.downscale_factor
         ),
         SCHEDULER_CONFIG: _make_scheduler_config(model, params["schedule"]["params"]),
         **encoders.make_text_files(model.conditioner.get(TextEncoder)),

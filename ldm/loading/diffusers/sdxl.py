@@ -56,7 +56,7 @@ def make_sdxl_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonO
     side = max(model.latent_size)
     unet = networks.make_unet_config(model.unet, side, size_embed_dim=embed_dims.pop())
     vae = networks.make_vae_config(
-        params["autoencoder"]["params"], model.scale_factor, side * model.downscale
+        params["autoencoder"]["params"], model.scale_factor, side * model.downscale_factor
     )
     vae["force_upcast"] = model.upcast_autoencoder
     for key, statistic in (("latents_mean", model.latent_mean), ("latents_std", model.latent_std)):

@@ -56,7 +56,7 @@ class Evaluator:
         if not run.ranks.is_main_process:  # the others compute no metrics
             return
         if options.reference is not None:
-            side = model.image_size * model.downscale
+            side = model.image_size * model.downscale_factor
             self.reference = ImageSet("reference", list_images(options.reference), side=side)
             self.extractor = load_extractor(options.inception, options.resize, run.device)
         clip = find_clip(options.clip)

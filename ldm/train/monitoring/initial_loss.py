@@ -138,7 +138,7 @@ def compare_with_baseline(
     configured = model.parameterization
     names = ["edm"] if configured == "edm" else [p for p in PARAMETERIZATIONS if p != "edm"]
     for name in names:
-        target = replace(model.denoiser, parameterization=name).target(z, noise, t)
+        target = replace(model.denoiser, parameterization=name).compute_target(z, noise, t)
         losses[name] = float((prediction - target).square().mean())
         baseline_losses[name] = float(_compute_baseline_loss(x, target))
     ratios = {name: losses[name] / baseline_losses[name] for name in losses}

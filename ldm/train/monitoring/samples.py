@@ -98,7 +98,7 @@ def sample_images(
     """
     batch = collate(list(samples))
     height, width = batch["jpg"].shape[-2:]
-    latent_size = (height // model.downscale, width // model.downscale)
+    latent_size = (height // model.downscale_factor, width // model.downscale_factor)
     batch = model.prepare(to_device(batch, model.device), latent_size)
     cond = model.condition(batch)
     dropout: DropRate = 1.0

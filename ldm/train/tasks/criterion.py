@@ -22,7 +22,7 @@ class Criterion(nn.Module):
         loss = l_simple_weight mean(l / exp(logvar_t) + logvar_t) + original_elbo_weight mean(w_t l)
 
     where l is the mean squared (or absolute) error of each sample times `compute_weights`, and w is
-    `Schedule.vlb_weights`. It is a module, as `logvar` may be learned.
+    `Schedule.compute_vlb_weights`. It is a module, as `logvar` may be learned.
 
     Args:
         parameterization: What the network predicts: "eps", "v", "x0" or "edm".
@@ -55,7 +55,7 @@ class Criterion(nn.Module):
         super().__init__()
         self.vlb_weights: Tensor | None = None  # (T,)
         if isinstance(self.schedule, Schedule) and self.parameterization != "edm":
-            self.vlb_weights = self.schedule.vlb_weights(self.parameterization).float()
+            self.vlb_weights = self.schedule.compute_vlb_weights(self.parameterization).float()
         elif self.original_elbo_weight:
             raise ArgumentError(
                 "original_elbo_weight needs discrete timesteps, and a prediction of eps, v or x0"

@@ -160,7 +160,9 @@ class DiffusionTask(Task):
         cond = model.condition(batch, self.conditioning_dropout_prob, generator, self.legacy)
 
         # Predict, and compute the loss of the error.
-        losses: Losses = self.criterion(model.denoiser.error(z, cond, t, noise, input_noise), t)
+        losses: Losses = self.criterion(
+            model.denoiser.compute_error(z, cond, t, noise, input_noise), t
+        )
         return losses
 
     def _make_first_stage_autocast(self) -> AbstractContextManager[object]:
