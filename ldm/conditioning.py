@@ -1,6 +1,6 @@
 """Conditioning of the UNet: a `Conditioner` runs `Encoder`s, whose outputs form a `Cond`.
 
-An encoder's output reaches the UNet through one of three slots of `Cond`:
+The output of an encoder reaches the UNet through one of three slots of `Cond`:
 
     crossattn (B, N, D)     tokens for the cross-attention layers        a prompt
     concat    (B, C, h, w)  channels concatenated to the noisy latent    a mask, a depth map
@@ -24,7 +24,7 @@ __all__ = [
     "repeat_to_equal_length", "zero_samples",
 ]  # fmt: skip
 
-Batch = Mapping[str, Any]  # tensors, lists of texts and lists of images, by key
+Batch = Mapping[str, Any]  # tensors, lists of texts or lists of images, by key
 Config = Mapping[str, Any]  # keys as in a YAML file
 Slot = Literal["crossattn", "concat", "vector"]
 JoinAxis = Literal["tokens", "features"]
@@ -79,11 +79,11 @@ class Cond:
 
     def repeat(self, n: int) -> "Cond":
         """Repeat each sample n times: 0, 0, 1, 1, … for n = 2."""
-        tensors = self.tensors().items()
-        return Cond(**{name: value.repeat_interleave(n, dim=0) for name, value in tensors})
+        fields = self.tensors().items()
+        return Cond(**{name: value.repeat_interleave(n, dim=0) for name, value in fields})
 
     def join(self, other: "Cond", axis: JoinAxis = "tokens") -> "Cond":
-        """Add another condition of the same samples, and concatenate the fields that both have.
+        """Add the fields of another condition of the same samples; concatenate those in both.
 
         Args:
             axis: Axis along which `crossattn` is concatenated, "tokens" (1) or "features" (2); all
@@ -109,9 +109,9 @@ class Cond:
         return Cond(**joined)
 
     def zero_samples(self, mask: Tensor) -> "Cond":
-        """Return a copy in which samples are zero where a mask (B,) is true.
+        """Return a copy in which samples are zero where the mask (B,) is true.
 
-        `context_mask` is unchanged, as attention without any token is undefined.
+        `context_mask` is unchanged, as attention to no token at all is undefined.
         """
         zeroed = {name: zero_samples(value, mask) for name, value in self.tensors().items()}
         return replace(Cond(**zeroed), context_mask=self.context_mask)
@@ -125,15 +125,15 @@ class Composition:
 
     Args:
         cond: Conditions of all M subprompts of the batch.
-        rows: Index in the batch of each subprompt's sample, int64 (M,).
+        sample_indices: Index in the batch of each subprompt's sample, int64 (M,).
         weights: Guidance weight of each subprompt, (M,).
-        samples: Batch size, B.
+        batch_size: Number of samples, B.
     """
 
     cond: Cond
-    rows: Tensor
+    sample_indices: Tensor
     weights: Tensor
-    samples: int
+    batch_size: int
 
     def __len__(self) -> int:
         return self.batch_size
@@ -143,11 +143,11 @@ class Composition:
 
         Args:
             uncond: Predictions u (B, C, h, w) for the negative prompts.
-            predictions: Predictions c (M, C, h, w) for the subprompts, whose weights are w.
+            predictions: Predictions c (M, C, h, w) for the subprompts, with weights w.
         """
-        rows = self.sample_indices.to(uncond.device)
+        indices = self.sample_indices.to(uncond.device)
         weights = self.weights.to(uncond).view(-1, *[1] * (uncond.dim() - 1))
-        return uncond.index_add(0, rows, weights * (predictions - uncond[rows]))
+        return uncond.index_add(0, indices, weights * (predictions - uncond[indices]))
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,14 @@ class ScheduledCond:
     """Conditions that change during sampling (prompt editing).
 
     Args:
-        entries: (last step of the condition, condition), in order; steps are counted from 0.
+        entries: (last step of the condition, condition), in ascending order; steps count from 0.
     """
 
     entries: tuple[tuple[int, "Cond | Composition"], ...]
 
     def __len__(self) -> int:
-        return len(self.entries[0][1])
+        _, first_cond = self.entries[0]
+        return len(first_cond)
 
     def at(self, step: int) -> "Cond | Composition":
         """Return the condition of a step; the last entry also applies to all later steps."""
@@ -186,7 +187,7 @@ def repeat_to_equal_length(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def zero_samples(value: Tensor, mask: Tensor) -> Tensor:
-    """Return a copy of a tensor (B, …) in which samples are zero where a mask (B,) is true."""
+    """Return a copy of a tensor (B, …) in which samples are zero where the mask (B,) is true."""
     return value.masked_fill(mask.to(value.device).view(-1, *[1] * (value.dim() - 1)), 0)
 
 
@@ -195,12 +196,12 @@ class PrepareOptions:
     """Arguments of `Encoder.prepare` besides the batch.
 
     Args:
-        size: (h, w) of the latent.
+        latent_size: (h, w) of the latent.
         encode: Image (B, 3, H, W) in [-1, 1] -> z, sampled from the posterior.
         generator: Random generator; None = torch's global one.
     """
 
-    size: tuple[int, int]
+    latent_size: tuple[int, int]
     encode: Callable[[Tensor], Tensor]
     generator: torch.Generator | None = None
 
@@ -242,11 +243,11 @@ class Encoder(nn.Module):
         key: Batch key of the input.
         slot: Slot of `Cond` for an output that is a tensor.
         droppable: Whether classifier-free guidance replaces samples by `null`.
-        null: The unconditional sample, such as ""; None = zeros as output.
+        null: The unconditional input, such as ""; None = the unconditional output is zeros.
         cache_key: Batch key of the entry that latent caches store: an image, or a deterministic
-            result of `prepare`; None = none.
-        source_key: Batch key of the conditioning image, from which the input may be computed; None
-            = none.
+            result of `prepare`; None = nothing is cached.
+        source_key: Batch key of the conditioning image from which the input may be computed; None
+            = the input is not computed from an image.
         sd_version: 1 or 2 for the text encoder of Stable Diffusion 1 or 2; None = other encoders.
         ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
@@ -277,15 +278,15 @@ class Encoder(nn.Module):
         return samples
 
     def condition(self, samples: Any) -> Cond:
-        """Encode samples, and return a `Cond` with the output in its slots."""
+        """Encode samples to a `Cond`; an output that is a tensor fills `slot`."""
         output: Tensor | Cond = self(samples)
         return output if isinstance(output, Cond) else Cond(**{self.slot: output})
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
         """Compute entries that this encoder needs and that are missing in the batch.
 
-        Slow or random steps belong here, not in `forward`: they are run once, and give the
-        conditional and the unconditional batch the same result.
+        Slow or random computations belong here, not in `forward`: they run once, so that the
+        conditional and the unconditional batch get the same result.
         """
         return {}
 
@@ -293,8 +294,8 @@ class Encoder(nn.Module):
 class Conditioner(nn.Module):
     """Runs encoders, and joins their outputs in the order of the encoders.
 
-    Encoders are attributes, so that weights are called `conditioner.text.…`. The encoder of the
-    prompt, or of the image that replaces it, is called `text`.
+    Encoders are submodules, so that their weights are named `conditioner.text.…`. The encoder of
+    the prompt, or of the image that replaces it, is called `text`.
 
     Args:
         join: Axis along which `crossattn` is concatenated, see `Cond.join`.
@@ -317,7 +318,8 @@ class Conditioner(nn.Module):
     @property
     def encoders(self) -> dict[str, Encoder]:
         """Encoders by name, in order."""
-        return {k: v for k, v in self.named_children() if isinstance(v, Encoder)}
+        children = self.named_children()
+        return {name: child for name, child in children if isinstance(child, Encoder)}
 
     @property
     def keys(self) -> frozenset[str]:
@@ -355,8 +357,8 @@ class Conditioner(nn.Module):
             drop: Probability of dropping a sample: one number for all `droppable` encoders, numbers
                 by batch key, such as {"txt": 0.1}, or None = the `ucg_rate` of each encoder.
                 A dropped sample is replaced by the encoder's `legacy_ucg_value`; if that is None,
-                by its `null` (but not if `drop` is None); if that is None, too, its output is
-                zeros. Encoders with the same batch key drop the same samples.
+                by its `null` (but not if `drop` is None); if both are None, its output is zeros.
+                Encoders with the same batch key drop the same samples.
             generator: Random generator for `drop`; None = torch's global one.
             legacy: Quirks of sgm (`generative-models`), names in DROPOUT_QUIRKS:
                 "independent-dropout" drops each output independently; with "mutating-legacy-ucg",
@@ -376,12 +378,12 @@ class Conditioner(nn.Module):
 
 @dataclass
 class _SampleDropper:
-    """Replaces dropped samples before an encoder runs, or zeroes its outputs afterwards."""
+    """Replaces dropped samples before an encoder runs, or zeros its outputs afterwards."""
 
     drop_rate: DropRate
     generator: torch.Generator | None
     legacy: Collection[str]
-    draws: dict[str, Tensor] = field(default_factory=dict)  # uniform in [0, 1), (B,), by batch key
+    uniform_draws: dict[str, Tensor] = field(default_factory=dict)  # (B,) in [0, 1), by batch key
 
     def replace(self, encoder: Encoder, samples: Any) -> tuple[Any, Any]:
         """Return the samples for later encoders with the same key, and those for this encoder."""
@@ -394,7 +396,7 @@ class _SampleDropper:
         if "mutating-legacy-ucg" not in self.legacy:
             return samples, replaced
         # As in sgm, the next encoder with this key draws again, and drops replaced samples, too.
-        del self.draws[encoder.key]
+        del self.uniform_draws[encoder.key]
         return replaced, replaced
 
     def zero(self, encoder: Encoder, cond: Cond) -> Cond:
@@ -425,7 +427,7 @@ class _SampleDropper:
         return encoder.null
 
     def _draw_uniform(self, key: str, batch_size: int) -> Tensor:
-        if key not in self.draws:
+        if key not in self.uniform_draws:
             # Once per batch key, so that two encoders of a prompt drop the same samples.
-            self.draws[key] = torch.rand(batch_size, generator=self.generator)
-        return self.draws[key]
+            self.uniform_draws[key] = torch.rand(batch_size, generator=self.generator)
+        return self.uniform_draws[key]

@@ -12,6 +12,7 @@ Other modules sample and train. Rombach et al. 2022 (arXiv:2112.10752).
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from ldm.runtime.offload import offload
 
 __all__ = ["Defaults", "LatentDiffusion", "LatentSpace"]
 
-SCALE_FACTOR_TOLERANCE = 0.01  # relative, as files have rounded scale factors
+SCALE_FACTOR_TOLERANCE = 0.01  # relative; scale factors in files are rounded
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class Defaults:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Properties that two models must share to exchange latents.
+    """Properties that must be equal in two models to exchange latents.
 
     Args:
-        channels, downscale, scale_factor: See `LatentDiffusion`.
+        channels, scale_factor: See `LatentDiffusion`.
+        downscale: Its `downscale_factor`; named as in saved latents.
         pixel_channels: Channels of the images.
         is_normalized: Whether latents are normalized by mean and standard deviation per channel.
     """
@@ -94,9 +96,9 @@ class LatentDiffusion(nn.Module):
 
     Attributes:
         latent_size: (height, width) of the latents in training.
-        image_size: The larger one of `latent_size`.
+        image_size: The larger side of `latent_size`; the original's name.
         provenance: Files and settings that the model was loaded with, set by `ldm.load`.
-        merged_changes: LoRAs that `ldm.set_loras` has merged into the weights; None if never called.
+        merged_changes: Changes of weights by `ldm.set_loras`; None if it was never called.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def denoiser(self) -> Denoiser:
-        """The denoiser D(x, sigma, cond), for samplers and the training loss."""
+        """Denoiser D(x, sigma, cond), for samplers and the training loss."""
         return Denoiser(self.unet, self.schedule, self.parameterization, sigma_data=self.sigma_data)
 
     @property
@@ -170,7 +172,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def latent_space(self) -> LatentSpace:
-        """Properties that two models must share to exchange latents."""
+        """Properties that must be equal in two models to exchange latents."""
         return LatentSpace(
             self.channels,
             self.downscale_factor,
@@ -181,7 +183,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device that the networks run on."""
+        """Device that the networks run on."""
         return self._execution_device or next(self.unet.parameters()).device
 
     @property
@@ -190,9 +192,9 @@ class LatentDiffusion(nn.Module):
         return next(self.unet.parameters()).dtype
 
     def offload(self, device: torch.device) -> None:
-        """Run on a device too small for the whole model, one network at a time.
+        """Run on a device too small for the whole model, with one network at a time on it.
 
-        Text encoders, UNet and autoencoder stay on the CPU; the one that runs has a copy on the
+        Text encoders, UNet and autoencoder stay on the CPU; the one that runs is copied to the
         device until another one runs. Other encoders are moved to the device.
         """
         for encoder in self.conditioner.encoders.values():
@@ -205,7 +207,7 @@ class LatentDiffusion(nn.Module):
         self._execution_device = device
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encode images (B, 3, H, W) in [-1, 1] to z (B, C, h, w) float32, a posterior sample."""
+        """Encode images (B, 3, H, W) in [-1, 1] to posterior samples z (B, C, h, w) float32."""
         return self.normalize(self.autoencoder.encode(image).sample(generator).float())
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -239,18 +241,19 @@ class LatentDiffusion(nn.Module):
         return apply_tiled(self.autoencoder.decode, z, tile, factor=self.downscale_factor)
 
     def prepare(
-        self, batch: Batch, size: tuple[int, int], generator: torch.Generator | None = None
+        self, batch: Batch, latent_size: tuple[int, int], generator: torch.Generator | None = None
     ) -> dict[str, Any]:
         """Add inputs of encoders to a batch: a depth map, the latent of a masked image, noise.
 
-        Slow or random steps are run here, once for the conditional and the unconditional batch.
+        Slow or random computations run here, once for the conditional and the unconditional batch.
 
         Args:
             batch: Images, masks, texts … by batch key.
-            size: (h, w) of the latent.
+            latent_size: (h, w) of the latent.
             generator: Random generator; None = torch's global one.
         """
-        options = PrepareOptions(size, lambda image: self.encode(image, generator), generator)
+        encode = partial(self.encode, generator=generator)
+        options = PrepareOptions(latent_size, encode, generator)
         prepared = dict(batch)
         for encoder in self.conditioner.encoders.values():
             prepared |= encoder.prepare(prepared, options)
@@ -263,7 +266,7 @@ class LatentDiffusion(nn.Module):
         generator: torch.Generator | None = None,
         legacy: Collection[str] = (),
     ) -> Cond:
-        """Encode a batch, such as {"txt": ["a red apple", …]}; arguments: `Conditioner.forward`."""
+        """Encode a batch, such as {"txt": ["a red apple", …]}; see `Conditioner.forward`."""
         cond: Cond = self.conditioner(batch, drop, generator, legacy)
         return cond
 

@@ -182,7 +182,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
         raise FileFormatError(f"`{path}` is not a complete model")
     params = spec["params"]
     conditioner = build_on_meta(_remove_midas(params["conditioner"]), where=path.name)
-    downscale_factor = _get_downscale_factor(build_on_meta(params["autoencoder"], where=path.name))
+    factor = _get_downscale_factor(build_on_meta(params["autoencoder"], where=path.name))
     family = find_family(conditioner) if isinstance(conditioner, Conditioner) else None
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
     defaults, image_size = Defaults(), params.get("image_size", 64)  # latent pixels
@@ -201,7 +201,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
         config=config,
         tasks=tasks,
         family=family,
-        size=(height * downscale_factor, width * downscale_factor),
+        size=(height * factor, width * factor),
         defaults=defaults,
         is_sdxl=is_sdxl,
         spec=spec,

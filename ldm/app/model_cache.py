@@ -92,11 +92,8 @@ class ModelCache:
         """Bytes of all models together; shared tensors count once."""
         tensors = [t for model in self._models.values() for t in _iter_tensors(model)]
         for model in self._models.values():
-            tensors += (
-                []
-                if model.merged_changes is None
-                else model.merged_changes.original_weights.values()
-            )
+            if model.merged_changes is not None:
+                tensors += model.merged_changes.original_weights.values()
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 

@@ -77,7 +77,7 @@ class LPIPSWithDiscriminator(nn.Module):
         self.perceptual_weight = perceptual_weight
         self.logvar = nn.Parameter(torch.ones(()) * logvar_init)
         self.discriminator = PatchDiscriminator(
-            in_channels=disc_in_channels, layers=disc_num_layers
+            in_channels=disc_in_channels, num_layers=disc_num_layers
         )
         self.discriminator_iter_start = disc_start
         self.disc_loss = hinge_d_loss if disc_loss == "hinge" else vanilla_d_loss

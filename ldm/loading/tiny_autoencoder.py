@@ -134,10 +134,11 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
 
     Warn if TAESD is for another generation of models, by its file name.
     """
-    if (model.channels, model.downscale_factor, model.autoencoder.in_channels) != (4, 8, 3):
+    factor = model.downscale_factor
+    if (model.channels, factor, model.autoencoder.in_channels) != (4, 8, 3):
         raise WeightsMismatch(
             f"`{weights.path}` is TAESD, for latents with 4 channels and 1/8 of the image's size: "
-            f"those of {quote_name(model)} have {model.channels} channels and 1/{model.downscale_factor}"
+            f"those of {quote_name(model)} have {model.channels} channels and 1/{factor}"
         )
     if _find_taesd_name(weights.path) and is_for_sdxl(weights.path) != is_sdxl(model):
         needed = "taesdxl" if is_sdxl(model) else "taesd"

@@ -3,7 +3,7 @@
 Reading order; a file imports only from those before it, and from `ldm.runtime`:
 
     cpu                     layers on x86 CPUs, faster than torch's own
-    attention               attention(q, k, v), by the backend that fits
+    attention               attention(q, k, v) by one of several backends
     circular                circular padding, for seamless images
     blocks                  layers, norms, residual blocks, timestep embedding
     transformer             self- and cross-attention of the UNet
@@ -13,11 +13,11 @@ Reading order; a file imports only from those before it, and from `ldm.runtime`:
     autoencoder             AutoencoderKL
     tiny_autoencoder        TinyAutoencoder
     karlo                   prior of unCLIP models
-    discriminator, lpips    losses of the autoencoder
-    inception               features of FID
+    discriminator, lpips    networks in losses of the autoencoder
+    inception               features for FID
     lora, lycoris           LoRA and other adapters for any of these
-    tiled                   any function applied to tiles of a large image
+    tiled                   any function applied to tiles of a large tensor
 
 Parameter names are those of the original, CompVis' `ldm`, so that published weights load unchanged.
-Networks take and return tensors: files, noise schedules and prompts belong to other packages.
+Networks take and return tensors; files, noise schedules and prompts belong to other packages.
 """

@@ -35,15 +35,15 @@ class AutoencoderConfig:
     """
 
     ch: int  # channels of the first convolution, a multiple of 32
-    z_channels: int  # of the decoder's input; the encoder returns twice as many
+    z_channels: int  # channels of the decoder's input; the encoder returns twice as many
     num_res_blocks: int  # per level of the encoder; the decoder has one more
-    resolution: int = 256  # image side that attn_resolutions refers to
+    resolution: int = 256  # side of the image to which attn_resolutions refer
     in_channels: int = 3
     out_ch: int = 3
     ch_mult: Sequence[int] = (1, 2, 4, 8)
     attn_resolutions: Sequence[int] = ()
     dropout: float = 0.0
-    resamp_with_conv: bool = True  # else average pooling, nearest-neighbor upsampling
+    resamp_with_conv: bool = True  # else average pooling and nearest-neighbor upsampling only
     double_z: bool = True  # the encoder predicts mean and log variance
     attn_type: str = "vanilla"
     use_linear_attn: bool = False
@@ -69,8 +69,8 @@ class AutoencoderConfig:
     @classmethod
     def from_ddconfig(cls, ddconfig: Mapping[str, Any]) -> "AutoencoderConfig":
         """Check the keys of a `ddconfig`, and return its settings."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        check_names("parameter", ddconfig, names, where="ddconfig")
+        known = [field.name for field in dataclasses.fields(cls)]
+        check_names("parameter", ddconfig, known, where="ddconfig")
         return cls(**ddconfig)
 
 
@@ -79,7 +79,7 @@ class DiagonalGaussian:
 
     Args:
         parameters: Mean and log variance, concatenated over channels, (B, 2C, h, w).
-        deterministic: Whether the standard deviation is 0.
+        deterministic: Whether the standard deviation is 0 and the log variance ignored.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
@@ -91,14 +91,14 @@ class DiagonalGaussian:
         self.deterministic = deterministic
 
     def mode(self) -> Tensor:
-        """Return the mode, which is the mean (B, C, h, w)."""
+        """Return the mode (B, C, h, w), which is the mean."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw a sample mean + std * noise, (B, C, h, w).
 
-        Noise is drawn in float32 on the generator's device, so that it does not depend on dtype and
-        device of the model; None = torch's global generator of the CPU.
+        Noise is drawn in float32 on the generator's device, so that it does not depend on the
+        model's dtype and device; None = torch's global CPU generator.
         """
         device = torch.device("cpu") if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
@@ -117,7 +117,7 @@ class DiagonalGaussian:
 
 
 class ResnetBlock(CheckpointedLayer):
-    """The residual block of the UNet, without a time embedding.
+    """The UNet's residual block without a time embedding.
 
     The shortcut is a 1x1 convolution if the number of channels changes, else the identity.
     """
@@ -181,7 +181,7 @@ class AsymmetricDownsample(Layer):
 
 
 class ResolutionLevel(Layer):
-    """Residual blocks of one resolution, each with attention if the level has it, then resampling.
+    """The residual blocks of one resolution, each with attention if the level has it; resampling.
 
     Args:
         block_channels: Channels of the input, and of the output of each residual block.
@@ -336,7 +336,7 @@ class AutoencoderKL(nn.Module):
         return self.quant_conv.weight.dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Encode images (B, C, H, W) in [-1, 1] as distributions of z (B, embed_dim, h, w)."""
+        """Encode images (B, C, H, W) in [-1, 1] to posteriors of z (B, embed_dim, h, w)."""
         if min(image.shape[-2:]) < self.downscale_factor:
             raise ValueError(
                 f"an image of {image.shape[-1]}x{image.shape[-2]} pixels is too small: each side "
@@ -359,7 +359,7 @@ class AutoencoderKL(nn.Module):
 
 
 class PixelSpace(nn.Module):
-    """Placeholder in models without an autoencoder: the latent is the image itself."""
+    """Stands in for the autoencoder of pixel-space models: the latent is the image itself."""
 
     IGNORED_PARAMS = frozenset({"vq_interface"})  # of the original's `quantize`
     in_channels = 3
@@ -367,7 +367,7 @@ class PixelSpace(nn.Module):
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """Return a distribution with the image (B, 3, H, W) as mean, and standard deviation 0."""
-        # The second half, the log variance, is not used.
+        # The second half, in place of the log variance, is ignored.
         return DiagonalGaussian(torch.cat([image, image], dim=1), deterministic=True)
 
     def decode(self, z: Tensor) -> Tensor:

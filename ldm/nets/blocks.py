@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.nets import cpu
 from ldm.nets.circular import crop_circular, get_circular_axes, pad_circular
 
-NORM_GROUPS = 32  # of every GroupNorm
+NUM_GROUPS = 32  # of every GroupNorm
 
 
 class Layer(nn.Module):
@@ -63,8 +63,8 @@ class Conv2d(nn.Conv2d, Layer):
     def forward(self, x: Tensor) -> Tensor:
         if not get_circular_axes() or self.padding == (0, 0):
             return cpu.conv2d(x, self)
-        # x is wrapped by whole strides, which keeps the output pixels in place. The layer pads
-        # with zeros beyond that: `excess` output pixels at each side, which see zeros, are cropped.
+        # x is wrapped by whole strides, which keeps the output pixels in place. The layer also
+        # pads with zeros: the `excess` output pixels at each side that see them are cropped.
         stride, padding = self.stride[0], int(self.padding[0])
         excess = math.ceil(padding / stride)
         return crop_circular(cpu.conv2d(pad_circular(x, excess * stride), self), excess)
@@ -94,19 +94,19 @@ class GroupNorm(nn.GroupNorm, Layer):
     """GroupNorm of 32 groups, with mean and variance in float32 for any dtype."""
 
     def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
-        if channels % NORM_GROUPS:
+        if channels % NUM_GROUPS:
             raise ValueError(
-                f"{channels} channels are not a multiple of {NORM_GROUPS}, which GroupNorm needs\n"
+                f"{channels} channels are not a multiple of {NUM_GROUPS}, which GroupNorm needs\n"
                 "hint: choose model_channels (or ch) and channel_mult so that all levels have "
-                f"multiples of {NORM_GROUPS}"
+                f"multiples of {NUM_GROUPS}"
             )
-        super().__init__(NORM_GROUPS, channels, eps=eps)
+        super().__init__(NUM_GROUPS, channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
-            y = cpu.group_norm(x, NORM_GROUPS, self.weight, self.bias, self.eps)
+            y = cpu.group_norm(x, NUM_GROUPS, self.weight, self.bias, self.eps)
             return y.to(x.dtype)  # under autocast the kernel returns float32
-        y = F.group_norm(x.float(), NORM_GROUPS, self.weight.float(), self.bias.float(), self.eps)
+        y = F.group_norm(x.float(), NUM_GROUPS, self.weight.float(), self.bias.float(), self.eps)
         return y.to(x.dtype)
 
 
@@ -123,7 +123,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor
     f_k = max_period ** (-k / (dim // 2)); for odd dim, the last feature is 0. Vaswani et al. 2017
     (arXiv:1706.03762), section 3.5.
     """
-    # In float32 for networks of any dtype: timesteps go to 999, where float16 has steps of 0.5.
+    # In float32 for networks of any dtype: timesteps go to 999, where float16 is spaced by 0.5.
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t[:, None].float() * torch.exp(-math.log(max_period) * k / half)  # (B, dim // 2)
@@ -189,7 +189,8 @@ class ResBlock(CheckpointedLayer):
     Args:
         emb_channels: Features of the time embedding.
         out_channels: None = `channels`.
-        use_conv: Whether the skip connection is a 3x3 convolution, else 1x1, if channels change.
+        use_conv: If the number of channels changes, whether the skip connection is a 3x3
+            convolution, else 1x1.
         use_scale_shift_norm: Whether the embedding scales and shifts the second norm, instead of
             being added before it.
         up: Whether both branches are upsampled by 2 before the first convolution.

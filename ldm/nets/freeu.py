@@ -1,4 +1,4 @@
-"""FreeU: rescale the two inputs of the UNet's output blocks.
+"""FreeU: rescales the two inputs of the UNet's output blocks.
 
 The first half of the backbone's channels is multiplied by b, the lowest frequencies of the skip
 connection by s. Si et al. 2023 (arXiv:2309.11497).
@@ -21,7 +21,7 @@ class FreeU:
     Args:
         factors: (b, s) of each output block; None leaves the block unchanged.
         is_version_2: Whether the backbone's factor grows with the mean over channels, from 1 at its
-            minimum in a sample to b at its maximum (version 2); else it is b everywhere.
+            minimum in a sample to b at its maximum; in version 1 it is b everywhere.
     """
 
     factors: Sequence[tuple[float, float] | None]
@@ -50,33 +50,31 @@ def scale_low_frequencies(x: Tensor, factor: float) -> Tensor:
     These are the central 2 x 2 of a shifted Fourier transform, as in the authors' code. With θ, φ
     the phase differences of two positions along the axes, their sum is x convolved with
 
-        (1 + cos θ)(1 + cos φ) - sin θ sin φ,
+        (1 + cos θ)(1 + cos φ) - sin θ sin φ.
 
-    which 1, cos and sin along each axis span, so that no full Fourier transform is needed.
+    That is in the span of 1, cos and sin along each axis: no full Fourier transform is needed.
     """
     if factor == 1:
         return x
     height, width = x.shape[-2:]
-    rows, columns = (
-        _make_fourier_basis(height, x.device),
-        _make_fourier_basis(width, x.device),
-    )  # (3, h), (3, w)
+    basis_y = _make_fourier_basis(height, x.device)  # (3, h)
+    basis_x = _make_fourier_basis(width, x.device)  # (3, w)
     # Autocast would sum over all positions in half precision.
     with torch.autocast(x.device.type, enabled=False):
-        coefficients = rows @ x.float() @ columns.T  # (B, C, 3, 3)
+        coefficients = basis_y @ x.float() @ basis_x.T  # (B, C, 3, 3)
         # sin θ = sin y cos y' - cos y sin y': rotate (cos, sin) by 90° along both axes.
         rotated = torch.zeros_like(coefficients)
         rotated[..., 1, 1], rotated[..., 2, 2] = coefficients[..., 2, 2], coefficients[..., 1, 1]
         rotated[..., 1, 2], rotated[..., 2, 1] = -coefficients[..., 2, 1], -coefficients[..., 1, 2]
-        low = rows.T @ (coefficients - rotated) @ columns / (height * width)
-        return (x.float() + (factor - 1) * low).to(x.dtype)
+        low_frequencies = basis_y.T @ (coefficients - rotated) @ basis_x / (height * width)
+        return (x.float() + (factor - 1) * low_frequencies).to(x.dtype)
 
 
 def _make_fourier_basis(n: int, device: torch.device) -> Tensor:
     """Return 1, cos and sin of frequency -1 at n positions, (3, n) float32.
 
-    A single position has the frequency 0 only: there cos and sin are 0.
+    A single position has only the frequency 0: its cos and sin are returned as 0.
     """
-    phase = torch.arange(n, device=device) * (2 * math.pi / n)
-    basis = torch.stack([torch.ones_like(phase), phase.cos(), phase.sin()])
+    phases = torch.arange(n, device=device) * (2 * math.pi / n)
+    basis = torch.stack([torch.ones_like(phases), phases.cos(), phases.sin()])
     return basis if n > 1 else basis * torch.tensor([[1.0], [0.0], [0.0]], device=device)

@@ -1,4 +1,4 @@
-"""The Inception network of FID: TensorFlow's `inception-2015-12-05` graph, torchvision's names.
+"""The Inception v3 network of FID: TensorFlow's `inception-2015-12-05` graph, torchvision's names.
 
 It differs from torchvision's: average pools do not count padding, the last block has a max pool,
 and the weights are different. Szegedy et al. 2015 (arXiv:1512.00567).
@@ -15,8 +15,8 @@ from ldm.nets.blocks import Layer
 
 __all__ = ["INCEPTION_FEATURES", "INCEPTION_IMAGE_SIZE", "Inception"]
 
-INCEPTION_FEATURES = 2048
-INCEPTION_IMAGE_SIZE = 299  # of the input image, in pixels
+INCEPTION_FEATURES = 2048  # number of features
+INCEPTION_IMAGE_SIZE = 299  # side of the input images, in pixels
 EPS = 1e-3  # of batch norms, as in TensorFlow
 AVERAGE_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
@@ -24,7 +24,7 @@ HALVING_POOL = nn.MaxPool2d(3, stride=2)
 
 
 class ConvSpec(NamedTuple):
-    """Settings of a convolution of a branch; "same" padding with stride 1, none with stride 2.
+    """Settings of a branch's convolution; padding is "same" with stride 1, none with stride 2.
 
     Args:
         name: Attribute name in the block.
@@ -41,11 +41,11 @@ class BranchSpec(NamedTuple):
     """Settings of a branch of a block.
 
     Args:
-        steps: One or two parallel convolutions each, run one step after the other.
-        pool: Runs before the steps; None = no pooling.
+        stages: Run in order; each is one convolution, or two parallel ones.
+        pool: Runs before the stages; None = no pooling.
     """
 
-    steps: Sequence[tuple[ConvSpec, ...]]
+    stages: Sequence[tuple[ConvSpec, ...]]
     pool: nn.Module | None = None
 
 
@@ -78,18 +78,20 @@ class Block(Layer):
         self.branches = branches
         for branch in branches:
             channels = in_channels
-            for step in branch.steps:
-                for name, out, kernel, stride in step:
-                    layer = ConvNorm(channels, out, kernel, stride, same_padding=stride == 1)
+            for stage in branch.stages:
+                for name, out_channels, kernel, stride in stage:
+                    layer = ConvNorm(
+                        channels, out_channels, kernel, stride, same_padding=stride == 1
+                    )
                     self.add_module(name, layer)
-                channels = sum(conv.out_channels for conv in step)
+                channels = sum(conv.out_channels for conv in stage)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
         for branch in self.branches:
             h = x if branch.pool is None else branch.pool(x)
-            for step in branch.steps:
-                h = torch.cat([self.get_submodule(conv.name)(h) for conv in step], dim=1)
+            for stage in branch.stages:
+                h = torch.cat([self.get_submodule(conv.name)(h) for conv in stage], dim=1)
             outputs.append(h)
         return torch.cat(outputs, dim=1)
 
@@ -97,7 +99,7 @@ class Block(Layer):
 class Inception(Layer):
     """Images (B, 3, 299, 299) -> features (B, 2048), a spatial mean.
 
-    The caller normalizes pixels x in 0 … 255: (x - 128) / 128, as in TensorFlow's graph.
+    The caller normalizes pixels x in 0 … 255 to (x - 128) / 128, as TensorFlow's graph does.
     """
 
     def __init__(self) -> None:
@@ -128,18 +130,18 @@ class Inception(Layer):
         return x.mean(dim=(2, 3))  # of (B, 2048, 8, 8)
 
 
-def _chain(*convs: ConvSpec) -> BranchSpec:
+def _make_conv_branch(*convs: ConvSpec) -> BranchSpec:
     return BranchSpec([(conv,) for conv in convs])
 
 
-def _pool_then_conv(pool: nn.Module, out_channels: int) -> BranchSpec:
+def _make_pool_branch(pool: nn.Module, out_channels: int) -> BranchSpec:
     return BranchSpec([(ConvSpec("branch_pool", out_channels),)], pool)
 
 
 # Blocks A to E, as torchvision's InceptionA to InceptionE.
 BLOCK_B = [
-    _chain(ConvSpec("branch3x3", 384, (3, 3), 2)),
-    _chain(
+    _make_conv_branch(ConvSpec("branch3x3", 384, (3, 3), 2)),
+    _make_conv_branch(
         ConvSpec("branch3x3dbl_1", 64),
         ConvSpec("branch3x3dbl_2", 96, (3, 3)),
         ConvSpec("branch3x3dbl_3", 96, (3, 3), 2),
@@ -147,8 +149,8 @@ BLOCK_B = [
     BranchSpec([], HALVING_POOL),
 ]
 BLOCK_D = [
-    _chain(ConvSpec("branch3x3_1", 192), ConvSpec("branch3x3_2", 320, (3, 3), 2)),
-    _chain(
+    _make_conv_branch(ConvSpec("branch3x3_1", 192), ConvSpec("branch3x3_2", 320, (3, 3), 2)),
+    _make_conv_branch(
         ConvSpec("branch7x7x3_1", 192),
         ConvSpec("branch7x7x3_2", 192, (1, 7)),
         ConvSpec("branch7x7x3_3", 192, (7, 1)),
@@ -160,49 +162,49 @@ BLOCK_D = [
 
 def _make_block_a(pool_channels: int) -> list[BranchSpec]:
     return [
-        _chain(ConvSpec("branch1x1", 64)),
-        _chain(ConvSpec("branch5x5_1", 48), ConvSpec("branch5x5_2", 64, (5, 5))),
-        _chain(
+        _make_conv_branch(ConvSpec("branch1x1", 64)),
+        _make_conv_branch(ConvSpec("branch5x5_1", 48), ConvSpec("branch5x5_2", 64, (5, 5))),
+        _make_conv_branch(
             ConvSpec("branch3x3dbl_1", 64),
             ConvSpec("branch3x3dbl_2", 96, (3, 3)),
             ConvSpec("branch3x3dbl_3", 96, (3, 3)),
         ),
-        _pool_then_conv(AVERAGE_POOL, pool_channels),
+        _make_pool_branch(AVERAGE_POOL, pool_channels),
     ]
 
 
 def _make_block_c(channels: int) -> list[BranchSpec]:
     return [
-        _chain(ConvSpec("branch1x1", 192)),
-        _chain(
+        _make_conv_branch(ConvSpec("branch1x1", 192)),
+        _make_conv_branch(
             ConvSpec("branch7x7_1", channels),
             ConvSpec("branch7x7_2", channels, (1, 7)),
             ConvSpec("branch7x7_3", 192, (7, 1)),
         ),
-        _chain(
+        _make_conv_branch(
             ConvSpec("branch7x7dbl_1", channels),
             ConvSpec("branch7x7dbl_2", channels, (7, 1)),
             ConvSpec("branch7x7dbl_3", channels, (1, 7)),
             ConvSpec("branch7x7dbl_4", channels, (7, 1)),
             ConvSpec("branch7x7dbl_5", 192, (1, 7)),
         ),
-        _pool_then_conv(AVERAGE_POOL, 192),
+        _make_pool_branch(AVERAGE_POOL, 192),
     ]
 
 
 def _make_block_e(pool: nn.Module) -> list[BranchSpec]:
-    def fork(name: str) -> tuple[ConvSpec, ...]:
+    def make_fork(name: str) -> tuple[ConvSpec, ...]:
         return ConvSpec(f"{name}a", 384, (1, 3)), ConvSpec(f"{name}b", 384, (3, 1))
 
     return [
-        _chain(ConvSpec("branch1x1", 320)),
-        BranchSpec([(ConvSpec("branch3x3_1", 384),), fork("branch3x3_2")]),
+        _make_conv_branch(ConvSpec("branch1x1", 320)),
+        BranchSpec([(ConvSpec("branch3x3_1", 384),), make_fork("branch3x3_2")]),
         BranchSpec(
             [
                 (ConvSpec("branch3x3dbl_1", 448),),
                 (ConvSpec("branch3x3dbl_2", 384, (3, 3)),),
-                fork("branch3x3dbl_3"),
+                make_fork("branch3x3dbl_3"),
             ]
         ),
-        _pool_then_conv(pool, 192),
+        _make_pool_branch(pool, 192),
     ]

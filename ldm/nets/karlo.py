@@ -1,4 +1,4 @@
-"""The Karlo prior: a noisy CLIP image embedding and a text -> the clean embedding.
+"""The Karlo prior: predicts a clean CLIP image embedding from a noisy one and a text.
 
 A causal transformer over one sequence; its output for the last token is the prediction.
 
@@ -24,14 +24,14 @@ __all__ = ["Prior"]
 class Prior(Layer):
     """Predicts x0 of an embedding, with the signature of a UNet: (x, timesteps, context=…, y=…).
 
-    Embeddings are normalized by mean and standard deviation of CLIP's.
+    Embeddings are normalized by the mean and standard deviation of CLIP image embeddings.
 
     Args:
         clip_dim: Features D of embeddings and text tokens.
         text_ctx: Number N of text tokens.
         xf_width: Features W of the transformer's tokens.
-        xf_layers, xf_heads: Numbers of its blocks and of their attention heads.
-        xf_final_ln: Whether a norm follows the last block.
+        xf_layers, xf_heads: Number of blocks, and of attention heads in each.
+        xf_final_ln: Whether a layer norm follows the last block.
     """
 
     IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset({"text_drop"})
@@ -72,7 +72,7 @@ class Prior(Layer):
         Args:
             x: Noisy embeddings (B, D).
             timesteps: (B,), of the prior's noise schedule.
-            context: Text tokens (B, N, D); tokens of zeros are padding, which is masked.
+            context: Text tokens (B, N, D); all-zero tokens are padding and masked.
             y: Text embeddings (B, D).
         """
         t = timestep_embedding(timesteps, self.prd_emb.shape[-1]).to(self.dtype)
@@ -115,8 +115,8 @@ class PriorBlock(Layer):
 
 
 def _build_mask(context: Tensor, length: int) -> Tensor:
-    """Build a mask (B, 1, N, N): tokens attend to themselves and to earlier non-padding ones."""
-    visible = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
+    """Build a mask (B, 1, N, N): tokens attend to themselves and to earlier non-padding tokens."""
+    is_not_padding = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
     ones = torch.ones(length, length, dtype=torch.bool, device=context.device)
     causal, diagonal = ones.tril(), torch.eye(length, dtype=torch.bool, device=context.device)
-    return (visible[:, None, None] & causal) | diagonal
+    return (is_not_padding[:, None, None] & causal) | diagonal

@@ -2,8 +2,8 @@
 
     noisy latent | low-res latent, upsampled by 2 -> down and up levels -> output, log variance
 
-There are no transformer blocks: the embedding of noise levels and text sets the scale and shift of
-the group norms in residual blocks and attention layers.
+There are no transformer blocks: the embedding of noise levels and pooled text sets the scale and
+shift of the group norms in residual blocks and attention layers.
 
 Karras et al. 2022 (arXiv:2206.00364); random Fourier features: Tancik et al. 2020
 (arXiv:2006.10739).
@@ -32,10 +32,10 @@ FIR_TAPS = (1, 3, 3, 1)  # unnormalized taps of the resampling filter along one 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LatentUpscalerUNet(Layer):
-    """The UNet of the x2 latent upscaler, with the embedding of the low-res latent's noise level.
+    """The UNet of the x2 latent upscaler, and the embedding of the low-res latent's noise level.
 
-    Its fields are those of `model` in k-diffusion's JSON. Level i has `channels[i]` channels, and
-    feature maps downscaled by 2 ** i.
+    Its fields are the keys of `model` in k-diffusion's JSON. Level i has `channels[i]` channels,
+    and feature maps downscaled by 2 ** i.
     """
 
     IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset(
@@ -47,8 +47,8 @@ class LatentUpscalerUNet(Layer):
     self_attn_depths: Sequence[bool]  # whether each level has self-attention
     cross_attn_depths: Sequence[bool]  # whether each level has cross-attention to the text
     mapping_out: int  # features of the embedding
-    mapping_cond_dim: int  # features of the low-res noise level and of the pooled text, together
-    cross_cond_dim: int  # features of a token
+    mapping_cond_dim: int  # features of the embedded low-res noise level plus the pooled text's
+    cross_cond_dim: int  # features of a text token, and of the pooled text
     input_channels: int = 4
     unet_cond_dim: int = 4  # channels of the low-res latent
     has_variance: bool = True
@@ -86,7 +86,7 @@ class LatentUpscalerUNet(Layer):
 
     @property
     def uses_noise_level(self) -> bool:
-        """Whether the low-res noise level has an effect: in diffusers' weights it has none."""
+        """Whether the low-res noise level has an effect; with diffusers' weights it has none."""
         return bool(self.low_res_noise_embed.weight.any())
 
     def forward(
@@ -116,7 +116,7 @@ class LatentUpscalerUNet(Layer):
         y: Tensor,
         context_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the prediction, and (B,) the learned log variance of its error; see `forward`."""
+        """Return the prediction, and the learned log variance (B,) of its error; see `forward`."""
         sides, multiple = x.shape[-2:], self.size_multiple
         if any(side % multiple or side < 2 * multiple for side in sides):
             raise ValueError(
@@ -154,7 +154,7 @@ class FourierFeatures(Layer):
 
 
 class _InnerModel(Layer):
-    """Mapping network and UNet levels, conditioned on a vector and on text tokens."""
+    """The mapping network and the UNet levels, conditioned on a vector and on text tokens."""
 
     def __init__(self, config: LatentUpscalerUNet) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class _UNetLevels(Layer):
         super().__init__()
         d_blocks, u_blocks = [], []
         for level, channels in enumerate(config.channels):
-            outer_channels = config.channels[max(0, level - 1)]  # of twice the resolution
+            outer_channels = config.channels[max(0, level - 1)]  # of the next higher resolution
             depth, is_deepest = config.depths[level], level == len(config.channels) - 1
             layers = _build_layers(config, level, [outer_channels] + [channels] * depth)
             d_blocks.append(nn.ModuleList([_build_resampler(level, up=False), *layers]))
@@ -202,7 +202,7 @@ class _UNetLevels(Layer):
         for level in self.d_blocks:
             x = _run_level(level, x, emb, context, mask)  # (B, C_i, h / 2^i, w / 2^i) at level i
             skips.append(x)
-        skips.pop()  # the last level's output is x itself, the input of the first up level
+        skips.pop()  # the deepest level has no skip connection: its output is x
         for i, level in enumerate(self.u_blocks):
             x = torch.cat([x, skips.pop()], dim=1) if i else x
             x = _run_level(level, x, emb, context, mask)
@@ -334,7 +334,7 @@ class CrossAttention(Layer):
 class FIRResample(Layer):
     """Resampling by 2 with a separable FIR filter of four taps; upsampling is its transpose."""
 
-    kernel: Tensor  # (4, 4), taps that sum to 1 along each axis, or 2 for upsampling
+    kernel: Tensor  # (4, 4); along each axis, taps sum to 1, or to 2 for upsampling
 
     def __init__(self, *, up: bool) -> None:
         super().__init__()

@@ -21,22 +21,15 @@ from ldm.nets.blocks import Conv2d, Linear, UpsampleConv2d, upsample_nearest, ze
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "TEXT_PROJECTION",
-    "LoRA",
-    "LoRALayer",
-    "MergedChanges",
-    "Target",
-    "WeightChange",
-    "WeightDelta",
-    "merge_changes",
-    "sum_deltas",
+    "TEXT_PROJECTION", "LoRA", "LoRALayer", "MergedChanges", "Target", "WeightChange",
+    "WeightDelta", "merge_changes", "sum_deltas",
 ]  # fmt: skip
 
 TEXT_PROJECTION = "text_projection"  # parameter of an OpenCLIP text tower, (C_in, C_out)
 
 
 class Target(NamedTuple):
-    """A parameter to change, or the third of a fused `in_proj_weight` for q, k or v.
+    """A parameter to change, or the q, k or v third of a fused `in_proj_weight`.
 
     Args:
         layer: A linear layer, a convolution, a norm, an attention with `in_proj`, or a text tower.
@@ -63,7 +56,7 @@ class Target(NamedTuple):
 
     @torch.no_grad()
     def set_weight(self, value: Tensor) -> None:
-        """Set the weight to a value, in a new parameter, as the old one may be memory-mapped."""
+        """Replace the weight, in a new parameter, as the old one may be memory-mapped."""
         old = self.layer.get_parameter(self.parameter_name)
         new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
         self.layer.register_parameter(self.parameter_name, new)
@@ -91,11 +84,11 @@ class WeightChange(ABC):
 
 
 class WeightDelta(WeightChange):
-    """A change that does not depend on the weight."""
+    """A change that adds a delta, which does not depend on the weight."""
 
     @abstractmethod
     def compute_delta(self) -> Tensor:
-        """Return the addition to the weight, in its shape, float32."""
+        """Compute the delta, in the shape of the weight, float32."""
 
     def change_weight(self, weight: Tensor) -> Tensor:
         return weight + self.compute_delta().to(weight.device)
@@ -105,7 +98,7 @@ class LoRALayer(nn.Module, WeightDelta):
     """A low-rank addition to one layer, initially zero.
 
     Args:
-        alpha: Scale of the addition relative to the rank, see `scale`; None = `rank`.
+        alpha: Numerator of the factor alpha / rank of the addition; None = `rank`.
     """
 
     alpha: Tensor
@@ -142,12 +135,12 @@ class LoRALayer(nn.Module, WeightDelta):
         return self.alpha * (self.strength / self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the addition to the layer's output for its input x."""
+        """Return the addition to the layer's output for input x."""
         return self.lora_up(self.lora_down(x)) * self.scale  # (B, N, C_out) or (B, C_out, h, w)
 
     @torch.no_grad()
     def compute_delta(self) -> Tensor:
-        """Return the addition to the layer's weight, in its shape, float32."""
+        """Compute the addition to the layer's weight, in its shape, float32."""
         down, up = self.lora_down.weight.float(), self.lora_up.weight.float()
         return (up.flatten(1) @ down.flatten(1) * self.scale).view(len(up), *down.shape[1:])
 
@@ -196,15 +189,14 @@ class LoRA(nn.ModuleDict):
 class MergedChanges:
     """Changes merged into weights, and the original weights.
 
-    Originals are kept instead of recomputed by subtraction, so that no rounding error remains.
+    Original weights are kept, not recomputed by subtraction, so that no rounding error remains.
     Memory-mapped ones stay memory-mapped.
 
     Attributes:
-        original_weights: Original weights by (layer, parameter name).
-        tokens: Tokens of textual inversions that came with the changes.
-        loras: The merged files and strengths, to be compared with those of a later call.
-        restore_defaults: Restores the model's `defaults`, which a few-step LoRA replaces; None if
-            none did.
+        original_weights: By (layer, parameter name).
+        tokens: Tokens of textual inversions in the LoRA files.
+        loras: The merged files and strengths, to compare with those of a later call.
+        restore_defaults: Restores the model's `defaults`; None if no few-step LoRA replaced them.
     """
 
     def __init__(self) -> None:
@@ -214,7 +206,7 @@ class MergedChanges:
         self.restore_defaults: Callable[[], None] | None = None
 
     def merge(self, changes: Sequence[WeightChange]) -> None:
-        """Replace the changes merged before by these; if that fails, none are merged."""
+        """Merge changes in place of the present ones; if that fails, none are merged."""
         self.restore()
         for target in dict.fromkeys(change.target for change in changes):
             key = (target.layer, target.parameter_name)
@@ -230,7 +222,7 @@ class MergedChanges:
         for (layer, name), weight in self.original_weights.items():
             merged = layer.get_parameter(name)
             if (weight.dtype, weight.device) != (merged.dtype, merged.device):
-                # `model.to` was called, which sees the merged weights only.
+                # `model.to` was called, which converts the merged weights only.
                 requires_grad = merged.requires_grad
                 weight = nn.Parameter(weight.detach().to(merged), requires_grad=requires_grad)
             layer.register_parameter(name, weight)
@@ -241,26 +233,26 @@ class MergedChanges:
 def merge_changes(changes: Iterable[WeightChange]) -> None:
     """Apply changes to their weights, in float32; a weight is rounded to its dtype once.
 
-    Additions to a weight are summed first, so that their order has no effect, not even on rounding;
-    other changes follow, in their order.
+    Deltas of a weight are summed first, so that their order has no effect, not even on rounding;
+    other changes follow in the given order.
     """
     by_target: dict[Target, list[WeightChange]] = {}
     for change in changes:
         by_target.setdefault(change.target, []).append(change)
     for target, group in by_target.items():
         weight = target.weight.float()
-        additions = [change for change in group if isinstance(change, WeightDelta)]
-        if additions:
-            weight = weight + sum_deltas(additions).to(weight.device)
+        deltas = [change for change in group if isinstance(change, WeightDelta)]
+        if deltas:
+            weight = weight + sum_deltas(deltas).to(weight.device)
         for change in group:
             if not isinstance(change, WeightDelta):
                 weight = change.change_weight(weight)
         target.set_weight(weight)
 
 
-def sum_deltas(additions: Sequence[WeightDelta]) -> Tensor:
-    """Return the sum of additions to one weight, float32, bitwise equal for any order of them."""
-    deltas = [addition.compute_delta() for addition in additions]
+def sum_deltas(changes: Sequence[WeightDelta]) -> Tensor:
+    """Return the sum of deltas of one weight, float32, bitwise equal for any order of them."""
+    deltas = [change.compute_delta() for change in changes]
     if len(deltas) > 2:
         # Rounding of a sum of more than two numbers depends on their order: sort them by value.
         return torch.stack(deltas).sort(0).values.sum(0)

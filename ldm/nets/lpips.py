@@ -1,4 +1,4 @@
-"""LPIPS: a perceptual distance of two images, by the features of an image classifier.
+"""LPIPS: a perceptual distance of two images, from the features of an image classifier.
 
     both images -> features of five layers of VGG16, normalized over channels -> squared difference,
     weighted per channel -> mean over positions -> sum over layers
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ldm.nets.blocks import Layer
 
-__all__ = ["CHANNELS", "LPIPS"]
+__all__ = ["LPIPS", "LPIPS_CHANNELS"]
 
-CHANNELS = (64, 128, 256, 512, 512)  # of the five layers
-CONVOLUTIONS = (2, 2, 3, 3, 3)  # in each slice of VGG16
-DROPOUT = 0.5  # has no effect (see `LPIPS.train`), but is part of the names of weights
+LPIPS_CHANNELS = (64, 128, 256, 512, 512)  # of the five layers
+NUM_CONVOLUTIONS = (2, 2, 3, 3, 3)  # in each slice of VGG16
+DROPOUT = 0.5  # has no effect (see `LPIPS.train`); the layer is part of weight names
 EPS = 1e-10  # added to norms, as LPIPS's authors do
 # Mean and standard deviation of VGG16's inputs in [-1, 1], rounded by LPIPS's authors.
 SHIFT = (-0.030, -0.088, -0.188)
@@ -40,16 +40,16 @@ class Scaling(Layer):
 
 
 class VGG16(nn.Module):  # not a Layer, as it returns a list
-    """The convolutions of VGG16, numbered as there, in five slices: one per feature layer."""
+    """The convolutions of VGG16 in five slices, one per feature layer, numbered as in VGG16."""
 
     def __init__(self) -> None:
         super().__init__()
         count = itertools.count()
-        for k, (in_channels, channels) in enumerate(itertools.pairwise([3, *CHANNELS])):
+        for k, (in_channels, channels) in enumerate(itertools.pairwise([3, *LPIPS_CHANNELS])):
             layers = nn.Sequential()
             if k:
                 layers.add_module(str(next(count)), nn.MaxPool2d(2))
-            for n in range(CONVOLUTIONS[k]):
+            for n in range(NUM_CONVOLUTIONS[k]):
                 conv = nn.Conv2d(channels if n else in_channels, channels, 3, padding=1)
                 layers.add_module(str(next(count)), conv)
                 layers.add_module(str(next(count)), nn.ReLU())
@@ -58,13 +58,13 @@ class VGG16(nn.Module):  # not a Layer, as it returns a list
     def forward(self, image: Tensor) -> list[Tensor]:
         x, features = image, []
         for layers in self.children():
-            x = layers(x)  # (B, CHANNELS[i], H / 2^i, W / 2^i)
+            x = layers(x)  # (B, LPIPS_CHANNELS[i], H / 2^i, W / 2^i)
             features.append(x)
         return features
 
 
 class Head(Layer):
-    """A weighted sum over the channels of one layer."""
+    """Computes a weighted sum over the channels of one layer."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -76,13 +76,13 @@ class Head(Layer):
 
 
 class LPIPS(Layer):
-    """The LPIPS distance of two images, with frozen weights."""
+    """Computes the LPIPS distance of two images, with frozen weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scaling_layer = Scaling()
         self.net = VGG16()
-        for k, channels in enumerate(CHANNELS):
+        for k, channels in enumerate(LPIPS_CHANNELS):
             self.add_module(f"lin{k}", Head(channels))
         self.requires_grad_(False)
         super().train(False)
@@ -101,11 +101,11 @@ class LPIPS(Layer):
         return distance  # (B, 1, 1, 1)
 
     def extract_features(self, image: Tensor) -> list[Tensor]:
-        """Return features (B, C, h, w) of the five layers, with unit norm over channels."""
+        """Return the features (B, C, h, w) of the five layers, with unit norm over channels."""
         return [_normalize(x) for x in self.net(self.scaling_layer(image))]
 
 
 def _normalize(x: Tensor) -> Tensor:
-    # vector_norm, unlike the root of a sum of squares, has a finite gradient where all are 0.
+    # vector_norm, unlike the root of a sum of squares, has a finite gradient where x is 0.
     norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / (norm + EPS)  # (B, C, h, w)

@@ -4,7 +4,7 @@
     LoHa                 W + s (a1 b1) * (a2 b2)              arXiv:2108.06098
     LoKr                 W + s w1 (x) w2                      arXiv:2212.10650
     difference, norm     W + w diff                           full-rank difference
-    DoRA                 m V / |V|,  V = W + any of these     arXiv:2402.09353
+    DoRA                 m V / |V|,  V = W + one of these     arXiv:2402.09353
     (IA)^3               W (1 + w v)                          arXiv:2205.05638
     GLoRA                W + s (W a1 a2 + b1 b2)              arXiv:2306.07967
     OFT, BOFT            R W, R block-wise orthogonal         arXiv:2306.07280, arXiv:2311.06243
@@ -22,16 +22,18 @@ from torch import Tensor
 
 from ldm.nets.lora import Target, WeightChange, WeightDelta
 
-__all__ = ["Adapter", "build_change", "find_rank", "is_complete"]
+__all__ = ["Adapter", "build_change", "find_rank", "is_adapter"]
 
-EPS = torch.finfo(torch.float32).eps  # added to the norms of DoRA, as in lycoris-lora
+DORA_EPS = torch.finfo(torch.float32).eps  # added to the norms of DoRA, as in lycoris-lora
 COFT_EPS = 1e-8  # added to the norm of constrained OFT, as in lycoris-lora
-GLORA = ("a1", "a2", "b1", "b2")
-MAGNITUDE = "magnitude"  # of DoRA, one per row of the weight: peft's name
-MAGNITUDES = ("dora_scale", MAGNITUDE)
-DIFFERENCES = ("diff", "diff_b", "w_norm", "b_norm")
-RANK_TENSORS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")  # of shape (rank, …)
-TUCKER = "ijkl,io,jn->onkl"  # (r, r, kh, kw), (r, out), (r, in) -> (out, in, kh, kw)
+# Names of tensors
+GLORA_NAMES = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+PEFT_MAGNITUDE = "magnitude"  # of DoRA, one per row of the weight
+MAGNITUDE_NAMES = ("dora_scale", PEFT_MAGNITUDE)
+DIFFERENCE_NAMES = ("diff", "diff_b", "w_norm", "b_norm")
+RANK_NAMES = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")  # of shape (rank, …)
+# (r, r, kh, kw), (r, out), (r, in) -> (out, in, kh, kw)
+TUCKER_EQUATION = "ijkl,io,jn->onkl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,17 +68,17 @@ TransformFunction = Callable[[Adapter, Tensor], Tensor]
 
 
 def find_rank(tensors: Mapping[str, Tensor]) -> int | None:
-    """Return the rank of a layer's low-rank product; None if it has none."""
-    return next((len(tensors[name]) for name in RANK_TENSORS if name in tensors), None)
+    """Return the rank of a layer's low-rank product; None if the layer has none."""
+    return next((len(tensors[name]) for name in RANK_NAMES if name in tensors), None)
 
 
 def build_change(target: Target, adapter: Adapter, strength: float = 1.0) -> WeightChange:
     """Build the change for the adapter type that the names of the tensors imply.
 
     Raises:
-        ValueError: Tensors are missing, left over, or of a shape that does not fit the weight.
+        ValueError: Tensors are missing or unknown, or their shapes do not fit the weight.
     """
-    adapter_type = _find_type(adapter.tensors)
+    adapter_type = _find_adapter_type(adapter.tensors)
     if adapter_type is None:
         names = ", ".join(f"`{name}`" for name in adapter.tensors)
         raise ValueError(f"no type of adapter has the tensors {names}")
@@ -84,44 +86,46 @@ def build_change(target: Target, adapter: Adapter, strength: float = 1.0) -> Wei
         shape = target.weight.shape
     except AttributeError as error:
         raise ValueError(f"the layer has no {target.name}") from error
-    # Compute the shapes only, to find those that do not fit before any weight is changed.
+    # Only shapes are computed, to find those that do not fit before any weight is changed.
     meta_tensors = {name: value.to("meta") for name, value in adapter.tensors.items()}
-    meta_change = _build(adapter_type, target, replace(adapter, tensors=meta_tensors), strength)
+    meta_change = _build_unchecked(
+        adapter_type, target, replace(adapter, tensors=meta_tensors), strength
+    )
     try:
         meta_change.change_weight(torch.empty(shape, device="meta"))
     except (IndexError, RuntimeError) as error:
         raise ValueError(f"its tensors do not fit a weight of shape {tuple(shape)}") from error
-    return _build(adapter_type, target, adapter, strength)
+    return _build_unchecked(adapter_type, target, adapter, strength)
 
 
-def is_complete(names: Iterable[str]) -> bool:
-    """Return whether tensors of these names form an adapter; names as in `Adapter`."""
-    return _find_type(names) is not None
+def is_adapter(names: Iterable[str]) -> bool:
+    """Return whether tensors with these names, as in `Adapter`, form a complete adapter."""
+    return _find_adapter_type(names) is not None
 
 
-def _find_type(names: Iterable[str]) -> "_AdapterType | None":
-    tensors = set(names) - set(MAGNITUDES)
-    return next((adapter for adapter in ADAPTERS if adapter.matches(tensors)), None)
+def _find_adapter_type(names: Iterable[str]) -> "_AdapterType | None":
+    names = set(names) - set(MAGNITUDE_NAMES)
+    return next((adapter for adapter in ADAPTER_TYPES if adapter.matches(names)), None)
 
 
-def _build(
+def _build_unchecked(
     adapter_type: "_AdapterType", target: Target, adapter: Adapter, strength: float
 ) -> WeightChange:
     change = adapter_type.build(target, adapter, strength)
-    magnitude = next((adapter.tensors[name] for name in MAGNITUDES if name in adapter), None)
+    magnitude = next((adapter.tensors[name] for name in MAGNITUDE_NAMES if name in adapter), None)
     if magnitude is None:
         return change
     if not isinstance(change, WeightDelta):
         raise ValueError(
             "its magnitudes (DoRA) need the tensors of LoRA, LoHa, LoKr or a difference"
         )
-    if MAGNITUDE in adapter:
+    if PEFT_MAGNITUDE in adapter:
         magnitude = magnitude.reshape(-1, 1)
     return _DoRA(target, change, magnitude, strength)
 
 
 @dataclass(eq=False)
-class _Delta(WeightDelta):
+class _AdapterDelta(WeightDelta):
     """W + w delta."""
 
     compute: DeltaFunction
@@ -153,53 +157,53 @@ class _WeightTransform(WeightChange):
 
 @dataclass(eq=False)
 class _DoRA(WeightChange):
-    """DoRA: the weight with an addition, and rows or columns rescaled to a magnitude m.
+    """DoRA: the sum V of weight and delta, with rows or columns rescaled to magnitudes m.
 
     m is (out, 1, …) for rows, or (1, in, 1, …) for columns, as in older files. At strength w the
     norms become (1 - w) |V| + w m.
     """
 
     target: Target
-    addition: WeightDelta
+    delta: WeightDelta
     magnitude: Tensor
     strength: float
 
     def change_weight(self, weight: Tensor) -> Tensor:
-        changed = self.addition.change_weight(weight)
+        direction = self.delta.change_weight(weight)
         magnitude = self.magnitude.float().to(weight.device)
         axis = 1 if len(magnitude) == 1 and len(weight) != 1 else 0
         other_axes = [dim for dim in range(weight.dim()) if dim != axis]
-        norm = torch.linalg.vector_norm(changed, dim=other_axes, keepdim=True) + EPS
+        norm = torch.linalg.vector_norm(direction, dim=other_axes, keepdim=True) + DORA_EPS
         ratio = magnitude.reshape(norm.shape) / norm
-        new_weight: Tensor = changed * (1 + self.strength * (ratio - 1))
+        new_weight: Tensor = direction * (1 + self.strength * (ratio - 1))
         return new_weight
 
 
-def _multiply_low_rank(adapter: Adapter, shape: torch.Size) -> Tensor:
+def _compute_low_rank(adapter: Adapter, shape: torch.Size) -> Tensor:
     up, down = adapter["up"].flatten(1), adapter["down"]
     if "mid" not in adapter:
         return up @ down.flatten(1)
     return torch.einsum("or,rskl,si->oikl", up, adapter["mid"], down.flatten(1))
 
 
-def _multiply_hadamard(adapter: Adapter, shape: torch.Size) -> Tensor:
+def _compute_hadamard(adapter: Adapter, shape: torch.Size) -> Tensor:
     def get_factor(index: int) -> Tensor:
         a, b = adapter[f"hada_w{index}_a"], adapter[f"hada_w{index}_b"]
         if "hada_t1" not in adapter:
             return a @ b
-        return torch.einsum(TUCKER, adapter[f"hada_t{index}"], a, b)
+        return torch.einsum(TUCKER_EQUATION, adapter[f"hada_t{index}"], a, b)
 
     return get_factor(1) * get_factor(2)
 
 
-def _multiply_kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
+def _compute_kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
     def get_factor(index: int) -> Tensor:
         name = f"lokr_w{index}"
         if name in adapter:
             return adapter[name]
         a, b = adapter[f"{name}_a"], adapter[f"{name}_b"]
         if index == 2 and "lokr_t2" in adapter:
-            return torch.einsum(TUCKER, adapter["lokr_t2"], a, b)
+            return torch.einsum(TUCKER_EQUATION, adapter["lokr_t2"], a, b)
         return a @ b.flatten(1)
 
     first, second = get_factor(1), get_factor(2)
@@ -209,7 +213,7 @@ def _multiply_kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
 
 
 def _get_difference(adapter: Adapter, shape: torch.Size) -> Tensor:
-    return next(adapter[name] for name in DIFFERENCES if name in adapter)
+    return next(adapter[name] for name in DIFFERENCE_NAMES if name in adapter)
 
 
 def _scale_rows_or_columns(adapter: Adapter, weight: Tensor) -> Tensor:
@@ -218,17 +222,17 @@ def _scale_rows_or_columns(adapter: Adapter, weight: Tensor) -> Tensor:
     return weight * (1 + vector.view(shape))
 
 
-def _add_glora(adapter: Adapter, weight: Tensor) -> Tensor:
+def _transform_by_glora(adapter: Adapter, weight: Tensor) -> Tensor:
     flat = weight.flatten(1)
-    a1, a2, b1, b2 = (adapter[f"{n}.weight"].flatten(1).to(weight.device) for n in GLORA)
+    a1, a2, b1, b2 = (adapter[name].flatten(1).to(weight.device) for name in GLORA_NAMES)
     return (flat + adapter.scale * (flat @ a1 @ a2 + b1 @ b2)).view(weight.shape)
 
 
 def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
     """Rotate blocks of b rows of the weight, as OFT or BOFT.
 
-    OFT's tensor is (k, b, b): one rotation for each of k blocks of successive rows. BOFT's is
-    (m, k, b, b): m such stages, with the rows of a block farther apart in each (a butterfly).
+    OFT's tensor is (k, b, b): a rotation for each of k blocks of consecutive rows. BOFT's is
+    (m, k, b, b): m such stages, in each of which the rows of a block are farther apart (butterfly).
     """
     blocks = adapter["oft_blocks"].to(weight.device)
     block_size = blocks.shape[-1]
@@ -256,7 +260,7 @@ def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _AdapterType:
-    """How to build the change of an adapter, and the names of its tensors, separated by spaces."""
+    """The function that builds a change, and the names of its tensors, separated by spaces."""
 
     build: Callable[[Target, Adapter, float], WeightChange]
     required: str
@@ -268,10 +272,10 @@ class _AdapterType:
 
 
 _LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
-_low_rank = partial(_Delta, _multiply_low_rank)
-_hadamard = partial(_Delta, _multiply_hadamard)
-_kronecker = partial(_Delta, _multiply_kronecker)
-ADAPTERS = (
+_low_rank = partial(_AdapterDelta, _compute_low_rank)
+_hadamard = partial(_AdapterDelta, _compute_hadamard)
+_kronecker = partial(_AdapterDelta, _compute_kronecker)
+ADAPTER_TYPES = (
     _AdapterType(_low_rank, "up down", "mid"),
     _AdapterType(_hadamard, _LOHA),
     _AdapterType(_hadamard, f"{_LOHA} hada_t1 hada_t2"),
@@ -279,8 +283,8 @@ ADAPTERS = (
     _AdapterType(_kronecker, "lokr_w1_a lokr_w1_b lokr_w2"),
     _AdapterType(_kronecker, "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2"),
     _AdapterType(_kronecker, "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t2"),
-    *(_AdapterType(partial(_Delta, _get_difference), name) for name in DIFFERENCES),
+    *(_AdapterType(partial(_AdapterDelta, _get_difference), name) for name in DIFFERENCE_NAMES),
     _AdapterType(partial(_WeightTransform, _scale_rows_or_columns), "weight"),
-    _AdapterType(partial(_WeightTransform, _add_glora), "a1.weight a2.weight b1.weight b2.weight"),
+    _AdapterType(partial(_WeightTransform, _transform_by_glora), " ".join(GLORA_NAMES)),
     _AdapterType(partial(_WeightTransform, _rotate_rows), "oft_blocks", "rescale"),
 )

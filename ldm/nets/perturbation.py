@@ -1,4 +1,4 @@
-"""Perturbed attention: self-attention whose map is the identity, for some samples of a batch.
+"""Perturbed attention: self-attention with an identity attention map, for some samples of a batch.
 
 Ahn et al. 2024 (arXiv:2403.17377).
 """
@@ -31,24 +31,24 @@ def perturb_self_attention(module: nn.Module, is_perturbed: Tensor) -> Iterator[
     """Within the context, replace self-attention maps by the identity, in this thread only.
 
     Args:
-        module: A part of the UNet, such as its middle block.
+        module: A submodule of the UNet, such as its middle block.
         is_perturbed: Samples to perturb, bool (B,).
     """
-    thread = threading.get_ident()
+    thread_id = threading.get_ident()
     perturbed_indices = is_perturbed.nonzero()[:, 0]
     unchanged_indices = (~is_perturbed).nonzero()[:, 0]
     inputs: list[Tensor] = []  # the input of the current layer, with all samples
 
-    # Attention runs on the unchanged samples only. With an identity map, it is just the value and
-    # output projections, which run on the perturbed samples.
+    # Attention runs on the unchanged samples only. With an identity map, it reduces to the value
+    # and output projections, which run on the perturbed samples.
     def select_unchanged(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if threading.get_ident() != thread or not len(unchanged_indices):
+        if threading.get_ident() != thread_id or not len(unchanged_indices):
             return None
         inputs.append(args[0])
         return (args[0][unchanged_indices.to(args[0].device)], *args[1:])
 
     def add_perturbed(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if threading.get_ident() != thread:
+        if threading.get_ident() != thread_id:
             return None
         assert isinstance(layer, CrossAttention)
         x: Tensor = inputs.pop() if inputs else args[0]  # (B, N, query_dim)

@@ -2,7 +2,7 @@
 
     image (B, 3, H, W) -> encoder -> latent in the UNet's scale -> decoder -> image
 
-Layers are named as in the authors' files, by their index in a sequence.
+As in the authors' files, layers are named by their index in a sequence.
 https://github.com/madebyollin/taesd
 """
 
@@ -17,8 +17,8 @@ __all__ = ["TinyAutoencoder", "TinyDecoder", "TinyEncoder"]
 
 CHANNELS = 64
 LATENT_CHANNELS = 4
-LATENT_LIMIT = 3.0  # for latents of standard deviation 1
-LEVELS = 3  # that halve or double the sides: 2 ** 3 = 8
+MAX_LATENT = 3.0  # of latents with standard deviation 1
+NUM_LEVELS = 3  # each halves or doubles the sides
 BLOCKS_PER_LEVEL = 3
 
 
@@ -27,34 +27,38 @@ class TinyBlock(Layer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Sequential(_conv(), nn.ReLU(), _conv(), nn.ReLU(), _conv())
+        self.conv = nn.Sequential(_build_conv(), nn.ReLU(), _build_conv(), nn.ReLU(), _build_conv())
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv(x) + x)
 
 
 class TinyEncoder(nn.Sequential):
-    """Image (B, 3, H, W) in [0, 1] -> (B, 4, H / 8, W / 8)."""
+    """Image (B, 3, H, W) in [0, 1] -> latent (B, 4, H / 8, W / 8)."""
 
     def __init__(self) -> None:
-        layers: list[nn.Module] = [_conv(in_channels=3), TinyBlock()]
-        for _ in range(LEVELS):
+        layers: list[nn.Module] = [_build_conv(in_channels=3), TinyBlock()]
+        for _ in range(NUM_LEVELS):
             layers.append(Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1, bias=False))
             layers += [TinyBlock() for _ in range(BLOCKS_PER_LEVEL)]
-        super().__init__(*layers, _conv(out_channels=LATENT_CHANNELS))
+        super().__init__(*layers, _build_conv(out_channels=LATENT_CHANNELS))
 
 
 class TinyDecoder(nn.Sequential):
-    """(B, 4, h, w) -> image (B, 3, 8 h, 8 w) in [0, 1], but not clamped."""
+    """Latent (B, 4, h, w) -> image (B, 3, 8 h, 8 w), about [0, 1], not clamped."""
 
     def __init__(self) -> None:
-        layers: list[nn.Module] = [_SoftClamp(), _conv(in_channels=LATENT_CHANNELS), nn.ReLU()]
-        for _ in range(LEVELS):
+        layers: list[nn.Module] = [
+            _SoftClamp(),
+            _build_conv(in_channels=LATENT_CHANNELS),
+            nn.ReLU(),
+        ]
+        for _ in range(NUM_LEVELS):
             layers += [TinyBlock() for _ in range(BLOCKS_PER_LEVEL)]
             # In the authors' file, upsampling and convolution are two layers with an index each;
             # UpsampleConv2d does both.
             layers += [nn.Identity(), UpsampleConv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)]
-        super().__init__(*layers, TinyBlock(), _conv(out_channels=3))
+        super().__init__(*layers, TinyBlock(), _build_conv(out_channels=3))
 
 
 class TinyAutoencoder(nn.Module):
@@ -66,8 +70,8 @@ class TinyAutoencoder(nn.Module):
 
     Attributes:
         encoder: None if only the decoder was loaded.
-        fallback_encoder: The replaced autoencoder, which encodes in place of a missing `encoder`;
-            None = there is none, or none is needed.
+        fallback_encoder: The replaced autoencoder, which encodes if `encoder` is None; None if it
+            is not available or not needed.
     """
 
     in_channels = 3
@@ -87,16 +91,16 @@ class TinyAutoencoder(nn.Module):
         return next(self.decoder.parameters()).dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Encode images (B, 3, H, W) in [-1, 1]: distribution of z, with standard deviation 0."""
+        """Encode images (B, 3, H, W) in [-1, 1] to distributions of z with standard deviation 0."""
         if self.encoder is None:
             assert self.fallback_encoder is not None, "TAESD without an encoder can only decode"
             return self.fallback_encoder.encode(image)
         z = self.encoder((image.to(self.dtype) + 1) / 2) / self.scale_factor
-        # The second z is in place of the log variance, which `deterministic` ignores.
+        # The second half, in place of the log variance, is ignored.
         return DiagonalGaussian(torch.cat([z, z], dim=1).to(image.dtype), deterministic=True)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode latents to images (B, 3, 8 h, 8 w), about [-1, 1] but not clamped.
+        """Decode latents to images (B, 3, 8 h, 8 w), about [-1, 1], not clamped.
 
         Args:
             z: (B, 4, h, w), in the scale of the replaced autoencoder, without its `scale_factor`.
@@ -106,11 +110,11 @@ class TinyAutoencoder(nn.Module):
 
 
 class _SoftClamp(nn.Module):
-    """Clamps latents softly to ± LATENT_LIMIT."""
+    """Clamps latents softly to ± MAX_LATENT."""
 
     def forward(self, z: Tensor) -> Tensor:
-        return LATENT_LIMIT * torch.tanh(z / LATENT_LIMIT)
+        return MAX_LATENT * torch.tanh(z / MAX_LATENT)
 
 
-def _conv(in_channels: int = CHANNELS, out_channels: int = CHANNELS) -> Conv2d:
+def _build_conv(in_channels: int = CHANNELS, out_channels: int = CHANNELS) -> Conv2d:
     return Conv2d(in_channels, out_channels, 3, padding=1)

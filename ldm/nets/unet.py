@@ -31,9 +31,9 @@ from ldm.nets.transformer import AttentionBlock, SpatialTransformer
 __all__ = ["UNet"]
 
 Context = Tensor | Sequence[Tensor] | None
-Depth = int | Sequence[int] | Sequence[Sequence[int]]
+TransformerDepth = int | Sequence[int] | Sequence[Sequence[int]]
 
-# Settings that may be lists, of one entry per level.
+# Settings that may be lists with one entry per level.
 PER_LEVEL_SETTINGS = (
     "num_res_blocks",
     "transformer_depth",
@@ -51,9 +51,9 @@ class UNetBlock(nn.Sequential):
         """Run the layers on x (B, C, h, w).
 
         Args:
-            emb: Embedding of timestep and label, (B, 4 model_channels).
-            size: (height, width) of the next skip connection, which a final Upsample has to
-                match; None = twice the size of x.
+            emb: Embedding of timestep and `y`, (B, 4 model_channels).
+            size: (height, width) of the next skip connection, which an Upsample has to match;
+                None = twice the size of x.
         """
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -79,33 +79,34 @@ class UNet(nn.Module):
         {"image_size", "use_fp16", "use_bf16", "spatial_transformer_attn_type"}
     )
 
-    in_channels: int  # of the latent, and of images that are concatenated with it
+    in_channels: int  # channels of the latent and of what is concatenated with it
     model_channels: int  # channels of the first level, a multiple of 32
     out_channels: int
-    num_res_blocks: int | Sequence[int]  # per level, or a list; output levels have one more
-    attention_resolutions: Collection[int]  # factors 2 ** i of the levels with attention
+    num_res_blocks: int | Sequence[int]  # per level, or a list by level; one more on the way up
+    attention_resolutions: Collection[int]  # downscaling factors 2 ** i of levels with attention
     dropout: float = 0.0
     channel_mult: Sequence[int] = (1, 2, 4, 8)
-    conv_resample: bool = True  # else average pooling, nearest-neighbor upsampling
+    conv_resample: bool = True  # else average pooling and nearest-neighbor upsampling only
     dims: Literal[2] = 2
-    # kind of `y`, see `forward`; None = the network takes no `y`
+    # number of classes, or type of `y`, see `forward`; None = the network takes no `y`
     num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None
     use_checkpoint: bool = False
     num_heads: int = -1  # -1: channels / num_head_channels
     num_head_channels: int = -1
     num_heads_upsample: int = -1  # of AttentionBlocks in output blocks; -1: num_heads
     use_scale_shift_norm: bool = False
-    resblock_updown: bool = False  # resampling by residual blocks
+    resblock_updown: bool = False  # resample by residual blocks
     use_new_attention_order: bool = False
     use_spatial_transformer: bool | None = None  # None = whether context_dim is given
-    transformer_depth: Depth = 1  # blocks per transformer; a list by level, or by level and block
+    # blocks per transformer; a list by level, or by level and block
+    transformer_depth: TransformerDepth = 1
     transformer_depth_middle: int | None = None  # None = as in the last level; 0: one ResBlock only
     transformer_depth_output: Sequence[int] | None = None  # of each output block; None = by level
     context_dim: int | Sequence[int] | None = None  # a list if each block has its own context
     n_embed: None = None  # not supported: prediction of codebook entries
     legacy: bool = True  # features per head = channels / heads, not num_head_channels
-    disable_self_attentions: Sequence[bool] | None = None  # per level: cross-attention only
-    num_attention_blocks: Sequence[int] | None = None  # per level; None = all
+    disable_self_attentions: Sequence[bool] | None = None  # by level: cross-attention only
+    num_attention_blocks: Sequence[int] | None = None  # by level; None = all blocks
     disable_middle_self_attn: bool = False
     disable_middle_transformer: bool = False
     use_linear_in_transformer: bool = False
@@ -147,19 +148,18 @@ class UNet(nn.Module):
 
     @property
     def has_middle_self_attention(self) -> bool:
-        """Whether the middle block has self-attention in a transformer: `perturbed` needs it."""
+        """Whether the middle block has self-attention in a transformer, as `perturbed` needs."""
         return bool(find_self_attentions(self.middle_block))
 
     @property
     def output_block_inputs(self) -> list[tuple[int, int]]:
-        """(index, channels) of each output block's input, without its skip connection.
+        """(resolution index, channels) of each output block's input, without its skip connection.
 
-        The index is 0 at the lowest resolution, as `resolution_idx` in diffusers.
+        The resolution index is 0 at the lowest resolution, as `resolution_idx` in diffusers.
         """
         inputs, in_channels = [], self._level_channels[-1]
-        for index, (channels, blocks) in enumerate(
-            zip(reversed(self._level_channels), reversed(self._level_num_res_blocks), strict=True)
-        ):
+        levels = zip(self._level_channels, self._level_num_res_blocks, strict=True)
+        for index, (channels, blocks) in enumerate(reversed(list(levels))):
             inputs += [(index, in_channels), *[(index, channels)] * blocks]
             in_channels = channels
         return inputs
@@ -185,10 +185,10 @@ class UNet(nn.Module):
             x: (B, in_channels, h, w); any size if downsampling is by convolution, else multiples
                 of 2 ** (levels - 1).
             timesteps: (B,), 0 … 999, may be fractional.
-            context: (B, M, context_dim), or a list of one per transformer block; None = networks
+            context: (B, M, context_dim), or a list of one per transformer block; None for networks
                 without cross-attention.
-            y: By num_classes: an int n: labels 0 … n - 1, (B,); "continuous": (B, 1); "sequential":
-                (B, adm_in_channels); "timestep": (B,); None without classes.
+            y: Depends on num_classes. n: labels 0 … n - 1, (B,); "continuous": (B, 1);
+                "sequential": (B, adm_in_channels); "timestep": (B,); None: None.
             guidance_embedding: (B, time_cond_proj_dim), embedding of the guidance scale of a
                 distilled network (arXiv:2310.04378); None = zeros.
             perturbed: Samples with identity self-attention in the middle block, bool (B,), for
@@ -202,7 +202,7 @@ class UNet(nn.Module):
         emb = self.time_embed(emb)  # (B, 4 model_channels)
         if y is not None:
             emb = emb + self._embed_label(y)
-        context = self._cast(context)
+        context = self._cast_context(context)
         h, skips = x.to(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)
@@ -359,7 +359,7 @@ class UNet(nn.Module):
             return nn.Embedding(self.num_classes, self.emb_channels)
         if self.num_classes == "continuous":
             return Linear(1, self.emb_channels)
-        if self.num_classes == "timestep":  # the original has a module without weights in front
+        if self.num_classes == "timestep":  # the original begins with a module without weights
             return nn.Sequential(nn.Identity(), self._build_mlp(self.model_channels))
         if self.num_classes == "sequential" and self.adm_in_channels is not None:
             return nn.Sequential(self._build_mlp(self.adm_in_channels))
@@ -374,10 +374,10 @@ class UNet(nn.Module):
         emb: Tensor = self.label_emb(y if isinstance(self.num_classes, int) else y.to(self.dtype))
         return emb  # (B, 4 model_channels)
 
-    def _cast(self, x: Context) -> Context:
-        if x is None:
-            return None
-        return x.to(self.dtype) if isinstance(x, Tensor) else [c.to(self.dtype) for c in x]
+    def _cast_context(self, context: Context) -> Context:
+        if context is None or isinstance(context, Tensor):
+            return None if context is None else context.to(self.dtype)
+        return [tokens.to(self.dtype) for tokens in context]
 
     def _check_settings(self) -> None:
         levels = len(self.channel_mult)
@@ -395,7 +395,7 @@ class UNet(nn.Module):
         depth = self.transformer_depth
         is_by_block = isinstance(depth, Sequence) and any(isinstance(d, Sequence) for d in depth)
         if is_by_block and self.transformer_depth_output is None:
-            raise ValueError("transformer_depth by block needs transformer_depth_output, too")
+            raise ValueError("transformer_depth by block needs transformer_depth_output")
         for name in PER_LEVEL_SETTINGS:
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != levels:
@@ -419,7 +419,8 @@ class UNet(nn.Module):
             )
 
     def _check_input(self, x: Tensor, y: Tensor | None) -> None:
-        # Average pooling rounds odd sides down; doubled again, they do not fit the skip connection.
+        # Average pooling rounds odd sides down; after upsampling, they no longer match the skip
+        # connection.
         rounds_down = self.resblock_updown or not self.conv_resample
         factor = 2 ** (len(self.channel_mult) - 1)
         if rounds_down and (x.shape[-2] % factor or x.shape[-1] % factor):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.loading.addons.lpips import read_lpips
-from ldm.nets.lpips import CHANNELS
+from ldm.nets.lpips import LPIPS_CHANNELS
 
 # The convolutions of VGG16 by torchvision's numbers.
 NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -18,7 +18,9 @@ def expand_value(value: float, *shape: int) -> torch.Tensor:
 
 @pytest.fixture
 def files(tmp_path):
-    heads = {f"lin{k}.model.1.weight": expand_value(k, 1, w, 1, 1) for k, w in enumerate(CHANNELS)}
+    heads = {
+        f"lin{k}.model.1.weight": expand_value(k, 1, w, 1, 1) for k, w in enumerate(LPIPS_CHANNELS)
+    }
     vgg = {"classifier.0.weight": expand_value(0, 4096, 25088)}
     for number, before, after in zip(NUMBERS, (3, *OUT), OUT, strict=False):
         vgg[f"features.{number}.weight"] = expand_value(number, after, before, 3, 3)

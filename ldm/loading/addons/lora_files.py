@@ -35,7 +35,7 @@ from ldm.loading.modelspec import make_modelspec
 from ldm.loading.weight_names import normalize_layer_name
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA
-from ldm.nets.lycoris import find_rank, is_complete
+from ldm.nets.lycoris import find_rank, is_adapter
 from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -330,4 +330,4 @@ def _check_layers(path: Path, layers: Mapping[str, LayerTensors]) -> None:
 
 def _is_complete_layer(tensors: LayerTensors) -> bool:
     weight_roles = tensors.keys() - {"alpha", "on_input", *BIAS_ROLES}
-    return is_complete(weight_roles) if weight_roles else not tensors.keys().isdisjoint(BIAS_ROLES)
+    return is_adapter(weight_roles) if weight_roles else not tensors.keys().isdisjoint(BIAS_ROLES)

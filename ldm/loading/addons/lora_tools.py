@@ -204,7 +204,7 @@ def join_loras(
         ValueError: As `read_changes`.
     """
     names: dict[Target, str] = {}
-    additions: dict[Target, list[WeightDelta]] = {}
+    deltas: dict[Target, list[WeightDelta]] = {}
     other_tensors: dict[str, Tensor] = {}
     for path, weight in files:
         for name, change in read_changes(path, model, weight):
@@ -215,7 +215,7 @@ def join_loras(
                     "LoRA of the difference with `extract-lora`"
                 )
             names[change.target] = name
-            additions.setdefault(change.target, []).append(change)
+            deltas.setdefault(change.target, []).append(change)
         other_tensors |= read_bundled_embeddings(path)
     layers: dict[str, LoRALayer] = {}
     total_rank, retained_squares, total_squares = 0, 0.0, 0.0
@@ -276,7 +276,7 @@ def compute_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _decompose_sum(
-    additions: Sequence[WeightDelta], *, is_limited: bool
+    deltas: Sequence[WeightDelta], *, is_limited: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (m, k), S (k,), Vh (k, n) whose product is the sum of the additions.
 

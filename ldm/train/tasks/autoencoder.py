@@ -220,7 +220,7 @@ class AdversarialTask(Task):
         if self.perceptual is not None:
             self.perceptual = _move(self.perceptual, device) if config.perceptual_weight else None
         discriminator = PatchDiscriminator(
-            in_channels=config.disc_in_channels, layers=config.disc_num_layers
+            in_channels=config.disc_in_channels, num_layers=config.disc_num_layers
         )
         self.discriminator: PatchDiscriminator = _move(discriminator, device)
         logvar = torch.tensor(config.logvar_init, device=device)
