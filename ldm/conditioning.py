@@ -31,7 +31,7 @@ JoinAxis = Literal["tokens", "features"]
 DropRate = float | Mapping[str, float] | None  # see `Conditioner.forward`
 DROPOUT_QUIRKS = ("independent-dropout", "mutating-legacy-ucg")  # see `Conditioner.forward`
 TOKEN_FIELDS = {"crossattn", "context_mask"}  # fields of `Cond` with tokens along axis 1
-SECOND_PROMPT = "txt_2"  # batch key of SDXL's second prompt, read by the encoder `text_2`
+SECOND_PROMPT_KEY = "txt_2"  # batch key of SDXL's second prompt, read by the encoder `text_2`
 EncoderT = TypeVar("EncoderT", bound="Encoder")
 
 
@@ -367,7 +367,7 @@ class Conditioner(nn.Module):
         cond, dropper = Cond(), _SampleDropper(drop, generator, legacy)
         entries = dict(batch)
         for name, encoder in self.encoders.items():
-            key = SECOND_PROMPT if name == "text_2" and SECOND_PROMPT in entries else encoder.key
+            key = SECOND_PROMPT_KEY if name == "text_2" and SECOND_PROMPT_KEY in entries else encoder.key
             if key not in entries:
                 keys = ", ".join(f"`{key}`" for key in entries)
                 raise KeyError(f"encoder `{name}` reads `{key}`, the batch has {keys}")

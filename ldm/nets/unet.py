@@ -143,8 +143,8 @@ class UNet(nn.Module):
     @property
     def _level_num_res_blocks(self) -> Sequence[int]:
         """Residual blocks of each level on the way down; there is one more on the way up."""
-        blocks = self.num_res_blocks
-        return [blocks] * len(self.channel_mult) if isinstance(blocks, int) else blocks
+        counts = self.num_res_blocks
+        return [counts] * len(self.channel_mult) if isinstance(counts, int) else counts
 
     @property
     def has_middle_self_attention(self) -> bool:
@@ -159,8 +159,8 @@ class UNet(nn.Module):
         """
         inputs, in_channels = [], self._level_channels[-1]
         levels = zip(self._level_channels, self._level_num_res_blocks, strict=True)
-        for index, (channels, blocks) in enumerate(reversed(list(levels))):
-            inputs += [(index, in_channels), *[(index, channels)] * blocks]
+        for index, (channels, num_blocks) in enumerate(reversed(list(levels))):
+            inputs += [(index, in_channels), *[(index, channels)] * num_blocks]
             in_channels = channels
         return inputs
 
@@ -312,7 +312,7 @@ class UNet(nn.Module):
     ) -> nn.Module:
         if not self.use_spatial_transformer:
             return self._build_attention_block(channels, up)
-        heads, dim_head = self._count_heads(channels)
+        heads, dim_head = self._get_heads_and_dim(channels)
         if disable_self_attn is None and self.disable_self_attentions is not None:
             disable_self_attn = self.disable_self_attentions[level]
         return SpatialTransformer(
@@ -327,7 +327,7 @@ class UNet(nn.Module):
         )
 
     def _build_attention_block(self, channels: int, up: bool) -> AttentionBlock:
-        heads, _ = self._count_heads(channels)
+        heads, _ = self._get_heads_and_dim(channels)
         if up and self.legacy and self.num_head_channels == -1 and self.num_heads_upsample != -1:
             heads = self.num_heads_upsample
         return AttentionBlock(
@@ -337,7 +337,7 @@ class UNet(nn.Module):
             use_new_attention_order=self.use_new_attention_order,
         )
 
-    def _count_heads(self, channels: int) -> tuple[int, int]:
+    def _get_heads_and_dim(self, channels: int) -> tuple[int, int]:
         """Return the number of heads, and the features per head."""
         if self.num_head_channels == -1:
             return self.num_heads, channels // self.num_heads
@@ -380,13 +380,13 @@ class UNet(nn.Module):
         return [tokens.to(self.dtype) for tokens in context]
 
     def _check_settings(self) -> None:
-        levels = len(self.channel_mult)
+        num_levels = len(self.channel_mult)
         if self.dims != 2:
             raise ValueError(f"dims `{self.dims}` is not supported, only 2 (images)")
         if self.n_embed is not None:
             raise ValueError("n_embed (prediction of codebook entries) is not supported")
-        heads = self.num_heads if self.num_head_channels == -1 else self.num_head_channels
-        if heads < 1:
+        uses_num_heads = self.num_head_channels == -1
+        if (self.num_heads if uses_num_heads else self.num_head_channels) < 1:
             raise ValueError(
                 "num_head_channels must be at least 1, or -1 with num_heads at least 1"
             )
@@ -398,24 +398,24 @@ class UNet(nn.Module):
             raise ValueError("transformer_depth by block needs transformer_depth_output")
         for name in PER_LEVEL_SETTINGS:
             value = getattr(self, name)
-            if isinstance(value, Sequence) and len(value) != levels:
-                raise ValueError(f"{name} has {len(value)} entries for {levels} levels")
+            if isinstance(value, Sequence) and len(value) != num_levels:
+                raise ValueError(f"{name} has {len(value)} entries for {num_levels} levels")
         for level, level_depth in enumerate(depth if isinstance(depth, Sequence) else ()):
-            blocks = self._level_num_res_blocks[level]
+            num_blocks = self._level_num_res_blocks[level]
             if (
                 isinstance(level_depth, Sequence)
                 and self._has_attention(level, 0)
-                and len(level_depth) != blocks
+                and len(level_depth) != num_blocks
             ):
                 raise ValueError(
-                    f"transformer_depth has {len(level_depth)} entries for the {blocks} blocks of "
-                    f"level {level}"
+                    f"transformer_depth has {len(level_depth)} entries for the {num_blocks} blocks "
+                    f"of level {level}"
                 )
-        output_depths, blocks = self.transformer_depth_output, len(self.output_block_inputs)
-        if output_depths is not None and len(output_depths) != blocks:
+        output_depths, num_blocks = self.transformer_depth_output, len(self.output_block_inputs)
+        if output_depths is not None and len(output_depths) != num_blocks:
             raise ValueError(
-                f"transformer_depth_output has {len(output_depths)} entries for {blocks} output "
-                "blocks"
+                f"transformer_depth_output has {len(output_depths)} entries for {num_blocks} "
+                "output blocks"
             )
 
     def _check_input(self, x: Tensor, y: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from ldm.diffusion.samplers.common import (
 
 __all__ = ["deis", "dpmpp_2m", "lms", "plms", "unipc"]
 
-# Weights of the last slopes, newest first, by their number.
+# Order -> weights of the last slopes, newest first.
 ADAMS_BASHFORTH = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -28,7 +28,7 @@ ADAMS_BASHFORTH = {
 def plms(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Steps:
     """Sample by PLMS (arXiv:2202.09778): one Heun step, then Adams–Bashforth of orders 2, 3 and 4.
 
-    As in the original, the weights are for equal steps, even where steps differ.
+    As in the original, the weights are those for equal steps, even if steps differ.
     """
     slopes: list[Tensor] = []  # newest first
     for sigma, sigma_next in pair_sigmas(sigmas):
@@ -51,7 +51,7 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 4) -> Steps
     The polynomial through the last slopes is integrated over sigma.
 
     Args:
-        order: Largest number of slopes, 1 … 4.
+        order: Maximum number of slopes, 1 … 4.
     """
     sigma_list = sigmas.tolist()
     slopes: list[Tensor] = []  # newest first
@@ -73,8 +73,8 @@ def dpmpp_2m(
         h = ln(sigma / sigma')
 
     Args:
-        lower_order_final: Whether the last step is of order 1 if there are fewer than 15. A step to
-            sigma 0 is of order 1 in any case.
+        lower_order_final: Whether the last of fewer than 15 steps is of order 1. A step to sigma 0
+            always is.
     """
     steps = len(sigmas) - 1
     first_order_step = steps - 1 if lower_order_final and steps < 15 else None
@@ -95,7 +95,7 @@ def deis(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Step
     """Sample by DEIS (arXiv:2204.13902), with polynomials in log sigma as in diffusers ("logrho").
 
     The polynomial through the last slopes is integrated over sigma, with dsigma = sigma dlog sigma.
-    With fewer than 15 steps the order, the number of slopes, falls to 1 towards the end.
+    With fewer than 15 steps, the order (number of slopes) falls to 1 towards the end.
     """
     sigma_list = sigmas.tolist()
     steps = len(sigma_list) - 1
@@ -115,12 +115,12 @@ def deis(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Step
 
 @sampler
 def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Steps:
-    """Sample by UniPC, variant bh2 (arXiv:2302.04867): each step corrects the one before.
+    """Sample by UniPC, variant bh2 (arXiv:2302.04867): each step also corrects the previous one.
 
     The estimate at the predicted x also serves the corrector, so a step takes one evaluation.
 
     Args:
-        order: Largest number of estimates that the predictor uses.
+        order: Maximum number of estimates that the predictor uses.
     """
     steps = len(sigmas) - 1
     history: list[tuple[float, Tensor]] = []  # (sigma, estimate), newest first
@@ -139,7 +139,7 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Ste
 def _integrate_lagrange(nodes: list[float], start: float, end: float) -> list[float]:
     """Integrate the Lagrange basis polynomials of the nodes over [start, end].
 
-    By two Gauss-Legendre points: exact for up to 4 nodes, that is up to degree 3.
+    Two Gauss-Legendre points are exact up to degree 3, that is for up to 4 nodes.
     """
     middle, half = (start + end) / 2, (end - start) / 2
     points = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
@@ -151,7 +151,7 @@ def _integrate_lagrange(nodes: list[float], start: float, end: float) -> list[fl
 
 def _integrate_lagrange_over_log(nodes: list[float], start: float, end: float) -> list[float]:
     """Integrate the Lagrange basis polynomials in log sigma, times sigma, over [start, end]."""
-    # Ten Gauss-Legendre points and their weights, by eigenvalues (Golub and Welsch 1969).
+    # Ten Gauss-Legendre points and weights, from eigenvectors (Golub and Welsch 1969).
     k = torch.arange(1, 10, dtype=torch.float64)
     off_diagonal = k / (4 * k * k - 1).sqrt()
     matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
@@ -177,12 +177,12 @@ def _step_unipc(
 
         x' = (sigma' / sigma) x - (e^-h - 1) (D + sum of a_m (D_m - D) / r_m)
 
-    with D at the newest level, and the other estimates D_m at r_m, in units of the step h in log
-    sigma. The weights a solve R a = b of the paper.
+    with D at the newest level, and the other estimates D_m at distances r_m h in log sigma. The
+    weights a solve R a = b of the paper.
 
     Args:
         history: (sigma, estimate) of the last levels, newest first.
-        order: Number of estimates in `history` to use.
+        order: Number of estimates of `history` to use.
         denoised_next: Estimate at sigma_next for the corrector; None = the predictor.
     """
     sigma, denoised = history[0]
