@@ -367,7 +367,8 @@ class Conditioner(nn.Module):
         cond, dropper = Cond(), _SampleDropper(drop, generator, legacy)
         entries = dict(batch)
         for name, encoder in self.encoders.items():
-            key = SECOND_PROMPT_KEY if name == "text_2" and SECOND_PROMPT_KEY in entries else encoder.key
+            has_second_prompt = name == "text_2" and SECOND_PROMPT_KEY in entries
+            key = SECOND_PROMPT_KEY if has_second_prompt else encoder.key
             if key not in entries:
                 keys = ", ".join(f"`{key}`" for key in entries)
                 raise KeyError(f"encoder `{name}` reads `{key}`, the batch has {keys}")

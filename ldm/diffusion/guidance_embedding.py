@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.conditioning import Composition, Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import Scale
+from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.samplers.common import Denoise
 from ldm.runtime.errors import ArgumentError
 
@@ -39,7 +39,7 @@ def embed_guidance(
     cond: Cond | Composition,
     uncond: Cond | None = None,
     *,
-    scale: Scale,
+    scale: GuidanceScale,
     dim: int,
 ) -> Denoise:
     """Build `denoise(x, sigma)` for a network that takes the guidance scale; it runs once per call.

@@ -51,7 +51,7 @@ class Sampler:
         takes_brownian: Whether noise after steps may come from a Brownian path over sigma.
         takes_churn: Whether it adds noise before steps (s_churn).
         scales_timesteps: Whether it takes the function `NoiseSchedule.scale_timestep`.
-        takes_uncond: Whether it also needs the unconditional estimate of z.
+        is_cfg_pp: Whether it is CFG++, which also takes the unconditional estimate of z.
         scale: Default guidance scale; None = the model's.
         scheduler: Default scheduler; None = the model's.
         high_sigma_scheduler: Default scheduler if the highest sigma is above HIGH_SIGMA; None =
@@ -69,7 +69,7 @@ class Sampler:
     takes_brownian: bool = False
     takes_churn: bool = False
     scales_timesteps: bool = False
-    takes_uncond: bool = False
+    is_cfg_pp: bool = False
     scale: float | None = None
     scheduler: str | None = None
     high_sigma_scheduler: str | None = None
@@ -166,10 +166,14 @@ SAMPLERS = {
     ),
     "ddpm": Sampler("euler_ancestral", "DDPM", eta=1.0),
     "euler_cfg_pp": Sampler(
-        "euler_cfg_pp", "Euler CFG++", takes_uncond=True, scale=1.0, a1111_scheduler="uniform"
+        "euler_cfg_pp",
+        "Euler CFG++",
+        is_cfg_pp=True,
+        scale=1.0,
+        a1111_scheduler="uniform",
     ),
     "euler_a_cfg_pp": Sampler(
-        "euler_ancestral_cfg_pp", "Euler a CFG++", eta=1.0, takes_uncond=True, scale=1.0
+        "euler_ancestral_cfg_pp", "Euler a CFG++", eta=1.0, is_cfg_pp=True, scale=1.0
     ),
     "unipc": Sampler("unipc", "UniPC", a1111_scheduler="uniform"),
     "deis": Sampler("deis", "DEIS"),

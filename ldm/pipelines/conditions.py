@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
-from ldm.diffusion.guidance import Guidance, Scale
+from ldm.diffusion.guidance import Guidance, GuidanceScale
 from ldm.diffusion.names import SAMPLERS
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import quote_name
@@ -63,7 +63,7 @@ class ConditionInputs:
     unconditional_inputs: Mapping[str, object]
     sdxl: SDXLOptions
     size: tuple[int, int]
-    scale: Scale | None = None
+    scale: GuidanceScale | None = None
     guidance: Guidance | None = None
     sampler: str | None = None
 
@@ -113,8 +113,8 @@ class ConditionInputs:
                 warn_caller(f"{quote_name(model)} does not read a negative prompt: ignored")
             return False
         scale = get_default_scale(model, self.sampler) if self.scale is None else self.scale
-        takes_uncond = SAMPLERS[self.sampler or model.defaults.sampler].takes_uncond
-        return scale != 1 or takes_uncond or has_composition(cond)
+        is_cfg_pp = SAMPLERS[self.sampler or model.defaults.sampler].is_cfg_pp
+        return scale != 1 or is_cfg_pp or has_composition(cond)
 
 
 def is_empty_pair(pair: ParsedPair | PromptPair) -> bool:

@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ldm.diffusion.guidance import Guidance, Scale
+from ldm.diffusion.guidance import Guidance, GuidanceScale
 from ldm.diffusion.samplers.common import Constrain, NoiseSource
 from ldm.model import LatentDiffusion
 from ldm.pipelines.conditions import ConditionInputs, EncodedConds
@@ -34,7 +34,7 @@ __all__ = ["generate", "make_task_noise_source"]
 class RunOptions(SamplingOptions, total=False):
     """Keywords of `sample`: those that callers of a task pass, and those that the task sets."""
 
-    scale: Scale | None
+    scale: GuidanceScale | None
     noise_source: NoiseSource
     constrain: Constrain | None
     z: Tensor | None
@@ -56,7 +56,7 @@ def generate(
     prompts: Sequence[str],
     negative_prompt: str | Sequence[str],
     inputs: Mapping[str, Tensor],
-    scale: Scale | None,
+    scale: GuidanceScale | None,
     vae_tile: int | None,
     *,
     noise_source: NoiseSource,

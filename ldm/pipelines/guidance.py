@@ -6,11 +6,11 @@ from typing import TypedDict, cast
 
 from ldm.diffusion.guidance import (
     Guidance,
+    GuidanceScale,
     PerpNeg,
     PerturbedAttention,
     ProjectedGuidance,
     SafeGuidance,
-    Scale,
 )
 from ldm.diffusion.names import APG, SLD, SLD_CONCEPTS, check_guidance_options
 from ldm.model import LatentDiffusion
@@ -59,7 +59,10 @@ def make_guidance(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
 
 
 def check_guidance(
-    model: LatentDiffusion, scale: Scale | None, arguments: Mapping[str, object], quirks: Quirks
+    model: LatentDiffusion,
+    scale: GuidanceScale | None,
+    arguments: Mapping[str, object],
+    quirks: Quirks,
 ) -> None:
     """Raise ArgumentError for guidance or FreeU without effect, or not supported by the model.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
-from ldm.diffusion.guidance import Scale
+from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.names import SAMPLERS
 from ldm.diffusion.samplers.common import NoiseSource
 from ldm.encoders.lowres import LowResLatent
@@ -128,7 +128,7 @@ def sample_upscaled_latent(
     noise_source: NoiseSource,
     noise_sigma: float = 0.0,
     noise_kind: str = "gaussian",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
     """Sample latents (B, C, 2h, 2w), one per prompt, from low-res latents (1 | B, C, h, w).
@@ -163,7 +163,7 @@ def sample_upscaled_latent(
     sampler = options.get("sampler") or model.defaults.sampler
     scale = get_default_scale(model, sampler) if scale is None else scale
     cond = encode(negative_prompts if scale == 0 else prompts)
-    is_guided = scale != 0 and (scale != 1 or SAMPLERS[sampler].takes_uncond)
+    is_guided = scale != 0 and (scale != 1 or SAMPLERS[sampler].is_cfg_pp)
     uncond = encode(negative_prompts) if is_guided else None
     sigmas = get_sigmas(model, quirks, options)
     x_T = _draw_initial_noise(latent, options.get("x_T"), noise_source)

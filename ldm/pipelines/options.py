@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor
 from typing_extensions import Required
 
-from ldm.diffusion.guidance import Scale
+from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import find_family
@@ -56,7 +56,7 @@ class TaskArguments(TextOptions, total=False):
 
     prompts: Required[Sequence[str]]
     negative_prompt: str | Sequence[str]
-    scale: Scale | None
+    scale: GuidanceScale | None
     size: tuple[int, int] | None
     strength: float
     tile: int | None

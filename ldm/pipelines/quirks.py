@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import Denoise, Scale, add_guidance
+from ldm.diffusion.guidance import Denoise, GuidanceScale, add_guidance
 from ldm.diffusion.names import LEGACY, SDXL_LEGACY
 from ldm.diffusion.samplers.common import NoiseSource
 from ldm.diffusion.schedule import NoiseSchedule
@@ -115,7 +115,12 @@ class Quirks:
                 draw_global_noise(x)
 
     def build_inversion_denoise(
-        self, model: LatentDiffusion, sigmas: Tensor, cond: Cond, uncond: Cond | None, scale: Scale
+        self,
+        model: LatentDiffusion,
+        sigmas: Tensor,
+        cond: Cond,
+        uncond: Cond | None,
+        scale: GuidanceScale,
     ) -> Denoise:
         """Return `denoise(x, sigma)` for DDIM inversion.
 

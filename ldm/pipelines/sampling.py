@@ -18,7 +18,7 @@ from ldm.diffusion.brownian import BrownianPaths
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import (
     Guidance,
-    Scale,
+    GuidanceScale,
     StepCounter,
     add_guidance,
     switch_conditions,
@@ -86,7 +86,7 @@ def sample(
     s_tmax: float | None = None,
     s_noise: float = 1.0,
     brownian: bool = False,
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     guidance_rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
     freeu: str | Sequence[float] | FreeUFactors | None = None,
@@ -232,7 +232,7 @@ def sample(
     )
     if brownian and sampler_options["noise_source"] is not None:
         sampler_options["interval_noise"] = _make_interval_noise(seeds, n, sigmas, s_noise)
-    if takes_uncond := SAMPLERS[sampler].takes_uncond:
+    if is_cfg_pp := SAMPLERS[sampler].is_cfg_pp:
         sampler_options["get_uncond_denoised"] = lambda: next(iter(uncond_denoised), None)
     build_denoise: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
         add_guidance,
@@ -242,7 +242,7 @@ def sample(
         interval=guidance_interval,
         guidance=guidance,
         extra_conds=extra_conds,
-        on_uncond_denoised=uncond_denoised.append if takes_uncond else None,
+        on_uncond_denoised=uncond_denoised.append if is_cfg_pp else None,
     )
     if model.guidance_embed_dim is not None:
         dim = model.guidance_embed_dim
@@ -270,7 +270,7 @@ def invert(
     uncond: Cond | None = None,
     *,
     sigmas: Tensor,
-    scale: Scale = 1.0,
+    scale: GuidanceScale = 1.0,
     legacy: Iterable[str] = (),
 ) -> Tensor:
     """Compute the noisy latent from which DDIM returns to z: DDIM inversion (Euler up the sigmas).
@@ -306,7 +306,7 @@ def _check_combinations(arguments: Mapping[str, object]) -> None:
 
 
 def _check_guidance(
-    model: LatentDiffusion, arguments: Mapping[str, object], sampler: str, scale: Scale
+    model: LatentDiffusion, arguments: Mapping[str, object], sampler: str, scale: GuidanceScale
 ) -> None:
     """Raise ArgumentError for options of guidance without `uncond`; warn of those without effect.
 
@@ -317,14 +317,14 @@ def _check_guidance(
     if model.guidance_embed_dim is not None:
         return  # see `check_embedded_guidance`
     guidance = arguments["guidance"]
-    perturbs = isinstance(guidance, Guidance) and guidance.perturbs  # it needs no `uncond`
+    perturbs = isinstance(guidance, Guidance) and guidance.needs_perturbed  # it needs no `uncond`
     names = ["scale"] if perturbs else ["scale", "guidance", "guidance_interval"]
     given_names = [name for name in names if arguments[name] is not None]
     given_names += ["guidance_rescale"] if arguments["guidance_rescale"] and not perturbs else []
     has_uncond = arguments["uncond"] is not None
     if given_names and scale != 1 and not has_uncond:
         raise ArgumentError(f"{given_names[0]} needs uncond", given_names[0])
-    if scale == 1 and not (has_uncond and SAMPLERS[sampler].takes_uncond):
+    if scale == 1 and not (has_uncond and SAMPLERS[sampler].is_cfg_pp):
         for name in given_names:
             if name in ("guidance_rescale", "guidance_interval"):
                 warn_caller(f"{name} has no effect at a guidance scale of 1")

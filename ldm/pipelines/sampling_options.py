@@ -7,7 +7,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Guidance, Scale
+from ldm.diffusion.guidance import Guidance, GuidanceScale
 from ldm.diffusion.names import HIGH_SIGMA, SAMPLERS, SCHEDULERS, FreeUFactors
 from ldm.diffusion.samplers.common import NoiseSource
 from ldm.diffusion.scheduler_options import check_sigmas
@@ -140,7 +140,7 @@ def get_default_scale(
 
 
 def get_limit_warning(
-    defaults: Defaults, name: str, steps: int | None, scale: Scale | None
+    defaults: Defaults, name: str, steps: int | None, scale: GuidanceScale | None
 ) -> str | None:
     """Return a warning if a few-step model gets too many steps or too high a scale, else None.
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ldm.diffusion.guidance import Scale
+from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.samplers.common import Constrain, NoiseSource
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.lowres import LowRes, RGBDLatent, concat_mask, mask_image
@@ -80,7 +80,7 @@ def txt2img(
     prompts: Sequence[str],
     *,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
     upscaling: Upscaling | None = None,
@@ -123,7 +123,7 @@ def img2img(
     source_prompt: str = "",
     depth: Tensor | None = None,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     tile: int | None = None,
     upscaling: Upscaling | None = None,
     **options: Unpack[TextOptions],
@@ -173,7 +173,7 @@ def inpaint(
     composite: bool = True,
     depth: Tensor | None = None,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     tile: int | None = None,
     **options: Unpack[TextOptions],
 ) -> Tensor:
@@ -233,7 +233,7 @@ def depth2img(
     depth: Tensor | None = None,
     strength: float = 0.9,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     tile: int | None = None,
     **options: Unpack[GuidedOptions],
 ) -> Tensor:
@@ -272,7 +272,7 @@ def upscale(
     *,
     noise_level: int = 20,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     tile: int | None = None,
     **options: Unpack[GuidedOptions],
 ) -> Tensor:
@@ -315,7 +315,7 @@ def upscale_rgbd(
     *,
     noise_level: int = 20,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     tile: int | None = None,
     **options: Unpack[GuidedOptions],
 ) -> Tensor:
@@ -358,7 +358,7 @@ def upscale_latent(
     noise_sigma: float = 0.0,
     noise_kind: str = "gaussian",
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     tile: int | None = None,
     **options: Unpack[GuidedOptions],
 ) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
-from ldm.diffusion.guidance import Scale
+from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.names import SAMPLERS
 from ldm.diffusion.samplers.common import NoiseSource
 from ldm.encoders.image import ImageEmbedding
@@ -43,7 +43,7 @@ def unclip(
     noise_levels: Sequence[int] | int = 0,
     mix_level: int | None = None,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
     **options: Unpack[GuidedOptions],
@@ -104,7 +104,7 @@ def vary(
     *,
     weights: Sequence[float] | None = None,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale | None = None,
+    scale: GuidanceScale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
     **options: Unpack[UnguidedOptions],
@@ -131,8 +131,8 @@ def vary(
         if cond.crossattn is not None
     ]
     cond = Cond(crossattn=torch.stack(tokens).sum(dim=0))  # (1, 1, D)
-    takes_uncond = SAMPLERS[options.get("sampler") or model.defaults.sampler].takes_uncond
-    is_guided = scale != 1 or takes_uncond
+    is_cfg_pp = SAMPLERS[options.get("sampler") or model.defaults.sampler].is_cfg_pp
+    is_guided = scale != 1 or is_cfg_pp
     uncond = model.condition({"jpg": [None]}).repeat(n) if is_guided else None
     sampling = select_sampling_options(options)
     z = sample(

@@ -60,7 +60,7 @@ def test_the_rule_equals_the_recorded_one_bit_for_bit(preset, size):
             denoiser, uncond, 3.7, info["guidance_scale"], uncond, cond, (concept,)
         )
         assert torch.equal(guidance.combine(evaluation), expected["guided"][i])
-        guidance.calls += 1
+        guidance.num_evaluations += 1
 
 
 QUICK = ("traj_negative", "traj_batch2", "traj_unsaturated", "traj_sld1_off")
@@ -150,7 +150,7 @@ def test_evaluations_outside_the_interval_count_and_take_one_pass():
     for sigma in (9.0, 5.0, 0.5):
         denoise(torch.ones(2, 4, 6, 6), sigma)
     assert toy.rows == [2, 6, 2]
-    assert guidance.calls == 3
+    assert guidance.num_evaluations == 3
 
 
 def sample_latents(model, n, **options):

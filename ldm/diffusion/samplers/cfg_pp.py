@@ -1,4 +1,4 @@
-"""CFG++ (arXiv:2406.08070): steps to the guided estimate, then back along the unconditional noise.
+"""CFG++ (arXiv:2406.08070): steps from the guided estimate along the unconditional noise.
 
 x' = D + sigma_down (x - D_uncond) / sigma + sigma_up noise
 """
@@ -38,9 +38,9 @@ def euler_ancestral_cfg_pp(
     """
     for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
-        uncond = get_uncond_denoised()
+        uncond_denoised = get_uncond_denoised()
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
-        slope = (x - (denoised if uncond is None else uncond)) / sigma
+        slope = (x - (denoised if uncond_denoised is None else uncond_denoised)) / sigma
         x = denoised + slope * sigma_down
         if noise_source:
             x = x + noise_source(x) * sigma_up

@@ -15,19 +15,19 @@ __all__ = [
     "NoiseSource",
     "StepCallback",
     "Steps",
+    "add_churn",
     "choose_interval_noise",
-    "churn",
+    "compute_log_ratio",
+    "compute_weighted_sum",
     "get_ancestral_step",
-    "log_ratio",
     "pair_sigmas",
     "sampler",
-    "weighted_sum",
 ]
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> denoised x
 # like -> standard normal noise of its shape, regardless of the noise levels
 NoiseSource = Callable[[Tensor], Tensor]
-# (like, sigma, next sigma) -> noise between the two levels, k-diffusion's `noise_sampler`
+# (like, sigma, next sigma) -> noise of the step between them, as k-diffusion's `noise_sampler`
 IntervalNoise = Callable[[Tensor, float, float], Tensor]
 # (step, x after it, denoised), after each step
 StepCallback = Callable[[int, Tensor, Tensor], None]
@@ -68,12 +68,14 @@ def sampler(generate_steps: Callable[..., Steps]) -> Callable[..., Tensor]:
 
 
 def pair_sigmas(sigmas: Tensor) -> list[tuple[float, float]]:
-    """Return (sigma, next sigma) of each step."""
+    """List (sigma, next sigma) of each step."""
     return list(pairwise(sigmas.tolist()))
 
 
-def churn(x: Tensor, sigma: float, gamma: float, noise_source: NoiseSource) -> tuple[Tensor, float]:
-    """Add noise to x that multiplies sigma by 1 + gamma, at most √2; return x and the new sigma.
+def add_churn(
+    x: Tensor, sigma: float, gamma: float, noise_source: NoiseSource
+) -> tuple[Tensor, float]:
+    """Add noise to x, so that sigma grows by the factor 1 + gamma, at most √2; return both.
 
     Karras et al. 2022 (arXiv:2206.00364), algorithm 2, lines 4 to 6.
     """
@@ -103,11 +105,11 @@ def choose_interval_noise(
     return lambda like, sigma, sigma_next: noise_source(like)
 
 
-def log_ratio(sigma: float, sigma_next: float) -> float:
-    """Return the length of a step, h = ln(sigma / sigma_next); infinite for a step to 0."""
+def compute_log_ratio(sigma: float, sigma_next: float) -> float:
+    """Compute the length of a step, h = ln(sigma / sigma_next); infinite for a step to 0."""
     return math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
 
 
-def weighted_sum(weights: tuple[float, ...] | list[float], tensors: list[Tensor]) -> Tensor:
-    """Return the sum of weights[k] * tensors[k]."""
+def compute_weighted_sum(weights: tuple[float, ...] | list[float], tensors: list[Tensor]) -> Tensor:
+    """Compute the sum of weights[k] * tensors[k]."""
     return torch.stack([w * x for w, x in zip(weights, tensors, strict=True)]).sum(dim=0)

@@ -38,7 +38,7 @@ def tcd(
 
     Args:
         eta: The paper's gamma, 0 … 1: 0 is DDIM, 1 steps down to the lowest level.
-        scale_timestep: (sigma, factor) -> the noise level at `factor` times the timestep of sigma, see
+        scale_timestep: (sigma, factor) -> sigma at `factor` times the timestep of sigma, see
             `NoiseSchedule.scale_timestep`.
     """
     for sigma, sigma_next in pair_sigmas(sigmas):

@@ -1,8 +1,8 @@
-"""DPM-Solver (arXiv:2206.00927) of mixed orders, which chooses its levels between `sigmas`' ends.
+"""DPM-Solver (arXiv:2206.00927) of mixed orders, which chooses its own levels between two sigmas.
 
-If `sigmas` end at 0, the level before is the end, as in A1111: the result keeps that noise. A
-single step to 0 is Euler's, where A1111 would return x unchanged. `callback` is called as often as
-`sigmas` have steps, several times for a step of higher order.
+These are the first and the last of `sigmas`; if the last is 0, the one before it, as in A1111, so
+that the result keeps that noise. A single step to 0 is Euler's; A1111 would return x unchanged.
+`callback` is called once for each step of `sigmas`, several times for a step of higher order.
 
 In terms of sigma, DPM-Solver's steps are those of Euler's method with corrected slopes: its lambda
 is -ln sigma, and its eps the slope (x - D) / sigma.
@@ -18,8 +18,8 @@ from ldm.diffusion.samplers.common import (
     Denoise,
     NoiseSource,
     StepCallback,
+    compute_log_ratio,
     get_ancestral_step,
-    log_ratio,
 )
 from ldm.diffusion.samplers.single_step import euler
 
@@ -38,22 +38,22 @@ def dpm_fast(
 ) -> Tensor:
     """Sample by DPM-Solver-fast: steps of order 3, evenly in log sigma, the last of lower order.
 
-    A step of order k takes k evaluations, in all as many as `sigmas` have steps.
+    A step of order k takes k evaluations; their total is the number of steps of `sigmas`.
     """
-    start, end = _find_ends(sigmas)
-    if start == end:
+    sigma_start, sigma_end = _get_sigma_range(sigmas)
+    if sigma_start == sigma_end:
         return euler(denoise, x, sigmas, callback=callback, constrain=constrain)
     evaluations = len(sigmas) - 1
     full_steps, remainder = divmod(evaluations, 3)
     orders = [3] * full_steps + [remainder] if remainder else [3] * (full_steps - 1) + [2, 1]
     log_sigmas = torch.linspace(
-        math.log(start), math.log(end), len(orders) + 1, dtype=torch.float64
+        math.log(sigma_start), math.log(sigma_end), len(orders) + 1, dtype=torch.float64
     )
-    levels = [start, *log_sigmas[1:-1].exp().tolist(), end]
+    levels = [sigma_start, *log_sigmas[1:-1].exp().tolist(), sigma_end]
     for i, order in enumerate(orders):
         sigma, sigma_next = levels[i], levels[i + 1]
         x = constrain(x, sigma) if constrain else x
-        sigma_down, sigma_up = _split_step(sigma, sigma_next, end, eta)
+        sigma_down, sigma_up = _get_bounded_ancestral_step(sigma, sigma_next, sigma_end, eta)
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
         if order == 1:
@@ -78,7 +78,7 @@ def dpm_adaptive(
     eta: float = 1.0,
     rtol: float = 0.05,
     atol: float = 0.0078,
-    first_step: float = 0.05,
+    h_init: float = 0.05,
     pcoeff: float = 0.0,
     icoeff: float = 1.0,
     dcoeff: float = 0.0,
@@ -93,22 +93,22 @@ def dpm_adaptive(
 
     Args:
         rtol, atol: Relative and absolute tolerance.
-        first_step: Length of the first step, in log sigma.
+        h_init: Length of the first step, in log sigma.
         pcoeff, icoeff, dcoeff: Coefficients of the PID controller of the step length.
-        accept_safety: A step is rejected if the next one should be shorter by this factor.
+        accept_safety: A step is rejected if the factor to the next step length is lower than this.
     """
-    start, end = _find_ends(sigmas)
-    if start == end:
+    sigma_start, sigma_end = _get_sigma_range(sigmas)
+    if sigma_start == sigma_end:
         return euler(denoise, x, sigmas, callback=callback, constrain=constrain)
-    order = 1.5 if eta else 3  # of the error, as in k-diffusion: noise lowers it
+    error_order = 1.5 if eta else 3  # noise lowers it, as in k-diffusion
     exponents = [pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff]
-    sigma, h, steps_done = start, first_step, 0
+    sigma, h, steps_done = sigma_start, h_init, 0
     x_prev = x  # the last accepted result of order 2
     inverse_errors: list[float] = []  # newest first
-    while log_ratio(sigma, end) > 1e-5:
+    while compute_log_ratio(sigma, sigma_end) > 1e-5:
         x = constrain(x, sigma) if constrain else x
-        sigma_next = max(sigma * math.exp(-h), end)
-        sigma_down, sigma_up = _split_step(sigma, sigma_next, end, eta)
+        sigma_next = max(sigma * math.exp(-h), sigma_end)
+        sigma_down, sigma_up = _get_bounded_ancestral_step(sigma, sigma_next, sigma_end, eta)
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
         x_low, x_high = _step_third_order(denoise, x, sigma, sigma_down, slope)
@@ -117,7 +117,10 @@ def dpm_adaptive(
         if not math.isfinite(error):  # shorter steps would not help
             return x_high
         inverse_errors = [1 / (error + 1e-8), *(inverse_errors or [1 / (error + 1e-8)] * 2)]
-        factor = math.prod(e ** (p / order) for e, p in zip(inverse_errors, exponents, strict=True))
+        factor = math.prod(
+            inverse_error ** (exponent / error_order)
+            for inverse_error, exponent in zip(inverse_errors, exponents, strict=True)
+        )
         factor = 1 + math.atan(factor - 1)  # between 0.2 and 2.6
         h *= factor
         if factor < accept_safety:
@@ -128,7 +131,9 @@ def dpm_adaptive(
         if noise_source:
             x = x + noise_source(x) * sigma_up
         if callback:
-            progress = log_ratio(start, sigma) / log_ratio(start, end)
+            progress = compute_log_ratio(sigma_start, sigma) / compute_log_ratio(
+                sigma_start, sigma_end
+            )
             steps = math.ceil(progress * (len(sigmas) - 1))
             for step in range(steps_done, steps):
                 callback(step, x, denoised)
@@ -136,14 +141,18 @@ def dpm_adaptive(
     return x
 
 
-def _find_ends(sigmas: Tensor) -> tuple[float, float]:
+def _get_sigma_range(sigmas: Tensor) -> tuple[float, float]:
     levels = sigmas.tolist()
     return levels[0], levels[-1] or levels[-2]
 
 
-def _split_step(sigma: float, sigma_next: float, end: float, eta: float) -> tuple[float, float]:
-    """Split a step as `get_ancestral_step` does, with sigma_down at least `end`."""
-    sigma_down = max(get_ancestral_step(sigma, sigma_next, eta)[0], end) if eta else sigma_next
+def _get_bounded_ancestral_step(
+    sigma: float, sigma_next: float, sigma_end: float, eta: float
+) -> tuple[float, float]:
+    """Return sigma_down, at least `sigma_end`, and sigma_up; see `get_ancestral_step`."""
+    sigma_down = (
+        max(get_ancestral_step(sigma, sigma_next, eta)[0], sigma_end) if eta else sigma_next
+    )
     return sigma_down, math.sqrt(max(sigma_next**2 - sigma_down**2, 0.0))
 
 
@@ -154,10 +163,10 @@ def _step_second_order(
 
     DPM-Solver-2 with r_1 = `fraction`.
     """
-    h = log_ratio(sigma, sigma_next)
-    middle = sigma * math.exp(-fraction * h)
-    x_middle = x + slope * (middle - sigma)
-    change = (x_middle - denoise(x_middle, middle)) / middle - slope
+    h = compute_log_ratio(sigma, sigma_next)
+    sigma_mid = sigma * math.exp(-fraction * h)
+    x_mid = x + slope * (sigma_mid - sigma)
+    change = (x_mid - denoise(x_mid, sigma_mid)) / sigma_mid - slope
     x = x + (slope + change / (2 * fraction)) * (sigma_next - sigma)
     return x, change
 
@@ -169,11 +178,11 @@ def _step_third_order(
 
     DPM-Solver-3 with r_1 = 1/3 and r_2 = 2/3, and DPM-Solver-2 with r_1.
     """
-    h = log_ratio(sigma, sigma_next)
+    h = compute_log_ratio(sigma, sigma_next)
     x_second, change = _step_second_order(denoise, x, sigma, sigma_next, slope, 1 / 3)
-    middle = sigma * math.exp(-2 / 3 * h)
+    sigma_mid = sigma * math.exp(-2 / 3 * h)
     phi_2 = math.expm1(2 / 3 * h) / (2 / 3 * h) - 1
-    x_middle = x + slope * (middle - sigma) - 2 * (middle * phi_2) * change
-    change = (x_middle - denoise(x_middle, middle)) / middle - slope
+    x_mid = x + slope * (sigma_mid - sigma) - 2 * (sigma_mid * phi_2) * change
+    change = (x_mid - denoise(x_mid, sigma_mid)) / sigma_mid - slope
     phi_2 = math.expm1(h) / h - 1
     return x_second, x + slope * (sigma_next - sigma) - 3 / 2 * (sigma_next * phi_2) * change

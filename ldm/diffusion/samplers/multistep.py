@@ -8,10 +8,10 @@ from torch import Tensor
 from ldm.diffusion.samplers.common import (
     Denoise,
     Steps,
-    log_ratio,
+    compute_log_ratio,
+    compute_weighted_sum,
     pair_sigmas,
     sampler,
-    weighted_sum,
 )
 
 __all__ = ["deis", "dpmpp_2m", "lms", "plms", "unipc"]
@@ -38,7 +38,7 @@ def plms(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Steps:
             x_next = x + slope * (sigma_next - sigma)
             slope = (slope + (x_next - denoise(x_next, sigma_next)) / sigma_next) / 2
         elif len(slopes) > 1:
-            slope = weighted_sum(ADAMS_BASHFORTH[len(slopes)], slopes)
+            slope = compute_weighted_sum(ADAMS_BASHFORTH[len(slopes)], slopes)
         denoised = x - slope * sigma
         x = x + slope * (sigma_next - sigma)
         x = yield x, denoised
@@ -59,7 +59,7 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 4) -> Steps
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
         nodes = [sigma_list[i - j] for j in range(len(slopes))]
-        x = x + weighted_sum(_integrate_lagrange(nodes, sigma, sigma_next), slopes)
+        x = x + compute_weighted_sum(_integrate_lagrange(nodes, sigma, sigma_next), slopes)
         x = yield x, denoised
 
 
@@ -81,7 +81,7 @@ def dpmpp_2m(
     denoised_prev, h_prev = None, 0.0
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         denoised = denoise(x, sigma)
-        h = log_ratio(sigma, sigma_next)
+        h = compute_log_ratio(sigma, sigma_next)
         extrapolated = denoised
         if denoised_prev is not None and sigma_next > 0 and i != first_order_step:
             extrapolated = denoised + (denoised - denoised_prev) * (h / h_prev / 2)
@@ -107,7 +107,7 @@ def deis(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Step
             current_order = min(len(slopes), steps - i) if steps < 15 else len(slopes)
             nodes = [math.log(sigma_list[i - j]) for j in range(current_order)]
             weights = _integrate_lagrange_over_log(nodes, math.log(sigma), math.log(sigma_next))
-            x = x + weighted_sum(weights, slopes[:current_order])
+            x = x + compute_weighted_sum(weights, slopes[:current_order])
         else:
             x = denoised
         x = yield x, denoised
@@ -186,9 +186,9 @@ def _step_unipc(
         denoised_next: Estimate at sigma_next for the corrector; None = the predictor.
     """
     sigma, denoised = history[0]
-    h = log_ratio(sigma, sigma_next)
+    h = compute_log_ratio(sigma, sigma_next)
     h_phi_1 = math.expm1(-h)  # the authors' name; also B(h) of bh2
-    ratios = [-log_ratio(level, sigma) / h for level, _ in history[1:order]]
+    ratios = [-compute_log_ratio(level, sigma) / h for level, _ in history[1:order]]
     differences = [
         (estimate - denoised) / ratio
         for ratio, (_, estimate) in zip(ratios, history[1:order], strict=True)
@@ -209,4 +209,4 @@ def _step_unipc(
     powers = [[ratio**power for ratio in ratios] for power in range(len(differences))]
     matrix = torch.tensor(powers, dtype=torch.float64)
     weights = torch.linalg.solve(matrix, torch.tensor(b, dtype=torch.float64)).tolist()
-    return x - h_phi_1 * weighted_sum(weights, differences)
+    return x - h_phi_1 * compute_weighted_sum(weights, differences)

@@ -1,6 +1,6 @@
 """SDE-DPM-Solver++ (arXiv:2211.01095): solvers of the diffusion SDE.
 
-Their noise is independent in each step, or the increment of a Brownian path over it, see
+The noise of a step is independent of other steps, or the increment of a Brownian path, see
 `brownian`. A step of length h = ln(sigma / sigma') with eta, the amount of noise, decays x like one
 of length k = (1 + eta) h, and adds noise of standard deviation sigma' sqrt(1 - e^(-2 eta h)).
 """
@@ -16,8 +16,8 @@ from ldm.diffusion.samplers.common import (
     NoiseSource,
     Steps,
     choose_interval_noise,
+    compute_log_ratio,
     get_ancestral_step,
-    log_ratio,
     pair_sigmas,
     sampler,
 )
@@ -37,22 +37,22 @@ def dpmpp_sde(
 ) -> Steps:
     """Sample by SDE-DPM-Solver++ of order 2, single step, as k-diffusion's `sample_dpmpp_sde`.
 
-    As `dpmpp_2s_ancestral`, with noise in the middle of each step, too.
+    Like `dpmpp_2s_ancestral`, but also with noise in the middle of each step.
     """
-    draw = choose_interval_noise(noise_source, interval_noise)
+    draw_noise = choose_interval_noise(noise_source, interval_noise)
     for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoised_2 = denoise(x, sigma)
         if sigma_next > 0:
-            middle = math.sqrt(sigma * sigma_next)
-            sigma_down, sigma_up = get_ancestral_step(sigma, middle, eta)
-            x_middle = denoised + (x - denoised) * (sigma_down / sigma)
-            if draw:
-                x_middle = x_middle + draw(x, sigma, middle) * sigma_up
-            denoised_2 = denoise(x_middle, middle)
+            sigma_mid = math.sqrt(sigma * sigma_next)
+            sigma_down, sigma_up = get_ancestral_step(sigma, sigma_mid, eta)
+            x_mid = denoised + (x - denoised) * (sigma_down / sigma)
+            if draw_noise:
+                x_mid = x_mid + draw_noise(x, sigma, sigma_mid) * sigma_up
+            denoised_2 = denoise(x_mid, sigma_mid)
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         x = denoised_2 + (x - denoised_2) * (sigma_down / sigma)
-        if draw:
-            x = x + draw(x, sigma, sigma_next) * sigma_up
+        if draw_noise:
+            x = x + draw_noise(x, sigma, sigma_next) * sigma_up
         x = yield x, denoised
 
 
@@ -77,10 +77,10 @@ def dpmpp_2m_sde(
             is 1 / (1 - e^-k) - 1 / k, instead of taking its value at the midpoint, 1 / 2.
     """
     denoised_prev, h_prev = None, 0.0
-    draw = choose_interval_noise(noise_source, interval_noise)
+    draw_noise = choose_interval_noise(noise_source, interval_noise)
     for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
-        h = log_ratio(sigma, sigma_next)
+        h = compute_log_ratio(sigma, sigma_next)
         extrapolated = denoised
         eta_h = eta * h if eta else 0.0
         if denoised_prev is not None and sigma_next > 0:
@@ -88,8 +88,10 @@ def dpmpp_2m_sde(
             weight = 1 / -math.expm1(-k) - 1 / k if heun else 1 / 2
             extrapolated = denoised + (denoised - denoised_prev) * (h / h_prev * weight)
         x = (sigma_next / sigma) * math.exp(-eta_h) * x - math.expm1(-h - eta_h) * extrapolated
-        if draw:
-            x = x + draw(x, sigma, sigma_next) * (sigma_next * math.sqrt(-math.expm1(-2 * eta_h)))
+        if draw_noise:
+            x = x + draw_noise(x, sigma, sigma_next) * (
+                sigma_next * math.sqrt(-math.expm1(-2 * eta_h))
+            )
         denoised_prev, h_prev = denoised, h
         x = yield x, denoised
 
@@ -106,14 +108,14 @@ def dpmpp_3m_sde(
 ) -> Steps:
     """Sample by SDE-DPM-Solver++ 3M, as k-diffusion's `sample_dpmpp_3m_sde`.
 
-    It integrates a parabola through the last three estimates; a constant in the first step, a line
-    in the second.
+    It integrates the parabola through the last three estimates; in the first two steps, a constant
+    and a line.
     """
     history: list[tuple[Tensor, float]] = []  # (estimate, h) of earlier steps, newest first
-    draw = choose_interval_noise(noise_source, interval_noise)
+    draw_noise = choose_interval_noise(noise_source, interval_noise)
     for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
-        h = log_ratio(sigma, sigma_next)
+        h = compute_log_ratio(sigma, sigma_next)
         k = h * (1 + eta)
         x = math.exp(-k) * x - math.expm1(-k) * denoised
         if sigma_next > 0 and history:
@@ -127,8 +129,8 @@ def dpmpp_3m_sde(
                 slope = slope + ratio * curvature
                 x = x - (phi_2 / k - 0.5) * curvature
             x = x + phi_2 * slope
-        if draw:
-            x = x + draw(x, sigma, sigma_next) * (
+        if draw_noise:
+            x = x + draw_noise(x, sigma, sigma_next) * (
                 sigma_next * math.sqrt(-math.expm1(-2 * eta * h) if eta else 0.0)
             )
         history = [(denoised, h), *history[:1]]

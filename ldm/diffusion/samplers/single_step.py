@@ -1,7 +1,7 @@
 """Single-step solvers: a step does not use earlier estimates.
 
-A sampler is a step (denoise, x, sigma, next sigma, estimate at x) -> x at the next sigma, repeated
-by one of two functions: `sample_with_churn` adds noise before steps, `sample_ancestral` after them.
+A sampler repeats a step, (denoise, x, sigma, next sigma, denoised) -> x at the next sigma, by one
+of two functions: `sample_with_churn` adds noise before steps, `sample_ancestral` after them.
 """
 
 import math
@@ -17,9 +17,9 @@ from ldm.diffusion.samplers.common import (
     NoiseSource,
     StepCallback,
     Steps,
-    churn,
+    add_churn,
+    compute_log_ratio,
     get_ancestral_step,
-    log_ratio,
     pair_sigmas,
     sampler,
 )
@@ -53,7 +53,7 @@ def sample_with_churn(
     """Sample by steps of the ODE, with noise before them (arXiv:2206.00364, algorithm 2)."""
     for sigma, sigma_next in pair_sigmas(sigmas):
         if s_churn and s_tmin <= sigma <= s_tmax:
-            x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise_source)
+            x, sigma = add_churn(x, sigma, s_churn / (len(sigmas) - 1), noise_source)
         denoised = denoise(x, sigma)
         x = step(denoise, x, sigma, sigma_next, denoised)
         x = yield x, denoised
@@ -69,7 +69,7 @@ def sample_ancestral(
     eta: float = 1.0,
     noise_source: NoiseSource | None = None,
 ) -> Steps:
-    """Sample by steps to a level below the next, sigma_down, each followed by new noise.
+    """Sample by steps to sigma_down, below the next sigma, each followed by new noise.
 
     Args:
         eta: Amount of new noise: 0 is deterministic, 1 is ancestral sampling as in DDPM.
@@ -110,9 +110,9 @@ def step_dpm2(
     """
     slope = (x - denoised) / sigma
     if sigma_next > 0:
-        middle = math.sqrt(sigma * sigma_next)
-        x_middle = x + slope * (middle - sigma)
-        slope = (x_middle - denoise(x_middle, middle)) / middle
+        sigma_mid = math.sqrt(sigma * sigma_next)
+        x_mid = x + slope * (sigma_mid - sigma)
+        slope = (x_mid - denoise(x_mid, sigma_mid)) / sigma_mid
     return x + slope * (sigma_next - sigma)
 
 
@@ -134,10 +134,10 @@ def step_dpmpp_2s(
         x' = D(x_m) + (x - D(x_m)) sigma' / sigma
     """
     if sigma_next > 0:
-        middle = math.sqrt(sigma * sigma_next)
-        h = log_ratio(sigma, middle)
-        x_middle = (middle / sigma) * x - math.expm1(-h) * denoised
-        denoised = denoise(x_middle, middle)
+        sigma_mid = math.sqrt(sigma * sigma_next)
+        h = compute_log_ratio(sigma, sigma_mid)
+        x_mid = (sigma_mid / sigma) * x - math.expm1(-h) * denoised
+        denoised = denoise(x_mid, sigma_mid)
     return denoised + (x - denoised) * (sigma_next / sigma)
 
 
@@ -161,18 +161,19 @@ def restart(
 ) -> Tensor:
     """Sample by Heun's method with restarts from sigma 0.1 back to 2 (arXiv:2306.14878).
 
-    As in A1111: with 20 steps or more only the ends and the number of `sigmas` are used. The levels
-    are Karras's, with one restart, or two from 36 steps. With fewer steps there is no restart.
+    As in A1111: from 20 steps on, only the first and last sigma and the number of steps are used.
+    Sigmas are Karras', with one restart, or two from 36 steps on. With fewer than 20 steps there is
+    no restart.
     """
     steps_done, sigma = 0, math.inf
     for levels in _split_at_restarts(sigmas.tolist()):
-        if levels[0] > sigma:
+        if levels[0] > sigma:  # a restart
             x = x + noise_source(x) * math.sqrt(levels[0] ** 2 - sigma**2)
         x = heun(
             denoise,
             x,
             torch.tensor(levels, dtype=torch.float64),
-            callback=callback and _shift_steps(callback, steps_done),
+            callback=callback and _offset_steps(callback, steps_done),
             constrain=constrain,
         )
         steps_done, sigma = steps_done + len(levels) - 1, levels[-1]
@@ -180,26 +181,27 @@ def restart(
 
 
 def _split_at_restarts(levels: list[float]) -> list[list[float]]:
-    """Return the levels between restarts, with as many steps in total as `levels`."""
+    """Return lists of levels, separated by restarts, with as many steps in total as `levels`."""
     steps = len(levels) - 1
     if steps < 20:
         return [levels]
     restart_steps, restarts = (steps // 4, 2) if steps >= 36 else (9, 1)
     final_zero = [] if levels[-1] else [0.0]
-    count = steps + 1 - restart_steps * restarts - len(final_zero)
-    base = _space_levels(count, levels[0], levels[-1 - len(final_zero)]) + final_zero
-    end, start = (min(range(len(base)), key=lambda i: abs(base[i] - s)) for s in (0.1, 2.0))
-    if not end > start or base[end] == 0:  # the levels do not reach from 2 to 0.1
+    n = steps + 1 - restart_steps * restarts - len(final_zero)
+    base = _make_karras_levels(n, levels[0], levels[-1 - len(final_zero)]) + final_zero
+    # Restarts lead from the level next to 0.1 back to the one next to 2.
+    i_low, i_high = (min(range(len(base)), key=lambda i: abs(base[i] - s)) for s in (0.1, 2.0))
+    if not i_low > i_high or base[i_low] == 0:  # the levels do not reach from 2 to 0.1
         return [levels]
-    restart_levels = _space_levels(restart_steps + 1, base[start], base[end])
-    return [base[: end + 1], *[restart_levels] * restarts, base[end:]]
+    restart_levels = _make_karras_levels(restart_steps + 1, base[i_high], base[i_low])
+    return [base[: i_low + 1], *[restart_levels] * restarts, base[i_low:]]
 
 
-def _space_levels(count: int, start: float, end: float) -> list[float]:
-    """Space levels evenly in sigma^(1/7) (arXiv:2206.00364, eq. 5)."""
-    ends = (start ** (1 / 7), end ** (1 / 7))
-    return (torch.linspace(*ends, count, dtype=torch.float64) ** 7).tolist()
+def _make_karras_levels(n: int, sigma_max: float, sigma_min: float) -> list[float]:
+    """Return n levels, evenly spaced in sigma^(1/7) (arXiv:2206.00364, eq. 5)."""
+    ramp = torch.linspace(sigma_max ** (1 / 7), sigma_min ** (1 / 7), n, dtype=torch.float64)
+    return (ramp**7).tolist()
 
 
-def _shift_steps(callback: StepCallback, first: int) -> StepCallback:
-    return lambda i, x, denoised: callback(first + i, x, denoised)
+def _offset_steps(callback: StepCallback, offset: int) -> StepCallback:
+    return lambda i, x, denoised: callback(offset + i, x, denoised)
