@@ -63,7 +63,7 @@ class Cond:
     def __getitem__(self, samples: slice) -> "Cond":
         return Cond(**{name: value[samples] for name, value in self.tensors().items()})
 
-    def cat(self, other: "Cond") -> "Cond":
+    def cat_samples(self, other: "Cond") -> "Cond":
         """Concatenate two conditions with the same fields along the batch axis.
 
         See `repeat_to_equal_length` for different numbers of tokens.
@@ -82,7 +82,7 @@ class Cond:
         fields = self.tensors().items()
         return Cond(**{name: value.repeat_interleave(n, dim=0) for name, value in fields})
 
-    def join(self, other: "Cond", axis: JoinAxis = "tokens") -> "Cond":
+    def join_fields(self, other: "Cond", axis: JoinAxis = "tokens") -> "Cond":
         """Add the fields of another condition of the same samples; concatenate those in both.
 
         Args:
@@ -298,7 +298,7 @@ class Conditioner(nn.Module):
     the prompt, or of the image that replaces it, is called `text`.
 
     Args:
-        join: Axis along which `crossattn` is concatenated, see `Cond.join`.
+        join: Axis along which `crossattn` is concatenated, see `Cond.join_fields`.
     """
 
     text: Encoder | None
@@ -373,7 +373,7 @@ class Conditioner(nn.Module):
                 keys = ", ".join(f"`{key}`" for key in entries)
                 raise KeyError(f"encoder `{name}` reads `{key}`, the batch has {keys}")
             entries[key], samples = dropper.replace(encoder, entries[key])
-            cond = cond.join(dropper.zero(encoder, encoder.condition(samples)), self.join)
+            cond = cond.join_fields(dropper.zero(encoder, encoder.condition(samples)), self.join)
         return cond
 
 

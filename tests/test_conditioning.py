@@ -109,7 +109,7 @@ def test_a_mask_of_one_encoder_excludes_only_its_own_tokens(axis, mask, expected
     mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
     masked = Cond(torch.zeros(1, 2, 1), context_mask=mask)
     other = Cond(torch.ones(1, 1, 1), context_mask=torch.tensor([[True]]) if mask is None else None)
-    joined = masked.join(Cond(vector=torch.ones(1, 1))).join(other, axis)
+    joined = masked.join_fields(Cond(vector=torch.ones(1, 1))).join_fields(other, axis)
     assert joined.context_mask.shape == joined.crossattn.shape[:2]
     assert joined.context_mask.int().tolist() == expected
 
@@ -122,6 +122,6 @@ def test_samples_are_repeated_in_place_and_concatenated_in_order():
 
 def test_errors_name_slots_and_batch_keys():
     with pytest.raises(ValueError, match="cannot concatenate"):
-        Cond(crossattn=torch.zeros(1, 1, 1)).cat(Cond(vector=torch.zeros(1, 1)))
+        Cond(crossattn=torch.zeros(1, 1, 1)).cat_samples(Cond(vector=torch.zeros(1, 1)))
     with pytest.raises(KeyError, match="reads `txt`, the batch has `jpg`"):
         Conditioner(text=LengthEncoder())({"jpg": []})

@@ -145,10 +145,14 @@ class Denoiser:
             input_noise: Noise in the network's input, for input perturbation (arXiv:2301.11706);
                 None = `noise`.
         """
-        prediction = self.predict_at(z, cond, t, noise if input_noise is None else input_noise)
+        prediction = self.add_noise_and_predict(
+            z, cond, t, noise if input_noise is None else input_noise
+        )
         return prediction - self.compute_target(z, noise, t)
 
-    def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
+    def add_noise_and_predict(
+        self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor
+    ) -> Tensor:
         """Add noise to latents z at timesteps t (B,), and predict; (B, C, h, w) float32."""
         schedule = self.schedule
         is_discrete = not t.is_floating_point() and self.parameterization != "edm"

@@ -333,7 +333,7 @@ def add_guidance(
         if has_uncond:
             assert uncond is not None
             conditions = [uncond, prompt_cond, *(extra_conds if is_guided else ())]
-        batch = functools.reduce(Cond.cat, conditions)
+        batch = functools.reduce(Cond.cat_samples, conditions)
         return _append_perturbed(batch, prompt_cond) if needs_perturbed else batch
 
     def evaluate(
@@ -397,7 +397,7 @@ def add_guidance(
 def _append_perturbed(conditions: Cond, prompt_cond: Cond) -> Cond:
     """Append the conditions of the prompts again, with perturbed self-attention."""
     is_perturbed = torch.arange(len(conditions) + len(prompt_cond)) >= len(conditions)
-    return replace(conditions.cat(prompt_cond), perturbed=is_perturbed)
+    return replace(conditions.cat_samples(prompt_cond), perturbed=is_perturbed)
 
 
 def _project(x: Tensor, direction: Tensor) -> Tensor:

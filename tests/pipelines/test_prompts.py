@@ -108,7 +108,7 @@ def test_contexts_of_different_lengths_are_batched_exactly(model):
     assert uncond.crossattn.shape[1] == 154
     unet = copy.deepcopy(model.unet).double()
     x, t = torch.randn(2, 4, 8, 8).double(), torch.tensor([500.0, 500.0])
-    together = unet(x, t, context=uncond.cat(cond).crossattn.double())
+    together = unet(x, t, context=uncond.cat_samples(cond).crossattn.double())
     alone = [
         unet(x[k : k + 1], t[:1], context=one.crossattn.double())
         for k, one in enumerate((uncond, cond))

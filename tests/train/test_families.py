@@ -157,7 +157,7 @@ def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> 
     conds = [models[0].condition({"txt": ["cat"]}), models[1].condition({"txt": ["cat"], **depth})]
     with torch.no_grad():
         predictions = [
-            m.denoiser.predict_at(z, c, t, torch.zeros_like(z))
+            m.denoiser.add_noise_and_predict(z, c, t, torch.zeros_like(z))
             for m, c in zip(models, conds, strict=True)
         ]
     torch.testing.assert_close(*predictions, atol=2e-3, rtol=0)

@@ -155,7 +155,7 @@ def _predict(
     z = model.encode(batch["jpg"], generator)
     noise = torch.randn(z.shape, generator=generator).to(z)
     batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
-    return z, noise, model.denoiser.predict_at(z, model.condition(batch), t, noise)
+    return z, noise, model.denoiser.add_noise_and_predict(z, model.condition(batch), t, noise)
 
 
 def _compute_baseline_loss(x: Tensor, target: Tensor) -> Tensor:
