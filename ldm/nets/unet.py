@@ -187,8 +187,8 @@ class UNet(nn.Module):
             timesteps: (B,), 0 … 999, may be fractional.
             context: (B, M, context_dim), or a list of one per transformer block; None for networks
                 without cross-attention.
-            y: Depends on num_classes. n: labels 0 … n - 1, (B,); "continuous": (B, 1);
-                "sequential": (B, adm_in_channels); "timestep": (B,); None: None.
+            y: Depends on num_classes: labels 0 … n - 1, (B,), for an integer n; (B, 1) for
+                "continuous"; (B, adm_in_channels) for "sequential"; (B,) for "timestep".
             guidance_embedding: (B, time_cond_proj_dim), embedding of the guidance scale of a
                 distilled network (arXiv:2310.04378); None = zeros.
             perturbed: Samples with identity self-attention in the middle block, bool (B,), for
@@ -375,9 +375,9 @@ class UNet(nn.Module):
         return emb  # (B, 4 model_channels)
 
     def _cast_context(self, context: Context) -> Context:
-        if context is None or isinstance(context, Tensor):
-            return None if context is None else context.to(self.dtype)
-        return [tokens.to(self.dtype) for tokens in context]
+        if isinstance(context, Sequence):
+            return [tokens.to(self.dtype) for tokens in context]
+        return None if context is None else context.to(self.dtype)
 
     def _check_settings(self) -> None:
         num_levels = len(self.channel_mult)
