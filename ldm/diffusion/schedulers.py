@@ -1,4 +1,4 @@
-"""Schedulers: functions that choose the noise levels of a run.
+"""Schedulers: functions that choose the noise levels of a run, named as in k-diffusion.
 
 Each takes the noise schedule of a model and a number n of steps, and returns n + 1 sigmas, float64,
 descending; see `NoiseSchedule.get_step_sigmas`. Below, T is the number of the schedule's timesteps,
@@ -38,7 +38,7 @@ def linspace(start: float, end: float, n: int) -> Tensor:
     return torch.linspace(start, end, n, dtype=torch.float64)
 
 
-def uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_uniform(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps like the original's DDIM: t = floor(i T / n) + 1, descending, then t = 0.
 
     Equal to the original if n divides T. For n = T the + 1 is omitted, as it would exceed the last
@@ -49,19 +49,19 @@ def uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     return torch.cat([schedule.sigmas[t].flip(0), schedule.sigmas[:1]])
 
 
-def time_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_time_uniform(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps like DPM-Solver: evenly in time, from the last timestep to the first."""
     first, last = schedule.t_range
     return schedule.t_to_sigma(linspace(last, first, steps + 1))
 
 
-def trailing_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_trailing(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Take timesteps T (n - i) / n - 1, rounded; the first is T-1 (arXiv:2305.08891, table 2)."""
     t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()
     return _append_zero(schedule.sigmas[t - 1])
 
 
-def sgm_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_sgm_uniform(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps like sgm for SDXL: timesteps (T-1) (1 - i / n), truncated; all if n = T."""
     t = np.arange(len(schedule))[::-1].copy()
     if steps < len(schedule):
@@ -69,20 +69,20 @@ def sgm_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     return _append_zero(schedule.sigmas[torch.from_numpy(t)])
 
 
-def sgm_uniform_a1111_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_sgm_uniform_a1111(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps like A1111's "SGM Uniform": as `sgm_uniform`, with fractional timesteps."""
     return _append_zero(
         _interpolate_timesteps(schedule, np.linspace(len(schedule) - 1, 0, steps + 1)[:-1])
     )
 
 
-def leading_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_leading(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps like diffusers' "leading": t = (n - 1 - i) floor(T / n) + 1 (steps_offset)."""
     t = torch.arange(steps - 1, -1, -1) * (len(schedule) // steps) + 1
     return _append_zero(schedule.sigmas[t.clamp(max=len(schedule) - 1)])
 
 
-def ddim_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_ddim_uniform(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Take timesteps 1, 1 + k, 1 + 2k … < T in descending order, k = floor(T / n), like ComfyUI.
 
     There may be more than n of them.
@@ -91,13 +91,13 @@ def ddim_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     return _append_zero(schedule.sigmas[t])
 
 
-def turbo_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_turbo(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Take timesteps T-1 - i floor(T / 10), like sgm's demo of SDXL Turbo for 1 … 4 steps."""
     t = len(schedule) - 1 - torch.arange(steps) * (len(schedule) // 10)
     return _append_zero(schedule.sigmas[t])
 
 
-def edm_sigmas(
+def get_sigmas_edm(
     schedule: "NoiseSchedule",
     steps: int,
     sigma_min: float = 0.03,
@@ -108,51 +108,51 @@ def edm_sigmas(
     return _append_zero(linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho)
 
 
-def karras_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 7.0) -> Tensor:
+def get_sigmas_karras(schedule: "NoiseSchedule", steps: int, rho: float = 7.0) -> Tensor:
     """Space steps evenly in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
     sigma_min, sigma_max = schedule.sigmas[[0, -1]].tolist()
-    return edm_sigmas(schedule, steps, sigma_min, sigma_max, rho)
+    return get_sigmas_edm(schedule, steps, sigma_min, sigma_max, rho)
 
 
-def exponential_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 1.0) -> Tensor:
+def get_sigmas_exponential(schedule: "NoiseSchedule", steps: int, rho: float = 1.0) -> Tensor:
     """Space steps in log sigma as u^rho, with u evenly from 1 to 0; rho 1 is exponential."""
     log_min, log_max = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
     ramp = linspace(1, 0, steps) ** rho
     return _append_zero((log_min + ramp * (log_max - log_min)).exp())
 
 
-def normal_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_normal(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps evenly in time, T-1 to 0, like k-diffusion's `get_sigmas`."""
     return _append_zero(_interpolate_timesteps(schedule, np.linspace(len(schedule) - 1, 0, steps)))
 
 
-def simple_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_simple(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Take timesteps T-1 - floor(i T / n), like ComfyUI."""
     t = len(schedule) - 1 - torch.arange(steps) * len(schedule) // steps
     return _append_zero(schedule.sigmas[t])
 
 
-def beta_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_beta(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Take timesteps at quantiles 1 - i / n of Beta(0.6, 0.6), like ComfyUI (arXiv:2407.12173)."""
     quantiles = _compute_beta_quantiles(1 - np.arange(steps) / steps)
     t = np.rint((len(schedule) - 1) * quantiles).astype(np.int64)
     return _append_zero(schedule.sigmas[torch.from_numpy(t)])
 
 
-def beta_sigma_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_beta_sigma(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space sigmas, not timesteps, as quantiles of Beta(0.6, 0.6), like A1111 and diffusers."""
     sigma_min, sigma_max = schedule.sigmas[[0, -1]].tolist()
     quantiles = torch.from_numpy(_compute_beta_quantiles(np.linspace(1, 0, steps)))
     return _append_zero(sigma_min + quantiles * (sigma_max - sigma_min))
 
 
-def kl_optimal_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_kl_optimal(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps evenly in arctan sigma, like A1111's "KL Optimal" (arXiv:2404.14507)."""
     atan_min, atan_max = schedule.sigmas[[0, -1]].atan().tolist()
     return _append_zero(linspace(atan_max, atan_min, steps).tan())
 
 
-def ays_sigmas(
+def get_sigmas_ays(
     schedule: "NoiseSchedule", steps: int, sigmas: Sequence[float] = AYS_SIGMAS
 ) -> Tensor:
     """Take the sigmas of "Align Your Steps" (arXiv:2404.14507), like ComfyUI: the last becomes 0.
@@ -162,31 +162,31 @@ def ays_sigmas(
     return _append_zero(_interpolate_sigmas(sigmas, steps + 1)[:-1])
 
 
-def ays_a1111_sigmas(
+def get_sigmas_ays_a1111(
     schedule: "NoiseSchedule", steps: int, sigmas: Sequence[float] = AYS_SIGMAS
 ) -> Tensor:
     """Take all sigmas of "Align Your Steps", then 0, like A1111."""
     return _append_zero(_interpolate_sigmas(sigmas, steps))
 
 
-def lcm_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_lcm(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Take n of the 50 timesteps used in the distillation of LCMs (arXiv:2310.04378)."""
     return _append_zero(_take_teacher_sigmas(schedule, steps))
 
 
-def lcm_a1111_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def get_sigmas_lcm_a1111(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps evenly over the 50 sigmas of `lcm`, interpolated, like A1111."""
     sigmas = _take_teacher_sigmas(schedule, min(50, len(schedule))).tolist()
     return _append_zero(_interpolate_sigmas(sigmas, steps))
 
 
-def tcd_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Take timesteps as `lcm_sigmas` does, and end at the first one (arXiv:2402.19159)."""
+def get_sigmas_tcd(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Take timesteps as `get_sigmas_lcm` does, and end at the first one (arXiv:2402.19159)."""
     return torch.cat([_take_teacher_sigmas(schedule, steps), schedule.sigmas[:1]])
 
 
-ays_sdxl_sigmas = partial(ays_sigmas, sigmas=AYS_SDXL_SIGMAS)
-ays_sdxl_a1111_sigmas = partial(ays_a1111_sigmas, sigmas=AYS_SDXL_SIGMAS)
+get_sigmas_ays_sdxl = partial(get_sigmas_ays, sigmas=AYS_SDXL_SIGMAS)
+get_sigmas_ays_sdxl_a1111 = partial(get_sigmas_ays_a1111, sigmas=AYS_SDXL_SIGMAS)
 
 
 def _take_teacher_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:

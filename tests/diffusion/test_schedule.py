@@ -6,7 +6,7 @@ import torch
 from goldfile import load_golden
 from ldm.diffusion.names import SCHEDULERS
 from ldm.diffusion.schedule import ContinuousSchedule, Schedule, betas_from_sigmas, make_betas
-from ldm.diffusion.schedulers import edm_sigmas
+from ldm.diffusion.schedulers import get_sigmas_edm
 from ldm.pipelines.quirks import Quirks
 
 SCHEDULE = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
