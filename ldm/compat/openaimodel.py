@@ -274,7 +274,7 @@ class UNetModel(CompatModule, unet.UNet):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
         use_spatial_transformer: bool = False,
-        transformer_depth: unet.Depth = 1,
+        transformer_depth: unet.TransformerDepth = 1,
         context_dim: int | Sequence[int] | None = None,
         n_embed: None = None,
         legacy: bool = True,

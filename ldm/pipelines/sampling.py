@@ -395,7 +395,7 @@ def _get_sampler_options(
             options["noise_source"] = None  # nothing is drawn; the original drew noise, times 0
     if spec.scales_timesteps:
         options["scale_timestep"] = schedule.scale_timestep
-    if spec.function == "dpmpp_2m" and is_continued:
+    if spec.function_name == "dpmpp_2m" and is_continued:
         options["lower_order_final"] = False  # as its last step is not the last of the run
     return options
 
