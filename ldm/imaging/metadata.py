@@ -89,7 +89,7 @@ def _get_sampler_label(name: str) -> str:
     spec = SAMPLERS.get(name)
     if spec is None:
         return name
-    return SAMPLERS[spec.function_name].label if spec.function in SAMPLERS else spec.label
+    return SAMPLERS[spec.function_name].label if spec.function_name in SAMPLERS else spec.label
 
 
 def _get_emphasis(syntax: str) -> str:
