@@ -218,9 +218,9 @@ def _remove_midas(spec: JsonObject) -> JsonObject:
     return {**spec, "params": {**spec["params"], "depth": depth}}
 
 
-def _get_downscale_factor(autoencoder: nn.Module) -> int:
+def _get_downscale_factor(vae: nn.Module) -> int:
     """Return pixels per latent pixel; 8, as in all published ones, for unknown autoencoders."""
-    return autoencoder.downscale_factor if isinstance(autoencoder, AutoencoderKL | PixelSpace) else 8
+    return vae.downscale_factor if isinstance(vae, AutoencoderKL | PixelSpace) else 8
 
 
 @lru_cache(maxsize=1024)
