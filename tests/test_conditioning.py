@@ -116,8 +116,8 @@ def test_a_mask_of_one_encoder_excludes_only_its_own_tokens(axis, mask, expected
 
 def test_samples_are_repeated_in_place_and_concatenated_in_order():
     zeros, ones = Cond(torch.zeros(2, 1, 1)), Cond(torch.ones(1, 1, 1))
-    assert zeros.cat(ones).crossattn.flatten().tolist() == [0, 0, 1]
-    assert zeros.cat(ones)[1:].repeat(2).crossattn.flatten().tolist() == [0, 0, 1, 1]
+    assert zeros.cat_samples(ones).crossattn.flatten().tolist() == [0, 0, 1]
+    assert zeros.cat_samples(ones)[1:].repeat(2).crossattn.flatten().tolist() == [0, 0, 1, 1]
 
 
 def test_errors_name_slots_and_batch_keys():

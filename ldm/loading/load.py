@@ -399,7 +399,7 @@ def _warn_about_schedule(
     model: LatentDiffusion, buffers: Mapping[str, Tensor], error_prefix: str
 ) -> None:
     """Warn if the noise schedule in the file differs from the config's, which is used."""
-    expected = model.schedule.buffers() if isinstance(model.schedule, Schedule) else {}
+    expected = model.schedule.compute_buffers() if isinstance(model.schedule, Schedule) else {}
     for name in sorted(expected.keys() & buffers.keys()):
         stored, table = buffers[name], expected[name]
         if stored.shape != table.shape:

@@ -253,7 +253,7 @@ def _make_discrete_schedule(
     return {"target": "ldm.diffusion.schedule.Schedule", "params": {"betas": betas, **options}}
 
 
-def _make_continuous_schedule(sampler: JsonMapping, log_time: bool, where: str) -> JsonObject:
+def _make_continuous_schedule(sampler: JsonMapping, uses_log_sigma: bool, where: str) -> JsonObject:
     """Return a continuous schedule with the sampler's range of sigmas, as the denoiser has none."""
     config = (sampler.get("params") or {}).get("discretization_config") or {}
     discretization = dict(config.get("params") or {})

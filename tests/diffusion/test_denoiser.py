@@ -35,7 +35,7 @@ def test_a_perfect_network_gives_the_clean_latent_and_no_loss(z_and_noise, param
     sigma = float(SCHEDULE.sigmas[t])
     # eps is multiplied by sigma: float32 rounding of x shows as sigma * 1e-7.
     torch.testing.assert_close(denoiser(z + sigma * noise, sigma), z, rtol=0, atol=2e-5)
-    residual = denoiser.error(z, None, torch.tensor([t, t]), noise)
+    residual = denoiser.compute_error(z, None, torch.tensor([t, t]), noise)
     assert residual.shape == z.shape
     assert residual.square().mean() < 1e-10
 
@@ -47,8 +47,10 @@ def test_factors_convert_differences_of_predictions(z_and_noise, parameterizatio
     denoiser = Denoiser(lambda *_: prediction, schedule, parameterization, sigma_data=1.0)
     denoised, reference = (denoiser.convert_prediction(x, 2.0, p) for p in (prediction, x))
     change = denoised - reference
-    torch.testing.assert_close(denoiser.estimate_factor(x, 2.0) * (prediction - x), change)
-    torch.testing.assert_close(denoiser.eps_factor(x, 2.0) * (prediction - x), -change / 2.0)
+    torch.testing.assert_close(denoiser.compute_denoised_factor(x, 2.0) * (prediction - x), change)
+    torch.testing.assert_close(
+        denoiser.compute_eps_factor(x, 2.0) * (prediction - x), -change / 2.0
+    )
 
 
 @pytest.mark.parametrize("parameterization", ["v", "edm"])
@@ -59,10 +61,10 @@ def test_continuous_timesteps_have_the_right_training_target(z_and_noise, parame
 
     def network(z_t, t, **slots):
         inputs.append((z_t, t))
-        return denoiser.target(z, noise, timesteps)
+        return denoiser.compute_target(z, noise, timesteps)
 
     denoiser = Denoiser(network, schedule, parameterization)
-    assert denoiser.error(z, None, timesteps, noise).abs().max() == 0
+    assert denoiser.compute_error(z, None, timesteps, noise).abs().max() == 0
     sigma = schedule.t_to_sigma(timesteps)
     x = z + sigma.reshape(-1, 1, 1, 1).float() * noise
     torch.testing.assert_close(denoiser(x, sigma), z, rtol=0, atol=2e-5)
@@ -95,10 +97,10 @@ SIGMAS_50 = SCHEDULE.get_step_sigmas(50, "sgm_uniform")[:-1].flip(0)
 DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
     "discrete_eps": ("eps", SCHEDULE),
     "discrete_v": ("v", SCHEDULE),
-    "discrete_eps_no_quantize_c_noise": ("eps", Schedule(SCHEDULE.betas, quantize_time=False)),
-    "discrete_edm": ("edm", Schedule(SCHEDULE.betas, log_time=True)),
+    "discrete_eps_no_quantize_c_noise": ("eps", Schedule(SCHEDULE.betas, quantize_c_noise=False)),
+    "discrete_edm": ("edm", Schedule(SCHEDULE.betas, uses_log_sigma=True)),
     "discrete_eps_50": ("eps", Schedule(betas_from_sigmas(SIGMAS_50))),
-    "discrete_eps_noflip": ("eps", Schedule(SCHEDULE.betas, flip_time=True)),
+    "discrete_eps_noflip": ("eps", Schedule(SCHEDULE.betas, flip_timesteps=True)),
     "discrete_eps_zero": ("eps", Schedule(SCHEDULE.betas, append_zero=True)),
     "continuous_edm": ("edm", ContinuousSchedule()),
     "continuous_eps": ("eps", ContinuousSchedule(uses_log_sigma=False)),
@@ -118,7 +120,7 @@ def test_denoisers_of_sdxl_are_the_recorded_ones(name):
         return 0.3 * z_t + shift.reshape(-1, 1, 1, 1)
 
     parameterization, schedule = DENOISERS[name]
-    denoiser = Denoiser(network, schedule, parameterization, nearest=True)
+    denoiser = Denoiser(network, schedule, parameterization, quantize_sigma=True)
     denoised = denoiser(inputs["x"], inputs["sigma"], Cond(inputs["crossattn"]))
     torch.testing.assert_close(denoised, expected["denoised"], rtol=1e-5, atol=1e-4)
 
@@ -127,14 +129,14 @@ def test_fractional_timesteps_are_flipped_and_shifted_for_the_network():
     t = torch.tensor([0.0, 0.25, 500.5, 999.0], dtype=torch.float64)
     sigma = SCHEDULE.t_to_sigma(t)
     flipped, shifted, flipped_and_shifted = (
-        Schedule(SCHEDULE.betas, **options).network_timestep(sigma)
-        for options in ({"flip_time": True}, {"append_zero": True},
-                        {"flip_time": True, "append_zero": True})
+        Schedule(SCHEDULE.betas, **options).sigma_to_c_noise(sigma)
+        for options in ({"flip_timesteps": True}, {"append_zero": True},
+                        {"flip_timesteps": True, "append_zero": True})
     )  # fmt: skip
     torch.testing.assert_close(flipped, 999 - t)
     torch.testing.assert_close(shifted, t + 1)
     torch.testing.assert_close(flipped_and_shifted, 999 - t)
-    assert Schedule(SCHEDULE.betas, append_zero=True).network_timestep(0.0) == 0
+    assert Schedule(SCHEDULE.betas, append_zero=True).sigma_to_c_noise(0.0) == 0
 
 
 def test_an_unknown_parameterization_is_named():

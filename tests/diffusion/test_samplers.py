@@ -352,7 +352,11 @@ def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
     sigmas = SCHEDULE.get_step_sigmas(steps, "tcd")
     initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
     theirs = run_scheduler(scheduler, initial_x, sigmas, eta=eta)
-    options = {"eta": eta, "scale_time": SCHEDULE.scale_time, "noise_source": torch.ones_like}
+    options = {
+        "eta": eta,
+        "scale_timestep": SCHEDULE.scale_timestep,
+        "noise_source": torch.ones_like,
+    }
     x = SAMPLERS["tcd"](saturating_denoise, initial_x.double(), sigmas, **options)
     ours = x / math.sqrt(1 + float(sigmas[-1]) ** 2)
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-5)

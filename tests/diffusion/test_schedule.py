@@ -37,9 +37,9 @@ def test_buffers_equal_the_recorded_ones():
     """For lvlb_weights the original takes 1 - ᾱ from a float32 ᾱ, which rounds by 6e-8 of 4e-5."""
     for info, expected in list_cases("buffers"):
         schedule = Schedule(make_recorded_betas(info), v_posterior=info["v_posterior"])
-        weights = schedule.vlb_weights(info["parameterization"]).float()
+        weights = schedule.compute_vlb_weights(info["parameterization"]).float()
         torch.testing.assert_close(weights, expected.pop("lvlb_weights"), rtol=3e-4, atol=1e-9)
-        buffers = schedule.buffers()
+        buffers = schedule.compute_buffers()
         assert expected.keys() in (buffers.keys(), set())  # some cases have only the weights
         for name, value in expected.items():
             torch.testing.assert_close(buffers[name], value, rtol=1e-6, atol=1e-9, msg=name)
@@ -89,9 +89,11 @@ def test_sigmas_of_sdxl_are_the_recorded_ones():
         assert_close(SCHEDULE.get_step_sigmas(steps, "turbo"), expected["sigmas"])
     for info, expected in list_cases("edm_", "sdxl_discretization"):
         if info["params"]:
-            assert_close(edm_sigmas(SCHEDULE, info["n"], **info["params"]), expected["sigmas"])
+            assert_close(get_sigmas_edm(SCHEDULE, info["n"], **info["params"]), expected["sigmas"])
         else:
-            assert_close(ContinuousSchedule().get_step_sigmas(info["n"], "karras"), expected["sigmas"])
+            assert_close(
+                ContinuousSchedule().get_step_sigmas(info["n"], "karras"), expected["sigmas"]
+            )
     golden = load_golden("sdxl_discretization")
     short = Schedule(make_betas("linear", 500, linear_start=0.0001, linear_end=0.02))
     assert_close(short.get_step_sigmas(10, "sgm_uniform"), golden.outputs("legacy_other")["s10"])
@@ -99,7 +101,7 @@ def test_sigmas_of_sdxl_are_the_recorded_ones():
     expected = golden.outputs("discrete_denoiser")
     assert_close(SCHEDULE.sigmas, expected["sigmas"])
     sigma = golden.inputs("discrete_denoiser")["sigma"]
-    assert_close(SCHEDULE.nearest_sigma(sigma), expected["quantized"])
+    assert_close(SCHEDULE.get_nearest_sigma(sigma), expected["quantized"])
     assert_close(Schedule(betas_from_sigmas(SCHEDULE.sigmas)).sigmas, expected["sigmas"])
 
 

@@ -42,7 +42,9 @@ def make_denoiser(name: str) -> Denoiser:
     network = load_golden_and_unet()[1]
     if name == "edm":
         return Denoiser(network, ContinuousSchedule(), "edm")
-    return Denoiser(network, SCHEDULE, {"EpsScaling": "eps", "VScaling": "v"}[name], nearest=True)
+    return Denoiser(
+        network, SCHEDULE, {"EpsScaling": "eps", "VScaling": "v"}[name], quantize_sigma=True
+    )
 
 
 def read_conditions(golden: GoldenFile) -> tuple[Cond, Cond]:

@@ -219,13 +219,13 @@ def join_loras(
         other_tensors |= read_bundled_embeddings(path)
     layers: dict[str, LoRALayer] = {}
     total_rank, retained_squares, total_squares = 0, 0.0, 0.0
-    for target, target_additions in additions.items():
+    for target, target_deltas in deltas.items():
         progress(1)
         if target.weight.dim() == 1:
             name = f"{names[target]}.{_get_1d_role(target)}"
-            other_tensors[name] = sum_deltas(target_additions)
+            other_tensors[name] = sum_deltas(target_deltas)
             continue
-        u, s, vh = _decompose_sum(target_additions, is_limited=limits != NO_LIMITS)
+        u, s, vh = _decompose_sum(target_deltas, is_limited=limits != NO_LIMITS)
         rank = min(limits.count_kept(s), int(s.count_nonzero()))
         if rank:
             up, down = u[:, :rank] * s[:rank], vh[:rank]
@@ -278,13 +278,13 @@ def compute_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _decompose_sum(
     deltas: Sequence[WeightDelta], *, is_limited: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (m, k), S (k,), Vh (k, n) whose product is the sum of the additions.
+    """Return U (m, k), S (k,), Vh (k, n) whose product is the sum of the deltas.
 
     Plain LoRAs are decomposed only if ranks are limited; else S is 1.
     """
-    plain = [addition for addition in additions if isinstance(addition, LoRALayer)]
-    if len(plain) < len(additions):
-        u, s, vh = compute_svd(sum_deltas(additions).flatten(1))
+    plain = [delta for delta in deltas if isinstance(delta, LoRALayer)]
+    if len(plain) < len(deltas):
+        u, s, vh = compute_svd(sum_deltas(deltas).flatten(1))
         rank = int(s.count_nonzero())
         return u[:, :rank], s[:rank], vh[:rank]
     up = torch.cat([a.lora_up.weight.flatten(1).double() * float(a.scale) for a in plain], 1)

@@ -169,8 +169,8 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
             "target": f"{module}.Schedule",
             "params": {
                 "betas": {"target": f"{module}.make_betas", "params": betas},
-                "log_time": True,
-                "quantize_time": False,
+                "uses_log_sigma": True,
+                "quantize_c_noise": False,
             },
         }
         params["defaults"]["params"]["scheduler"] = "normal"
