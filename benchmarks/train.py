@@ -173,7 +173,7 @@ def build_ours(model: Any, batch: Batch, use_ema: bool) -> TrainingFunctions:
     cond = Cond(crossattn=batch.context)
 
     def compute_loss() -> Tensor:
-        error = model.denoiser.error(batch.z, cond, batch.t, batch.noise)
+        error = model.denoiser.compute_error(batch.z, cond, batch.t, batch.noise)
         return task.criterion(error, batch.t.cpu())["loss"]
 
     def train_step() -> None:

@@ -210,9 +210,9 @@ class DDPM(TrainingModule):
         self.linear_end = linear_end
         old_betas = self._buffers.get("betas")
         device = torch.device("cpu") if old_betas is None else old_betas.device
-        for name, buffer in schedule.buffers().items():
+        for name, buffer in schedule.compute_buffers().items():
             self.register_buffer(name, buffer.to(device))
-        lvlb_weights = schedule.vlb_weights(self.parameterization).float().to(device)
+        lvlb_weights = schedule.compute_vlb_weights(self.parameterization).float().to(device)
         self.register_buffer("lvlb_weights", lvlb_weights, persistent=False)
         self.update_cond_schedule()
 
