@@ -68,12 +68,14 @@ class ImageFolder(ImageDataset):
         if text != "text" and not any(text in row for row in rows):
             raise ArgumentError(f"`{root}`: no image has a `{text}`")
         caption_fields = (text if row.get(text) else "caption" for row in rows)
-        captioned = (
+        captioned_rows = (
             {**row, "text": row[field]} if field in row else row
             for row, field in zip(rows, caption_fields, strict=True)
         )
         self.rows = [
-            {**row, **(fields or {})} for row in captioned for _ in range(row.get("repeats", 1))
+            {**row, **(fields or {})}
+            for row in captioned_rows
+            for _ in range(row.get("repeats", 1))
         ]
         for row in self.rows:
             get_captions(row)  # both raise FileFormatError

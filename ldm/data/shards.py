@@ -101,11 +101,11 @@ class Shards(BatchSource):
 
     def load_fixed_samples(self, n: int) -> list[Sample]:
         raw_samples = itertools.chain.from_iterable(map(read_shard, self.urls))
-        by_bucket: dict[int, list[RawSample]] = {}
+        samples_by_bucket: dict[int, list[RawSample]] = {}
         for raw in itertools.islice(filter(self._is_within_limits, raw_samples), 4 * n):
-            by_bucket.setdefault(self._find_bucket(raw), []).append(raw)
+            samples_by_bucket.setdefault(self._find_bucket(raw), []).append(raw)
         samples: list[Sample] = []
-        for raw in max(by_bucket.values(), key=len, default=[]):
+        for raw in max(samples_by_bucket.values(), key=len, default=[]):
             if len(samples) < n:
                 samples += _make_samples(self._decode_and_transform, [raw], Random(self.seed), [])
         if not samples:
@@ -170,15 +170,15 @@ class Shards(BatchSource):
         """Read (epoch, undecoded batch) of a stream endlessly, beginning with batch `start`."""
         epoch = 0
         while True:
-            length = 0
+            num_batches = 0
             for position, batch in enumerate(self._read_epoch(stream, epoch, batch_size)):
-                length += 1
+                num_batches += 1
                 if position >= start:
                     yield epoch, batch
-            if not length:
+            if not num_batches:
                 raise ValueError(f"`{self.urls[stream]}` … have no samples for stream {stream}")
-            skipped, start = divmod(max(0, start - length), length)
-            epoch += 1 + skipped  # all epochs have `length` batches, so complete ones are skipped
+            skipped, start = divmod(max(0, start - num_batches), num_batches)
+            epoch += 1 + skipped  # all epochs have as many batches: skip whole epochs
 
     def _read_epoch(self, stream: int, epoch: int, batch_size: int) -> Iterator[list[RawSample]]:
         """Read the batches of an epoch of a stream, one bucket each; incomplete ones are last."""
@@ -186,13 +186,13 @@ class Shards(BatchSource):
         urls = self._get_shards(stream)
         rng.shuffle(urls)
         raw_samples = itertools.chain.from_iterable(map(read_shard, urls))
-        by_bucket: dict[int, list[RawSample]] = {}
+        samples_by_bucket: dict[int, list[RawSample]] = {}
         for raw in _shuffle(filter(self._is_within_limits, raw_samples), self.shuffle, rng):
             bucket = self._find_bucket(raw)
-            by_bucket.setdefault(bucket, []).append(raw)
-            if len(by_bucket[bucket]) == batch_size:
-                yield by_bucket.pop(bucket)
-        yield from by_bucket.values()
+            samples_by_bucket.setdefault(bucket, []).append(raw)
+            if len(samples_by_bucket[bucket]) == batch_size:
+                yield samples_by_bucket.pop(bucket)
+        yield from samples_by_bucket.values()
 
     def _find_bucket(self, raw: RawSample) -> int:
         buckets = self.transform.buckets

@@ -211,8 +211,8 @@ def _find_largest_bucket(bucket_ids: Sequence[int], excluded: int | None = None)
     Args:
         excluded: Id of a bucket to leave out; None = all are counted.
     """
-    sizes = Counter(bucket_id for bucket_id in bucket_ids if bucket_id != excluded)
-    largest_id = max(sizes, key=lambda bucket_id: sizes[bucket_id], default=None)
+    counts = Counter(bucket_id for bucket_id in bucket_ids if bucket_id != excluded)
+    largest_id = max(counts, key=lambda bucket_id: counts[bucket_id], default=None)
     return [index for index, bucket_id in enumerate(bucket_ids) if bucket_id == largest_id]
 
 

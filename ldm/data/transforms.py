@@ -252,7 +252,8 @@ class TagShuffle:
 
     def __call__(self, text: str, rng: Random) -> str:
         tags = [tag.strip() for tag in text.split(",") if tag.strip()]
-        fixed, free = tags[: self.keep], tags[self.keep :]
+        leading_tags, other_tags = tags[: self.keep], tags[self.keep :]
         if self.shuffle:
-            rng.shuffle(free)
-        return ", ".join(fixed + [tag for tag in free if rng.random() >= self.drop])
+            rng.shuffle(other_tags)
+        kept_tags = [tag for tag in other_tags if rng.random() >= self.drop]
+        return ", ".join(leading_tags + kept_tags)

@@ -280,27 +280,27 @@ def _split_arguments(
     arguments: Sequence[str], spellings: dict[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """Separate our own arguments, with all values explicit, from options of Lightning's Trainer."""
-    ours: list[str] = []
+    our_arguments: list[str] = []
     trainer_options: dict[str, str] = {}
     pending = list(arguments)
     while pending:
         argument = pending.pop(0)
         name, equals, value = argument.partition("=")
         if not argument.startswith("-") or NEGATIVE_NUMBER.fullmatch(argument):
-            ours.append(argument)
+            our_arguments.append(argument)
             continue
         option = _find_option(name, spellings)
         if option and option not in IMPLICIT_VALUES:
-            ours.append(argument)
+            our_arguments.append(argument)
             continue
         if not equals:
             has_value = bool(pending) and _may_be_value(option, pending[0])
             value = pending.pop(0) if has_value else IMPLICIT_VALUES.get(option, "true")
         if option:
-            ours.append(f"{option}={value}")
+            our_arguments.append(f"{option}={value}")
         else:
             trainer_options[name.lstrip("-")] = value
-    return ours, trainer_options
+    return our_arguments, trainer_options
 
 
 def _find_option(name: str, spellings: dict[str, str]) -> str:

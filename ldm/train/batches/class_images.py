@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 GUIDANCE_SCALE = 5.0
 
 
-def open_class_images(model: LatentDiffusion, data: ClassImageOptions, seed: int) -> ImageFolder:
+def open_class_images(model: LatentDiffusion, options: ClassImageOptions, seed: int) -> ImageFolder:
     """Open the class images; missing ones are sampled from the model first."""
-    sample_class_images(model, data.root, data.prompt, data.count)
-    spec = {"root": data.root, "transform": data.transform, "fields": {"text": data.prompt}}
+    sample_class_images(model, options.root, options.prompt, options.count)
+    fields = {"text": options.prompt}
+    spec = {"root": options.root, "transform": options.transform, "fields": fields}
     images = open_images(spec, seed, "data.params.prior")
     assert isinstance(images, ImageFolder)  # as `root` is given
     return images

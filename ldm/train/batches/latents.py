@@ -63,14 +63,14 @@ class LatentCache:
 
     Args:
         model_digest: Digest of everything but the image that latents depend on.
-        variants: Number of variants of each image.
+        num_variants: Number of variants of each image.
         precision: "16" (encoded under bfloat16, stored as float16) or "32".
     """
 
     store: TensorStore
     transform: Transform
     model_digest: str
-    variants: int
+    num_variants: int
     precision: str
 
     def make_key(self, file_digest: str, bucket_size: Size | None, variant: int) -> str:
@@ -92,7 +92,7 @@ class LatentCache:
         Raises:
             UnreadableSample: The image was damaged, so that there is no latent.
         """
-        variant = rng.randrange(self.variants)
+        variant = rng.randrange(self.num_variants)
         key = self.make_key(file_digest, bucket_size, variant)
         if key not in self.store:
             raise UnreadableSample(name, "its latent could not be computed")
@@ -111,7 +111,7 @@ class LatentCache:
         self, load: Callable[[], Image.Image], file_digest: str, bucket_size: Size | None
     ) -> Iterator[tuple[str, LatentInput]]:
         """Yield (key, input) of all variants of an image."""
-        for variant in range(self.variants):
+        for variant in range(self.num_variants):
             key = self.make_key(file_digest, bucket_size, variant)
             yield key, LatentInput(load, file_digest, bucket_size, variant)
 
@@ -221,8 +221,8 @@ def cache_latents(
         precision: See `LatentCache`.
     """
     transform = images.transform
-    variants = variants_per_image or len(transform.variants) or 1
-    if variants == 1 and transform.list_random_options():
+    num_variants = variants_per_image or len(transform.variants) or 1
+    if num_variants == 1 and transform.list_random_options():
         log.warning(
             "%s: drawn only once for each image, as latents are cached; `variants_per_image` "
             "caches more variants",
@@ -232,13 +232,13 @@ def cache_latents(
         TensorStore(cache, "latents"),
         transform,
         digest_model(model, transform, precision),
-        variants,
+        num_variants,
         precision,
     )
     if isinstance(images, Shards):
         inputs = _iter_shard_inputs(images, latents)
         sizes = None if transform.buckets is None else transform.buckets.sizes
-        dependencies = (latents.model_digest, latents.variants, sizes)
+        dependencies = (latents.model_digest, latents.num_variants, sizes)
         fill = partial(latents.fill, inputs, model, batch_size)
         fill_from_shards(latents.store, images, dependencies, fill)
         return images.with_make_sample(partial(_make_shard_sample, latents, images))

@@ -189,13 +189,13 @@ def _read_transform(options: JsonMapping, where: str) -> JsonObject:
 
 
 def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonObject:
-    names = ORIGINAL_DATASETS.get(str(target))
-    if names is None:
+    our_keys = ORIGINAL_DATASETS.get(str(target))
+    if our_keys is None:
         raise _unsupported_target(where, target, params.get("size", 512))
     _pop_ignored(params, IGNORED_IN_DATASETS, where)
     transform = _pop_transform(params, where)
-    check_names("key", params, names, where)
-    return {names[key]: value for key, value in params.items()} | {"transform": transform}
+    check_names("key", params, our_keys, where)
+    return {our_keys[key]: value for key, value in params.items()} | {"transform": transform}
 
 
 def _translate_web_module(params: JsonObject) -> JsonObject:

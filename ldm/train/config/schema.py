@@ -29,7 +29,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.nets.attention import BACKENDS
 from ldm.runtime.errors import make_unknown_name_error
 from ldm.runtime.types import JsonObject
-from ldm.train.tasks.adaptation import TARGETS
+from ldm.train.tasks.adaptation import TARGET_PATTERNS
 from ldm.train.tasks.criterion import WEIGHTINGS
 from ldm.train.tasks.diffusion import LEGACY_TRAINING
 
@@ -358,9 +358,9 @@ class LoraOptions(Section):
 
     rank: Count = 8
     alpha: Positive | None = None  # null: the rank
-    targets: Annotated[list[Annotated[str, _one_of(TARGETS)]], Field(min_length=1), TO_LIST] = [
-        "transformer"
-    ]
+    targets: Annotated[
+        list[Annotated[str, _one_of(TARGET_PATTERNS)]], Field(min_length=1), TO_LIST
+    ] = ["transformer"]
 
 
 class TextualInversionOptions(Section):

@@ -184,9 +184,9 @@ def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
                 store.set(f"reply/{request}", session)
                 answered_requests.add(request)
         if time.monotonic() - start > START_TIMEOUT.total_seconds():
-            joined = sum(store.check([f"{session}/{other}"]) for other in other_ranks)
+            num_joined = sum(store.check([f"{session}/{other}"]) for other in other_ranks)
             raise TimeoutError(
-                f"only {joined} of {len(other_ranks)} other processes started in {START_TIMEOUT}"
+                f"only {num_joined} of {world_size - 1} other processes started in {START_TIMEOUT}"
             )
         time.sleep(0.05)
     return session

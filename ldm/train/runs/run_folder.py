@@ -29,7 +29,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
-TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
+TIMESTAMP_PATTERN = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
 STATE_PATTERN = "checkpoints/state-*"
 CONFIG_SECTIONS = ("model", "data", "lightning")
 LAUNCH_FILE = ".launch.json"  # which torchruns started the run, and the state that they resumed
@@ -87,8 +87,8 @@ def read_config(request: TrainRequest, existing_run: ExistingRun | None) -> Json
     from ldm.loading.config import format_yaml, parse_yaml
     from ldm.train.config.renamed_keys import rename_keys
 
-    saved = _find_configs(existing_run.folder) if existing_run else []
-    files: list[str | Path] = [*saved, *request.configs]
+    saved_files = _find_configs(existing_run.folder) if existing_run else []
+    files: list[str | Path] = [*saved_files, *request.configs]
     if not files:
         folder = existing_run.folder if existing_run else request.logdir
         raise ValueError(f"`{folder}` has no configs/*-project.yaml, give the config with --base")
@@ -226,7 +226,9 @@ def _find_state_since(folder: Path, launch: JsonMapping) -> Path | None:
 def _list_runs(logdir: Path, name: str) -> list[Path]:
     """List the folders of the runs of a name, newest first."""
     folders = [p for p in logdir.glob(f"*_{escape(name)}") if p.is_dir() and not p.is_symlink()]
-    return sorted((p for p in folders if TIMESTAMP.sub("", p.name, count=1) == name), reverse=True)
+    return sorted(
+        (p for p in folders if TIMESTAMP_PATTERN.sub("", p.name, count=1) == name), reverse=True
+    )
 
 
 def _find_configs(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Training of a LoRA, a textual inversion, or both, for a frozen model.
 
     lightning:
-      lora: {rank: 8, alpha: 8, targets: [transformer, text]}             see TARGETS
+      lora: {rank: 8, alpha: 8, targets: [transformer, text]}             see TARGET_PATTERNS
       textual_inversion: {token: <cat>, vectors: 2, init: cat}
 
 Hu et al. 2021 (arXiv:2106.09685); Gal et al. 2022 (arXiv:2208.01618).
@@ -25,10 +25,10 @@ from ldm.runtime.types import JsonMapping
 from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.task import Batch, Losses, Task
 
-__all__ = ["TARGETS", "AdaptationTask"]
+__all__ = ["TARGET_PATTERNS", "AdaptationTask"]
 
 # Sets of layers by name, as patterns of the layers' diffusers names.
-TARGETS = {
+TARGET_PATTERNS = {
     "attention": r"unet\..*\.attn[12]\..*",
     "transformer": r"unet\..*attentions\..*",  # the layers that kohya's scripts train
     "convolutions": r"unet\..*(resnets|samplers)\.\d+\.conv.*",
@@ -117,7 +117,7 @@ class AdaptationTask(Task):
 def _build_lora(
     model: LatentDiffusion, *, rank: int, alpha: float | None, targets: Sequence[str]
 ) -> LoRA:
-    patterns = [re.compile(TARGETS[target]) for target in targets]
+    patterns = [re.compile(TARGET_PATTERNS[target]) for target in targets]
     layers = {
         layer.kohya_name: LoRALayer(layer.target, rank, alpha)
         for layer in list_lora_targets(model)
