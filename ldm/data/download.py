@@ -22,7 +22,7 @@ class Download(io.RawIOBase):
     Reading raises MissingFile for a client error (HTTP 4xx), OSError for other failures.
 
     Args:
-        pause: Seconds before the second attempt, doubled before each further one.
+        pause: Seconds before the second attempt, doubled for each later attempt.
     """
 
     def __init__(self, url: str, *, pause: float = 1.0) -> None:

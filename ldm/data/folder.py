@@ -43,7 +43,7 @@ class ImageFolder(ImageDataset):
         transform: See `ImageDataset`.
         split: Keep the rows with this `split`; None = all.
         where: Keep the rows with these values, {"object": "robot"}; None = all.
-        fields: Values that replace those of the metadata, {"text": "a photo of a sks dog"}.
+        fields: Values that override the metadata, {"text": "a photo of a sks dog"}.
         text: Field of the metadata with the caption; rows without it use `caption`.
     """
 
@@ -227,7 +227,7 @@ def _read_json_rows(path: Path) -> Iterator[JsonObject]:
 def _make_rows(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObject]:
     """Make the rows of a folder without metadata, with the caption beside each image.
 
-    Its subfolders may have metadata of their own.
+    Its subfolders may have their own metadata.
 
     Args:
         caption_errors: Reasons why captions cannot be read are added to it by `file_name`.

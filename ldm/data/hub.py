@@ -25,7 +25,7 @@ class HubDataset(ImageDataset):
         split: Name of the split; ignored for datasets without splits.
         image: The column of images.
         text: The column of captions.
-        fields: Values that replace those of the metadata, {"text": "a photo of a sks dog"}.
+        fields: Values that override the metadata, {"text": "a photo of a sks dog"}.
         cache: Folder for downloads; None = the default of `datasets`.
     """
 

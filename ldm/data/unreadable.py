@@ -34,7 +34,7 @@ class UnreadableFiles:
         self.name_counts: Counter[str] | None = None
         self.num_unreadable = 0  # samples of an epoch in `listed` files
         self.num_tried = 0  # samples that this process has tried to read
-        self.num_failed = 0  # those of them that were unreadable
+        self.num_failed = 0  # of these, samples that were unreadable
 
     def add(self, names: Sequence[str], batch_size: int) -> None:
         """Add the names that are not listed yet.
@@ -67,7 +67,7 @@ class UnreadableFiles:
         )
 
     def _update_list(self, names: Sequence[str]) -> None:
-        """Append new names to the list, and add those of other processes to `listed`."""
+        """Append new names to the list, and add the names by other processes to `listed`."""
         listed = self._read_list()
         new_names = [name for name in dict.fromkeys(names) if name not in listed]
         self.path.parent.mkdir(parents=True, exist_ok=True)

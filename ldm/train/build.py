@@ -91,7 +91,7 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
 
 
 def build_diffusion_task(model: LatentDiffusion, **options: Any) -> DiffusionTask:
-    """Build the task; `options` are its keywords and those of `Criterion`."""
+    """Build the task; `options` are keyword arguments of `DiffusionTask` and `Criterion`."""
     kwargs = {f.name: options.pop(f.name) for f in fields(Criterion) if f.name in options}
     return DiffusionTask(model, criterion_options=kwargs, **options)
 

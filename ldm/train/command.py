@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Run the command line.
 
     Args:
-        argv: Arguments without the program's name; None = those of this process.
+        argv: Arguments without the program's name; None = the arguments of this process.
         prog: Name of the program, for messages.
     Returns:
         The exit code: 0, or 1 after an error, which is printed in one line.

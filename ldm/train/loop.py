@@ -342,7 +342,7 @@ def _save_on_error(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _suppress_and_log(action: str) -> Iterator[None]:
-    """Within the context, log a full disk, too little GPU memory or NaN samples, do not raise."""
+    """Log a full disk, too little GPU memory or NaN samples within the context, and continue."""
     try:
         yield
     except (OSError, torch.OutOfMemoryError, NonFinite) as error:

@@ -107,8 +107,8 @@ def estimate_training_memory(
     num_parameters = sum(
         p.numel() for p in {p for net in _list_networks(task) for p in net.parameters()}
     )
-    # Weights, gradients and EMA are float32, 4 bytes each; each process has a fraction of those of
-    # trainable parameters.
+    # Weights, gradients and EMA are float32, 4 bytes each; each process holds a fraction of
+    # them for trainable parameters.
     fraction = _get_shard_fraction(settings, processes)
     shard_bytes = int(4 * num_trainable * fraction)
     optimizer_bytes = OPTIMIZER_BYTES[optimizer.name] * num_trainable
@@ -167,7 +167,7 @@ def _build_meta_task(settings: Settings) -> Task:
 
 
 def _list_networks(task: Task) -> list[nn.Module]:
-    """Return all networks of a task, with those of its losses."""
+    """Return all networks of a task, including the networks of its losses."""
     perceptual = task.perceptual if isinstance(task, AdversarialTask) else None
     networks = (task.model, task.trainable, task.discriminator, perceptual)
     return [network for network in networks if network is not None]

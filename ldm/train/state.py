@@ -147,7 +147,7 @@ class State:
         return networks
 
     def get_numbers(self) -> dict[str, float]:
-        """Return all numbers, by their names in state files, which are those of version 0.1."""
+        """Return all numbers under their names in state files, which version 0.1 introduced."""
         measured = {} if self.scale_factor is None else {"scale_factor": self.scale_factor}
         return {
             **measured,
@@ -180,7 +180,7 @@ class State:
         return tensors
 
     def get_tensors_to_load(self, specs: TensorSpecs) -> dict[str, Tensor]:
-        """Return tensors to read a saved state into; those of the optimizers are allocated."""
+        """Return tensors to read a saved state into; optimizer states are allocated."""
         tensors = self._get_weights_and_ema()
         for name, network in self.networks.items():
             prefix = f"{name}.optimizer."

@@ -193,7 +193,7 @@ def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
 
 
 class Heartbeat(threading.Thread):
-    """Sends heartbeats, and exits this process when those of another rank stop.
+    """Sends heartbeats, and exits this process when another rank's heartbeats stop.
 
     Collectives would wait for a stopped process or a dead machine until their timeout. Rank 0
     watches all others, which watch rank 0, all through torchrun's store.

@@ -167,7 +167,7 @@ def _compute_baseline_loss(x: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_autoencoder_problem(model: AutoencoderKL, image: Tensor) -> str | None:
-    """Compare the errors of reconstructions with those of the images' mean colors.
+    """Compare the errors of reconstructions and of the images' mean colors.
 
     Args:
         image: (B, 3, H, W) in [-1, 1].

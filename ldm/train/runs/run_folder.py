@@ -94,7 +94,7 @@ def read_config(request: TrainRequest, existing_run: ExistingRun | None) -> Json
         raise ValueError(f"`{folder}` has no configs/*-project.yaml, give the config with --base")
     texts = [_read_config_text(file) for file in files]
     for path in (Path(file).expanduser() for file in files):
-        if path.is_dir():  # its weights are the initial ones, whatever the other files say
+        if path.is_dir():  # its weights are the initial ones, regardless of the other files
             overlay = {"model": {"params": {"ckpt_path": str(path.resolve())}}}
             texts.append(format_yaml(overlay))
     where, sections = " + ".join(map(str, files)), CONFIG_SECTIONS[1:]

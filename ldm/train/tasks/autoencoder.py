@@ -336,7 +336,7 @@ class AdversarialTask(Task):
     def _compute_gradient_ratio(
         self, last_input: Tensor, reconstruction: Tensor, grad_nll: Tensor, grad_g: Tensor
     ) -> Tensor:
-        """Return |grad nll| / |grad g| of the last layer's weights, from those of its output."""
+        """Return |grad nll| / |grad g| of the last layer's weights, given its output gradients."""
         decoder = self.model.decoder
         shape = decoder.conv_out.weight.shape
         # The derivative of the tanh that may follow the last layer.
