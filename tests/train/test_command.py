@@ -270,7 +270,7 @@ def test_help_imports_neither_torch_nor_pydantic() -> None:
 
 def test_a_run_folder_has_the_time_in_its_name_and_a_link_without(tmp_path: Path) -> None:
     first, second = (start_run(parse_tiny(tmp_path, "-f", "_a")) for _ in range(2))
-    names = {run_folder.TIMESTAMP.sub("", folder.name) for folder in (first, second)}
+    names = {run_folder.TIMESTAMP_PATTERN.sub("", folder.name) for folder in (first, second)}
     assert names == {"tiny_a"}
     assert first != second
     assert os.readlink(tmp_path / "tiny_a") == second.name
