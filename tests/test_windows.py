@@ -69,7 +69,7 @@ def test_the_app_is_built_and_makes_an_image(tmp_path: Path) -> None:
     values = {"prompt": "a cat", **FORM_VALUES}
     progress = Progress()
     backend.generate(backend.make_request(TASKS["txt2img"], "tiny.safetensors", values), progress)
-    assert [Path(info["path"]).name for info in progress.images] == ["00000.png"]
+    assert [Path(info["path"]).name for info in progress.infos] == ["00000.png"]
 
 
 @pytest.mark.slow
