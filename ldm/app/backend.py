@@ -65,7 +65,7 @@ log = logging.getLogger(__name__)
 
 
 class Backend:
-    """Makes images; the models of all runs are cached.
+    """Makes the images of the page; loaded models are cached.
 
     Args:
         library: The files that runs may use.
@@ -96,17 +96,18 @@ class Backend:
         """Name of the device that models run on."""
         return str(pick_device(self.model_options.device))
 
-    def make_request(self, task: Task, model: str | None, values: Mapping[str, object]) -> Request:
+    def build_request(
+        self, task: Task, model_name: str | None, values: Mapping[str, object]
+    ) -> Request:
         """Build the request of a run.
 
         Args:
-            model: Name of the model.
             values: Values of options by name: images are paths of uploads, LoRAs `NAME:WEIGHT`, and
                 add-ons names in the page's lists.
         Raises:
             ArgumentError: The model does not exist or support the task, or a value is invalid.
         """
-        entry = self.library.find_model(model, task)
+        entry = self.library.find_model(model_name, task)
         lora_texts = values.get("lora") or ()
         if not isinstance(lora_texts, Sequence):
             raise ArgumentError("lora is not a list", "lora")
@@ -155,8 +156,8 @@ class Backend:
         progress.on_start(models.base, 1)
         image, depth = reproduce_image(prepared, models, info, progress.on_step)
         info.pop("image", None)
-        replayed = OutputFolder(self.outdir / "replays").save_sample(image, info, depth)
-        progress.add_image(info | {"path": str(replayed)})
+        new_path = OutputFolder(self.outdir / "replays").save_sample(image, info, depth)
+        progress.add_image(info | {"path": str(new_path)})
         with open_image(path) as original:
             difference = compare_results(read_info(path), original, image, depth)
         if difference is None:
@@ -178,8 +179,8 @@ class Backend:
     def list_recent_infos(self) -> list[Info]:
         """Return the infos of the newest images in the output folder, of the newest run first."""
         files = (self.outdir / "samples").glob("[0-9]*.png")
-        numbers = sorted((int(path.stem), path) for path in files if path.stem.isdecimal())
-        infos = [_read_info_with_path(path) for _, path in numbers[-MAX_GALLERY_IMAGES:]]
+        paths = sorted((path for path in files if path.stem.isdecimal()), key=lambda p: int(p.stem))
+        infos = [_read_info_with_path(path) for path in paths[-MAX_GALLERY_IMAGES:]]
         runs = [list(run) for _, run in groupby(infos, key=lambda info: info.get("request"))]
         return [info for run in reversed(runs) for info in run if "seed" in info]
 
@@ -189,14 +190,14 @@ class Backend:
         Returns:
             None if the image has no depth, or the package trimesh is not installed.
         """
-        path, depth = Path(info["path"]), get_depth_path(info["path"])
-        if info.get("image") == "depth" or not depth.is_file() or not can_save_meshes():
+        path, depth_path = Path(info["path"]), get_depth_path(info["path"])
+        if info.get("image") == "depth" or not depth_path.is_file() or not can_save_meshes():
             return None
         folder = self.outdir / "served"
         folder.mkdir(exist_ok=True)
         target = folder / f"{path.stem}-{secrets.token_hex(4)}.glb"
-        with open_image(path) as image, open_image(depth) as levels:
-            return str(target), save_mesh(target, image, levels)
+        with open_image(path) as image, open_image(depth_path) as depth:
+            return str(target), save_mesh(target, image, depth)
 
     def _find_recorded_addon(self, addon_type: str, info: JsonMapping) -> str | None:
         """Find the file of an image's add-on by its hash; None if it was made without one."""
@@ -237,7 +238,7 @@ class Backend:
             max_bytes = self.max_model_bytes or default
             self._models = ModelCache(max_bytes, _load_with_compatible_embeddings)
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
-        # The recorded number gives the same rounding; but an image may record any number.
+        # The recorded number gives the same rounding, but an image may record any number.
         threads = threads and min(threads, os.cpu_count() or 1)
         try:
             for lora, _ in request.model.lora:

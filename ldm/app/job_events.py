@@ -13,7 +13,7 @@ import gradio as gr
 
 from ldm.app.backend import Backend
 from ldm.app.form import LORA_SLOTS, NO_IMAGE, TaskForm
-from ldm.app.jobs import Job, Jobs
+from ldm.app.jobs import Job, Jobs, Work
 from ldm.app.progress import Progress
 from ldm.app.view import (
     explain_to_user,
@@ -55,27 +55,30 @@ class JobEvents:
         self.jobs = jobs
         self.forms = forms
 
-    def submit_task(self, names: Sequence[str], visitor: str, task: str, *form: Any) -> list[Any]:
+    def submit_task(
+        self, field_names: Sequence[str], visitor: str, task: str, *form: Any
+    ) -> list[Any]:
         """Queue a run with the current values of the form.
 
         Args:
-            names: Names of the fields after the weights of LoRAs, see `Layout.fields`.
+            field_names: Keys of `Layout.fields`.
+            form: Checkpoint, VAE, LoRAs, their weights, and the value of each field.
         """
         if task not in TASKS:
             return self._submit(visitor, None)
 
-        def prepare() -> tuple[str, Callable[[Progress], str]]:
-            request = self._make_request(names, task, *form)
+        def prepare() -> tuple[str, Work]:
+            request = self._build_request(field_names, task, *form)
             title = f"{TASKS[task].title}: {request.prompts.prompt or 'no prompt'}"
             return title, partial(self.backend.generate, request)
 
         return self._submit(visitor, prepare)
 
-    def submit_depth(self, names: Sequence[str], visitor: str, *form: Any) -> list[Any]:
-        """Queue the estimate of a depth map; arguments as `submit_task`."""
+    def submit_depth(self, field_names: Sequence[str], visitor: str, *form: Any) -> list[Any]:
+        """Queue the estimation of a depth map; arguments as for `submit_task`."""
 
-        def prepare() -> tuple[str, Callable[[Progress], str]]:
-            request = self._make_request(names, "depth2img", *form)
+        def prepare() -> tuple[str, Work]:
+            request = self._build_request(field_names, "depth2img", *form)
             return "Estimate depth", partial(self.backend.estimate_depth, request)
 
         return self._submit(visitor, prepare)
@@ -83,20 +86,18 @@ class JobEvents:
     def submit_replay(self, visitor: str, path: str | None) -> list[Any]:
         """Queue the reproduction of an image."""
 
-        def prepare() -> tuple[str, Callable[[Progress], str]]:
+        def prepare() -> tuple[str, Work]:
             if path is None:
                 raise MissingArgument(NO_IMAGE)
             return f"Reproduce {Path(path).name}", partial(self.backend.replay, path)
 
         return self._submit(visitor, prepare)
 
-    def _submit(
-        self, visitor: str, prepare: Callable[[], tuple[str, Callable[[Progress], str]]] | None
-    ) -> list[Any]:
-        """Queue a job, or show its error; return the job and updates of the page.
+    def _submit(self, visitor: str, prepare: Callable[[], tuple[str, Work]] | None) -> list[Any]:
+        """Queue a job, or show the error that prevents it; return the job and updates of the page.
 
         Args:
-            prepare: Returns title and work of the job; None = there is none.
+            prepare: Returns title and work of the job; None = no job.
         """
         job: Job | None = None
         message, progress = "", gr.skip()
@@ -110,17 +111,17 @@ class JobEvents:
             message = explain_to_user(error)
         return [job, render_error(message), progress, *self._update_queue(visitor).values()]
 
-    def _make_request(
+    def _build_request(
         self,
-        names: Sequence[str],
+        field_names: Sequence[str],
         task: str,
-        model: str,
+        checkpoint: str,
         vae: str,
         loras: list[str] | None,
         *weights_and_fields: Any,
     ) -> Request:
         weights = weights_and_fields[:LORA_SLOTS]
-        fields = dict(zip(names, weights_and_fields[LORA_SLOTS:], strict=True))
+        fields = dict(zip(field_names, weights_and_fields[LORA_SLOTS:], strict=True))
         form = self.forms[task]
         inputs = {name: fields.get(f"{task}.{name}", fields.get(name)) for name in form.fields}
         values = form.parse(inputs, self.backend.uploads)
@@ -128,7 +129,7 @@ class JobEvents:
             f"{name}:{weight}" for name, weight in zip(loras or (), weights, strict=False)
         ]
         values["vae"] = vae
-        return self.backend.make_request(TASKS[task], model, values)
+        return self.backend.build_request(TASKS[task], checkpoint, values)
 
     async def follow(self, visitor: str, job: Job | None) -> AsyncIterator[list[Any]]:
         """Yield updates of JOB_OUTPUTS until a job has ended; it continues without the page."""

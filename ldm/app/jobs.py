@@ -11,9 +11,11 @@ from ldm.app.progress import Progress
 from ldm.generate.info import Info
 from ldm.runtime.errors import ArgumentError, Stop, describe_error
 
-__all__ = ["Job", "Jobs"]
+__all__ = ["Job", "Jobs", "Work"]
 
 MAX_GALLERY_IMAGES = 60  # per visitor
+
+Work = Callable[[Progress], str]  # of a job: makes images, and returns the final message
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +27,11 @@ class Job:
     Args:
         visitor: Id of the visitor.
         title: Text shown in the queue.
-        work: Makes images; returns the final message.
     """
 
     visitor: str
     title: str
-    work: Callable[[Progress], str]
+    work: Work
     progress: Progress
     state: Literal["queued", "running", "done", "removed"] = "queued"
 
@@ -68,7 +69,7 @@ class Jobs:
             self._galleries.setdefault(visitor, self.list_initial_infos())
         return self._galleries[visitor]
 
-    def submit(self, visitor: str, title: str, work: Callable[[Progress], str]) -> Job:
+    def submit(self, visitor: str, title: str, work: Work) -> Job:
         """Add a job to the queue.
 
         Raises:

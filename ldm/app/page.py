@@ -112,10 +112,10 @@ class Page:
         sketch = gr.on(
             triggers, None, ui.images["inpaint"], ui.fields["inpaint.sketch"], js=SKETCH_FILES_JS
         )
-        names = [*ui.fields]
-        submit = partial(events.submit_task, names)
+        field_names = [*ui.fields]
+        submit = partial(events.submit_task, field_names)
         self._submit_and_follow(sketch.then, submit, [ui.task, *form])
-        submit = partial(events.submit_depth, names)
+        submit = partial(events.submit_depth, field_names)
         self._submit_and_follow(ui.estimate.click, submit, form).then(
             _get_last_path, ui.job, ui.fields["depth2img.depth_map"], **QUIET
         )

@@ -59,7 +59,7 @@ REQUIRED_OPTIONS = {
     "repeat": "from_file", "source_prompt": "inversion", "depth_inverted": "depth_map",
     "prior_steps": "prior", "prior_scale": "prior",
 }  # fmt: skip
-# Options of a task that some of its families ignore.
+# Family -> options of its task that it ignores.
 IGNORED_OPTIONS = {
     "upscaling": ("noise_sigma", "noise_kind"), "rgbd-upscaling": ("noise_sigma", "noise_kind"),
     "latent-upscaling": ("noise_level",), "variation": ("prompt",),
@@ -94,7 +94,7 @@ def _get_few_step_warning(request: Request) -> str | None:
         variant = (
             None if ckpt is None else find_variant_without_weights(ckpt, model.lora, model.variant)
         )
-    except (OSError, ValueError):  # loading reports it
+    except (OSError, ValueError):  # reported when the model is loaded
         return None
     if variant is None:
         return None
@@ -115,10 +115,10 @@ def check_steps(request: Request) -> None:
         if ckpt is None:
             return
         schedule = find_schedule_without_weights(ckpt, model.config, model.overrides)
-    except (OSError, ValueError):  # loading reports it
+    except (OSError, ValueError):  # reported when the model is loaded
         return
-    default = SAMPLERS[sampling.sampler].scheduler if sampling.sampler is not None else None
-    scheduler = sampling.scheduler or default or "uniform"
+    default_scheduler = SAMPLERS[sampling.sampler].scheduler if sampling.sampler else None
+    scheduler = sampling.scheduler or default_scheduler or "uniform"
     if schedule is not None and "steps" in sampling.legacy:
         Quirks(frozenset(sampling.legacy)).get_sigmas(schedule, sampling.steps, scheduler)
     elif schedule is not None:

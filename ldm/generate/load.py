@@ -27,7 +27,7 @@ from ldm.runtime.hashes import find_cached_sha256
 
 __all__ = ["Models", "find_existing_checkpoint", "find_requested_checker", "load_models"]
 
-SMALL_MODEL_BYTES = 200e6  # bytes of weights below which half precision and many threads are slower
+SMALL_MODEL_BYTES = 200e6  # half precision and many threads are slower for smaller weights
 
 LOAD_OPTIONS = ("clip_stats", "midas")  # options of some tasks that are passed to `ldm.load`
 

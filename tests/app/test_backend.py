@@ -79,7 +79,7 @@ def make_request(photo):
         values = {name: field.kwargs.get("value") for name, field in form.fields.items()}
         values |= {name: inputs[name] for name in inputs.keys() & values.keys()} | changes
         values = form.parse(values, backend.uploads)
-        return backend.make_request(TASKS[task], model or f"{MODELS[task]}.safetensors", values)
+        return backend.build_request(TASKS[task], model or f"{MODELS[task]}.safetensors", values)
 
     return make_request
 
@@ -283,7 +283,7 @@ def test_the_error_for_a_too_large_image_says_how_to_resize_it(backend, run, tmp
 def test_only_models_of_the_folder_that_fit_the_task_are_accepted(backend, name):
     available = "base_eps.safetensors, base_v.safetensors"
     with pytest.raises(ValueError, match=f"txt2img needs a text.*; available: {available}"):
-        backend.make_request(TASKS["txt2img"], name, {})
+        backend.build_request(TASKS["txt2img"], name, {})
 
 
 FORGERIES = [

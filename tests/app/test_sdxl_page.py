@@ -44,7 +44,7 @@ def make_request(backend, model, **changes):
     form = TaskForm(TXT2IMG, Limits())
     values = {name: field.kwargs.get("value") for name, field in form.fields.items()}
     values |= {"seed": "5", "width": 64, "height": 64, "steps": 4, **changes}
-    return backend.make_request(TXT2IMG, model, form.parse(values, backend.uploads))
+    return backend.build_request(TXT2IMG, model, form.parse(values, backend.uploads))
 
 
 def test_settings_and_fields_follow_the_checkpoint(events):
