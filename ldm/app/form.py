@@ -189,34 +189,39 @@ class TaskForm:
         self.limits = limits
         options = {name: option for name, option in task.options.items() if option.label}
         inputs = [name for name in get_options(task.inputs) if name in options]
-        self.images = {name: _make_image_field(options[name]) for name in inputs
+        self.image_fields = {name: _make_image_field(options[name]) for name in inputs
                        if options[name].is_input_file}  # fmt: skip
-        if "mask" in self.images:  # drawn on the image
-            self.images = {"sketch": SKETCH}
+        if "mask" in self.image_fields:  # drawn on the image
+            self.image_fields = {"sketch": SKETCH}
         prompts = [
             name for name in get_options(Prompts) if name in options and name not in SETTINGS
         ]
-        self.prompts = {name: self._make_field(name, options[name]) for name in prompts}
-        self.options = {name: self._make_field(name, options[name]) for name in inputs
+        self.prompt_fields = {name: self._make_field(name, options[name]) for name in prompts}
+        self.option_fields = {name: self._make_field(name, options[name]) for name in inputs
                         if not options[name].is_path and name != "mask_box"
                         and not (name == "resize_mode" and task.upscales)}  # fmt: skip
-        self.settings = {name: self._make_field(name, options[name]) for name in SETTINGS}
+        self.setting_fields = {name: self._make_field(name, options[name]) for name in SETTINGS}
         sdxl = get_options(SDXL) if "sdxl" in task.groups else {}
-        self.sdxl = {
+        self.sdxl_fields = {
             name: self._make_field(name, options[name]) for name in sdxl if name in options
         }
         upscaling = get_options(UpscalerOptions) if "upscaling" in task.groups else {}
-        self.upscaling = {name: self._make_field(name, options[name]) for name in upscaling}
+        self.upscaling_fields = {name: self._make_field(name, options[name]) for name in upscaling}
 
     @property
     def common_fields(self) -> dict[str, Field]:
         """Fields shared by all tasks, outside of their tabs."""
-        return {**self.prompts, **self.settings, **self.sdxl, **self.upscaling}
+        return {
+            **self.prompt_fields,
+            **self.setting_fields,
+            **self.sdxl_fields,
+            **self.upscaling_fields,
+        }
 
     @property
     def own_fields(self) -> dict[str, Field]:
         """Fields in the task's tab."""
-        return {**self.images, **self.options}
+        return {**self.image_fields, **self.option_fields}
 
     @property
     def fields(self) -> dict[str, Field]:
@@ -254,9 +259,9 @@ class TaskForm:
         for name, option in options.items():
             if name in values and option.default is None:
                 values[name] = values[name] or None  # 0 and "" stand for None
-            elif name in self.options and option.is_list:
+            elif name in self.option_fields and option.is_list:
                 values[name] = _split_values(values[name])
-        for name in self.images:
+        for name in self.image_fields:
             if name == "sketch":
                 values |= _read_sketch(values.pop("sketch"), uploads)
             elif isinstance(values[name], str):

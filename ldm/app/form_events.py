@@ -42,7 +42,7 @@ class FormEvents:
         self.limits = backend.limits
         self.forms = {name: TaskForm(task, backend.limits) for name, task in TASKS.items()}
 
-    def restore(self, fields: Sequence[str], stored_form: str, visitor: str) -> list[Any]:
+    def restore_form(self, fields: Sequence[str], stored_form: str, visitor: str) -> list[Any]:
         """Restore the form from the browser's storage; return updates of all fields and lists.
 
         Args:
@@ -118,8 +118,10 @@ class FormEvents:
         names = self.library.list_models(task) if reason else []
         suitable = gr.update(choices=names, value=None, visible=bool(names))
         form, is_sdxl = self.forms[task], self.library.is_sdxl(checkpoint)
-        has_sdxl = bool(form.sdxl) and is_sdxl
-        has_upscaler = bool(form.upscaling and not is_sdxl and self.library.list_addons("upscaler"))
+        has_sdxl = bool(form.sdxl_fields) and is_sdxl
+        has_upscaler = bool(
+            form.upscaling_fields and not is_sdxl and self.library.list_addons("upscaler")
+        )
         accordions = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
         return [render_error(reason), suitable, *accordions, *updates]
 
@@ -179,8 +181,8 @@ class FormEvents:
     def fit_size(self, checkpoint: str, size: str) -> list[Any]:
         """Return width and height with the aspect ratio of an image `WxH`, for the model."""
         width, height = map(int, size.split("x"))
-        native = self.library.find_defaults(TASKS["img2img"], checkpoint)["width"] or 512
-        factor = min(1, native / min(width, height), self.limits.max_side / max(width, height))
+        native_side = self.library.find_defaults(TASKS["img2img"], checkpoint)["width"] or 512
+        factor = min(1, native_side / min(width, height), self.limits.max_side / max(width, height))
         multiple = 64 if self.library.is_sdxl(checkpoint) else 8
         return [max(round(side * factor / multiple), 1) * multiple for side in (width, height)]
 
@@ -229,7 +231,7 @@ class FormEvents:
         has_parameters = "steps" in info or "seed" in info
         return self.fill_fields(info if has_parameters else selected, checkpoint, defaults)
 
-    def send(
+    def send_image(
         self,
         name: str,
         info: JsonObject | None,
@@ -249,7 +251,7 @@ class FormEvents:
         )
         components = ["Image"]
         if is_task:
-            components = [field.component for field in self.forms[name].images.values()]
+            components = [field.component for field in self.forms[name].image_fields.values()]
         if not components:
             return fields
         sketch: JsonObject = {"background": path, "layers": [], "composite": None}

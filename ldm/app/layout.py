@@ -44,7 +44,7 @@ class Layout:
         self.forms = forms
         self.device = device
         self.fields: dict[str, Any] = {}  # by NAME if shared, else by TASK.NAME
-        self.images: dict[str, Any] = {}  # the first image field of each tab
+        self.tab_image_fields: dict[str, Any] = {}  # the first image field of each tab
         self.token_counts: dict[str, Any] = {}  # by name of the prompt
         self.visitor = gr.BrowserState("", storage_key="ldm-visitor", secret="ldm")
         self.stored_form = gr.Textbox(visible="hidden")  # JSON of the form in the browser's storage
@@ -54,7 +54,7 @@ class Layout:
         self.infos = gr.State([])  # of the images in the gallery
         self.selected_info = gr.State(None)  # of the image selected in the gallery
         self.file_info = gr.State({})
-        initial = forms["txt2img"].settings
+        initial = forms["txt2img"].setting_fields
         # The defaults that DEFAULTED_FIELDS were set to last.
         self.defaults = gr.State({n: initial[n].kwargs["value"] for n in DEFAULTED_FIELDS})
         self._build_header()
@@ -72,7 +72,9 @@ class Layout:
     def image_fields(self) -> list[Any]:
         """The image fields of all tabs."""
         return [
-            self.fields[f"{task}.{key}"] for task, form in self.forms.items() for key in form.images
+            self.fields[f"{task}.{key}"]
+            for task, form in self.forms.items()
+            for key in form.image_fields
         ]
 
     @property
@@ -111,18 +113,18 @@ class Layout:
         with gr.Tab(TASKS[name].title, id=name, elem_id=f"tab-{name}") as tab:
             for key, field in form.own_fields.items():
                 self.fields[f"{name}.{key}"] = _make_component(field)
-            if form.images:
-                self.images[name] = self.fields[f"{name}.{next(iter(form.images))}"]
-            if "sketch" in form.images:
+            if form.image_fields:
+                self.tab_image_fields[name] = self.fields[f"{name}.{next(iter(form.image_fields))}"]
+            if "sketch" in form.image_fields:
                 self.fields[f"{name}.sketch"] = gr.Gallery(type="filepath", visible="hidden")
-            if "depth_map" in form.images:
+            if "depth_map" in form.image_fields:
                 self.estimate = gr.Button("Estimate depth", elem_id="estimate")
         self._connect_tab(tab, name)
 
     def _build_replay(self) -> None:
         with gr.Tab(INFO_TABS["replay"], id="replay", elem_id="tab-replay") as tab:
             field = Field("Image", {"label": "Image", **IMAGE_KWARGS})
-            self.images["replay"] = _make_component(field)
+            self.tab_image_fields["replay"] = _make_component(field)
             self.file_parameters = gr.Textbox(
                 label="Parameters", lines=4, elem_id="file-parameters", interactive=False,
                 buttons=["copy"],
@@ -145,7 +147,7 @@ class Layout:
         self._connect_tab(tab, "inspect")
 
     def _build_prompts(self) -> None:
-        fields = self.forms["txt2img"].prompts
+        fields = self.forms["txt2img"].prompt_fields
         with gr.Row(elem_id="prompts"):
             with gr.Column(scale=5, min_width=260):
                 for name, elem_id in {"prompt": "prompt", "negative_prompt": "negative"}.items():
@@ -160,7 +162,7 @@ class Layout:
                 self.fields["syntax"] = _make_component(fields["syntax"], elem_id="syntax")
 
     def _build_settings(self) -> None:
-        fields = self.forms["txt2img"].settings
+        fields = self.forms["txt2img"].setting_fields
         rows = (("sampler", "steps"), ("scheduler", "scale"), ("n_iter", "n_samples"))
         advanced = SETTINGS[SETTINGS.index("eta") :]
         with gr.Column(elem_id="settings"), gr.Accordion("Generation settings", open=True):
@@ -200,7 +202,7 @@ class Layout:
                     self.fields[name] = _make_component(fields[name], min_width=150)
 
     def _build_sdxl(self) -> None:
-        fields = self.forms["txt2img"].sdxl
+        fields = self.forms["txt2img"].sdxl_fields
         with gr.Accordion("SDXL", open=True, visible=False, elem_id="sdxl") as self.sdxl:
             for name in ("refiner", "refiner_start"):
                 self.fields[name] = _make_component(fields[name])
@@ -211,7 +213,7 @@ class Layout:
                             self.fields[name] = _make_component(fields[name], min_width=150)
 
     def _build_upscaling(self) -> None:
-        fields = self.forms["txt2img"].upscaling
+        fields = self.forms["txt2img"].upscaling_fields
         accordion = gr.Accordion("Twice the size", open=False, visible=False, elem_id="upscaling")
         with accordion as self.upscaling, gr.Row():
             for name, field in fields.items():
@@ -249,7 +251,9 @@ class Layout:
                     buttons=["copy"],
                 )  # fmt: skip
                 with gr.Row(elem_id="send"):
-                    self.send_buttons = {name: _make_send_button(name) for name in self.images}
+                    self.send_buttons = {
+                        name: _make_send_button(name) for name in self.tab_image_fields
+                    }
                 with gr.Row(elem_classes="tools"):
                     self.reuse_all = _make_button("Reuse all", "reuse-all")
                     self.reuse_seed = _make_button("Reuse seed", "reuse-seed")

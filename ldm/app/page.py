@@ -110,7 +110,11 @@ class Page:
         # gradio's editor sends all its layers with each event that has it as an input, and with
         # each answer afterwards. So it is an input of this event only, which runs in the browser.
         sketch = gr.on(
-            triggers, None, ui.images["inpaint"], ui.fields["inpaint.sketch"], js=SKETCH_FILES_JS
+            triggers,
+            None,
+            ui.tab_image_fields["inpaint"],
+            ui.fields["inpaint.sketch"],
+            js=SKETCH_FILES_JS,
         )
         field_names = [*ui.fields]
         submit = partial(events.submit_task, field_names)
@@ -119,7 +123,9 @@ class Page:
         self._submit_and_follow(ui.estimate.click, submit, form).then(
             _get_last_path, ui.job, ui.fields["depth2img.depth_map"], **QUIET
         )
-        self._submit_and_follow(ui.replay.click, events.submit_replay, [ui.images["replay"]])
+        self._submit_and_follow(
+            ui.replay.click, events.submit_replay, [ui.tab_image_fields["replay"]]
+        )
         ui.stop.click(events.stop_job, ui.visitor, [ui.progress, ui.stop, ui.queue], **QUIET)
         ui.clear.click(events.clear_queue, ui.visitor, [ui.queue, ui.clear], **QUIET)
         ui.inspect.click(self.backend.library.inspect, ui.file, ui.report)
@@ -196,7 +202,7 @@ class Page:
         ui.random_seed.click(None, None, fields["seed"], js="() => '-1'")
         size = [fields["width"], fields["height"]]
         for name in ("img2img", "depth2img"):
-            field = ui.images[name]
+            field = ui.tab_image_fields[name]
             field.upload(events.read_image_size, [ui.checkpoint, field], size, **QUIET)
         # Not the editor's upload event, which is repeated after each answer, with all layers.
         ui.sketch_size.input(events.fit_size, [ui.checkpoint, ui.sketch_size], size, **QUIET)
@@ -221,13 +227,18 @@ class Page:
         for name, button in ui.send_buttons.items():
             self._connect_send(button, name, ui.selected_info)
         for name, button in ui.file_send_buttons.items():
-            self._connect_send(button, name, ui.file_info, ui.images["replay"])
+            self._connect_send(button, name, ui.file_info, ui.tab_image_fields["replay"])
         buttons = [*ui.send_buttons.values(), ui.reuse_all, ui.reuse_seed, ui.download]
         self._enable_with(ui.selected_info, buttons)
-        self._enable_with(ui.images["replay"], [*ui.file_send_buttons.values(), ui.replay])
+        self._enable_with(
+            ui.tab_image_fields["replay"], [*ui.file_send_buttons.values(), ui.replay]
+        )
         ui.selected_info.change(jobs.show_relief, ui.selected_info, ui.relief, **QUIET)
-        ui.images["replay"].change(
-            read_file_info, ui.images["replay"], [ui.file_info, ui.file_parameters], **QUIET
+        ui.tab_image_fields["replay"].change(
+            read_file_info,
+            ui.tab_image_fields["replay"],
+            [ui.file_info, ui.file_parameters],
+            **QUIET,
         )
 
     def _enable_with(self, image: Any, buttons: list[gr.Button]) -> None:
@@ -245,11 +256,18 @@ class Page:
             source: Field with the image; None = the path in the info.
         """
         ui = self.layout
-        outputs = [*ui.filled_fields, *([ui.images[name]] if name in ui.images else [])]
+        outputs = [
+            *ui.filled_fields,
+            *([ui.tab_image_fields[name]] if name in ui.tab_image_fields else []),
+        ]
         inputs = [info, ui.checkpoint, ui.defaults, *([] if source is None else [source])]
         # Progress is shown on the button, not on the editor, which would send all its layers.
         event = button.click(
-            partial(self.form_events.send, name), inputs, outputs, show_progress_on=button, **QUIET
+            partial(self.form_events.send_image, name),
+            inputs,
+            outputs,
+            show_progress_on=button,
+            **QUIET,
         )
         show = f"() => {{ document.querySelector('#tab-{name}-button').click(); scrollTo(0, 0) }}"
         event.then(None, None, None, js=show)
@@ -263,7 +281,7 @@ class Page:
         for field in stored.values():
             field.change(None, [*stored.values()], None, js=save)
         event = page.load(
-            partial(self.form_events.restore, [*stored]), [ui.stored_form, ui.visitor],
+            partial(self.form_events.restore_form, [*stored]), [ui.stored_form, ui.visitor],
             [*stored.values(), *self._file_lists, ui.visitor], js=RESTORE_JS, **QUIET,
         )  # fmt: skip
         event = event.then(None, None, None, js="() => { window.ldmIsRestored = true }")

@@ -48,7 +48,7 @@ def make_request(backend, model, **changes):
 
 
 def test_settings_and_fields_follow_the_checkpoint(events):
-    settings = events.forms["txt2img"].settings
+    settings = events.forms["txt2img"].setting_fields
     initial = {name: settings[name].kwargs["value"] for name in DEFAULTED_FIELDS}
 
     def select_checkpoint(checkpoint):
