@@ -397,7 +397,9 @@ def test_reused_loras_fill_sliders_or_the_prompt(families, tmp_path, loras, prom
     unchanged = events.fill_fields(None, None, {})[len(fields) :]
     from_other_program = events.fill_fields({"prompt": "a fox"}, None, {})
     assert from_other_program[len(fields) :] == unchanged
-    assert events.send_image("upscale", info, "upscale.safetensors", {})[len(fields) : -1] == unchanged
+    assert (
+        events.send_image("upscale", info, "upscale.safetensors", {})[len(fields) : -1] == unchanged
+    )
 
 
 def test_a_lora_of_another_family_is_refused_before_loading(families, run, tmp_path, monkeypatch):
