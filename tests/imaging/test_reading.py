@@ -176,22 +176,37 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SWAPPED_RG = SRGB.replace(b"rXYZ", b"XXXX").replace(b"gXYZ", b"rXYZ").replace(b"XXXX", b"gXYZ")
 LINEAR = SRGB.replace(struct.pack(">i", round(2.4 * 65536)), struct.pack(">i", 65536))
 LINEAR_GRAY = LINEAR.replace(b"RGB XYZ", b"GRAYXYZ").replace(b"rTRC", b"kTRC")
+# By name, as a profile holds the time of its creation, and pytest-xdist needs constant test ids.
+PROFILES = {
+    "swapped red and green": SWAPPED_RG,
+    "linear": LINEAR,
+    "linear gray": LINEAR_GRAY,
+    "truncated": SRGB[:200],
+    "not a profile": b"nonsense",
+}
 
 
 @pytest.mark.parametrize(
     ("mode", "profile", "suffix"),
-    [("RGB", SWAPPED_RG, "png"), ("RGB", SWAPPED_RG, "jpg"), ("RGB", LINEAR, "webp"),
-     ("RGB", LINEAR, "avif"), ("RGBA", SWAPPED_RG, "tif"), ("P", SWAPPED_RG, "png"),
-     ("L", LINEAR_GRAY, "jpg"), ("LA", LINEAR_GRAY, "png")],
-)  # fmt: skip
+    [
+        ("RGB", "swapped red and green", "png"),
+        ("RGB", "swapped red and green", "jpg"),
+        ("RGB", "linear", "webp"),
+        ("RGB", "linear", "avif"),
+        ("RGBA", "swapped red and green", "tif"),
+        ("P", "swapped red and green", "png"),
+        ("L", "linear gray", "jpg"),
+        ("LA", "linear gray", "png"),
+    ],
+)
 def test_colors_are_converted_to_srgb_as_lcms_does(mode, profile, suffix):
     rgb = Image.merge("RGB", [GRAY, GRAY.rotate(180), Image.new("L", GRAY.size, 90)])
     image = rgb.quantize(64) if mode == "P" else rgb.convert(mode)
-    data = encode(image, suffix, icc_profile=profile)
+    data = encode(image, suffix, icc_profile=PROFILES[profile])
     with Image.open(io.BytesIO(data)) as file:
-        source = file.convert("L" if profile is LINEAR_GRAY else "RGB")
+        source = file.convert("L" if profile == "linear gray" else "RGB")
     expected = ImageCms.profileToProfile(
-        source, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        source, io.BytesIO(PROFILES[profile]), ImageCms.createProfile("sRGB"), outputMode="RGB"
     )
     assert abs(np.asarray(expected, int) - np.asarray(source.convert("RGB"), int)).max() > 50
     assert (decode(data) == np.asarray(expected)).all()
@@ -222,10 +237,16 @@ def test_a_profile_of_srgb_changes_nothing():
 
 @pytest.mark.parametrize(
     ("mode", "profile"),
-    [("RGB", b"nonsense"), ("RGB", SRGB[:200]), ("RGB", LINEAR_GRAY), ("CMYK", SWAPPED_RG)],
+    [
+        ("RGB", "not a profile"),
+        ("RGB", "truncated"),
+        ("RGB", "linear gray"),
+        ("CMYK", "swapped red and green"),
+    ],
 )
 def test_an_unsuitable_profile_is_ignored_and_warned_of(mode, profile, tmp_path, caplog):
-    GRAY.convert("RGB").convert(mode).save(tmp_path / "x.tif", icc_profile=profile)
+    image = GRAY.convert("RGB").convert(mode)
+    image.save(tmp_path / "x.tif", icc_profile=PROFILES[profile])
     assert abs(np.asarray(load_image(tmp_path / "x.tif"), int) - RAMP[..., None]).max() <= 1
     assert "x.tif` has an ICC profile that is damaged or does not fit" in caplog.text
 
