@@ -58,7 +58,7 @@ def find_or_download(
         return path
     if not download:
         raise MissingFile(f"`{address}` is not on this machine; run `ldm download {address}`")
-    license_name, commit, sizes = _list_files(repo)
+    license_name, commit, sizes = _read_repo_info(repo)
     if file and file not in sizes:
         raise DownloadError(f"`{repo}` has no file `{file}`{_format_examples(sizes)}")
     names = [file] if file else _list_folder_files(repo, commit, sizes, file_variant)
@@ -252,8 +252,8 @@ def _convert_hub_errors(title: str) -> Iterator[None]:
         raise DownloadError(f"{problem}: {reason}", is_local=is_local) from error
 
 
-def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
-    """Return (license, commit, size by file in bytes) of a repository; a size may be unknown."""
+def _read_repo_info(repo: str) -> tuple[str, str, dict[str, int | None]]:
+    """Return (license, commit, size in bytes by file) of a repository; None = size unknown."""
     from huggingface_hub import HfApi
 
     with _convert_hub_errors(repo):
@@ -272,7 +272,7 @@ def _list_folder_files(
     checkpoint.
     """
     if "config.json" in sizes and MODEL_INDEX not in sizes:
-        return ["config.json", *_choose_weights("", sizes, file_variant)]
+        return ["config.json", *_choose_weights_files("", sizes, file_variant)]
     if MODEL_INDEX not in sizes:
         files = [name for name in sizes if name.endswith(WEIGHT_SUFFIXES) and "/" not in name]
         files = [name for name in files if name.endswith(WEIGHT_SUFFIXES[0])] or files
@@ -287,11 +287,11 @@ def _list_folder_files(
             names += [
                 n for n in sizes if n.rpartition("/")[0] == component and n.endswith(TEXT_SUFFIXES)
             ]
-            names += _choose_weights(f"{component}/", sizes, file_variant)
+            names += _choose_weights_files(f"{component}/", sizes, file_variant)
     return names
 
 
-def _choose_weights(folder: str, sizes: Iterable[str], file_variant: str | None) -> list[str]:
+def _choose_weights_files(folder: str, sizes: Iterable[str], file_variant: str | None) -> list[str]:
     """List the weights files of a component: of the requested variant, else none, fp16 or any.
 
     For each variant .safetensors are preferred to .bin.

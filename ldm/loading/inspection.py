@@ -31,7 +31,7 @@ from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.hashes import find_cached_sha256, get_sha256
 from ldm.runtime.types import JsonObject
 
-__all__ = ["Part", "Report", "inspect_checkpoint"]
+__all__ = ["InspectionReport", "TensorGroup", "inspect_checkpoint"]
 
 LORA_LAYER_PREFIX = re.compile("(lora|lycoris)_(unet|te[12]?)_")  # of kohya's layer names
 MAX_VALUE_LENGTH = 80  # characters of a metadata value to show
@@ -40,8 +40,8 @@ MAX_SIZE_TO_HASH = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Part:
-    """A group of tensors with a common prefix, such as the UNet.
+class TensorGroup:
+    """Tensors with a common prefix, such as those of the UNet.
 
     Args:
         name: Our name of the component.
@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass
-class Report:
+class InspectionReport:
     """The result of the inspection of a file; None = unknown, unless stated otherwise.
 
     Args:
@@ -91,7 +91,7 @@ class Report:
     task: str | None = None
     config: str | None = None
     prediction: DetectedPredictionType | None = None
-    parts: list[Part] = field(default_factory=list)
+    parts: list[TensorGroup] = field(default_factory=list)
     has_ema: bool = False
     uses_ema: bool = False
     step: int | None = None
@@ -168,7 +168,7 @@ class Report:
 
 def inspect_checkpoint(
     path: str | Path, config: str | Path | None = None, *, probe: bool = True
-) -> Report:
+) -> InspectionReport:
     """Inspect a checkpoint: family, config, prediction type, parts, missing and unexpected weights.
 
     Args:
@@ -187,7 +187,7 @@ def inspect_checkpoint(
         file.may_have_size(size) for file in read_published_files().values()
     )
     digest = get_sha256(path) if needs_hash else find_cached_sha256(path)
-    report = Report(str(path), size, digest or "")
+    report = InspectionReport(str(path), size, digest or "")
     if file := find_by_sha256(digest):
         report.published = f"{file.name}, {file.title}"
     try:
@@ -207,7 +207,7 @@ def inspect_checkpoint(
         report.task = weights.family.task or None
         if variant := detect_model_variant(weights):
             report.variant = f"{variant.name}, by {variant.evidence}"
-    report.parts = list(_list_parts(weights.state))
+    report.parts = list(_list_tensor_groups(weights.state))
     report.has_ema = weights.checkpoint.has_ema
     report.step = weights.checkpoint.step
     report.extras = list(weights.checkpoint.extras)
@@ -228,7 +228,7 @@ def _format_size(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e8 else f"{nbytes / 1e9:.2f} GB"
 
 
-def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
+def _list_tensor_groups(state: Mapping[str, Tensor]) -> Iterator[TensorGroup]:
     groups: dict[str, list[Tensor]] = {}  # by prefix of our names
     is_sgm = has_sgm_names(state)
     for name, tensor in state.items():
@@ -240,10 +240,12 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
         original_prefix = to_original_name(prefix, sgm=is_sgm)
         parameters = sum(tensor.numel() for tensor in tensors)
-        yield Part(prefix[:-1], original_prefix, len(tensors), parameters, dict(dtypes))
+        yield TensorGroup(prefix[:-1], original_prefix, len(tensors), parameters, dict(dtypes))
 
 
-def _compare_with_config(report: Report, weights: Weights, config: str | Path | None) -> None:
+def _compare_with_config(
+    report: InspectionReport, weights: Weights, config: str | Path | None
+) -> None:
     """Set a report's config, missing and unexpected weights, and its family if it is unknown."""
     try:
         path, config_dict = read_config(weights, config)

@@ -11,7 +11,7 @@ from ldm.commands.inspect_checkpoint import main
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.families import DetectedPredictionType, Detection
 from ldm.loading.files.checkpoint import CONFIG_KEY, read_checkpoint, write_checkpoint
-from ldm.loading.inspection import Report, inspect_checkpoint
+from ldm.loading.inspection import InspectionReport, inspect_checkpoint
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_text_and_json_report_the_same(file, tiny_yaml, capsys):
 
 def test_the_keys_of_a_prediction_in_json_are_stable():
     prediction = DetectedPredictionType("v", (Detection("marker", "v", "`v_pred`"),))
-    assert Report("x.ckpt", 1, "", prediction=prediction).as_dict()["prediction"] == {
+    assert InspectionReport("x.ckpt", 1, "", prediction=prediction).as_dict()["prediction"] == {
         "kind": "v",
         "verdicts": [{"method": "marker", "says": "v", "evidence": "`v_pred`"}],
         "disputed": False,

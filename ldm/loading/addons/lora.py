@@ -22,7 +22,7 @@ from ldm.loading.addons.lora_files import (
     LayerTensors,
     add_alphas,
     compute_a1111_hash,
-    guess_family,
+    guess_family_of_layers,
     list_lora_files,
     read_layers,
 )
@@ -320,7 +320,7 @@ def _make_mismatch_error(
     model: LatentDiffusion,
 ) -> WeightsMismatch:
     """Return the error for layers that the model does not have, or has in another shape."""
-    lora_family, base = guess_family(layers), find_base_model(model)
+    lora_family, base = guess_family_of_layers(layers), find_base_model(model)
     model_family = base and base.title
     remedy = f"use a LoRA that was trained for {model_family or 'this model'}"
     if lora_family and lora_family != model_family:

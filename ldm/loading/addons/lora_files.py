@@ -41,8 +41,8 @@ from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "BIAS_ROLES", "LORA_ROLES", "LayerTensors", "add_alphas", "compute_a1111_hash",
-    "find_lora_family", "find_ranks", "guess_family", "list_lora_files", "read_bundled_embeddings",
+    "BIAS_ROLES", "LORA_ROLES", "LayerTensors", "add_alphas", "compute_a1111_hash", "find_ranks",
+    "guess_family_of_layers", "guess_family_of_lora", "list_lora_files", "read_bundled_embeddings",
     "read_layers", "write_lora",
 ]  # fmt: skip
 
@@ -207,15 +207,15 @@ def find_ranks(file: Checkpoint) -> set[int]:
     return {len(value) for match, value in matches if match and match[2] in DOWN_NAMES}
 
 
-def find_lora_family(path: str | Path) -> str | None:
+def guess_family_of_lora(path: str | Path) -> str | None:
     """Return the title of the family that a LoRA was trained for; None if it is not recognized."""
     layers: dict[str, LayerTensors] = {}
     for file in list_lora_files(path):
         layers |= read_layers(read_checkpoint(file), {})
-    return guess_family(layers)
+    return guess_family_of_layers(layers)
 
 
-def guess_family(layers: Mapping[str, LayerTensors]) -> str | None:
+def guess_family_of_layers(layers: Mapping[str, LayerTensors]) -> str | None:
     """Return the title of a family by the context dimension, else by the names of the layers."""
     for name, tensors in layers.items():
         matrices = (value for role, value in tensors.items() if role in INPUT_ROLES)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.loading.addons.lora import build_lora_layer, read_changes
-from ldm.loading.addons.lora_files import find_lora_family, read_bundled_embeddings
+from ldm.loading.addons.lora_files import guess_family_of_lora, read_bundled_embeddings
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.addons.lora_weights import LoRAWeightLike
 from ldm.loading.build import build_on_meta
@@ -247,7 +247,7 @@ def build_model_for_lora(path: str | Path, base: str | Path | None = None) -> La
     """
     if base is not None:
         return read_model_file(base, None, ema=False).model
-    name = find_lora_family(path)
+    name = guess_family_of_lora(path)
     family = next((family for family in FAMILIES if family.title == name), None)
     if family is None:
         message = f"`{path}`: the family of the LoRA is not recognized\nhint: pass a model"
