@@ -181,8 +181,8 @@ def translate_config(
             return _ModelTranslator(target, params, where, skipped).translate()
         if target == DIFFUSION_ENGINE:
             translate = partial(translate_config, skipped=skipped)
-            engine = translate_engine(params, f"{where}.params", skipped, translate)
-            return {"target": LATENT_DIFFUSION, "params": engine, "where": where}
+            model_params = translate_engine(params, f"{where}.params", skipped, translate)
+            return {"target": LATENT_DIFFUSION, "params": model_params, "where": where}
     return {"target": TARGETS.get(target, target), "params": dict(params), "where": where}
 
 

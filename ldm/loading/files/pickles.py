@@ -112,8 +112,8 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
     Raises:
         FileFormatError: The file is damaged, or contains more than plain data.
     """
-    numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) < MIN_TORCH_VERSION:
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version is None or (int(version[1]), int(version[2])) < MIN_TORCH_VERSION:
         raise FileFormatError(
             f"`{path}`: reading pickles safely needs torch 2.10 or newer, this is "
             f"{torch.__version__}\nhint: any version reads .safetensors files"
