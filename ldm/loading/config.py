@@ -81,7 +81,7 @@ def parse_yaml(
     sections: Sequence[str] = (),
     rename: KeyRenamer | None = None,
 ) -> JsonObject:
-    """Parse the text of a YAML file as `read_yaml` does, or merge several, of which later ones win.
+    """Parse the text of a YAML file as `read_yaml` does, or merge several: later ones win.
 
     Args:
         sections: Top-level keys that overrides may set even if no file has them.

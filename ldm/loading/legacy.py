@@ -358,5 +358,5 @@ MODEL_CLASSES = {
 
 
 def list_targets() -> list[str]:
-    """Return every `target` that is recognised, supported or not, to suggest the nearest."""
+    """Return every known `target`, supported or not, for suggestions."""
     return [*TARGETS, *MODEL_CLASSES, DIFFUSION_ENGINE, *UNSUPPORTED_CLASSES, *OUR_CLASSES]

@@ -115,7 +115,7 @@ def load(
     """Load the model that a config describes, with the weights of a checkpoint.
 
     Args:
-        config: A YAML; None recognises the family from the weights. Both None: the demo model.
+        config: A YAML; None = that of the family of the weights. Both None = the demo model.
         ckpt: A .ckpt or .safetensors, the folder of a diffusers pipeline or of a training run, the
             name of a published file that is on this machine (`sd-v2-1`), or an address on the
             Hugging Face hub, `hf:OWNER/NAME/FILE` or `hf:OWNER/NAME`. None = the demo model, or the
@@ -130,8 +130,8 @@ def load(
         clip_stats: File with mean and standard deviation of CLIP's embeddings; None = from the
             checkpoint or a file near it. For unCLIP models only.
         midas: File with the depth network; None = from the checkpoint. For depth models only.
-        vae: A checkpoint, as `ckpt`, that replaces the autoencoder; or TAESD, of which a file with
-            the decoder only does not replace the encoder. None = keep that of `ckpt`.
+        vae: A checkpoint, as `ckpt`, that replaces the autoencoder; or TAESD, whose file may have
+            only the decoder, and then does not replace the encoder. None = keep that of `ckpt`.
         text_encoder: A checkpoint that replaces the (first) text encoder, and adds its autoencoder
             if `ckpt` contains none; None = keep that of `ckpt`. The x2 latent upscaler takes both
             from a checkpoint of Stable Diffusion 1.

@@ -236,7 +236,7 @@ def write_embeddings(
         metadata: Additional metadata of the file; None = no additions.
         model: Model that the tokens were trained for, for the metadata; None = unknown.
     Raises:
-        ArgumentError: Several tokens for SDXL, of which a file can contain only one.
+        ArgumentError: There are several tokens for SDXL: a file can contain only one.
     """
     state: dict[str, Tensor] = {}
     metadata = {"modelspec.trigger_phrase": ", ".join(tokens), **(metadata or {})}

@@ -103,7 +103,7 @@ class ExtractedLoRA:
 
     Args:
         lora: The layers.
-        model: The base model, of which only UNet and text encoders are loaded.
+        model: The base model; only its UNet and text encoders are loaded.
         retained_fraction: Fraction of the sum of squared differences that the LoRA reproduces.
         other_weights: Names of weights that differ between the models, but are not in the LoRA.
     """

@@ -381,7 +381,7 @@ def _flatten(
     """Yield (name, tensor) of nested mappings and lists; names are joined by dots.
 
     Args:
-        counter: Counter of values, of which MAX_NODES are allowed; None = a new one.
+        counter: Counts values, at most MAX_NODES; None = a new counter.
     """
     counter = itertools.count() if counter is None else counter
     if next(counter) > MAX_NODES:

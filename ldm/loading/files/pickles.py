@@ -195,7 +195,7 @@ def _copy_without_code(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _check_members(path: Path) -> bool:
-    """Return whether a zip file is a TorchScript archive, of which only weights are read.
+    """Check the members of a zip file; return whether it is a TorchScript archive.
 
     Raises:
         FileFormatError: The file was not written by torch.save.
