@@ -21,19 +21,9 @@ from torch import Tensor
 from ldm.loading.blocks import BASE, list_blocks
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import parse_yaml
-from ldm.loading.convert import (
-    LORA_PREFIXES,
-    Conversion,
-    find_config_text,
-    to_original_names,
-)
+from ldm.loading.convert import LORA_PREFIXES, Conversion, find_config_text, to_original_names
 from ldm.loading.families import Family
-from ldm.loading.files.checkpoint import (
-    CONFIG_KEY,
-    Checkpoint,
-    ComputedTensor,
-    release_pages,
-)
+from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, ComputedTensor, release_pages
 from ldm.loading.modelspec import LICENSE_KEY, MERGED_FROM_KEY, filter_metadata, make_modelspec
 from ldm.loading.weight_names import TEXT_2_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, pair_names
 from ldm.loading.weights import identify_weights, open_checkpoint

@@ -83,10 +83,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
 
 
 def build_tiny_autoencoder(
-    weights: TinyWeights,
-    model: LatentDiffusion,
-    device: str | torch.device,
-    dtype: torch.dtype,
+    weights: TinyWeights, model: LatentDiffusion, device: str | torch.device, dtype: torch.dtype
 ) -> TinyAutoencoder:
     """Build TAESD for the latents of a model; without an encoder it uses the model's encoder."""
     # If latents are normalized per channel, the model's factor is not the autoencoder's.
