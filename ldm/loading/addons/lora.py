@@ -41,14 +41,7 @@ from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint
 from ldm.loading.find_variant import detect_first_lora_variant, warn_if_distilled
 from ldm.loading.variants import is_variant_fixed, set_variant
 from ldm.model import LatentDiffusion
-from ldm.nets.lora import (
-    LoRALayer,
-    MergedChanges,
-    Target,
-    WeightChange,
-    WeightDelta,
-    merge_changes,
-)
+from ldm.nets.lora import LoRALayer, MergedChanges, Target, WeightChange, WeightDelta, merge_changes
 from ldm.nets.lycoris import Adapter, build_change
 from ldm.pipelines.families import check_model, quote_name
 from ldm.runtime.errors import ArgumentError, FileFormatError, WeightsMismatch, WrongFamily

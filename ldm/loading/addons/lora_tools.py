@@ -85,7 +85,7 @@ class JoinedLoRA:
 
     Args:
         lora: The layers.
-        other_tensors: Other tensors by name in files: additions to norms and biases, textual
+        other_tensors: Other tensors by name in files: deltas of norms and biases, textual
             inversions.
         total_rank: Sum of the layers' ranks before limits.
         retained_fraction: Fraction of the sum of squared singular values that the limits keep.
@@ -192,11 +192,11 @@ def join_loras(
     """Join (file, weight) pairs into one LoRA with the effect of all of them; alpha = rank.
 
     The ranks of plain LoRAs add up, as their matrices are concatenated: adding `up` and `down`
-    would not be exact. Other additions, of LyCORIS, are summed per layer and decomposed.
+    would not be exact. Other deltas, of LyCORIS, are summed per layer and decomposed.
 
     Args:
         model: Model whose layers they change; it may be on the meta device.
-        limits: Limits of each layer's rank; they do not apply to additions to norms and biases.
+        limits: Limits of each layer's rank; they do not apply to deltas of norms and biases.
         progress: Called with 1 for each layer.
 
     Raises:
@@ -298,7 +298,7 @@ def _decompose_sum(
 
 
 def _get_1d_role(target: Target) -> str:
-    """Return the role in files of an addition to a bias, or to the weight of a norm."""
+    """Return the role in files of the delta of a bias, or of the weight of a norm."""
     if not isinstance(target.layer, (nn.GroupNorm, nn.LayerNorm)):
         return "diff_b"
     return "w_norm" if target.name == "weight" else "b_norm"
