@@ -31,7 +31,7 @@ LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
 
 @dataclass(frozen=True)
 class ConditionGenerator(ABC):
-    """Base class of generators of conditioning images; its fields are options in configs.
+    """Base class of generators of conditioning images; their fields are options in configs.
 
     Attributes:
         NAME: Name in configs, and batch key of the images.

@@ -113,7 +113,7 @@ class ImageFolder(ImageDataset):
 
 
 def read_metadata(root: Path) -> list[JsonObject]:
-    """Read a row with `file_name` per image, from the metadata file or else from all images.
+    """Read one row per image, each with `file_name`, from the metadata file or image files.
 
     Raises:
         MissingFile: There is no folder, or no image in it.

@@ -178,7 +178,7 @@ class Shards(BatchSource):
             if not num_batches:
                 raise ValueError(f"`{self.urls[stream]}` … have no samples for stream {stream}")
             skipped, start = divmod(max(0, start - num_batches), num_batches)
-            epoch += 1 + skipped  # all epochs have as many batches: skip whole epochs
+            epoch += 1 + skipped  # all epochs have `num_batches`
 
     def _read_epoch(self, stream: int, epoch: int, batch_size: int) -> Iterator[list[RawSample]]:
         """Read the batches of an epoch of a stream, one bucket each; incomplete ones are last."""

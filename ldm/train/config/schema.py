@@ -321,7 +321,7 @@ class LogNormalOptions(TypedDict, total=False):
 class DiffusionObjective(CriterionOptions, total=False):
     """`lightning.objective` of a latent diffusion model: keywords of `DiffusionTask`."""
 
-    # one for the caption, or several by batch key; null: each encoder's `ucg_rate`
+    # for the caption, or by batch key; null: each encoder's `ucg_rate`
     conditioning_dropout_prob: Probability | dict[str, Probability] | None
     prior_loss_weight: Nonnegative
     weighting: Annotated[str, _one_of(WEIGHTINGS)] | None

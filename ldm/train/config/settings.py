@@ -1,4 +1,4 @@
-"""Settings of a run: the `lightning:` section of a config, and what training reads of the others.
+"""Settings of a run: the `lightning:` section of a config, and keys of other sections.
 
 `schema` defines all keys. Keys of Lightning 1.4 and of the original's `main.py` are translated by
 `lightning`; a message says which are ignored.

@@ -113,7 +113,7 @@ class Ranks:
         if self.heartbeat is not None:
             dist.barrier()  # busy processes send heartbeats until here
             self.heartbeat.stop()
-            dist.barrier()  # the main one, which all watch, leaves last
+            dist.barrier()  # the main process, which all others watch, leaves last
             dist.destroy_process_group()
             self.heartbeat = None
             self.rank = 0

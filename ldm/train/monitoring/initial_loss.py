@@ -25,7 +25,7 @@ __all__ = ["NUM_SAMPLES", "BaselineComparison", "check_initial_loss", "compare_w
 
 log = logging.getLogger(__name__)
 
-NUM_SAMPLES = 16  # of the training data, which the training loop passes
+NUM_SAMPLES = 16  # training samples that the training loop passes
 # Maximum of loss / baseline loss. Measured on the demo model, which predicts v:
 #     correct                     0.22
 #     taken for eps, for x0       1.7, 6
@@ -122,7 +122,7 @@ def compare_with_baseline(
     batch_size: int = NUM_SAMPLES,
     timesteps: Sequence[int] | None = None,
 ) -> BaselineComparison:
-    """Compare losses of a model and of the baseline; arguments as of `check_initial_loss`."""
+    """Compare losses of a model and of the baseline; arguments as in `check_initial_loss`."""
     t = draw_timesteps(model.schedule, len(samples), generator, timestep_range=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]

@@ -243,7 +243,7 @@ def _get_peak_memory_gib(device: torch.device) -> float:
         import resource
     except ImportError:  # Windows
         return float("nan")
-    unit_bytes = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: KiB, but not on macOS
+    unit_bytes = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB, but not on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**30
 
 
