@@ -1,10 +1,10 @@
-"""attention(q, k, v): one function, three backends, and the choice between them.
+"""attention(q, k, v) by one of three backends.
 
-"xformers" calls its memory-efficient kernel, "sdpa" torch's fused one; "math" computes the formula
-and allocates all N x M scores. The argument `backend`, `set_backend` or the environment variable
-LDM_ATTENTION selects one, in this order. The default is xformers if its kernel runs on this device
-and dtype, else SDPA. On CPUs, attention to a prompt, and in bfloat16 most attention, is computed in
-tiles instead.
+"xformers" calls xformers' memory-efficient kernel, "sdpa" torch's fused one; "math" computes the
+formula and allocates all N x M scores. The backend is selected by the argument `backend`, else by
+`set_backend`, else by the environment variable LDM_ATTENTION. The default is xformers if its kernel
+runs on this device and dtype, else SDPA. On CPUs, attention to a prompt, and in bfloat16 most
+attention, is computed in tiles instead.
 
 The fused kernels compute scores and softmax in float32. "math" casts q and k to float32 first, as
 float16 scores of SD 2.1 overflow, unless the environment variable ATTN_PRECISION is not "fp32".
@@ -28,8 +28,8 @@ BACKENDS = ("xformers", "sdpa", "math")
 
 TILE_BYTES = 1 << 20  # of scores per thread: few enough for the cache, enough for fast products
 MIN_TILED_HEAD_DIM = 40  # features per head; with fewer, products are mostly overhead
-# In float32 on CPUs, SDPA takes 1.2 to 1.5 times as long as tiles with one chunk of a prompt as
-# keys, and is as fast with two.
+# In float32 on CPUs, SDPA takes 1.2 to 1.5 times as long as tiles for the keys of one chunk of a
+# prompt, and as long for those of two chunks.
 MAX_TILED_KEYS = 96
 
 _default_backend: str | None = None
@@ -45,15 +45,15 @@ def attention(
         k, v: (B, heads, M, d).
         mask: Bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query; None
             keeps all. With a mask, SDPA replaces xformers.
-        backend: One of BACKENDS; None = see the docstring of this module.
+        backend: Name in BACKENDS; None = selected as in the docstring of this module.
 
     Returns:
         (B, heads, N, d), in the dtype of v.
     """
     backend = (
-        _check_backend(backend)
+        _parse_backend(backend)
         or _default_backend
-        or _check_backend(os.environ.get("LDM_ATTENTION"), "LDM_ATTENTION")
+        or _parse_backend(os.environ.get("LDM_ATTENTION"), "LDM_ATTENTION")
     )
     if backend is None and mask is None:
         if _should_tile(q, k):
@@ -67,12 +67,12 @@ def attention(
 
 
 def set_backend(name: str | None) -> None:
-    """Set the default backend; None or "auto" selects it automatically."""
+    """Set the default backend; None or "auto" = select it automatically."""
     global _default_backend
-    _default_backend = _check_backend(name)
+    _default_backend = _parse_backend(name)
 
 
-def _check_backend(name: str | None, where: str = "") -> str | None:
+def _parse_backend(name: str | None, where: str = "") -> str | None:
     if not name or name == "auto":
         return None
     check_name("attention backend", name, BACKENDS, where)
@@ -89,13 +89,13 @@ def _attend_by_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     with torch.autocast(q.device.type, enabled=False):
         scores: Tensor = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, heads, N, M)
         if mask is not None:
-            # As the original: -inf would give NaN where a query has no key.
+            # As in the original: -inf would give NaN for a query without keys.
             scores = scores.masked_fill(~mask, -torch.finfo(scores.dtype).max)
         return scores.softmax(-1).to(v.dtype) @ v  # (B, heads, N, d)
 
 
 def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute the scores of a few queries, or of a few whole heads, at a time, to stay in cache."""
+    """Compute scores for some queries of one head, or for some heads, at a time to stay in cache."""
     n, m = q.shape[-2], k.shape[-2]
     out = v.new_empty(*q.shape[:-1], v.shape[-1])  # (B, heads, N, d)
     # Written to a new, contiguous tensor: the product itself would have the strides of q.
@@ -114,7 +114,7 @@ def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _should_tile(q: Tensor, k: Tensor) -> bool:
-    if q.shape[-1] < MIN_TILED_HEAD_DIM or not cpu.applies(q):
+    if q.shape[-1] < MIN_TILED_HEAD_DIM or not cpu.can_accelerate(q):
         return False
     if q.dtype == torch.bfloat16:  # SDPA computes it in float32, in 1.5 times the time of tiles
         return not has_amx()

@@ -34,7 +34,7 @@ __all__ = [
 
 
 class GEGLU(Layer):
-    """value * gelu(gate), both halves of one projection, the value first."""
+    """value * gelu(gate), which are the halves of one projection."""
 
     def __init__(self, *, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class FeedForward(Layer):
 
 
 class ContextLinear(Linear):
-    """A linear layer, without bias, of a context that is the same at all steps of sampling."""
+    """A linear layer without bias, for a context that is the same at all steps of sampling."""
 
     def forward(self, x: Tensor) -> Tensor:
         return cpu.project_context(x, self.weight)
@@ -87,7 +87,7 @@ class CrossAttention(Layer):
     """Multi-head attention of x to a context, or of x to itself.
 
     Args:
-        context_dim: Features of the context; None = self-attention, query_dim.
+        context_dim: Features of the context; None = self-attention, with `query_dim` features.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class CrossAttention(Layer):
 
 
 class TransformerBlock(CheckpointedLayer):
-    """Self-attention, cross-attention and feed-forward, pre-norm, with residual connections.
+    """Self-attention, cross-attention and feed-forward, each pre-norm and residual.
 
     Args:
         context_dim: Features of the context; None if the second attention is also self-attention.
@@ -188,8 +188,8 @@ class SpatialTransformer(Layer):
         context_dim: Features of the context, or a list of one per block; None = see
             TransformerBlock.
         disable_self_attn: See TransformerBlock.
-        use_linear: Whether to project tokens (SD 2) instead of the feature map (SD 1). Only
-            the shapes of the weights differ.
+        use_linear: Whether projections are linear layers (SD 2) instead of 1x1 convolutions (SD 1);
+            only the shapes of their weights differ.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class SpatialTransformer(Layer):
 
         Args:
             context: (B, M, D) for all blocks, or a list of one per block; None = self-attention
-                in its place.
+                instead of cross-attention.
         """
         h = self.norm(x)  # (B, C, h, w); below, tokens (B, h w, C)
         h = self.proj_in(_to_tokens(h)) if self.use_linear else _to_tokens(self.proj_in(h))
@@ -252,9 +252,9 @@ class AttentionBlock(CheckpointedLayer):
     """Self-attention over all positions, with a residual connection (arXiv:2105.05233).
 
     Args:
-        num_heads: Number of heads, if `num_head_channels` is -1.
-        use_new_attention_order: Whether the channels of `qkv` are ordered by q, k, v first, then by
-            heads; else by heads first.
+        num_heads: Number of heads if `num_head_channels` is -1.
+        use_new_attention_order: Whether the channels of `qkv` are ordered by q, k, v and then by
+            head, instead of by head and then by q, k, v.
     """
 
     def __init__(

@@ -27,14 +27,14 @@ def fast_paths_for_small_layers(monkeypatch):
         monkeypatch.setattr(layers, name, 1)
     monkeypatch.setattr(layers, "MIN_IM2COL_WEIGHTS", 128 * 160 * 9)
     yield
-    cpu.enable()
+    cpu.set_enabled(True)
 
 
 @pytest.fixture(params=[False, True], ids=["MKL", "oneDNN"])
 def each_product(request, monkeypatch):
-    if request.param and not products._onednn_works():
+    if request.param and not products._has_onednn():
         pytest.skip("this version of torch has another operator")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda rows: request.param)
+    monkeypatch.setattr(products, "is_onednn_faster", lambda rows: request.param)
 
 
 def make_linear(**options):
@@ -72,10 +72,10 @@ CASES = {
 
 
 def run_torch(layer, x):
-    cpu.enable(False)
+    cpu.set_enabled(False)
     with torch.no_grad():
         y = layer(x)
-    cpu.enable()
+    cpu.set_enabled(True)
     return y
 
 
@@ -108,7 +108,7 @@ def test_layers_equal_torchs(case, layout, dtype):
 @pytest.mark.parametrize("chunk", [1, 4 << 10, 1 << 30])
 def test_winograd_is_the_same_in_chunks(monkeypatch, chunk):
     monkeypatch.setattr(winograd, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(winograd, "MIN_TILES", 1)
+    monkeypatch.setattr(winograd, "MIN_CHUNK_TILES", 1)
     for kind in (Conv2d, UpsampleConv2d):
         layer, x = make_conv(kind, size=(12, 10))
         with torch.no_grad(), cpu.cache_weights():
@@ -248,12 +248,12 @@ def test_cached_weights_take_at_most_half_of_the_memory_that_was_free(monkeypatc
 
 def compute_gradients(layer, x, *, on):
     """Output, its gradients by input, weight and bias, and gradients of those."""
-    cpu.enable(on)
+    cpu.set_enabled(on)
     x, parameters = x.clone().requires_grad_(), list(layer.parameters())
     y = layer(x)
     first = torch.autograd.grad(y.square().sum(), [x, *parameters], create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *parameters])
-    cpu.enable()
+    cpu.set_enabled(True)
     return [y, *first, *second]
 
 
@@ -279,7 +279,7 @@ BACKWARD = {
 @pytest.mark.parametrize("case", BACKWARD)
 def test_layers_with_gradients_equal_torchs(case, monkeypatch):
     monkeypatch.setattr(layers, "MAX_IM2COL_PIXELS_WITH_GRADIENTS", 1 << 20)
-    monkeypatch.setattr(products, "onednn_is_faster", lambda rows: True)
+    monkeypatch.setattr(products, "is_onednn_faster", lambda rows: True)
     monkeypatch.setattr("ldm.nets.cpu.gradients.apply_linear", F.linear)
     layer, x = CASES[case]()
     fast, slow = compute_gradients(layer, x, on=True), compute_gradients(layer, x, on=False)
@@ -329,7 +329,7 @@ def test_a_whole_unet_is_equal_and_contiguous():
     unet, (x, t, context) = build_tiny_unet(), make_tiny_inputs()
     with torch.no_grad(), cpu.cache_weights():
         fast = unet(x, t, context)
-        cpu.enable(False)
+        cpu.set_enabled(False)
         expected = unet(x, t, context)
     assert fast.is_contiguous()
     assert get_error(fast, expected) < 1e-5

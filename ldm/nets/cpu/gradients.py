@@ -24,7 +24,7 @@ def _apply_linear_to_grad(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _WeightFunction(Function):
-    """A function of (x, weight, bias, …); it saves only what its gradients need."""
+    """An autograd function of (x, weight, bias, …) that saves only what its gradients need."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -44,7 +44,7 @@ class LinearFunction(_WeightFunction):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        return _compute_needed(
+        return _compute_needed_gradients(
             ctx,
             lambda: _apply_linear_to_grad(grad_output, weight.t()),
             lambda: _apply_linear_to_grad(grad_output.t(), x.t()),
@@ -78,16 +78,16 @@ class Conv3x3Function(_WeightFunction):
             grad = grad_by_channel @ patches.transpose(0, 1).flatten(1).t()  # (C_out, 9 C_in)
             return grad.view(weight_shape)
 
-        return *_compute_needed(
+        return *_compute_needed_gradients(
             ctx, compute_grad_x, compute_grad_weight, lambda: grad_output.sum(0)
         ), None
 
 
 class UpsampleConv3x3Function(_WeightFunction):
-    """3x3 convolution, padding 1, after nearest 2x upsampling of x (B, C_in, h, w).
+    """3x3 convolution, padding 1, after nearest-neighbor upsampling of x (B, C_in, h, w) by 2.
 
-    Returns (B, h, 2, w, 2, C_out): the 2s are the rows and columns that a pixel becomes, for the
-    caller to reshape.
+    Returns (B, h, 2, w, 2, C_out), which the caller reshapes: each pixel of x becomes two rows and
+    two columns.
     """
 
     @staticmethod
@@ -122,13 +122,13 @@ class UpsampleConv3x3Function(_WeightFunction):
             grad = _apply_linear_to_grad(grad_taps.t(), _flatten_spatial(x).t())  # (9 C_out, C_in)
             return grad.view(3, 3, *weight_shape[:2]).permute(2, 3, 0, 1).contiguous()
 
-        return _compute_needed(
+        return _compute_needed_gradients(
             ctx, compute_grad_x, compute_grad_weight, lambda: grad_output.sum((0, 1, 2, 3, 4))
         )
 
 
-def _compute_needed(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
-    """Compute those gradients of x, weight and bias that autograd asks for."""
+def _compute_needed_gradients(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
+    """Compute the gradients of x, weight and bias that autograd needs."""
     is_needed = ctx.needs_input_grad
     return tuple(grad() if is_needed[k] else None for k, grad in enumerate(gradients))
 
@@ -142,7 +142,7 @@ def _group_by_tap(weight: Tensor) -> Tensor:
 
 
 def _sum_taps(taps: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
-    """Compute even and odd outputs along an upsampled axis, from products by tap."""
+    """Compute even and odd outputs along an upsampled axis from the products of each tap."""
     before, middle, after = taps
     return _shift(before, dim, 1) + middle + after, before + middle + _shift(after, dim, -1)
 

@@ -1,4 +1,4 @@
-"""Conditions of the fast paths: processor, tensors, and state of torch."""
+"""Conditions of acceleration: processor, tensors, and state of torch."""
 
 import functools
 
@@ -11,19 +11,19 @@ from ldm.runtime.device import has_fast_bf16
 _enabled = True
 
 
-def enable(on: bool = True) -> None:
-    """Switch the fast paths of all layers on or off."""
+def set_enabled(is_enabled: bool) -> None:
+    """Switch the acceleration of all layers on or off."""
     global _enabled
-    _enabled = on
+    _enabled = is_enabled
 
 
-def applies(x: Tensor) -> bool:
-    """Return whether fast paths without gradients apply to this input."""
+def can_accelerate(x: Tensor) -> bool:
+    """Return whether operations on x without gradients can be accelerated."""
     return not torch.is_grad_enabled() and _is_plain(x)
 
 
-def applies_to_layer(x: Tensor, weight: Tensor) -> bool:
-    """Return whether fast paths apply to a layer and its input; with gradients, only in float32."""
+def can_accelerate_layer(x: Tensor, weight: Tensor) -> bool:
+    """Return whether a layer with input x can be accelerated; with gradients, only in float32."""
     return (
         x.dtype == weight.dtype
         and (x.dtype == torch.float32 or not torch.is_grad_enabled())
@@ -35,7 +35,7 @@ def applies_to_layer(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def get_fast_dtypes() -> tuple[torch.dtype, ...]:
-    """Return the dtypes for which this processor has fast matrix products."""
+    """Return the dtypes in which this processor has fast matrix products."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return ()
     return (torch.float32, torch.bfloat16) if has_fast_bf16() else (torch.float32,)

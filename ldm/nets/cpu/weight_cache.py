@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ldm.runtime.device import get_free_memory
 
-MAX_RESULT_SIZE = 1.8  # largest cached result of a weight (Winograd's 16 / 9), relative to it
-MAX_INPUTS = 4  # contexts whose values are kept, to recognize them
+MAX_RESULT_SIZE = 1.8  # largest cached result (Winograd's 16 / 9), relative to its weight
+MAX_INPUTS = 4  # number of contexts of which copies are kept, to recognize them
 ResultT = TypeVar("ResultT", Tensor, list[Tensor])
 
 
 class _Entry(NamedTuple):
-    """The cached results of a weight by name."""
+    """The cached results of a weight."""
 
-    weight: Tensor  # keeps the id of the weight from being reused
-    state: tuple[int, int]  # address and version, which every write increments
-    results: dict[str, Tensor | list[Tensor]]
+    weight: Tensor  # referenced so that its id is not reused
+    version: tuple[int, int]  # address, and torch's version, which every write increments
+    results: dict[str, Tensor | list[Tensor]]  # by name
 
 
 class _Cache:
@@ -36,16 +36,16 @@ class _Cache:
         return id(weight) in self.entries or MAX_RESULT_SIZE * weight.nbytes <= self.budget
 
     def get_entry(self, weight: Tensor) -> _Entry:
-        """Return the entry of a weight, an empty one if the weight was changed."""
-        state, entry = (weight.data_ptr(), weight._version), self.entries.get(id(weight))
+        """Return the entry of a weight; an empty one if the weight is new or was changed."""
+        version, entry = (weight.data_ptr(), weight._version), self.entries.get(id(weight))
         if entry is None:
             self.budget -= MAX_RESULT_SIZE * weight.nbytes
-        if entry is None or entry.state != state:
-            entry = self.entries[id(weight)] = _Entry(weight, state, {})
+        if entry is None or entry.version != version:
+            entry = self.entries[id(weight)] = _Entry(weight, version, {})
         return entry
 
     def find_or_copy_input(self, x: Tensor) -> Tensor:
-        """Return the kept copy of an input with the values of x, or a new copy."""
+        """Return the copy of an input that equals x, or a new copy."""
         for copy in self.inputs:
             if copy.dtype == x.dtype and torch.equal(copy, x):
                 return copy
@@ -58,14 +58,14 @@ _cache: ContextVar[_Cache | None] = ContextVar("cache", default=None)
 
 @contextmanager
 def cache_weights() -> Iterator[None]:
-    """Within the block, keep the transformed weights that layers without gradients compute.
+    """Within the block, cache the transformed weights that layers without gradients compute.
 
-    The outputs of layers of a UNet's context are kept, too, while its values stay the same.
+    Projections of a UNet's context are also cached, as long as its values stay the same.
 
-    For loops that run a network many times: the first step of a UNet takes about 1.5 times as long,
-    and results take up to 1.8 times the memory of their weights. Weights that are replaced, moved
-    or written to are transformed again, except for writes that torch does not count, through
-    `.data` or numpy: avoid these within the block.
+    This is for loops that run a network many times: the first step of a UNet takes about 1.5 times
+    as long, and results take up to 1.8 times the memory of their weights. Weights that are moved,
+    replaced or written to are transformed again, except after writes that torch does not count,
+    through `.data` or numpy: avoid these within the block.
     """
     if _cache.get() is not None:
         yield
@@ -78,10 +78,10 @@ def cache_weights() -> Iterator[None]:
 
 
 def is_caching(weight: Tensor) -> bool:
-    """Return whether `transform_weight` keeps its result: within `cache_weights`, if memory allows.
+    """Return whether `transform_weight` caches: within `cache_weights`, if memory allows.
 
-    It must not depend on how often a weight was used: paths round differently, and an image must
-    not depend on what its model did before.
+    It must not depend on how often a weight was used: algorithms round differently, and an image
+    must not depend on earlier runs of its model.
     """
     cache = _cache.get()
     if cache is None or weight.is_inference():  # torch does not count writes to those
@@ -100,14 +100,14 @@ def transform_weight(weight: Tensor, name: str, transform: Callable[[Tensor], Re
     return cast(ResultT, entry.results[name])
 
 
-def reuse_output(x: Tensor, weight: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return `layer(x)`, or its last output if x has the same values as then and `is_caching`.
+def get_cached_output(x: Tensor, weight: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `layer(x)`; with `is_caching`, the last output if x still has the same values.
 
     Args:
-        layer: A layer without other parameters than the weight; its output is not written to.
+        layer: A layer whose only parameter is the weight; its output must not be written to.
     """
     cache = _cache.get()
-    # Larger outputs, and the packed weight beside them, would not be within the budget.
+    # Larger outputs would exceed the budget together with the packed weight.
     is_large = x.shape[:-1].numel() > (MAX_RESULT_SIZE - 1) * weight.shape[1]
     if cache is None or is_large or not is_caching(weight):
         return layer(x)

@@ -6,8 +6,8 @@ A tile of 4x4 inputs d gives 2x2 outputs
 
 by 16 products instead of 36; summed over channels, each entry of M is a matrix product over all
 tiles. After nearest-neighbor upsampling by 2, the middle rows of a tile are equal, so that a row of
-B^T d is zero and one of G unused: 9 products remain. Sums are shorter than in a direct convolution,
-so that in float32 the rounding error is about the same.
+B^T d is zero and one of G unused: 9 products remain. As sums are shorter than in a direct
+convolution, the rounding error in float32 is about the same.
 
 Lavin and Gray 2016 (arXiv:1509.09308), F(2x2, 3x3), equation 8.
 """
@@ -22,10 +22,11 @@ from ldm.nets.cpu.products import apply_linear_any_strides
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 UPSAMPLED_G = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # without the unused row
-# Rows of the products at a time: as many as keep V in cache (bytes per thread), and at least
-# MIN_TILES. With 64 rows at a time instead of 128, convolutions take 1.4 times as long.
+# Products are computed in chunks of tiles, which are their rows: as many as keep V in cache (bytes
+# per thread), at least MIN_CHUNK_TILES. With 64 instead of 128, a convolution takes 1.4 times as
+# long.
 CHUNK_BYTES = 8 << 20
-MIN_TILES = 192
+MIN_CHUNK_TILES = 192
 
 
 def transform_kernel(weight: Tensor, *, upsampled: bool) -> Tensor:
@@ -38,10 +39,10 @@ def transform_kernel(weight: Tensor, *, upsampled: bool) -> Tensor:
 def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """Convolve x (B, C_in, h, w) with padding 1; h and w are even.
 
-    With 9 matrices, x is upsampled by 2, nearest neighbor, before that; h and w may be odd.
+    With 9 matrices, x is first upsampled by 2, nearest neighbor; h and w may be odd.
 
     Args:
-        matrices: Those of `transform_kernel`, possibly packed.
+        matrices: The output of `transform_kernel`, possibly packed.
 
     Returns:
         (B, C_out, h, w), or (B, C_out, 2h, 2w) after upsampling, channels last.
@@ -59,14 +60,15 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
     padded = _pad(x.permute(0, 2, 3, 1))  # (B, h + 2, w + 2, C_in)
     out = x.new_empty(batch, tiles_down, 2, tiles_across, 2, out_channels)
     row_bytes = 4 * n * n * tiles_across * max(in_channels, out_channels)
-    chunk = CHUNK_BYTES * torch.get_num_threads() // row_bytes  # rows of tiles
-    chunk = max(chunk, math.ceil(MIN_TILES / tiles_across))
-    images = max(1, chunk // tiles_down)  # small images together, as a product reads its matrix
-    chunk = math.ceil(tiles_down / math.ceil(tiles_down / chunk))  # equal chunks: no small last one
-    for x_part, out_part in zip(padded.split(images), out.split(images), strict=True):
-        for top in range(0, tiles_down, chunk):
-            end = min(top + chunk, tiles_down)
-            x_rows = x_part[:, step * top : step * end + 2]
+    chunk_rows = CHUNK_BYTES * torch.get_num_threads() // row_bytes  # rows of tiles
+    chunk_rows = max(chunk_rows, math.ceil(MIN_CHUNK_TILES / tiles_across))
+    images = max(1, chunk_rows // tiles_down)  # small images together: a product reads its matrix
+    num_chunks = math.ceil(tiles_down / chunk_rows)
+    chunk_rows = math.ceil(tiles_down / num_chunks)  # equal chunks: no small last one
+    for x_images, out_images in zip(padded.split(images), out.split(images), strict=True):
+        for top in range(0, tiles_down, chunk_rows):
+            end = min(top + chunk_rows, tiles_down)
+            x_rows = x_images[:, step * top : step * end + 2]
             d_rows = transform_input(x_rows, 1)  # n times (b, rows, w + 2, C_in)
             v = [
                 entry.reshape(-1, in_channels)
@@ -77,13 +79,13 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
             m_columns = [transform_output(*m[k::n]) for k in range(n)]
             for i in range(2):
                 for j, y in enumerate(transform_output(*(column[i] for column in m_columns))):
-                    y = y.view(len(x_part), -1, tiles_across, out_channels)
-                    out_part[:, top:end, i, :, j] = y
+                    y = y.view(len(x_images), -1, tiles_across, out_channels)
+                    out_images[:, top:end, i, :, j] = y
     return out.view(batch, 2 * tiles_down, 2 * tiles_across, out_channels).permute(0, 3, 1, 2)
 
 
 def _pad(x: Tensor) -> Tensor:
-    """Pad x (B, h, w, C) by a border of zeros. `F.pad` writes the inner pixels twice."""
+    """Pad x (B, h, w, C) by a border of zeros; `F.pad` would write the inner pixels twice."""
     batch, height, width, channels = x.shape
     padded = x.new_empty(batch, height + 2, width + 2, channels)
     padded[:, 1:-1, 1:-1] = x
@@ -96,7 +98,7 @@ def _multiply_entries(
     v: list[Tensor], matrices: Sequence[Tensor], bias: Tensor | None
 ) -> list[Tensor]:
     """Compute the entries of M, with the bias of Y."""
-    # Entry (1, 1) of M contributes to all four outputs of a tile with weight 1.
+    # Entry (1, 1) of M has the coefficient 1 in all four outputs of a tile.
     bias_index = 5 if len(matrices) == 16 else 4
     return [
         apply_linear_any_strides(x, matrix, bias if k == bias_index else None)
