@@ -95,7 +95,7 @@ def _attend_by_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 
 
 def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute the scores of some queries of a head, or of some heads at a time, to stay in cache."""
+    """Compute scores for some queries of a head, or for some heads, at a time, to stay in cache."""
     n, m = q.shape[-2], k.shape[-2]
     out = v.new_empty(*q.shape[:-1], v.shape[-1])  # (B, heads, N, d)
     # Written to a new, contiguous tensor: the product itself would have the strides of q.
