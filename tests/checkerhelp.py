@@ -19,7 +19,7 @@ def write_safety_checker(path):
     checker.concept_embeds_weights.data[2] = -2
     state = checker.state_dict()
     locations = locate_vision_tower(f"model.{name}" for name in state)
-    locations = {name.removeprefix("model."): place for name, place in locations.items()}
+    locations = {name.removeprefix("model."): location for name, location in locations.items()}
     tensors = convert_to_diffusers(locations, state)
     tensors |= {name: value for name, value in state.items() if "embeds" in name}
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)

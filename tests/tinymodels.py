@@ -51,6 +51,12 @@ class CommandResult(NamedTuple):
         return (self.status, self.out) == (0, ["identical"])
 
     @property
+    def paths(self) -> list[str]:
+        """The paths that a successful command lists."""
+        assert self.status == 0, self.err
+        return self.out
+
+    @property
     def error(self) -> str:
         """The error of a command that failed without output: the last line of stderr."""
         assert (self.status, self.out) == (1, [])

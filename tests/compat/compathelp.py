@@ -56,11 +56,10 @@ def build_tiny_unet(**changes):
     return randomize_zeros(unet)
 
 
-def compute_error(ours, theirs):
+def compute_error(actual, expected):
     """Compute the largest difference, relative to the largest value."""
-    assert ours.shape == theirs.shape
-    assert ours.dtype == theirs.dtype
-    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
 def make_tiny_config():

@@ -300,13 +300,13 @@ def test_models_are_converted_both_ways_and_share_their_weights(name):
     """Worst difference of a UNet's or an encoder's output: 0; of the decoder's: 2.1e-6."""
     modern = build_recorded_model(load_golden("e2e_txt2img"), name)
     compat_model = from_modern(modern)
-    back = to_modern(compat_model)
+    restored = to_modern(compat_model)
     weight = modern.unet.out[2].weight
     assert type(compat_model.model.diffusion_model.time_embed[0]) is nn.Linear
     assert type(modern.unet.time_embed[0]) is not nn.Linear
     assert weight.data_ptr() == compat_model.model.diffusion_model.out[2].weight.data_ptr()
-    assert weight.data_ptr() == back.unet.out[2].weight.data_ptr()
-    assert torch.equal(back.schedule.sigmas, modern.schedule.sigmas)
+    assert weight.data_ptr() == restored.unet.out[2].weight.data_ptr()
+    assert torch.equal(restored.schedule.sigmas, modern.schedule.sigmas)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
         c = compat_model.get_learned_conditioning(["a cube", ""])
@@ -314,7 +314,7 @@ def test_models_are_converted_both_ways_and_share_their_weights(name):
         assert torch.allclose(compat_model.apply_model(x, t, c), modern.unet(x, t, c), atol=1e-5)
         assert torch.allclose(compat_model.decode_first_stage(x), modern.decode(x), atol=1e-4)
     options = {"size": (64, 64), "steps": 2, "seeds": [1]}
-    images = [ldm.txt2img(model, ["a cube"], **options) for model in (modern, back)]
+    images = [ldm.txt2img(model, ["a cube"], **options) for model in (modern, restored)]
     assert torch.equal(*images)
 
 
@@ -350,12 +350,12 @@ def test_a_model_converted_both_ways_makes_identical_images(family):
     modern = build_recorded_model(load_golden(golden_name), family)
     compat_model = from_modern(modern)
     assert type(compat_model) is compat_class
-    back = to_modern(compat_model)
-    assert set(back.conditioner.encoders) == set(modern.conditioner.encoders)
+    restored = to_modern(compat_model)
+    assert set(restored.conditioner.encoders) == set(modern.conditioner.encoders)
     pointers = {weight.data_ptr() for weight in modern.parameters()}
-    for model in (compat_model, back):
+    for model in (compat_model, restored):
         assert pointers == {weight.data_ptr() for weight in model.parameters()}
-    assert torch.equal(*(task(model, steps=2, seeds=[1]) for model in (modern, back)))
+    assert torch.equal(*(task(model, steps=2, seeds=[1]) for model in (modern, restored)))
 
 
 def test_models_without_a_counterpart_are_refused():
@@ -390,5 +390,5 @@ def test_added_tokens_are_converted():
     encoder.tokenizer.add_tokens("<thing>")
     encoder.transformer.resize_token_embeddings(len(encoder.tokenizer))
     c = compat_model.get_learned_conditioning(["a <thing>"])
-    back = to_modern(compat_model)
-    assert torch.allclose(back.condition({"txt": ["a <thing>"]}).crossattn, c, atol=1e-6)
+    restored = to_modern(compat_model)
+    assert torch.allclose(restored.condition({"txt": ["a <thing>"]}).crossattn, c, atol=1e-6)

@@ -167,22 +167,22 @@ def test_the_text_encoder_is_wrapped(model):
 
 def replace(monkeypatch, path, function):
     """Replace the attribute at a dotted path, whose longest importable prefix is its module."""
-    parts = path.split(".")
-    for end in range(len(parts) - 1, 0, -1):
+    names = path.split(".")
+    for end in range(len(names) - 1, 0, -1):
         try:
-            owner = importlib.import_module(".".join(parts[:end]))
+            owner = importlib.import_module(".".join(names[:end]))
             break
         except ImportError:
             pass
-    for name in parts[end:-1]:
+    for name in names[end:-1]:
         owner = getattr(owner, name)
-    old, calls = getattr(owner, parts[-1]), []
+    old, calls = getattr(owner, names[-1]), []
 
     def call(*args, **kwargs):
         calls.append(path)
         return function(old, *args, **kwargs)
 
-    monkeypatch.setattr(owner, parts[-1], call)
+    monkeypatch.setattr(owner, names[-1], call)
     return calls
 
 

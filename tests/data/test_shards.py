@@ -220,13 +220,13 @@ def test_webdataset_reads_what_we_pack(tmp_path):
     folder = ImageFolder(root=EMOJI, transform=EmojiTransform(size=16), split="train")
     paths = list(write_shards(folder, str(tmp_path / "emoji-%03d.tar"), count=10))
     assert [path.name for path in paths] == [f"emoji-00{k}.tar" for k in range(3)]
-    ours = [raw["png"] for path in paths for raw in read_shard(str(path))]
+    read_by_us = [raw["png"] for path in paths for raw in read_shard(str(path))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves files open
         reader = webdataset.WebDataset(list(map(str, paths)), shardshuffle=False)
-        theirs = [raw["png"] for raw in reader]
+        read_by_webdataset = [raw["png"] for raw in reader]
         gc.collect()
-    assert ours == theirs == [folder.read_bytes(k) for k in range(23)]
+    assert read_by_us == read_by_webdataset == [folder.read_bytes(k) for k in range(23)]
     batch = read(Shards(str(tmp_path / "*.tar"), EmojiTransform(size=16)), 1)[0]
     assert batch["jpg"].shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="no placeholder for a number"):

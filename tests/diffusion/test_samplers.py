@@ -228,7 +228,7 @@ def run_scheduler(scheduler, initial_x: Tensor, sigmas: Tensor, **options) -> Te
 @pytest.mark.parametrize("steps", [4, 20])
 @pytest.mark.parametrize("name", ["deis", "unipc"])
 def test_unipc_and_deis_give_the_numbers_of_diffusers(diffusers, name, steps, order):
-    """Observed: 2.5e-7 for UniPC, 6.8e-6 for DEIS of order 3; theirs are in float32."""
+    """Observed: 2.5e-7 for UniPC, 6.8e-6 for DEIS of order 3; diffusers computes in float32."""
     options = {**BETAS, "solver_order": order, "timestep_spacing": "linspace"}
     if name == "unipc":
         scheduler = diffusers.UniPCMultistepScheduler(**options, final_sigmas_type="zero")
@@ -237,11 +237,11 @@ def test_unipc_and_deis_give_the_numbers_of_diffusers(diffusers, name, steps, or
     scheduler.set_timesteps(steps)
     sigmas = scheduler.sigmas.double()
     initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    theirs = run_scheduler(scheduler, initial_x, sigmas) * math.sqrt(1 + float(sigmas[-1]) ** 2)
+    expected = run_scheduler(scheduler, initial_x, sigmas) * math.sqrt(1 + float(sigmas[-1]) ** 2)
     if sigmas[-1] == sigmas[-2]:  # DEIS of diffusers ends at the lowest sigma, not at 0
         sigmas = sigmas[:-1]
     ours = SAMPLERS[name](saturating_denoise, initial_x.double(), sigmas, order=order)
-    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=3e-5)
+    torch.testing.assert_close(ours.float(), expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize(
@@ -321,18 +321,18 @@ def test_cfg_pp_steps_along_the_unconditional_denoised(eta):
 
 
 def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
-    """Observed: 8.9e-7; theirs are in float32."""
+    """Observed: 8.9e-7; diffusers computes in float32."""
     scheduler = diffusers.DDPMScheduler(**BETAS, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(8)
     module = sys.modules[type(scheduler).__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.ones(shape))
     sigmas = SCHEDULE.get_step_sigmas(8, "trailing")
     initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    theirs = run_scheduler(scheduler, initial_x, sigmas)
+    expected = run_scheduler(scheduler, initial_x, sigmas)
     x = SAMPLERS["ddpm"](
         saturating_denoise, initial_x.double(), sigmas, noise_source=torch.ones_like
     )
-    torch.testing.assert_close(x.float(), theirs, rtol=0, atol=5e-6)
+    torch.testing.assert_close(x.float(), expected, rtol=0, atol=5e-6)
 
 
 def test_lcm_adds_new_noise_to_each_denoised_but_the_last():
@@ -344,14 +344,14 @@ def test_lcm_adds_new_noise_to_each_denoised_but_the_last():
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 8])
 def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
-    """Observed: 1.8e-6; theirs are in float32."""
+    """Observed: 1.8e-6; diffusers computes in float32."""
     scheduler = diffusers.TCDScheduler(**BETAS)
     scheduler.set_timesteps(steps)
     module = sys.modules[type(scheduler).__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.ones(shape))
     sigmas = SCHEDULE.get_step_sigmas(steps, "tcd")
     initial_x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    theirs = run_scheduler(scheduler, initial_x, sigmas, eta=eta)
+    expected = run_scheduler(scheduler, initial_x, sigmas, eta=eta)
     options = {
         "eta": eta,
         "scale_timestep": SCHEDULE.scale_timestep,
@@ -359,4 +359,4 @@ def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
     }
     x = SAMPLERS["tcd"](saturating_denoise, initial_x.double(), sigmas, **options)
     ours = x / math.sqrt(1 + float(sigmas[-1]) ** 2)
-    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.float(), expected, rtol=0, atol=2e-5)

@@ -52,10 +52,10 @@ def test_a_large_image_is_downscaled_without_antialiasing():
     """As the original does by OpenCV; all recorded images are enlarged."""
     cv2 = pytest.importorskip("cv2")
     image = torch.rand(900, 700, 3, generator=torch.Generator().manual_seed(0))
-    ours = preprocess_for_midas(2 * image.permute(2, 0, 1)[None] - 1)[0]
-    theirs = cv2.resize(image.numpy(), (384, 480), interpolation=cv2.INTER_CUBIC)
-    theirs = 2 * torch.from_numpy(theirs).permute(2, 0, 1) - 1
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)  # observed: 1.3e-4
+    (pixels,) = preprocess_for_midas(2 * image.permute(2, 0, 1)[None] - 1)
+    resized = cv2.resize(image.numpy(), (384, 480), interpolation=cv2.INTER_CUBIC)
+    expected = 2 * torch.from_numpy(resized).permute(2, 0, 1) - 1
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-3)  # observed: 1.3e-4
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_full_size_depth_equals_the_recorded_one(case):
     info = golden.case(case)["info"]
     x = F.interpolate(golden.inputs(case)["small"], (info["h"], info["w"]), mode="bilinear")
     with torch.no_grad():
-        ours = encoder.eval().run_network(x)
-    assert_close(ours, golden.outputs(case)["depth"], 1e-4)
+        depth_map = encoder.eval().run_network(x)
+    assert_close(depth_map, golden.outputs(case)["depth"], 1e-4)
 
 
 def test_without_a_network_only_depth_maps_are_accepted():

@@ -52,19 +52,19 @@ def build_tiny_unclip():
 def test_preprocessed_images_equal_the_recorded_ones(name, case, blur):
     golden = load_golden(name)
     antialias = golden.case(case)["info"].get("antialias", True)
-    ours = preprocess(load_image(golden, case), antialias=antialias, blur=blur)
+    pixels = preprocess(load_image(golden, case), antialias=antialias, blur=blur)
     expected = golden.outputs(case)
-    assert_close(ours[:, :, ::4, ::4], expected["pre"], 1e-6)
+    assert_close(pixels[:, :, ::4, ::4], expected["pre"], 1e-6)
     if "pre_mean" in expected:
-        assert_close(ours.mean(dim=(2, 3)), expected["pre_mean"], 1e-6)
+        assert_close(pixels.mean(dim=(2, 3)), expected["pre_mean"], 1e-6)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 700), (900, 30)])
 @pytest.mark.parametrize("blur", ["wide", "narrow"])
 def test_a_uniform_image_of_any_size_stays_uniform(size, blur):
-    ours = preprocess(torch.full((1, 3, *size), 0.5), blur=blur)
-    assert ours.shape == (1, 3, 224, 224)
-    assert_close(ours, ours.mean(dim=(2, 3), keepdim=True).expand_as(ours))
+    pixels = preprocess(torch.full((1, 3, *size), 0.5), blur=blur)
+    assert pixels.shape == (1, 3, 224, 224)
+    assert_close(pixels, pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels))
 
 
 @pytest.mark.parametrize("case", ["img0_96x96", "img1_300x420", "img2_512x512"])

@@ -98,32 +98,32 @@ def save_diffusers_checker(folder):
     from transformers import CLIPConfig
 
     config = load_golden("seed_safety_checker").meta["config"]
-    theirs = StableDiffusionSafetyChecker(CLIPConfig(**config)).eval()
+    oracle = StableDiffusionSafetyChecker(CLIPConfig(**config)).eval()
     state = make_recorded_weights()
-    if not any(name.startswith("vision_model.vision_model.") for name in theirs.state_dict()):
+    if not any(name.startswith("vision_model.vision_model.") for name in oracle.state_dict()):
         state = shorten_names(state)
-    theirs.load_state_dict(state)
+    oracle.load_state_dict(state)
     for name in ("concept_embeds_weights", "special_care_embeds_weights"):
-        getattr(theirs, name).data = torch.full_like(getattr(theirs, name), 0.05)
-    theirs.save_pretrained(folder)
-    return theirs
+        getattr(oracle, name).data = torch.full_like(getattr(oracle, name), 0.05)
+    oracle.save_pretrained(folder)
+    return oracle
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_verdicts_are_those_of_diffusers(tmp_path):
     """From the folder of a pipeline, whose config gives the number of heads."""
-    theirs = save_diffusers_checker(tmp_path / "safety_checker")
-    ours = load_safety_checker(tmp_path)
+    oracle = save_diffusers_checker(tmp_path / "safety_checker")
+    checker = load_safety_checker(tmp_path)
     images = [make_image(*size) for size in ((224, 300), (64, 64), (256, 90))]
-    pixels = torch.cat([ours.preprocess(image) for image in images])
-    _, flags = theirs(images=[np.ones((8, 8, 3)) for _ in images], clip_input=pixels)
-    verdicts = ours.judge(images)
+    pixels = torch.cat([checker.preprocess(image) for image in images])
+    _, flags = oracle(images=[np.ones((8, 8, 3)) for _ in images], clip_input=pixels)
+    verdicts = checker.judge(images)
     assert [verdict.is_flagged for verdict in verdicts] == flags
     with torch.no_grad():
-        pooled = theirs.vision_model(pixels)[1]
-        embeddings = theirs.visual_projection(pooled)
-        torch.testing.assert_close(ours.visual(pixels), embeddings, rtol=0, atol=1e-5)
+        pooled = oracle.vision_model(pixels)[1]
+        embeddings = oracle.visual_projection(pooled)
+        torch.testing.assert_close(checker.visual(pixels), embeddings, rtol=0, atol=1e-5)
 
 
 def test_both_prefixes_and_former_buffers_are_read(checker, tmp_path):

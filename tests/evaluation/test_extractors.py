@@ -54,23 +54,23 @@ def test_inception_agrees_with_torch_fidelity(inception_weights, images, tmp_pat
     """On the same resized input; observed 0."""
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     torch.save(inception_weights, tmp_path / "inception.pth")
-    theirs = extractor.FeatureExtractorInceptionV3(
+    oracle = extractor.FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=tmp_path / "inception.pth"
     )
     image = images[0].resize((299, 299))
     pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
     extractor = InceptionExtractor(load_inception(tmp_path / "inception.pth"), "clean")
-    own = extractor.extract_features([image])
-    expected = theirs(pixels)[0]
-    assert own.shape == (1, 2048)
-    assert float((own - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    features = extractor.extract_features([image])
+    expected = oracle(pixels)[0]
+    assert features.shape == (1, 2048)
+    assert float((features - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
 def test_clean_resize_is_that_of_clean_fid(images):
     resize = pytest.importorskip("cleanfid.resize").build_resizer("clean")
     for image in images:
-        theirs = (torch.from_numpy(resize(np.array(image))).movedim(-1, 0)[None] - 128) / 128
-        assert torch.equal(preprocess_for_inception(image, "clean"), theirs)
+        expected = (torch.from_numpy(resize(np.array(image))).movedim(-1, 0)[None] - 128) / 128
+        assert torch.equal(preprocess_for_inception(image, "clean"), expected)
 
 
 def test_pytorch_fid_resize_is_bilinear_without_antialiasing(images):
@@ -210,14 +210,14 @@ def test_clip_of_transformers_agrees_with_it(images, tmp_path):
         text_config=sizes | text, vision_config=sizes | vision, projection_dim=512
     )
     torch.manual_seed(0)
-    theirs = transformers.CLIPModel(config).eval()
-    theirs.save_pretrained(tmp_path / "clip")
+    oracle = transformers.CLIPModel(config).eval()
+    oracle.save_pretrained(tmp_path / "clip")
     tokens = tokenize(PROMPTS, OPEN_CLIP)
     pixels = torch.cat([preprocess_for_clip(image, 56) for image in images])
     for path in (tmp_path / "clip", tmp_path / "clip/model.safetensors"):
         scorer = CLIPScorer(load_clip(path))
         with torch.inference_mode():
-            text = theirs.text_projection(theirs.text_model(tokens).pooler_output)
-            image = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
+            text = oracle.text_projection(oracle.text_model(tokens).pooler_output)
+            image = oracle.visual_projection(oracle.vision_model(pixels).pooler_output)
         assert torch.allclose(scorer.embed_texts(PROMPTS), text, atol=1e-5)
         assert torch.allclose(scorer.embed_images(images), image, atol=1e-5)

@@ -46,8 +46,7 @@ def test_an_image_is_made_and_replayed(run, run_ldm, families, photo, command, n
         Image.open(photo).resize((70, 75)).save(photo)
         size = (64, 64)
     flags = [{"MAP": photo, "CKPT": families[name].ckpt}.get(flag, flag) for flag in flags]
-    status, out, err = run(command, name, "--init-img", photo, "--prompt", "a fox", *flags)
-    assert status == 0, err
+    out = run(command, name, "--init-img", photo, "--prompt", "a fox", *flags).paths
     assert read_pixels(out[-1]).shape == (*size, 3)
     info = read_info(out[-1])
     assert info["task"] == command
@@ -142,8 +141,7 @@ def test_a_folder_of_images_is_changed(run, run_ldm, tmp_path, photo):
 def test_options_of_sampling_are_recorded_and_replayed(run, run_ldm, photo, task, name, flags):
     sampling = ["--guidance-rescale", "0.5", "--guidance-interval", "0.2,9", "--unet-tile", "32"]
     image = [] if task == "txt2img" else ["--init-img", photo]
-    status, out, err = run(task, name, *flags, *sampling, *image)
-    assert status == 0, err
+    out = run(task, name, *flags, *sampling, *image).paths
     info = read_info(out[0])
     request, form = info["request"], get_field_values(info)
     assert (request["rescale"], request["unet_tile"]) == (0.5, 32)
@@ -203,8 +201,7 @@ def test_depth_is_estimated_once_and_saved(run, run_ldm, tmp_path, photo, monkey
 
     monkeypatch.setattr(MiDaSDepth, "estimate", record_call)
     flags = ["--init-img", photo, "--save-depth", depth_map, "--n_iter", "2"]
-    status, out, err = run("depth2img", "depth", *flags)
-    assert status == 0, err
+    out = run("depth2img", "depth", *flags).paths
     assert len(calls) == 1
     with Image.open(depth_map) as saved:
         assert saved.mode.startswith("I")
@@ -221,11 +218,8 @@ def test_depth_is_estimated_once_and_saved(run, run_ldm, tmp_path, photo, monkey
 def test_several_images_are_mixed(run, photo, tmp_path):
     Image.new("RGB", (50, 50), "red").save(tmp_path / "red.png")
     flags = ["--image", photo, "--image", tmp_path / "red.png", "--H", "64", "--W", "64"]
-    status, out, err = run(
-        "unclip", "unclip", *flags, "--weight", "3", "--weight", "1", "--noise-level", "0",
-        "--noise-level", "90", "--mix-noise-level", "5",
-    )  # fmt: skip
-    assert status == 0, err
+    flags += ["--weight", 3, "--weight", 1, "--noise-level", 0, "--noise-level", 90]
+    out = run("unclip", "unclip", *flags, "--mix-noise-level", 5).paths
     info = read_info(out[0])
     assert (info["weight"], info["noise_level"], info["mix_noise_level"]) == ([3, 1], [0, 90], 5)
 
@@ -274,11 +268,9 @@ def test_an_image_is_made_by_the_prior(unclip_l, unclip, run_ldm, tmp_path, phot
     assert (info["prior_steps"], info["prior_scale"]) == (3, 2.5)
     assert run_ldm("replay", out[1]).is_identical
     assert "in 2 … 1000, got 1 (--prior-steps)" in unclip(*flags, "--prior-steps", "1").err
-    status, out, err = unclip(*flags, "--image", photo, "--weight", "1", "--weight", "2")
-    assert status == 0, err
-    assert [file["path"] for file in read_info(out[0])["inputs"]["prior"]] == [
-        str(tmp_path / "prior.ckpt")
-    ]
+    out = unclip(*flags, "--image", photo, "--weight", "1", "--weight", "2").paths
+    (prior,) = read_info(out[0])["inputs"]["prior"]
+    assert prior["path"] == str(tmp_path / "prior.ckpt")
 
 
 @pytest.mark.slow
@@ -334,8 +326,7 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, families, p
     assert model.dtype == torch.float16
     assert next(model.autoencoder.parameters()).dtype == torch.float32
     flags = ["--init-img", photo, "--H", "16", "--W", "16", "--steps", "1", "--precision", "fp16"]
-    status, out, err = run("upscale", "upscale", *flags)
-    assert status == 0, err
+    out = run("upscale", "upscale", *flags).paths
     assert read_info(out[0])["dtype"] == "float16"
 
 

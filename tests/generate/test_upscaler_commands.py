@@ -44,16 +44,14 @@ def run(tmp_path, run_ldm):
 @pytest.mark.slow
 def test_an_image_and_a_folder_are_upscaled(upscaler, run, run_ldm):
     ckpt = ["--ckpt", upscaler / "x2.safetensors", "--steps", 1, "--noise-sigma", 0.2]
-    status, (path,), _ = run("upscale", *ckpt, "--init-img", upscaler / "small/one.png")
-    assert status == 0
+    (path,) = run("upscale", *ckpt, "--init-img", upscaler / "small/one.png").paths
     with Image.open(path) as image:
         assert image.size == (120, 100)
     info = read_info(path)
     assert (info["noise_sigma"], info["scale"], info["sampler"]) == (0.2, 1.0, "euler")
     assert info["scheduler_in_use"] == "time_uniform"
     assert run_ldm("replay", path).is_identical
-    status, paths, _ = run("upscale", *ckpt, "--indir", upscaler / "small")
-    assert status == 0
+    paths = run("upscale", *ckpt, "--indir", upscaler / "small").paths
     assert [path.rpartition("/")[2] for path in paths] == ["one.png", "two.png"]
 
 
@@ -99,8 +97,7 @@ def test_unsuitable_upscalers_are_refused(upscaler, run, families):
 
 def test_saved_latents_are_upscaled(upscaler, run, run_ldm, families, tmp_path):
     flags = [*families["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1, "--save-latents"]
-    status, (image, latent), _ = run("txt2img", *flags, "--precision", "full")
-    assert status == 0
+    image, latent = run("txt2img", *flags, "--precision", "full").paths
     samples = tmp_path / "out/samples"
     assert (image, latent) == (str(samples / "00000.png"), str(samples / "00000.latent"))
     base = ldm.load(*families["base_eps"])

@@ -108,8 +108,9 @@ def test_dwt_dct_equals_the_package_pixel_for_pixel(size, payload):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_package_and_we_read_the_same_bits_from_any_image(size, method):
     plain = make_photo(size)
-    theirs, ours = embed_by_package(plain, b"SDV2", method), embed_watermark(plain, b"SDV2", method)
-    for image, length in ((plain, 136), (theirs, 32), (ours, 48)):
+    by_package = embed_by_package(plain, b"SDV2", method)
+    by_us = embed_watermark(plain, b"SDV2", method)
+    for image, length in ((plain, 136), (by_package, 32), (by_us, 48)):
         assert (read_bits(image, length, method) == read_by_package(image, length, method)).all()
 
 
