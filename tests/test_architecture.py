@@ -184,6 +184,6 @@ def test_every_public_name_resolves():
 
 
 def test_test_files_have_names_of_their_own():
-    """Pytest imports them by name alone, so a second file of a name stops the whole run."""
+    """Pytest imports test files by name, so two files of one name stop the whole run."""
     names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
     assert {name for name in names if names.count(name) > 1} == set()

@@ -99,7 +99,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _copy_with_weights(weights: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
-    """Copy a safetensors file with other values of some weights, byte for byte."""
+    """Copy a safetensors file byte for byte, except for some weights."""
     data = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -140,12 +140,14 @@ def test_an_image_replays(
 def test_another_checkpoint_of_the_same_name_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The shipped models have other decoders than in version 0.1."""
+    """The decoders of the shipped models have changed since version 0.1."""
     assert run_command("replay", copy_with_local_paths(DATA / "images/mask.png", tmp_path)) == 1
     assert "\n  checkpoint: 49eec7a0b8 then, " in capsys.readouterr().out
 
 
-def test_addons_may_have_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_moved_addons_are_passed_by_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old, new = DATA / "images/addons.png", tmp_path / "new.png"
     flags = ["--ckpt", TINY, "--lora", f"{LORA}:0.7", "--embedding", WORD, "--output", new]
     assert run_command("replay", old, *flags) in (0, 1), capsys.readouterr().err

@@ -84,7 +84,7 @@ def cache_models(model_cache, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def shrink_midas_input(monkeypatch):
-    """Give MiDaS 96 pixels a side instead of 384, which is faster."""
+    """Resize inputs of MiDaS to 96 pixels a side instead of 384, which is faster."""
     monkeypatch.setattr("ldm.encoders.depth.MIDAS_SIZE", 96)
 
 

@@ -98,7 +98,7 @@ def run(make_request):
 
 
 def make_sketch(photo, box=None):
-    """Make what the editor uploads for an image: the image, and a layer with a painted box."""
+    """Make the uploads of the image editor: the image, and a layer with a painted box."""
     with Image.open(photo) as image:
         layer = Image.new("RGBA", image.size)
     if box is not None:
@@ -509,7 +509,7 @@ def test_previews_use_taesd_if_a_file_of_it_fits(tmp_path):
 
 @pytest.fixture
 def upscaler_backend(families, tmp_path):
-    """A backend whose folder has a model and an x2 latent upscaler."""
+    """A backend with a model and an x2 latent upscaler."""
     folder = tmp_path / "models"
     copy_model(families["base_eps"], folder)
     config = {"ldm.config": format_yaml(make_tiny_config())}

@@ -56,12 +56,12 @@ class RunningApp(NamedTuple):
 
 
 SLOW = pytest.mark.slow
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # loops of gradio
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # event loops of gradio
 
 
 @pytest.fixture(scope="module")
 def slow_steps():
-    """Let every step of a long run take a while, so that tests can watch it."""
+    """Slow down every step of a long run, so that tests can watch it."""
     on_step = Progress.on_step
 
     def wait(progress, step, steps, x, denoised):
@@ -129,7 +129,7 @@ def page(app):
 
 @pytest.fixture(autouse=True)
 def reset_form(request):
-    """Start every test at the first tab, with one step."""
+    """Start every test at the first tab, with one sampling step."""
     if "page" in request.fixturenames:
         page = request.getfixturevalue("page")
         page.set_viewport_size({"width": 1400, "height": 1000})

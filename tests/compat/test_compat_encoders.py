@@ -109,7 +109,7 @@ def test_an_embedding_manager_gets_token_ids_and_their_embeddings(clip, openclip
 
 
 def test_forward_and_class_attributes_are_replaced_on_built_encoders(clip, monkeypatch):
-    """Three chunks of 75 tokens and an earlier layer, as ControlNet's code has it."""
+    """The replacement encodes three chunks and returns an earlier layer, as in ControlNet."""
 
     def forward(self, text):
         ids = self.tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
@@ -228,7 +228,7 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
 
 
 def test_blocks_of_open_clip_take_the_sequence_first(openclip):
-    """As code that calls each block expects; with a batch of 77 both orders would run."""
+    """Third-party code that calls each block expects this order; a batch of 77 fits both orders."""
     import open_clip
 
     prompts = [f"number {k}" for k in range(77)]

@@ -185,7 +185,7 @@ def test_steps_of_the_optimizer_and_the_ema_equal_the_recorded_ones():
     ],
 )  # fmt: skip
 def test_batches_are_encoded_as_recorded(name, case):
-    """Worst error 1e-6 of the largest value."""
+    """Observed error: 1e-6 of the largest value."""
     golden = load_golden(name)
     info, inputs = golden.case(case)["info"], golden.inputs(case)
     image = load_golden("get_input_more").tensors["shared/jpg"]
@@ -286,7 +286,7 @@ def test_logged_images_have_the_names_of_the_original():
     assert selected.keys() == {"inputs"}
 
 
-def test_models_have_the_attributes_that_programs_look_for():
+def test_models_have_the_attributes_that_third_party_code_reads():
     model = build_recorded_model("ddim_eps")
     keys = list(model.state_dict())
     assert keys[:2] == ["betas", "alphas_cumprod"]
@@ -343,7 +343,7 @@ SPLIT_PARAMS = {
 
 @pytest.mark.parametrize("name", ["concat", "crossattn"])
 def test_patches_are_extracted_and_merged_as_recorded(name):
-    """Worst error 1.4e-6 of the largest value; weights are equal."""
+    """Observed error: 1.4e-6 of the largest value; weights are equal."""
     golden = load_golden("patches_of_models")
     identity = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
     model = build_model(golden.meta[f"config_{name}"], first_stage_config=identity)

@@ -149,7 +149,7 @@ except RuntimeWarning as warning:
 
 
 def test_a_class_of_compat_in_a_pickle_is_refused(tmp_path):
-    """Even while its module is imported."""
+    """The class is refused although its module is imported."""
     import torch
 
     import ldm.util

@@ -270,7 +270,7 @@ def test_attention_is_replaced_layer_by_layer_and_only_its_weights_are_trained(n
 
 
 def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected, monkeypatch):
-    monkeypatch.setattr("ldm.nets.cpu.layers.BLOCK_BYTES", 1)  # as for inputs of normal size
+    monkeypatch.setattr("ldm.nets.cpu.layers.BLOCK_BYTES", 1)  # the code path of full-size inputs
     unet = copy.deepcopy(networks[0])
     features = {}
 

@@ -92,7 +92,7 @@ def sample(model, steps=2, size=8, **options):
 
 
 def test_a_model_is_built_on_the_meta_device_and_filled(config, state, model, monkeypatch):
-    """With patched constructors and `_load_from_state_dict` of three classes."""
+    """Constructors and `_load_from_state_dict` of three classes are patched."""
     filled = []
     for cls in (nn.Linear, nn.Conv2d, nn.MultiheadAttention):
 
@@ -134,8 +134,8 @@ def test_a_model_without_its_vae_is_converted_to_half_precision(model_copy, monk
         out = sample(model)
     assert calls
     assert (out - expected).abs().max() < 0.05 * expected.abs().max()
-    assert not hasattr(model, "conditioner")  # by which it recognizes SDXL
-    assert not hasattr(model.cond_stage_model, "model")  # by which it recognizes SD 2
+    assert not hasattr(model, "conditioner")  # the web UI recognizes SDXL by this attribute
+    assert not hasattr(model.cond_stage_model, "model")  # and SD 2 by this one
 
 
 class TextEncoderWrapper(nn.Module):

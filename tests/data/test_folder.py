@@ -241,7 +241,7 @@ def test_a_caption_that_cannot_be_read_makes_its_image_unreadable(subfolder, tmp
     with pytest.raises(UnreadableSample, match=r"b\.txt:1: neither UTF-8"):
         folder.read_row(len(folder) - 1)
     uncaptioned = ImageFolder(root=tmp_path, transform=PHOTO, fields={"text": "a dog"})
-    assert uncaptioned[0, len(uncaptioned) - 1]["txt"] == "a dog"  # needs no captions
+    assert uncaptioned[0, len(uncaptioned) - 1]["txt"] == "a dog"  # captions are not read
 
 
 def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):

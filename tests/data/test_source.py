@@ -99,7 +99,7 @@ def test_a_bucket_of_damaged_samples_only_is_replaced_by_another(bucket_ids):
     assert buckets == {frozenset([bucket]) for bucket in bucket_ids if bucket != 1}
 
 
-def test_hundreds_of_damaged_neighbours_are_replaced():
+def test_hundreds_of_damaged_neighbors_are_replaced():
     batches = read_indices(DatasetSource(IndexDataset(1000, damaged=range(300, 600))), 100, 10)
     assert not {*range(300, 600)} & {*chain(*batches)}
 

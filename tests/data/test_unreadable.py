@@ -39,7 +39,7 @@ def path(tmp_path):
 def test_too_many_unreadable_samples_end_the_run(source, limit, damaged, message, path):
     unreadable = UnreadableFiles(path, limit, source)
     names = [str(k) for k in range(damaged)]
-    for _ in range(2):  # epochs: a file found again counts once
+    for _ in range(2):  # two epochs: a file that is found again counts once
         for name in names[:-1]:
             unreadable.add([name, name], 50)
     if message is None:

@@ -122,7 +122,7 @@ def test_perturbed_attention_adds_to_any_guidance_before_rescaling():
 
 
 def test_perturbed_attention_acts_on_composed_prompts():
-    """The term of each subprompt has its weight."""
+    """PAG's term of each subprompt has the weight of the subprompt."""
     denoiser, x, sigma = ToyNetwork().denoiser, make_noisy(5.0), 5.0
     prompts = COND.cat_samples(EMPTY[:1])
     rows, weights = torch.tensor([0, 1, 1]), torch.tensor([1.0, 1.0, -0.5])

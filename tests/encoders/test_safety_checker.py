@@ -112,7 +112,7 @@ def save_diffusers_checker(folder):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_verdicts_are_those_of_diffusers(tmp_path):
-    """From the folder of a pipeline, whose config gives the number of heads."""
+    """The checker is loaded from a pipeline folder, whose config has the number of heads."""
     oracle = save_diffusers_checker(tmp_path / "safety_checker")
     checker = load_safety_checker(tmp_path)
     images = [make_image(*size) for size in ((224, 300), (64, 64), (256, 90))]

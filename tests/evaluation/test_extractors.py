@@ -134,7 +134,7 @@ def test_clip_score_agrees_with_open_clip(clip_weights, images, tmp_path):
 
 
 def test_clip_is_read_from_unclip_checkpoints(clip_weights, tmp_path):
-    """Those of ViT-L have all of CLIP; in those of ViT-H the text encoder has the text blocks."""
+    """unCLIP-L contains all of CLIP; in unCLIP-H the text blocks are in the text encoder."""
     state = clip_weights
     vit_l = {f"embedder.model.{name}": value for name, value in state.items()}
     embedder = {name: value for name, value in vit_l.items() if "model.transformer" not in name}

@@ -13,7 +13,7 @@ from ldm.runtime.errors import NonFinite, Stop
 
 
 class Overflowing(PreparedTask):
-    """Draws from torch's global generator, and fails in half precision after that."""
+    """Draws noise from the global generator, and then fails in half precision."""
 
     def generate(self, model, prompts, options):
         noise = torch.randn(len(prompts), 3, 8, 8)

@@ -94,7 +94,7 @@ def test_the_depth_of_a_hidden_image_is_hidden():
     _, shown_depth = hide_flagged(image, depth, {"safety": {"action": "blur"}})
     assert shown_depth.mode == "I;16"
     assert shown_depth.getextrema() == (0, 0)
-    assert image.getextrema()[0] == (255, 255)  # never in place
+    assert image.getextrema()[0] == (255, 255)  # the input is not changed
     assert hide_flagged(image, depth, {}) == (image, depth)
     assert hide_flagged(image, depth, {"safety": {"action": "drop"}}) == (None, None)
 

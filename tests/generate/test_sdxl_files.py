@@ -61,7 +61,7 @@ def test_a_file_of_another_family_is_refused(
     ],
 )
 def test_a_folder_of_another_family_is_refused(family, is_refiner, message, run_ldm, tmp_path):
-    """By its configs: the weights of the UNet are missing."""
+    """The configs suffice: the weights of the UNet are missing."""
     tinyfamilies.write_family(family, tmp_path / "file.safetensors")
     folder = convert(plan_conversion(tmp_path / "file.safetensors", tmp_path / family))
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()

@@ -120,7 +120,7 @@ def test_a_folder_of_images_and_masks_is_inpainted(run, tmp_path, photo):
     assert "leave out mask (--mask)" in run("inpaint", "inpaint", *flags).err
 
 
-def test_a_folder_of_images_is_changed(run, run_ldm, tmp_path, photo):
+def test_a_folder_of_images_is_an_input_of_img2img(run, run_ldm, tmp_path, photo):
     Image.open(photo).save(tmp_path / "other.png")
     status, out, err = run("img2img", "base_v", "--indir", tmp_path)
     names = ["other.png", "photo.png"]

@@ -97,7 +97,7 @@ def test_json_has_one_line_per_image(txt2img):
         ("", "prompts.txt is empty"),
     ],
 )
-def test_mistakes_in_a_prompt_file_are_located(txt2img, tmp_path, line, message):
+def test_errors_in_a_prompt_file_name_its_line(txt2img, tmp_path, line, message):
     (tmp_path / "prompts.txt").write_text(line)
     status, out, err = txt2img("--from-file", tmp_path / "prompts.txt")
     assert (status, out) == (1, [])
@@ -262,7 +262,7 @@ def test_flags_without_effect_are_accepted_with_one_warning(txt2img):
     assert err.count("clip_skip 2 is ignored: it is for Stable Diffusion 1, which `base_v") == 1
 
 
-def test_a_prompt_beside_a_prompt_file_is_named_as_ignored(txt2img, tmp_path):
+def test_a_prompt_next_to_a_prompt_file_is_ignored_with_a_warning(txt2img, tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox")
     flags = ["--from-file", tmp_path / "prompts.txt", "--skip_save", "--skip_grid"]
     assert "prompt is ignored" in txt2img(*flags, "--prompt", "a cat").err

@@ -190,7 +190,7 @@ def test_depth_maps_of_eight_bits_and_of_one_value_are_read(tmp_path):
 
 
 def test_labels_with_255_for_ignored_pixels_are_warned_of(tmp_path, caplog):
-    """As COCO and VOC have them, in a thin border."""
+    """COCO and VOC label ignored pixels with 255, in a thin border."""
     values = np.zeros((8, 8), np.uint8)
     values[2:6, 2:6], values[1, 2:6] = 1, 255
     Image.fromarray(values).save(tmp_path / "mask.png")

@@ -74,7 +74,7 @@ def test_dwt_dct_equals_the_recorded_images_exactly(case):
 
 @pytest.mark.parametrize("case", ["uint8_levels", "fractional"])
 def test_the_watermark_of_sdxl_on_floats_equals_the_recorded_one(case):
-    """Of the 8-bit image, 44 of the 48 bits are read; of one with our method all."""
+    """44 of the 48 bits can be read from the recorded 8-bit image; with our method all can."""
     recorded = load_golden("sdxl_watermark")
     pixels = recorded.inputs("uint8_levels")["image"].numpy()
     values = pixels.astype(np.float32)
