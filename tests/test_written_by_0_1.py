@@ -145,9 +145,7 @@ def test_another_checkpoint_of_the_same_name_is_reported(
     assert "\n  checkpoint: 49eec7a0b8 then, " in capsys.readouterr().out
 
 
-def test_moved_addons_are_passed_by_flags(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flags_name_moved_addons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = DATA / "images/addons.png", tmp_path / "new.png"
     flags = ["--ckpt", TINY, "--lora", f"{LORA}:0.7", "--embedding", WORD, "--output", new]
     assert run_command("replay", old, *flags) in (0, 1), capsys.readouterr().err

@@ -48,9 +48,7 @@ def test_pseudo_depth_rises_from_the_edge_to_the_center_of_the_silhouette():
     assert depth[0][~disc].max() == 0
     assert (row[8:33].diff() > -1e-6).all()
     assert row[32] == depth.max() > 0.9
-    assert (
-        abs(float(depth[0, 32, 14] - depth[0, 19, 19])) < 0.1
-    )  # both are equally far from the edge
+    assert abs(float(depth[0, 32, 14] - depth[0, 19, 19])) < 0.1  # equally far from the edge
 
 
 def test_bright_pixels_are_nearer():
