@@ -209,20 +209,22 @@ class TextEncoder(Encoder):
 
     def encode_tokens(self, tokens: Tensor, is_masked: Tensor | None = None) -> Tensor | Cond:
         """Encode token ids (B, N); `is_masked`: see `TextTower.forward`."""
-        ends = (tokens == tokenizer.END_ID).int().argmax(dim=1)  # the first
+        eos_positions = (tokens == tokenizer.END_ID).int().argmax(dim=1)  # of the first
         context, pooled = self.tower(
             self._to_rows(tokens),
             self.num_blocks - self.skipped_blocks,
             self._get_added_table(),
             normalize=self.has_final_norm,
-            ends=ends if self.always_return_pooled else None,
+            eos_positions=eos_positions if self.always_return_pooled else None,
             is_masked=is_masked,
         )
         if self.context_length == 1:
-            context = select_tokens(context, ends)[:, None]  # (B, 1, D)
+            context = select_tokens(context, eos_positions)[:, None]  # (B, 1, D)
         if not self.always_return_mask:
             return _as_output(context, pooled)
-        mask = torch.arange(tokens.shape[1], device=ends.device) <= ends[:, None]  # (B, N)
+        mask = (
+            torch.arange(tokens.shape[1], device=eos_positions.device) <= eos_positions[:, None]
+        )  # (B, N)
         return Cond(crossattn=context, vector=pooled, context_mask=mask)
 
     def forward(self, prompts: Tensor | Sequence[str | Prompt | None]) -> Tensor | Cond:

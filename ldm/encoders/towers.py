@@ -58,32 +58,33 @@ class TextTower(nn.Module, ABC):
         self,
         tokens: Tensor,
         num_blocks: int,
-        added: Tensor | None = None,
+        added_embeddings: Tensor | None = None,
         *,
         normalize: bool = True,
-        ends: Tensor | None = None,
+        eos_positions: Tensor | None = None,
         is_masked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the first `num_blocks` blocks on tokens (B, N).
 
         Args:
-            added: Vectors of added embeddings, see `embed_tokens`; None = no added embeddings.
+            added_embeddings: Vectors of textual inversions, see `embed_tokens`; None = no vectors.
             normalize: Whether the final norm follows.
-            ends: Positions (B,) of the tokens whose vectors, after all blocks, the final norm and
-                the projection, are the pooled output; None = no pooled output.
-            is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None
-                to mask none.
+            eos_positions: Positions (B,) of the end tokens, whose vectors after all blocks, the
+                final norm and the projection are the pooled output; None = no pooled output.
+            is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None =
+                no token is masked.
 
         Returns:
             Vectors of the tokens (B, N, D), and the pooled output, if any.
         """
         embedding, positions, blocks, final_norm = self.components
-        x = embed_tokens(embedding, tokens, added) + positions[: tokens.shape[1]]  # (B, N, D)
+        x = embed_tokens(embedding, tokens, added_embeddings)  # (B, N, D)
+        x = x + positions[: tokens.shape[1]]
         x = run_causal(blocks[:num_blocks], x, is_masked)
         pooled = None
-        if ends is not None:
-            last = final_norm(run_causal(blocks[num_blocks:], x, is_masked))
-            pooled = self.project(select_tokens(last, ends))
+        if eos_positions is not None:
+            final = final_norm(run_causal(blocks[num_blocks:], x, is_masked))
+            pooled = self.project(select_tokens(final, eos_positions))
         return final_norm(x) if normalize else x, pooled
 
 
@@ -91,8 +92,9 @@ class OpenCLIPTower(TextTower):
     """Text tower with open_clip's parameter names.
 
     Args:
+        width: Features per token.
         embed_dim: Features of CLIP's joint embedding space, for `text_projection`.
-        mlp_ratio: Hidden features of the MLPs as a multiple of `width`, the features per token.
+        mlp_ratio: Hidden features of the MLPs as a multiple of `width`.
     """
 
     def __init__(
@@ -351,19 +353,19 @@ class SplitAttention(Layer):
         return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
 
 
-def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> Tensor:
-    """Embed tokens (B, N) as (B, N, D); token -1 - k is row k of `added` (n, D)."""
-    if added is None:
+def embed_tokens(embedding: nn.Module, tokens: Tensor, added_embeddings: Tensor | None) -> Tensor:
+    """Embed tokens (B, N) as (B, N, D); token -1 - k has the row k of `added_embeddings` (n, D)."""
+    if added_embeddings is None:
         return cast(Tensor, embedding(tokens))
     x: Tensor = embedding(tokens.clamp(min=0))  # (B, N, D)
-    added_x = added.to(x)[(-1 - tokens).clamp(min=0)]
+    added_x = added_embeddings.to(x)[(-1 - tokens).clamp(min=0)]
     return torch.where((tokens < 0)[..., None], added_x, x)  # (B, N, D)
 
 
 def run_causal(
     blocks: Sequence[CheckpointedLayer], x: Tensor, is_masked: Tensor | None = None
 ) -> Tensor:
-    """Run blocks on x (B, N, D); each token attends to itself and earlier tokens, unless masked."""
+    """Run blocks on x (B, N, D); tokens attend to themselves and earlier ones, unless masked."""
     n = x.shape[1]
     mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
     if is_masked is not None:
@@ -386,18 +388,21 @@ def _check_heads(width: int, heads: int) -> None:
 def _init_open_clip_blocks(blocks: Sequence[OpenCLIPBlock]) -> None:
     for block in blocks:
         attn, mlp = block.attn, block.mlp
-        outputs = [attn.out_proj, mlp["c_proj"]]
-        _init_block(len(blocks), [attn.in_proj_weight], mlp["c_fc"], outputs)
+        output_layers = [attn.out_proj, mlp["c_proj"]]
+        _init_block(len(blocks), [attn.in_proj_weight], mlp["c_fc"], output_layers)
 
 
 def _init_block(
-    num_blocks: int, qkv_weights: Sequence[Tensor], mlp_in: nn.Module, outputs: Sequence[nn.Module]
+    num_blocks: int,
+    qkv_weights: Sequence[Tensor],
+    mlp_in: nn.Module,
+    output_layers: Sequence[nn.Module],
 ) -> None:
-    """Initialize one of `num_blocks` blocks; `outputs` are the last layers of both branches."""
+    """Initialize one of `num_blocks` blocks; `output_layers` are the last ones of both branches."""
     width = qkv_weights[0].shape[1]
     # Standard deviations of OpenAI's CLIP: a deeper tower adds less in each residual branch.
     nn.init.normal_(cast(Linear, mlp_in).weight, std=(2 * width) ** -0.5)
     for weight in qkv_weights:
         nn.init.normal_(weight, std=width**-0.5)
-    for linear in outputs:
+    for linear in output_layers:
         nn.init.normal_(cast(Linear, linear).weight, std=(2 * width * num_blocks) ** -0.5)

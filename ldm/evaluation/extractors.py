@@ -124,7 +124,7 @@ class CLIPScorer:
         tokens = tokenizer.tokenize(prompts, tokenizer.OPEN_CLIP, length)
         tokens = tokens.to(self.clip.text_projection.device)
         eos_positions = (tokens == tokenizer.END_ID).int().argmax(dim=1)
-        _, pooled = self.clip(tokens, len(self.clip.blocks), ends=eos_positions)
+        _, pooled = self.clip(tokens, len(self.clip.blocks), eos_positions=eos_positions)
         assert isinstance(pooled, Tensor)
         return pooled.cpu()
 

@@ -75,9 +75,9 @@ def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
         raise ArgumentError("the prior needs CLIP's text encoder, which this model does not have")
     tokens = tokenizer.tokenize(texts, tokenizer.CLIP, len(model.positional_embedding))
     tokens = tokens.to(model.positional_embedding.device)  # (B, 77)
-    ends = tokens.argmax(dim=1)  # (B,); the first end token has the greatest id
-    x, text = model(tokens, len(model.blocks), ends=ends)  # (B, 77, D), (B, D)
-    mask = torch.arange(x.shape[1], device=x.device) <= ends[:, None]  # (B, 77)
+    eos_positions = tokens.argmax(dim=1)  # (B,); the first end token has the greatest id
+    x, text = model(tokens, len(model.blocks), eos_positions=eos_positions)  # (B, 77, D), (B, D)
+    mask = torch.arange(x.shape[1], device=x.device) <= eos_positions[:, None]  # (B, 77)
     return Cond(crossattn=x * mask[..., None], vector=text)
 
 
