@@ -15,13 +15,12 @@ from torch import Tensor
 
 from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.diffusion.guidance import Guidance, GuidanceScale
-from ldm.diffusion.names import SAMPLERS
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import quote_name
 from ldm.pipelines.finite import check_finite
 from ldm.pipelines.prompts import ParsedPair, PromptBatch, PromptPair, WeightedPair, get_prompt_pair
 from ldm.pipelines.quirks import Quirks
-from ldm.pipelines.sampling_options import get_default_scale
+from ldm.pipelines.sampling_options import get_default_scale, needs_uncond
 from ldm.pipelines.sdxl import MicroConditions, SDXLOptions, get_micro_conditions
 from ldm.runtime.warn import warn_caller
 
@@ -36,12 +35,12 @@ class EncodedConds(NamedTuple):
 
     Attributes:
         uncond: The condition of the negative prompts; None = the run has no guidance.
-        guidance_conds: The conditions of `Guidance.texts`, in order; () without guidance.
+        extra_conds: The conditions of `Guidance.texts`, in order; () without guidance.
     """
 
     cond: AnyCond
     uncond: Cond | ScheduledCond | None = None
-    guidance_conds: Sequence[Cond] = ()
+    extra_conds: Sequence[Cond] = ()
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,13 @@ class ConditionInputs:
         assert not isinstance(uncond, Composition)  # negative prompts have no AND
 
         n, texts = len(self.prompts.prompts), self.prompts.guidance_texts
-        guidance_conds = [
+        extra_conds = [
             encode_prompts(model, [get_prompt_pair(texts[text])] * n, inputs, micro_conds)
             if text
             else encode_negative([(empty, empty)] * n, range(n))
             for text in (self.guidance.texts if self.guidance else ())
         ]
-        return EncodedConds(cond, uncond, guidance_conds)
+        return EncodedConds(cond, uncond, extra_conds)
 
     def _needs_uncond(self, model: LatentDiffusion, cond: AnyCond) -> bool:
         """Return whether a run also predicts from negative prompts; warn if they are ignored."""
@@ -113,8 +112,7 @@ class ConditionInputs:
                 warn_caller(f"{quote_name(model)} does not read a negative prompt: ignored")
             return False
         scale = get_default_scale(model, self.sampler) if self.scale is None else self.scale
-        is_cfg_pp = SAMPLERS[self.sampler or model.defaults.sampler].is_cfg_pp
-        return scale != 1 or is_cfg_pp or has_composition(cond)
+        return needs_uncond(model, self.sampler, scale) or has_composition(cond)
 
 
 def is_empty_pair(pair: ParsedPair | PromptPair) -> bool:

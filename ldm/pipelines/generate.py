@@ -134,7 +134,7 @@ def generate(
 
 
 def _sample(model: LatentDiffusion, conds: EncodedConds, options: RunOptions) -> Tensor:
-    return sample(model, conds.cond, conds.uncond, extra_conds=conds.guidance_conds, **options)
+    return sample(model, conds.cond, conds.uncond, extra_conds=conds.extra_conds, **options)
 
 
 def _sample_with_refiner(

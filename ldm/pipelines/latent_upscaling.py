@@ -15,7 +15,6 @@ from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import GuidanceScale
-from ldm.diffusion.names import SAMPLERS
 from ldm.diffusion.samplers.common import NoiseSource
 from ldm.encoders.lowres import LowResLatent
 from ldm.model import LatentDiffusion
@@ -25,7 +24,12 @@ from ldm.pipelines.arguments import check_arguments
 from ldm.pipelines.families import find_family, quote_name
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import sample
-from ldm.pipelines.sampling_options import SamplingOptions, get_default_scale, get_sigmas
+from ldm.pipelines.sampling_options import (
+    SamplingOptions,
+    get_default_scale,
+    get_sigmas,
+    needs_uncond,
+)
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, check_name
 
@@ -160,10 +164,10 @@ def sample_upscaled_latent(
         cond = model.condition({"txt": texts, "lowres_latent": lowres, "noise_sigma": sigma})
         return replace(cond, context_mask=None) if "unmasked" in quirks else cond
 
-    sampler = options.get("sampler") or model.defaults.sampler
+    sampler = options.get("sampler")
     scale = get_default_scale(model, sampler) if scale is None else scale
     cond = encode(negative_prompts if scale == 0 else prompts)
-    is_guided = scale != 0 and (scale != 1 or SAMPLERS[sampler].is_cfg_pp)
+    is_guided = scale != 0 and needs_uncond(model, sampler, scale)
     uncond = encode(negative_prompts) if is_guided else None
     sigmas = get_sigmas(model, quirks, options)
     x_T = _draw_initial_noise(latent, options.get("x_T"), noise_source)

@@ -21,6 +21,7 @@ __all__ = [
     "Callback", "SamplingOptions", "check_embedded_guidance", "check_no_conflict_with_sigmas",
     "check_sampling", "check_tiles", "get_default_scale", "get_default_scheduler",
     "get_high_sigma_warning", "get_latent_shape", "get_limit_warning", "get_sigmas",
+    "needs_uncond",
 ]  # fmt: skip
 
 DEFAULT_SCALE = 9.0  # of the original's scripts; commands may have others
@@ -137,6 +138,11 @@ def get_default_scale(
     if scale is None:
         scale = model.defaults.scale
     return default if scale is None else scale
+
+
+def needs_uncond(model: LatentDiffusion, sampler: str | None, scale: GuidanceScale) -> bool:
+    """Return whether a run predicts unconditionally: for guidance, or for a CFG++ sampler."""
+    return scale != 1 or SAMPLERS[sampler or model.defaults.sampler].is_cfg_pp
 
 
 def get_limit_warning(

@@ -13,7 +13,6 @@ from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import GuidanceScale
-from ldm.diffusion.names import SAMPLERS
 from ldm.diffusion.samplers.common import NoiseSource
 from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
@@ -24,7 +23,7 @@ from ldm.pipelines.generate import generate, make_task_noise_source
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling_options
 from ldm.pipelines.sampling import sample
-from ldm.pipelines.sampling_options import get_default_scale
+from ldm.pipelines.sampling_options import get_default_scale, needs_uncond
 from ldm.pipelines.task import task
 from ldm.runtime.errors import ArgumentError, MissingArgument
 from ldm.runtime.warn import warn_caller
@@ -131,8 +130,7 @@ def vary(
         if cond.crossattn is not None
     ]
     cond = Cond(crossattn=torch.stack(tokens).sum(dim=0))  # (1, 1, D)
-    is_cfg_pp = SAMPLERS[options.get("sampler") or model.defaults.sampler].is_cfg_pp
-    is_guided = scale != 1 or is_cfg_pp
+    is_guided = needs_uncond(model, options.get("sampler"), scale)
     uncond = model.condition({"jpg": [None]}).repeat(n) if is_guided else None
     sampling = select_sampling_options(options)
     z = sample(
