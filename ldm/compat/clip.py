@@ -137,7 +137,7 @@ class CLIPTextTransformer(nn.Module):
         x = self.final_layer_norm(outputs.last_hidden_state)
         pooled = None
         if input_ids is not None:
-            eos_positions = (input_ids == tokenizer.END_ID).int().argmax(dim=1)  # of the first EOS
+            eos_positions = (input_ids == tokenizer.EOS_ID).int().argmax(dim=1)  # of the first EOS
             pooled = select_tokens(x, eos_positions.to(x.device))
         return TextOutput(x, pooled, outputs.hidden_states)
 
@@ -239,11 +239,11 @@ class CLIPTokenizer:
         max_length: Default of `max_length` in `__call__`.
     """
 
-    bos_token, eos_token = tokenizer.CLIP.start, tokenizer.CLIP.end
-    pad_token = unk_token = tokenizer.CLIP.end
-    bos_token_id, eos_token_id = tokenizer.START_ID, tokenizer.END_ID
-    pad_token_id = unk_token_id = tokenizer.END_ID
-    vocab_size = tokenizer.END_ID + 1
+    bos_token, eos_token = tokenizer.CLIP.bos, tokenizer.CLIP.eos
+    pad_token = unk_token = tokenizer.CLIP.eos
+    bos_token_id, eos_token_id = tokenizer.BOS_ID, tokenizer.EOS_ID
+    pad_token_id = unk_token_id = tokenizer.EOS_ID
+    vocab_size = tokenizer.EOS_ID + 1
 
     def __init__(self, max_length: int = 77) -> None:
         self.model_max_length = max_length

@@ -42,7 +42,7 @@ class Splitter:
 
     variant: tokenizer.Variant
     added: tokenizer.AddedTokens  # of textual inversions
-    length: int  # of a chunk with its start and end tokens, 77
+    length: int  # of a chunk with its BOS and EOS tokens, 77
 
     def split(self, text: Text, syntax: str) -> list[Chunk]:
         """Split a text into chunks of at most `length` - 2 tokens, by the rules of its syntax."""
@@ -65,8 +65,8 @@ class Splitter:
         return _fill_chunks(units, chunk_size)
 
     def to_ids(self, chunk: Chunk) -> list[int]:
-        """Return the token ids of a chunk, with start token, end token and padding."""
-        ids = [tokenizer.START_ID, *(i for unit in chunk for i in unit.ids), tokenizer.END_ID]
+        """Return the token ids of a chunk, with BOS token, EOS token and padding."""
+        ids = [tokenizer.BOS_ID, *(i for unit in chunk for i in unit.ids), tokenizer.EOS_ID]
         return ids + [self.variant.pad_id] * (self.length - len(ids))
 
     def get_token_weights(self, chunk: Chunk) -> list[float]:

@@ -116,7 +116,7 @@ class TextEncoder(Encoder):
     Attributes:
         length: Tokens per prompt, 77.
         always_return_pooled: Whether the output is a `Cond` of the context and a vector (B, P), the
-            output of the last block at the first end token.
+            output of the last block at the first EOS token.
         always_return_mask: Whether it also has a mask, which excludes the tokens after that one.
         token_ids: CLIP's ids of the tokens in a pruned token embedding, (rows - 1,) sorted: row i
             is the embedding of token `token_ids[i - 1]`, row 0 that of all other tokens. None = not
@@ -209,7 +209,7 @@ class TextEncoder(Encoder):
 
     def encode_tokens(self, tokens: Tensor, is_masked: Tensor | None = None) -> Tensor | Cond:
         """Encode token ids (B, N); `is_masked`: see `TextTower.forward`."""
-        eos_positions = (tokens == tokenizer.END_ID).int().argmax(dim=1)  # of the first
+        eos_positions = (tokens == tokenizer.EOS_ID).int().argmax(dim=1)  # of the first
         context, pooled = self.tower(
             self._to_rows(tokens),
             self.num_blocks - self.skipped_blocks,
@@ -423,14 +423,14 @@ class CLIPText(TextEncoder):
 
     Args:
         version: Name in CLIP_CONFIGS; any other selects the config of ViT-L/14.
-        layer: "last"; "pooled" for the vector at the first end token alone, (B, 1, D); "hidden" for
+        layer: "last"; "pooled" for the vector at the first EOS token alone, (B, 1, D); "hidden" for
             the hidden state `layer_idx`, without the final norm.
         layer_idx: Index of the hidden state, -layers - 1 … layers; 0 is the embedding. Only for
             layer "hidden".
         arch: Entries of a transformers config (`hidden_size` …) that replace those of `version`;
             None = no replacements.
         always_return_pooled: Whether to also return a pooled output.
-        always_return_mask: Whether to also return a mask of the tokens up to the first end token.
+        always_return_mask: Whether to also return a mask of the tokens up to the first EOS token.
     """
 
     sd_version = 1

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-START_ID, END_ID = 49406, 49407  # ids of the special tokens
+BOS_ID, EOS_ID = 49406, 49407  # ids of the first and last token of a text
 AddedTokens = Mapping[str, Sequence[int]]  # lower-case token -> its (negative) ids
 NO_TOKENS: AddedTokens = MappingProxyType({})
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -39,14 +39,14 @@ class Variant:
     """A variant of the tokenizer.
 
     Args:
-        start, end: Texts of the special tokens, which prompts may contain.
+        bos, eos: Texts of the tokens at the beginning and the end, which prompts may contain.
         pad_id: Id of the padding token.
         unescapes_html: Whether to also decode HTML entities in texts with "<", which ftfy keeps.
         splits_before_cleaning: Whether to split at special tokens before cleaning, not after.
     """
 
-    start: str
-    end: str
+    bos: str
+    eos: str
     pad_id: int
     unescapes_html: bool
     splits_before_cleaning: bool
@@ -56,26 +56,26 @@ OPEN_CLIP = Variant(
     "<start_of_text>", "<end_of_text>", 0, unescapes_html=True, splits_before_cleaning=False
 )
 CLIP = Variant(
-    "<|startoftext|>", "<|endoftext|>", END_ID, unescapes_html=False, splits_before_cleaning=True
+    "<|startoftext|>", "<|endoftext|>", EOS_ID, unescapes_html=False, splits_before_cleaning=True
 )
 
 
 def tokenize(
     texts: Sequence[str], variant: Variant, length: int = 77, added: AddedTokens = NO_TOKENS
 ) -> Tensor:
-    """Convert texts to token ids (B, length) int64: start token, words, end token, padding.
+    """Convert texts to token ids (B, length) int64: BOS token, words, EOS token, padding.
 
-    Longer texts are truncated, and still end with the end token.
+    Longer texts are truncated, and still end with the EOS token.
     """
     rows = []
     for text in texts:
-        ids = [START_ID, *encode(text, variant, added)[: length - 2], END_ID]
+        ids = [BOS_ID, *encode(text, variant, added)[: length - 2], EOS_ID]
         rows.append(ids + [variant.pad_id] * (length - len(ids)))
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
 
 def encode(text: str, variant: Variant, added: AddedTokens = NO_TOKENS) -> list[int]:
-    """Convert one text to token ids, without start token, end token and padding."""
+    """Convert one text to token ids, without BOS token, EOS token and padding."""
     if added:
         pattern = "|".join(_make_added_patterns(added))
         pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE)
@@ -144,7 +144,7 @@ def _compile_patterns(variant: Variant) -> tuple[Any, Any]:
     """Compile the patterns of words and of special tokens (a group, so that `split` keeps them)."""
     import regex
 
-    specials = f"{regex.escape(variant.start)}|{regex.escape(variant.end)}"
+    specials = f"{regex.escape(variant.bos)}|{regex.escape(variant.eos)}"
     words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
     return regex.compile(f"{specials}|{words}", regex.IGNORECASE), regex.compile(f"({specials})")
 
@@ -152,8 +152,8 @@ def _compile_patterns(variant: Variant) -> tuple[Any, Any]:
 @lru_cache(maxsize=1 << 16)
 def _encode_word(word: str, variant: Variant) -> tuple[int, ...]:
     """Convert a word to token ids: merge its bytes, the pair of the lowest rank first."""
-    if word in (variant.start, variant.end):
-        return (START_ID if word == variant.start else END_ID,)
+    if word in (variant.bos, variant.eos):
+        return (BOS_ID if word == variant.bos else EOS_ID,)
     ids, ranks = load_vocabulary()
     chars = _map_bytes_to_chars()
     symbols = [chars[byte] for byte in word.encode("utf-8")]

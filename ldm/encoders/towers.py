@@ -69,7 +69,7 @@ class TextTower(nn.Module, ABC):
         Args:
             added_embeddings: Vectors of textual inversions, see `embed_tokens`; None = no vectors.
             normalize: Whether the final norm follows.
-            eos_positions: Positions (B,) of the end tokens, whose vectors after all blocks, the
+            eos_positions: Positions (B,) of the EOS tokens, whose vectors after all blocks, the
                 final norm and the projection are the pooled output; None = no pooled output.
             is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None =
                 no token is masked.

@@ -123,7 +123,7 @@ class CLIPScorer:
         length = len(self.clip.positional_embedding)
         tokens = tokenizer.tokenize(prompts, tokenizer.OPEN_CLIP, length)
         tokens = tokens.to(self.clip.text_projection.device)
-        eos_positions = (tokens == tokenizer.END_ID).int().argmax(dim=1)
+        eos_positions = (tokens == tokenizer.EOS_ID).int().argmax(dim=1)
         _, pooled = self.clip(tokens, len(self.clip.blocks), eos_positions=eos_positions)
         assert isinstance(pooled, Tensor)
         return pooled.cpu()

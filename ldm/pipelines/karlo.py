@@ -67,7 +67,7 @@ def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
     """Encode texts for the prior.
 
     Returns:
-        crossattn (B, 77, D): token embeddings, zeros after the end token; vector (B, D): CLIP text
+        crossattn (B, 77, D): token embeddings, zeros after the EOS token; vector (B, D): CLIP text
             embedding.
     """
     model = clip.model
@@ -75,7 +75,7 @@ def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
         raise ArgumentError("the prior needs CLIP's text encoder, which this model does not have")
     tokens = tokenizer.tokenize(texts, tokenizer.CLIP, len(model.positional_embedding))
     tokens = tokens.to(model.positional_embedding.device)  # (B, 77)
-    eos_positions = tokens.argmax(dim=1)  # (B,); the first end token has the greatest id
+    eos_positions = tokens.argmax(dim=1)  # (B,); the first EOS token has the greatest id
     x, text = model(tokens, len(model.blocks), eos_positions=eos_positions)  # (B, 77, D), (B, D)
     mask = torch.arange(x.shape[1], device=x.device) <= eos_positions[:, None]  # (B, 77)
     return Cond(crossattn=x * mask[..., None], vector=text)

@@ -89,8 +89,8 @@ def make_text_config(encoder: TextEncoder) -> JsonObject:
         "hidden_act": _get_activation(block),
         "layer_norm_eps": norm.eps,
         "projection_dim": projection,
-        "bos_token_id": tokenizer.START_ID,
-        "eos_token_id": tokenizer.END_ID,
+        "bos_token_id": tokenizer.BOS_ID,
+        "eos_token_id": tokenizer.EOS_ID,
         "pad_token_id": encoder.tokenizer_variant.pad_id,
     }
 
@@ -166,13 +166,13 @@ def make_tokenizer_files(encoder: TextEncoder) -> JsonObject:
     """Return the files of CLIP's tokenizer, by name, with the padding token of an encoder."""
     ids, ranks = tokenizer.load_vocabulary()
     # transformers uses CLIP's names of these tokens also for open_clip's models.
-    start, end = tokenizer.CLIP.start, tokenizer.CLIP.end
+    bos, eos = tokenizer.CLIP.bos, tokenizer.CLIP.eos
     tokens = {token_id: token for token, token_id in ids.items()}
-    pad = tokens.get(encoder.tokenizer_variant.pad_id, end)
-    specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+    pad = tokens.get(encoder.tokenizer_variant.pad_id, eos)
+    specials = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": pad}
     tokenizer_config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": encoder.length}
     return {
-        "vocab.json": ids | {start: tokenizer.START_ID, end: tokenizer.END_ID},
+        "vocab.json": ids | {bos: tokenizer.BOS_ID, eos: tokenizer.EOS_ID},
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, ranks)]) + "\n",
         "tokenizer_config.json": tokenizer_config | specials | {"do_lower_case": True},
         "special_tokens_map.json": specials,
