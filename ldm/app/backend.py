@@ -121,8 +121,8 @@ class Backend:
         values = {key: value for key, value in values.items() if key not in ADDONS} | addons
         values = {key: value for key, value in values.items() if key not in ignored}
         if values.get("dynamic_prompts"):
-            values["wildcards"] = self.library.find_wildcards()
-        embeddings = self.library.list_embeddings()
+            values["wildcards"] = self.library.find_wildcard_folder()
+        embeddings = self.library.list_embedding_paths()
         return self._set_model_files(task.build_request(values), entry, loras, embeddings)
 
     def generate(self, request: Request, progress: Progress) -> str:
@@ -277,7 +277,7 @@ class Backend:
             zip((names[file] for file in files), weights, strict=True)
         )
         embeddings = _find_by_hashes(
-            info.get("embeddings", ()), self.library.list_embeddings(), "--embedding"
+            info.get("embeddings", ()), self.library.list_embedding_paths(), "--embedding"
         )
         return self._set_model_files(request, entry, loras, embeddings)
 

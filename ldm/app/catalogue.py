@@ -85,7 +85,7 @@ class Catalogue:
     """Models by their name in the folder, and the reason for each skipped checkpoint."""
 
     models: dict[str, CatalogueEntry] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
+    skip_reasons: list[str] = field(default_factory=list)
 
 
 def list_checkpoints(folder: str | Path) -> dict[str, Path]:
@@ -144,7 +144,7 @@ def read_catalogue(folder: str | Path) -> Catalogue:
             catalogue.models[name] = entry
         elif name in in_folder:
             reason = entry.replace(str(path), name)
-            catalogue.skipped.append(reason if f"`{name}" in reason else f"`{name}`: {reason}")
+            catalogue.skip_reasons.append(reason if f"`{name}" in reason else f"`{name}`: {reason}")
     return catalogue
 
 

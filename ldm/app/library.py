@@ -83,7 +83,7 @@ class Library:
         """Return the file of each LoRA by its name."""
         return {name: file for name, (file, _) in self.loras.items()}
 
-    def find_wildcards(self) -> str | None:
+    def find_wildcard_folder(self) -> str | None:
         """Return the folder of wildcards, if there is one."""
         folders = (path for path in self.folder.iterdir() if path.name.lower() == WILDCARD_FOLDER)
         return next((str(path) for path in folders if path.is_dir()), None)
@@ -232,26 +232,26 @@ class Library:
         if entry is not None and task.name in entry.tasks:
             return ""
         titles = " or ".join(FAMILIES[family].title for family in task.families)
-        text = f"{task.title} needs {titles}"
+        reason = f"{task.title} needs {titles}"
         if entry is not None and entry.family:
-            text += f", `{name}` is {FAMILIES[entry.family].title}"
+            reason += f", `{name}` is {FAMILIES[entry.family].title}"
         elif name:
-            text += f", there is no model `{name}`"
+            reason += f", there is no model `{name}`"
         if names := self.list_models(task.name):
-            return f"{text}; available: {', '.join(names)}"
-        return f"{text}; none is available: {_describe_download(task)}"
+            return f"{reason}; available: {', '.join(names)}"
+        return f"{reason}; none is available: {_describe_download(task)}"
 
     def list_skip_reasons(self) -> list[str]:
         """Return, in one line each, why checkpoints in the folder cannot be used."""
-        return read_catalogue(self.folder).skipped
+        return read_catalogue(self.folder).skip_reasons
 
     def inspect(self, name: str | None) -> str:
         """Return the report about a checkpoint in the folder."""
         path = list_checkpoints(self.folder).get(name or "")
         if path is None or path.is_dir():
             return "select a checkpoint"
-        lines = "\n".join(inspect_checkpoint(path).format_lines())
-        return remove_folders(lines, [str(path)])
+        report = "\n".join(inspect_checkpoint(path).format_lines())
+        return remove_folders(report, [str(path)])
 
     def find_model(self, name: str | None, task: Task) -> CatalogueEntry:
         """Return a model by its name.
@@ -304,9 +304,11 @@ class Library:
         return read_catalogue(self.folder).models.get(model or "")
 
     def _read_all_embeddings(self) -> list[Mapping[str, list[Tensor]]]:
-        return [_read_embeddings(file, list_file_stats(file)) for file in self.list_embeddings()]
+        return [
+            _read_embeddings(file, list_file_stats(file)) for file in self.list_embedding_paths()
+        ]
 
-    def list_embeddings(self) -> list[str]:
+    def list_embedding_paths(self) -> list[str]:
         """Return the files of all embeddings."""
         files = [
             str(file) for path in self._additional_embeddings for file in list_embedding_files(path)

@@ -12,7 +12,7 @@ def test_the_demo_model_serves_the_tasks_of_a_text_to_image_model(tmp_path):
     shutil.copy(DEMO, tmp_path / "demo.safetensors")
     catalogue = read_catalogue(tmp_path)
     assert catalogue.models["demo.safetensors"].tasks == ("txt2img", "img2img", "inpaint")
-    assert catalogue.skipped == []
+    assert catalogue.skip_reasons == []
 
 
 def test_a_depth_model_is_listed_without_its_network(families, tmp_path, monkeypatch):
@@ -34,7 +34,7 @@ def test_files_that_are_not_models_are_skipped_with_one_line_each(tmp_path):
     names = ["cut.safetensors", "empty.ckpt", "page.ckpt", "yaml.safetensors"]
     assert list(list_checkpoints(tmp_path)) == names
     reasons = ("damaged", "an empty file", "a web page", "cannot be used")
-    for line, reason in zip(catalogue.skipped, reasons, strict=True):
+    for line, reason in zip(catalogue.skip_reasons, reasons, strict=True):
         assert reason in line
         assert str(tmp_path) not in line
         assert "\n" not in line
@@ -50,8 +50,8 @@ def test_models_in_subfolders_and_diffusers_folders_are_named_by_their_path(tmp_
     assert list(list_checkpoints(tmp_path)) == ["people/a.safetensors", "people/pipeline"]
     catalogue = read_catalogue(tmp_path)
     assert list(catalogue.models) == ["people/a.safetensors"]
-    assert len(catalogue.skipped) == 1
-    assert "`people/pipeline`" in catalogue.skipped[0]
+    assert len(catalogue.skip_reasons) == 1
+    assert "`people/pipeline`" in catalogue.skip_reasons[0]
 
 
 def test_symlinked_files_and_uppercase_suffixes_are_listed(tmp_path):
