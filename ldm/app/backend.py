@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ldm.app.catalogue import CatalogueEntry, check_lora
+from ldm.app.catalog import CatalogEntry, check_lora
 from ldm.app.jobs import MAX_GALLERY_IMAGES
 from ldm.app.library import ADDONS, Library, remove_folders
 from ldm.app.limits import Limits
@@ -210,7 +210,7 @@ class Backend:
     def _set_model_files(
         self,
         request: Request,
-        entry: CatalogueEntry,
+        entry: CatalogEntry,
         loras: Sequence[tuple[str, float | str]],
         embeddings: Sequence[str],
     ) -> Request:

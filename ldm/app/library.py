@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.app.catalogue import (
-    CatalogueEntry,
+from ldm.app.catalog import (
+    CatalogEntry,
     is_lora_compatible,
     list_addons,
     list_checkpoints,
     list_file_stats,
-    read_catalogue,
+    read_catalog,
 )
 from ldm.app.form import DEFAULT_STEPS
 from ldm.generate.lora_tags import add_tagged_loras, remove_tags
@@ -147,7 +147,7 @@ class Library:
             addon_type: A key of ADDONS.
         """
         if addon_type in ADDON_FAMILIES:
-            models = read_catalogue(self.folder).models.items()
+            models = read_catalog(self.folder).models.items()
             family = ADDON_FAMILIES[addon_type]
             return {name: entry.path for name, entry in models if entry.family == family}
         if addon_type != SAFETY_CHECKER:
@@ -167,7 +167,7 @@ class Library:
 
     def list_models(self, task: str | None = None) -> list[str]:
         """Return the names of the models that support a task; None = of all that can be loaded."""
-        models = read_catalogue(self.folder).models
+        models = read_catalog(self.folder).models
         return [name for name, model in models.items() if task is None or task in model.tasks]
 
     def list_checkpoint_names(self) -> list[str]:
@@ -187,9 +187,9 @@ class Library:
             loras.append((name, lora.get("weight", 1.0)))
         return loras
 
-    def find_recorded_model(self, info: JsonMapping, task: Task) -> CatalogueEntry:
+    def find_recorded_model(self, info: JsonMapping, task: Task) -> CatalogEntry:
         """Return the model that made an image, by file name; errors as `find_model`."""
-        models = read_catalogue(self.folder).models.items()
+        models = read_catalog(self.folder).models.items()
         checkpoint = info["checkpoint"]
         files = {name: entry.path for name, entry in models if Path(name).name == checkpoint}
         name = _select_by_hash(files, info["checkpoint_hash"]) or checkpoint
@@ -243,7 +243,7 @@ class Library:
 
     def list_skip_reasons(self) -> list[str]:
         """Return, in one line each, why checkpoints in the folder cannot be used."""
-        return read_catalogue(self.folder).skip_reasons
+        return read_catalog(self.folder).skip_reasons
 
     def inspect(self, name: str | None) -> str:
         """Return the report about a checkpoint in the folder."""
@@ -253,7 +253,7 @@ class Library:
         report = "\n".join(inspect_checkpoint(path).format_lines())
         return remove_folders(report, [str(path)])
 
-    def find_model(self, name: str | None, task: Task) -> CatalogueEntry:
+    def find_model(self, name: str | None, task: Task) -> CatalogEntry:
         """Return a model by its name.
 
         Raises:
@@ -261,7 +261,7 @@ class Library:
         """
         if reason := self.get_unsupported_reason(task, name):
             raise ArgumentError(reason, "ckpt")
-        return read_catalogue(self.folder).models[name or ""]
+        return read_catalog(self.folder).models[name or ""]
 
     def find_addon_files(self, values: Mapping[str, object]) -> dict[str, str]:
         """Return the path of each add-on that an option names.
@@ -300,8 +300,8 @@ class Library:
             files[file] = weight
         return list(files.items())
 
-    def _get_entry(self, model: str | None) -> CatalogueEntry | None:
-        return read_catalogue(self.folder).models.get(model or "")
+    def _get_entry(self, model: str | None) -> CatalogEntry | None:
+        return read_catalog(self.folder).models.get(model or "")
 
     def _read_all_embeddings(self) -> list[Mapping[str, list[Tensor]]]:
         return [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.app.catalogue import list_file_stats
+from ldm.app.catalog import list_file_stats
 from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.addons.lora import set_loras
 from ldm.loading.load import load

@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants, file_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from ldm.app.catalogue import read_catalogue
+from ldm.app.catalog import read_catalog
 from ldm.commands.main import main
 from ldm.loading import published
 from ldm.loading.hub import download_url
@@ -350,7 +350,7 @@ def test_all_programs_find_a_downloaded_file_without_a_connection(
     assert main(["replay", str(tmp_path / "out/samples/00000.png")]) == 0
     assert load_initial_weights(load(ckpt="small"), {"ckpt_path": "small"})
     (tmp_path / "models").mkdir()
-    assert str(read_catalogue(tmp_path / "models").models["a.safetensors"].path) == path
+    assert str(read_catalog(tmp_path / "models").models["a.safetensors"].path) == path
     assert connections == []
 
 

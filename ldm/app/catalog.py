@@ -32,14 +32,14 @@ from ldm.runtime.files import list_files
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "Catalogue",
-    "CatalogueEntry",
+    "Catalog",
+    "CatalogEntry",
     "check_lora",
     "is_lora_compatible",
     "list_addons",
     "list_checkpoints",
     "list_file_stats",
-    "read_catalogue",
+    "read_catalog",
 ]  # fmt: skip
 
 CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors")
@@ -55,7 +55,7 @@ ADDON_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True, eq=False)
-class CatalogueEntry:
+class CatalogEntry:
     """A checkpoint that can be loaded.
 
     Args:
@@ -81,10 +81,10 @@ class CatalogueEntry:
 
 
 @dataclass
-class Catalogue:
+class Catalog:
     """Models by their name in the folder, and the reason for each skipped checkpoint."""
 
-    models: dict[str, CatalogueEntry] = field(default_factory=dict)
+    models: dict[str, CatalogEntry] = field(default_factory=dict)
     skip_reasons: list[str] = field(default_factory=list)
 
 
@@ -119,7 +119,7 @@ def list_addons(folder: str | Path, addon_type: str) -> dict[str, Path]:
     return paths
 
 
-def is_lora_compatible(lora: str | Path, entry: CatalogueEntry) -> bool:
+def is_lora_compatible(lora: str | Path, entry: CatalogEntry) -> bool:
     """Return whether a LoRA has the layers and shapes of a model."""
     return _is_lora_compatible(lora, list_file_stats(lora), entry)
 
@@ -127,25 +127,25 @@ def is_lora_compatible(lora: str | Path, entry: CatalogueEntry) -> bool:
 def check_lora(lora: str | Path, checkpoint: Path) -> None:
     """Raise the error that loading reports for a LoRA that does not fit a model."""
     entry = _read_entry(checkpoint, list_file_stats(checkpoint))
-    if isinstance(entry, CatalogueEntry) and not is_lora_compatible(lora, entry):
+    if isinstance(entry, CatalogEntry) and not is_lora_compatible(lora, entry):
         _read_lora(lora, entry)
 
 
-def read_catalogue(folder: str | Path) -> Catalogue:
+def read_catalog(folder: str | Path) -> Catalog:
     """Return the models in a folder, and published ones elsewhere on this machine.
 
     Files are read again only when they change.
     """
-    catalogue, in_folder = Catalogue(), list_checkpoints(folder)
+    catalog, in_folder = Catalog(), list_checkpoints(folder)
     published = filter(None, map(find_on_disk, read_published_files().values()))
     for name, path in ({path.name: path for path in published} | in_folder).items():
         entry = _read_entry(path, list_file_stats(path))
-        if isinstance(entry, CatalogueEntry):
-            catalogue.models[name] = entry
+        if isinstance(entry, CatalogEntry):
+            catalog.models[name] = entry
         elif name in in_folder:
             reason = entry.replace(str(path), name)
-            catalogue.skip_reasons.append(reason if f"`{name}" in reason else f"`{name}`: {reason}")
-    return catalogue
+            catalog.skip_reasons.append(reason if f"`{name}" in reason else f"`{name}`: {reason}")
+    return catalog
 
 
 def list_file_stats(path: str | Path | None) -> tuple[tuple[str, int, int], ...]:
@@ -159,7 +159,7 @@ def list_file_stats(path: str | Path | None) -> tuple[tuple[str, int, int], ...]
 
 
 @lru_cache(maxsize=256)
-def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
+def _read_entry(path: Path, stats: object) -> CatalogEntry | str:
     """Return the entry of a checkpoint, or one line that says why it cannot be used.
 
     Args:
@@ -172,7 +172,7 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
         return str(error).splitlines()[0]
 
 
-def _build_entry(path: Path) -> CatalogueEntry:
+def _build_entry(path: Path) -> CatalogEntry:
     sidecar = path.with_suffix(".yaml")
     config = sidecar if sidecar.is_file() and path.is_file() else None
     weights = identify_weights(open_checkpoint(path))
@@ -196,7 +196,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
         defaults = variant.resolve_defaults(defaults, has_scheduler=has_scheduler)
         image_size = VARIANTS[variant.name].sdxl_image_size if is_sdxl else image_size
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
-    return CatalogueEntry(
+    return CatalogEntry(
         path=path,
         config=config,
         tasks=tasks,
@@ -224,7 +224,7 @@ def _get_downscale_factor(vae: nn.Module) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _is_lora_compatible(lora: str | Path, stats: object, entry: CatalogueEntry) -> bool:
+def _is_lora_compatible(lora: str | Path, stats: object, entry: CatalogEntry) -> bool:
     try:
         _read_lora(lora, entry)
     except WeightsMismatch:
@@ -234,6 +234,6 @@ def _is_lora_compatible(lora: str | Path, stats: object, entry: CatalogueEntry) 
     return True
 
 
-def _read_lora(lora: str | Path, entry: CatalogueEntry) -> None:
+def _read_lora(lora: str | Path, entry: CatalogEntry) -> None:
     model = cast(LatentDiffusion, build_on_meta(entry.spec, where=entry.path.name))
     read_loras(model, [(lora, 1.0)])

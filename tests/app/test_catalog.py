@@ -1,25 +1,25 @@
-"""Catalogue: the models and add-ons of a folder, found without loading them."""
+"""Catalog: the models and add-ons of a folder, found without loading them."""
 
 import shutil
 from pathlib import Path
 
-from ldm.app.catalogue import list_addons, list_checkpoints, read_catalogue
+from ldm.app.catalog import list_addons, list_checkpoints, read_catalog
 
 DEMO = Path(__file__).parents[2] / "checkpoints/demo.safetensors"
 
 
 def test_the_demo_model_serves_the_tasks_of_a_text_to_image_model(tmp_path):
     shutil.copy(DEMO, tmp_path / "demo.safetensors")
-    catalogue = read_catalogue(tmp_path)
-    assert catalogue.models["demo.safetensors"].tasks == ("txt2img", "img2img", "inpaint")
-    assert catalogue.skip_reasons == []
+    catalog = read_catalog(tmp_path)
+    assert catalog.models["demo.safetensors"].tasks == ("txt2img", "img2img", "inpaint")
+    assert catalog.skip_reasons == []
 
 
 def test_a_depth_model_is_listed_without_its_network(families, tmp_path, monkeypatch):
     for file in families["depth"]:
         shutil.copy(file, tmp_path)
     monkeypatch.setattr("ldm.encoders.depth._build_backbone", None)
-    assert read_catalogue(tmp_path).models["depth.safetensors"].tasks == ("depth2img",)
+    assert read_catalog(tmp_path).models["depth.safetensors"].tasks == ("depth2img",)
 
 
 def test_files_that_are_not_models_are_skipped_with_one_line_each(tmp_path):
@@ -29,12 +29,12 @@ def test_files_that_are_not_models_are_skipped_with_one_line_each(tmp_path):
     (tmp_path / "README.md").write_text("no checkpoint")
     shutil.copy(DEMO, tmp_path / "yaml.safetensors")
     (tmp_path / "yaml.yaml").write_text("5")
-    catalogue = read_catalogue(tmp_path)
-    assert catalogue.models == {}
+    catalog = read_catalog(tmp_path)
+    assert catalog.models == {}
     names = ["cut.safetensors", "empty.ckpt", "page.ckpt", "yaml.safetensors"]
     assert list(list_checkpoints(tmp_path)) == names
     reasons = ("damaged", "an empty file", "a web page", "cannot be used")
-    for line, reason in zip(catalogue.skip_reasons, reasons, strict=True):
+    for line, reason in zip(catalog.skip_reasons, reasons, strict=True):
         assert reason in line
         assert str(tmp_path) not in line
         assert "\n" not in line
@@ -48,10 +48,10 @@ def test_models_in_subfolders_and_diffusers_folders_are_named_by_their_path(tmp_
     (unet.parent / "model_index.json").write_text("{}")
     shutil.copy(DEMO, unet / "model.safetensors")
     assert list(list_checkpoints(tmp_path)) == ["people/a.safetensors", "people/pipeline"]
-    catalogue = read_catalogue(tmp_path)
-    assert list(catalogue.models) == ["people/a.safetensors"]
-    assert len(catalogue.skip_reasons) == 1
-    assert "`people/pipeline`" in catalogue.skip_reasons[0]
+    catalog = read_catalog(tmp_path)
+    assert list(catalog.models) == ["people/a.safetensors"]
+    assert len(catalog.skip_reasons) == 1
+    assert "`people/pipeline`" in catalog.skip_reasons[0]
 
 
 def test_symlinked_files_and_uppercase_suffixes_are_listed(tmp_path):
