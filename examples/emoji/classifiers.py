@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]  # metadata of an image: a line of `metadata.jsonl`
 
 WEIGHTS_PATH = Path("logs/classifiers.pt")
+PALETTE = torch.tensor(list(COLORS.values())) / 127.5 - 1  # backgrounds, (colors, 3) in [-1, 1]
 # Height and width in pixels
 INPUT_SIDE = 64  # of the input of a classifier
 DRAWING_SIDE = 52  # of the drawing in the input, as in the training of the diffusion model
@@ -139,10 +140,10 @@ class EmojiClassifiers:
         )
         classes = {"objects": classifiers.objects, "styles": classifiers.styles}
         if path.exists():
-            content = torch.load(path, weights_only=True)
-            if content.get("classes") != classes:
+            checkpoint = torch.load(path, weights_only=True)
+            if checkpoint.get("classes") != classes:
                 raise SystemExit(f"{path} has classifiers of other objects or styles: move it away")
-            networks.load_state_dict(content["state"])
+            networks.load_state_dict(checkpoint["state"])
         else:
             classifiers.train_objects(folder, steps)
             classifiers.train_styles(folder, steps)
@@ -154,14 +155,14 @@ class EmojiClassifiers:
     def train_objects(self, folder: ImageFolder, steps: int) -> None:
         """Train the classifier of objects on full images of the training split at half size."""
         objects = set(self.objects)
-        indices = _find_training_rows(folder, lambda row: row["object"] in objects)
+        indices = _list_training_indices(folder, lambda row: row["object"] in objects)
         drawings = [_load_drawings(folder, indices, side) for side in TRAINING_DRAWING_SIDES]
         labels, _ = self.get_labels([folder.rows[k] for k in indices])
         _train(self.object_classifier, partial(_augment_full, drawings), labels, steps, "objects")
 
     def train_styles(self, folder: ImageFolder, steps: int) -> None:
         """Train the classifier of styles on patches of images of the training split."""
-        indices = _find_training_rows(folder, lambda row: True)
+        indices = _list_training_indices(folder, lambda row: True)
         labels = torch.tensor([self.styles.index(folder.rows[k]["style"]) for k in indices])
         drawings = _load_drawings(folder, indices, PATCHED_DRAWING_SIDE)
         _train(self.style_classifier, partial(_augment_patches, drawings), labels, steps, "styles")
@@ -270,8 +271,7 @@ def classify_background(image: Tensor) -> list[str]:
     mask = torch.ones(image.shape[-2:], dtype=torch.bool)
     mask[width:-width, width:-width] = False
     border = image[:, :, mask].median(dim=2).values  # (B, 3)
-    palette = torch.tensor(list(COLORS.values())) / 127.5 - 1  # (colors, 3)
-    nearest = torch.cdist(border, palette).argmin(dim=1)
+    nearest = torch.cdist(border, PALETTE).argmin(dim=1)
     return [list(COLORS)[k] for k in nearest.tolist()]
 
 
@@ -285,7 +285,7 @@ def _load_drawings(folder: ImageFolder, indices: Sequence[int], side: int) -> Te
     return drawings
 
 
-def _find_training_rows(folder: ImageFolder, is_used: Callable[[Row], bool]) -> list[int]:
+def _list_training_indices(folder: ImageFolder, is_used: Callable[[Row], bool]) -> list[int]:
     rows = enumerate(folder.rows)
     return [k for k, row in rows if row["split"] == "train" and is_used(row)]
 
@@ -341,10 +341,9 @@ def _augment_patches(drawings: Tensor, indices: Tensor, generator: torch.Generat
 
 
 def _composite_on_random_colors(drawings: Tensor, generator: torch.Generator) -> Tensor:
-    """Composite drawings (B, 4, h, w) on random colors of COLORS: (B, 3, h, w)."""
-    palette = torch.tensor(list(COLORS.values())) / 127.5 - 1
-    indices = torch.randint(len(palette), (len(drawings),), generator=generator)
-    return _composite(drawings, palette[indices])
+    """Composite drawings (B, 4, h, w) on random colors of PALETTE: (B, 3, h, w)."""
+    indices = torch.randint(len(PALETTE), (len(drawings),), generator=generator)
+    return _composite(drawings, PALETTE[indices])
 
 
 def _composite(drawings: Tensor, colors: Tensor) -> Tensor:

@@ -243,8 +243,8 @@ class DPM_Solver:
             raise ValueError(
                 f"skip_type must be logSNR, time_uniform or time_quadratic, got `{skip_type}`"
             )
-        first, last = self.noise_schedule.marginal_lambda(torch.tensor([t_T, t_0])).tolist()
-        lambdas = torch.linspace(first, last, N + 1, device=device)
+        lambda_T, lambda_0 = self.noise_schedule.marginal_lambda(torch.tensor([t_T, t_0])).tolist()
+        lambdas = torch.linspace(lambda_T, lambda_0, N + 1, device=device)
         return self.noise_schedule.inverse_lambda(lambdas)
 
     def get_orders_and_timesteps_for_singlestep_solver(

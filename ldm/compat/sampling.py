@@ -332,7 +332,7 @@ class BaseDDIMSampler(Sampler):
 
         Args:
             timesteps: Number of timesteps, of which the lowest are returned; None = all. As in the
-                original, one timestep less is returned unless `use_original_steps`.
+                original, one fewer is returned unless `use_original_steps`.
             use_original_steps: Whether to choose from all timesteps of the model, not from those of
                 `make_schedule`; `timesteps` may then be an array of timesteps.
         """

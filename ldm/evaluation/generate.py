@@ -85,13 +85,13 @@ def write_prompts(out: Path, lines: Sequence[str]) -> Path:
     """
     path = out / "prompts.txt"
     if path.is_file():
-        recorded = read_text(path).splitlines()
-        count = min(len(recorded), len(lines))
-        if recorded[:count] != list(lines[:count]):
+        existing_lines = read_text(path).splitlines()
+        count = min(len(existing_lines), len(lines))
+        if existing_lines[:count] != list(lines[:count]):
             raise ArgumentError(
                 f"{out} has images of other prompts, choose another folder", "outdir"
             )
-        if recorded == list(lines):
+        if existing_lines == list(lines):
             return path
     out.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as partial:
@@ -211,7 +211,7 @@ def _record_options(settings: Sequence[Setting], out: Path) -> None:
             if changed:
                 name = changed[0]
                 option = setting.request.task.options.get(name)
-                default = option and option.default
+                default = None if option is None else option.default
                 old, new = recorded.get(name, default), options.get(name, default)
                 message = f"{path.parent} has images with {name} {old}, not {new}"
                 raise ArgumentError(f"{message}: choose another folder", name)

@@ -84,7 +84,7 @@ def test_the_gallery_separates_style_from_object(folder, prompts, images):
     assert style_is_right.tolist() == [row["style"] == "noto" for row in prompts]
 
 
-def test_judges_are_trained_once_and_loaded_again(folder, tmp_path):
+def test_classifiers_are_trained_once_and_loaded_again(folder, tmp_path):
     path = tmp_path / "classifiers.pt"
     classifiers = EmojiClassifiers.load_or_train(folder, path, steps=1)
     image = torch.zeros(2, 3, 128, 128)

@@ -14,7 +14,7 @@ FLAGS = ["--data", str(EMOJI), "--count", "4", "--steps", "1", "--batch", "4"]
 
 
 @pytest.fixture
-def judges_path(monkeypatch, tmp_path):
+def classifiers_path(monkeypatch, tmp_path):
     """Path of a file of classifiers, which are not trained."""
     for name in ("train_objects", "train_styles"):
         monkeypatch.setattr(EmojiClassifiers, name, lambda *args: None)
@@ -24,9 +24,18 @@ def judges_path(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_images_of_all_scales_are_made_once_and_scored(judges_path, tmp_path, capsys):
+def test_images_of_all_scales_are_made_once_and_scored(classifiers_path, tmp_path, capsys):
     out = tmp_path / "out"
-    flags = [*FLAGS, "--scales", "1.5", "2", "--classifiers", str(judges_path), "--out", str(out)]
+    flags = [
+        *FLAGS,
+        "--scales",
+        "1.5",
+        "2",
+        "--classifiers",
+        str(classifiers_path),
+        "--out",
+        str(out),
+    ]
     evaluate_scales.main(flags)
     table = capsys.readouterr().out
     paths = [out / f"demo-ddim-1-{scale}.json" for scale in ("1.5", "2")]
