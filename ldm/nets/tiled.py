@@ -53,7 +53,7 @@ def apply_tiled(
 
 
 def _get_tile_indices(length: int, tile_size: int, is_circular: bool) -> list[Tensor]:
-    """Return the indices of each tile along one axis, (min(tile, length),) each."""
+    """Return the indices of each tile along one axis, (min(length, tile_size),) each."""
     if length <= tile_size:
         return [torch.arange(length)]
     stride = max(tile_size * 3 // 4, 1)

@@ -43,8 +43,8 @@ def dpm_fast(
     sigma_start, sigma_end = _get_sigma_range(sigmas)
     if sigma_start == sigma_end:
         return euler(denoise, x, sigmas, callback=callback, constrain=constrain)
-    evaluations = len(sigmas) - 1
-    full_steps, remainder = divmod(evaluations, 3)
+    num_evaluations = len(sigmas) - 1
+    full_steps, remainder = divmod(num_evaluations, 3)
     orders = [3] * full_steps + [remainder] if remainder else [3] * (full_steps - 1) + [2, 1]
     log_sigmas = torch.linspace(
         math.log(sigma_start), math.log(sigma_end), len(orders) + 1, dtype=torch.float64
@@ -59,9 +59,9 @@ def dpm_fast(
         if order == 1:
             x = x + slope * (sigma_down - sigma)
         elif order == 2:
-            x, _ = _step_second_order(denoise, x, sigma, sigma_down, slope, 1 / 2)
+            x, _ = _step_order_2(denoise, x, sigma, sigma_down, slope, 1 / 2)
         else:
-            _, x = _step_third_order(denoise, x, sigma, sigma_down, slope)
+            _, x = _step_orders_2_and_3(denoise, x, sigma, sigma_down, slope)
         if noise_source:
             x = x + noise_source(x) * sigma_up
         if callback:
@@ -111,19 +111,19 @@ def dpm_adaptive(
         sigma_down, sigma_up = _get_bounded_ancestral_step(sigma, sigma_next, sigma_end, eta)
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
-        x_low, x_high = _step_third_order(denoise, x, sigma, sigma_down, slope)
+        x_low, x_high = _step_orders_2_and_3(denoise, x, sigma, sigma_down, slope)
         tolerance = (rtol * torch.maximum(x_low.abs(), x_prev.abs())).clamp(min=atol)
         error = float(((x_low - x_high) / tolerance).square().mean().sqrt())
         if not math.isfinite(error):  # shorter steps would not help
             return x_high
         inverse_errors = [1 / (error + 1e-8), *(inverse_errors or [1 / (error + 1e-8)] * 2)]
-        factor = math.prod(
+        h_factor = math.prod(
             inverse_error ** (exponent / error_order)
             for inverse_error, exponent in zip(inverse_errors, exponents, strict=True)
         )
-        factor = 1 + math.atan(factor - 1)  # between 0.2 and 2.6
-        h *= factor
-        if factor < accept_safety:
+        h_factor = 1 + math.atan(h_factor - 1)  # between 0.2 and 2.6
+        h *= h_factor
+        if h_factor < accept_safety:
             inverse_errors = inverse_errors[1:]
             continue
         inverse_errors = inverse_errors[:2]
@@ -156,7 +156,7 @@ def _get_bounded_ancestral_step(
     return sigma_down, math.sqrt(max(sigma_next**2 - sigma_down**2, 0.0))
 
 
-def _step_second_order(
+def _step_order_2(
     denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, slope: Tensor, fraction: float
 ) -> tuple[Tensor, Tensor]:
     """Return x at sigma_next, and the change of the slope up to `fraction` of the step.
@@ -171,7 +171,7 @@ def _step_second_order(
     return x, change
 
 
-def _step_third_order(
+def _step_orders_2_and_3(
     denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return x at sigma_next by steps of order 2 and 3, which share an evaluation.
@@ -179,7 +179,7 @@ def _step_third_order(
     DPM-Solver-3 with r_1 = 1/3 and r_2 = 2/3, and DPM-Solver-2 with r_1.
     """
     h = compute_log_ratio(sigma, sigma_next)
-    x_second, change = _step_second_order(denoise, x, sigma, sigma_next, slope, 1 / 3)
+    x_second, change = _step_order_2(denoise, x, sigma, sigma_next, slope, 1 / 3)
     sigma_mid = sigma * math.exp(-2 / 3 * h)
     phi_2 = math.expm1(2 / 3 * h) / (2 / 3 * h) - 1
     x_mid = x + slope * (sigma_mid - sigma) - 2 * (sigma_mid * phi_2) * change

@@ -161,9 +161,9 @@ def restart(
 ) -> Tensor:
     """Sample by Heun's method with restarts from sigma 0.1 back to 2 (arXiv:2306.14878).
 
-    As in A1111: from 20 steps on, only the first and last sigma and the number of steps are used.
-    Sigmas are Karras', with one restart, or two from 36 steps on. With fewer than 20 steps there is
-    no restart.
+    As in A1111: from 20 steps on, only the first and last sigma and the number of steps are used;
+    levels are those of Karras et al., with one restart, or two from 36 steps on. With fewer than 20
+    steps there is no restart.
     """
     steps_done, sigma = 0, math.inf
     for levels in _split_at_restarts(sigmas.tolist()):
