@@ -396,7 +396,7 @@ class _SampleDropper:
         replaced = [replacement if is_dropped else sample for sample, is_dropped in masked]
         if "mutating-legacy-ucg" not in self.legacy:
             return samples, replaced
-        # As in sgm, the next encoder with this key draws again, and drops replaced samples, too.
+        # As in sgm, the next encoder with this key draws again, and may drop replaced samples.
         del self.uniform_draws[encoder.key]
         return replaced, replaced
 

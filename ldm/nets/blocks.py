@@ -74,7 +74,7 @@ class UpsampleConv2d(Conv2d):
     """A convolution after nearest-neighbor upsampling by 2."""
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Convolve `upsample_nearest(x, size)`, for x (B, C, h, w); see there for `size`."""
+        """Convolve `upsample_nearest(x, size)` of x (B, C, h, w); `size` as in that function."""
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
             # One wrapped pixel of x becomes two of the output, which are cropped as in Conv2d.

@@ -1,4 +1,4 @@
-"""Adapters other than plain LoRA, as in LyCORIS, to be merged into weights.
+"""LyCORIS adapters other than plain LoRA, to be merged into weights.
 
     LoCon, Tucker form   W + s up mid down                    arXiv:2309.14859
     LoHa                 W + s (a1 b1) * (a2 b2)              arXiv:2108.06098
@@ -105,7 +105,7 @@ def is_adapter(names: Iterable[str]) -> bool:
 
 def _find_adapter_type(names: Iterable[str]) -> "_AdapterType | None":
     names = set(names) - set(MAGNITUDE_NAMES)
-    return next((adapter for adapter in ADAPTER_TYPES if adapter.matches(names)), None)
+    return next((each for each in ADAPTER_TYPES if each.matches(names)), None)
 
 
 def _build_unchecked(
@@ -272,17 +272,17 @@ class _AdapterType:
 
 
 _LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
-_low_rank = partial(_AdapterDelta, _compute_low_rank)
-_hadamard = partial(_AdapterDelta, _compute_hadamard)
-_kronecker = partial(_AdapterDelta, _compute_kronecker)
+_build_low_rank = partial(_AdapterDelta, _compute_low_rank)
+_build_hadamard = partial(_AdapterDelta, _compute_hadamard)
+_build_kronecker = partial(_AdapterDelta, _compute_kronecker)
 ADAPTER_TYPES = (
-    _AdapterType(_low_rank, "up down", "mid"),
-    _AdapterType(_hadamard, _LOHA),
-    _AdapterType(_hadamard, f"{_LOHA} hada_t1 hada_t2"),
-    _AdapterType(_kronecker, "lokr_w1 lokr_w2"),
-    _AdapterType(_kronecker, "lokr_w1_a lokr_w1_b lokr_w2"),
-    _AdapterType(_kronecker, "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2"),
-    _AdapterType(_kronecker, "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t2"),
+    _AdapterType(_build_low_rank, "up down", "mid"),
+    _AdapterType(_build_hadamard, _LOHA),
+    _AdapterType(_build_hadamard, f"{_LOHA} hada_t1 hada_t2"),
+    _AdapterType(_build_kronecker, "lokr_w1 lokr_w2"),
+    _AdapterType(_build_kronecker, "lokr_w1_a lokr_w1_b lokr_w2"),
+    _AdapterType(_build_kronecker, "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2"),
+    _AdapterType(_build_kronecker, "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t2"),
     *(_AdapterType(partial(_AdapterDelta, _get_difference), name) for name in DIFFERENCE_NAMES),
     _AdapterType(partial(_WeightTransform, _scale_rows_or_columns), "weight"),
     _AdapterType(partial(_WeightTransform, _transform_by_glora), " ".join(GLORA_NAMES)),
