@@ -47,6 +47,10 @@ class GoldenFile:
     def case(self, name: str) -> dict[str, Any]:
         return next(case for case in self.cases if case["name"] == name)
 
+    def info(self, case: str) -> dict[str, Any]:
+        """Return the arguments and seeds of a case."""
+        return self.case(case)["info"]
+
     def assert_close(self, case: str, **outputs: Any) -> None:
         """Allow 1e-4 of the largest value, and ten times the original's own rounding errors."""
         rounding = self.case(case).get("noise_mkldnn_off_1thread", {})

@@ -1,7 +1,7 @@
 """Weights computed from the names of parameters, so that golden files need not hold them.
 
 Every floating tensor with a dimension gets z = randn(shape) from a CPU generator seeded with
-crc32("SALT|KEY"), scaled by what its name says it is. `UNCHANGED_BUFFERS` keep their value.
+crc32("SALT|KEY"), scaled according to its name. `UNCHANGED_BUFFERS` keep their value.
 """
 
 import math
@@ -57,8 +57,8 @@ def fill_on_demand(network: nn.Module, salt: str, prefix: str = "") -> None:
     """Give each layer of a network on the meta device its weights only while it runs."""
 
     def add_weights(layer: nn.Module, inputs: object, *, prefix: str) -> None:
-        own = {key: value for key, value in layer.state_dict().items() if "." not in key}
-        layer.load_state_dict(fill(own, salt, prefix), strict=False, assign=True)
+        state = {key: value for key, value in layer.state_dict().items() if "." not in key}
+        layer.load_state_dict(fill(state, salt, prefix), strict=False, assign=True)
 
     def remove_weights(layer: nn.Module, inputs: object, output: object) -> None:
         layer.to("meta")

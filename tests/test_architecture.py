@@ -25,7 +25,7 @@ LAYERS = {
     "scripts": 7,
 }  # fmt: skip
 
-# Third-party packages, modules that open connections, and who alone may import them.
+# Third-party packages, modules that open connections, and the only modules that may import them.
 IMPORTERS = {
     "gradio": ["scripts.app", "ldm.app"],
     "open_clip": ["ldm.encoders", "ldm.compat.encoders"],

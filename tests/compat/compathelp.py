@@ -102,7 +102,7 @@ def build_recorded_model(name, config_key="config"):
 def get_kwargs(golden: GoldenFile, case: str):
     """Return the keyword arguments of a recorded call of `sample`, tensors included."""
     shared = golden.select("shared/")
-    kwargs = dict(golden.case(case)["info"]["kwargs"])
+    kwargs = dict(golden.info(case)["kwargs"])
     names = {"conditioning": "c", "unconditional_conditioning": "uc"}
     for key, value in kwargs.items():
         if value == "tensor/struct":

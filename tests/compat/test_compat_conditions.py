@@ -20,7 +20,7 @@ COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 def test_low_resolution_images_equal_the_recorded_ones():
     golden = load_golden("low_scale_model")
     inputs, expected = golden.inputs("image"), golden.outputs("image")
-    seeds = golden.case("image")["info"]["seeds"]
+    seeds = golden.info("image")["seeds"]
     model = ImageConcatWithNoiseAugmentation(noise_schedule_config=LINEAR, max_noise_level=350)
     assert len(model.state_dict()) == 8
     torch.manual_seed(seeds[0])
@@ -48,7 +48,7 @@ def test_noised_embeddings_equal_the_recorded_ones(case, tmp_path):
     model = CLIPEmbeddingNoiseAugmentation(COSINE, clip_stats_path=path, timestep_dim=24)
     assert model.time_embed.dim == 24
     assert_close(model.scale(inputs["emb"]), expected["scaled"], 1e-6)
-    levels, seeds = {"": inputs["noise_level"], "_none": None}, golden.case(case)["info"]["seeds"]
+    levels, seeds = {"": inputs["noise_level"], "_none": None}, golden.info(case)["seeds"]
     for (name, level), seed in zip(levels.items(), seeds, strict=True):
         torch.manual_seed(seed)
         z, embedding = model(inputs["emb"], noise_level=level)

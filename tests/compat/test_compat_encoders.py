@@ -69,7 +69,7 @@ def test_image_embeddings_equal_the_recorded_ones():
 def test_class_embedding_equals_the_recorded_one():
     golden = load_golden("misc_cond")
     state, inputs = golden.select("state_dict/class_embedder/"), golden.inputs("class_embedder")
-    expected, info = golden.outputs("class_embedder"), golden.case("class_embedder")["info"]
+    expected, info = golden.outputs("class_embedder"), golden.info("class_embedder")
     encoder = ClassEmbedder(*reversed(state["embedding.weight"].shape), ucg_rate=info["ucg_rate"])
     encoder.load_state_dict(state)
     assert torch.equal(encoder(inputs, disable_dropout=True), expected["plain"])

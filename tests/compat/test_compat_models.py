@@ -187,7 +187,7 @@ def test_steps_of_the_optimizer_and_the_ema_equal_the_recorded_ones():
 def test_batches_are_encoded_as_recorded(name, case):
     """Observed error: 1e-6 of the largest value."""
     golden = load_golden(name)
-    info, inputs = golden.case(case)["info"], golden.inputs(case)
+    info, inputs = golden.info(case), golden.inputs(case)
     image = load_golden("get_input_more").tensors["shared/jpg"]
     batch = {"txt": info["txt"], "jpg": image, **inputs}
     if case == "inpaint":
@@ -311,7 +311,7 @@ def test_models_have_the_attributes_that_third_party_code_reads():
 )
 def test_losses_of_the_autoencoder_equal_the_recorded_ones(case):
     golden = load_golden("ae_loss")
-    info, shared = golden.case(case)["info"], golden.select("shared/")
+    info, shared = golden.info(case), golden.select("shared/")
     config = golden.meta["config_vae"]
     model = build_model(config, lossconfig={"target": "torch.nn.Identity"})
     loss_module = LPIPSWithDiscriminator(**info["loss_params"])

@@ -47,7 +47,7 @@ def list_cases(*names):
 @pytest.mark.parametrize(("name", "case"), list_cases("ddim_eps", "ddim_v", "plms_eps", "plms_v"))
 def test_trajectories_equal_the_recorded_ones(name, case):
     golden, build = load_golden(name), DDIMSampler if name.startswith("ddim") else PLMSSampler
-    info, sampler = golden.case(case)["info"], build(build_recorded_model(name))
+    info, sampler = golden.info(case), build(build_recorded_model(name))
     torch.manual_seed(info["seed_before"])
     samples, intermediates = sampler.sample(info["S"], 2, SHAPE, **get_kwargs(golden, case))
     stacked = {name: torch.stack(tensors) for name, tensors in intermediates.items()}
@@ -91,7 +91,7 @@ def test_a_step_count_that_runs_past_the_last_timestep_fails_as_in_the_original(
 @pytest.mark.parametrize(("name", "case"), list_cases("dpm_eps", "dpm_v"))
 def test_dpm_solver_equals_the_recorded_runs(name, case, monkeypatch):
     golden, model, times = load_golden(name), build_recorded_model(name), []
-    info, apply_model = golden.case(case)["info"], model.apply_model
+    info, apply_model = golden.info(case), model.apply_model
 
     def record_time(x, t, c):
         times.append(float(t[0]))

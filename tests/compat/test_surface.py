@@ -11,10 +11,10 @@ from ldm.compat.names import MODULES
 SURFACE = {**TIER_1, **TIER_2}
 
 
-def is_same_default(ours, theirs):
-    if isinstance(theirs, (list, tuple)):
-        return list(ours) == list(theirs)
-    return ours == theirs
+def is_same_default(actual, expected):
+    if isinstance(expected, (list, tuple)):
+        return list(actual) == list(expected)
+    return actual == expected
 
 
 def assert_signature(function, text, name):

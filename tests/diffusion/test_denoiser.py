@@ -84,7 +84,7 @@ SCALINGS = {
 def test_scalings_are_the_recorded_ones(name):
     golden = load_golden("sdxl_denoiser")
     (parameterization, schedule), sigma = SCALINGS[name], golden.inputs(name)["sigma"]
-    params = golden.case(name)["info"]["params"]
+    params = golden.info(name)["params"]
     c_skip, c_out = get_scalings(parameterization, sigma, **params)
     expected = golden.outputs(name)
     torch.testing.assert_close(c_skip, expected["c_skip"])

@@ -50,7 +50,7 @@ LEGACY_STEPS = Quirks(frozenset({"steps"}))
 
 def replay(golden: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler: str = "uniform"):
     """Replay a recorded case; return its outputs, with x scaled to z_t, the initial one first."""
-    info = golden.case(name)["info"]
+    info = golden.info(name)
     kwargs, shared = info["kwargs"], golden.select("shared/")
     draws = sorted(golden.select(f"{name}/rng/").items())
     inpainting_noise = iter([value for key, value in draws if key.endswith("randn_like")])
@@ -117,7 +117,7 @@ def test_dpm_gives_the_recorded_samples_at_the_recorded_times(parameterization, 
     denoiser = load_denoiser(f"dpm_{parameterization}")
     outputs = replay(golden, name, dpmpp_2m, denoiser, scheduler="time_uniform")
     golden.assert_close(name, samples=outputs["samples"])
-    steps = golden.case(name)["info"]["S"]
+    steps = golden.info(name)["S"]
     t = denoiser.schedule.sigma_to_t(denoiser.schedule.get_step_sigmas(steps, "time_uniform")[:-1])
     torch.testing.assert_close(t, golden.outputs(name)["model_times"].double(), rtol=0, atol=1e-3)
 

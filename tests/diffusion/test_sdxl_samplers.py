@@ -60,7 +60,7 @@ def get_class_name(config: dict) -> str:
 @pytest.mark.parametrize("name", slow_except(CASES, *QUICK_CASES))
 def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: str) -> None:
     golden, _ = load_golden_and_unet()
-    info, draws = golden.case(name)["info"], iter(golden.draws(name))
+    info, draws = golden.info(name), iter(golden.draws(name))
     steps = info["num_steps"] or info["num_steps_at_call"]
     denoiser = make_denoiser(info["denoiser"])
     is_edm = get_class_name(info["discretization"]) == "EDMDiscretization"
@@ -95,7 +95,7 @@ def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: 
 def test_turbo_sampling_equals_the_recorded_one(steps: int) -> None:
     golden, _ = load_golden_and_unet()
     name = f"turbo_{steps}"
-    seed = golden.case(name)["info"]["seed"]
+    seed = golden.info(name)["seed"]
     shape = (1, 4, 8, 8)
     arrays = (np.random.RandomState(seed + k).randn(*shape) for k in range(9))
     noise = (torch.from_numpy(array).float() for array in arrays)

@@ -14,9 +14,9 @@ OPEN_CLIP_ARCH = {
     "embed_dim": 24, "text_cfg": {"vocab_size": 49408, "width": 32, "heads": 4, "layers": 3},
 }  # fmt: skip
 # Options of encoders, by recorded output.
-CLIP_OUTPUTS = {"last": {}, "pooled": {"layer": "pooled"}}
-for output, layer_idx in {"m2": -2, "m1": -1, "0": 0, "1": 1}.items():
-    CLIP_OUTPUTS[f"hidden_{output}"] = {"layer": "hidden", "layer_idx": layer_idx}
+HIDDEN_LAYERS = {"hidden_m2": -2, "hidden_m1": -1, "hidden_0": 0, "hidden_1": 1}
+CLIP_OUTPUTS = {name: {"layer": "hidden", "layer_idx": k} for name, k in HIDDEN_LAYERS.items()}
+CLIP_OUTPUTS |= {"last": {}, "pooled": {"layer": "pooled"}}
 OPEN_CLIP_OUTPUTS = {layer: {"layer": layer} for layer in ("penultimate", "last")}
 
 

@@ -155,7 +155,7 @@ def test_full_size_depth_equals_the_recorded_one(case):
         warnings.simplefilter("ignore")
         encoder = MiDaSDepth()
     encoder.load_state_dict(golden.weights(encoder.state_dict()), assign=True)
-    info = golden.case(case)["info"]
+    info = golden.info(case)
     x = F.interpolate(golden.inputs(case)["small"], (info["h"], info["w"]), mode="bilinear")
     with torch.no_grad():
         depth_map = encoder.eval().run_network(x)

@@ -26,7 +26,7 @@ def load_image(golden, case):
     inputs = golden.inputs(case)
     if "image" in inputs:
         return inputs["image"]
-    info = golden.case(case)["info"]
+    info = golden.info(case)
     size = (info["h"], info["w"]) if "h" in info else map(int, case.split("_")[-1].split("x"))
     return F.interpolate(inputs["small"], tuple(size), mode="bilinear", align_corners=False)
 
@@ -51,7 +51,7 @@ def build_tiny_unclip():
 )
 def test_preprocessed_images_equal_the_recorded_ones(name, case, blur):
     golden = load_golden(name)
-    antialias = golden.case(case)["info"].get("antialias", True)
+    antialias = golden.info(case).get("antialias", True)
     pixels = preprocess(load_image(golden, case), antialias=antialias, blur=blur)
     expected = golden.outputs(case)
     assert_close(pixels[:, :, ::4, ::4], expected["pre"], 1e-6)
@@ -99,7 +99,7 @@ def test_the_config_of_image_variations_resizes_as_its_original(case):
     conditioner["params"]["text"]["params"]["model"] = arch
     encoder = instantiate(conditioner).text
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
-    size = golden.case(case)["info"]["size"]
+    size = golden.info(case)["size"]
     small = golden.inputs(case)["small"]
     image = F.interpolate(small, size, mode="bilinear", align_corners=False).clamp(-1, 1)
     pixels = preprocess(image, antialias=encoder.antialias, blur=encoder.blur)
@@ -150,7 +150,7 @@ def build_recorded_unclip():
 
 def test_the_vector_in_sampling_equals_the_recorded_one():
     golden, encoder = build_recorded_unclip()
-    info = golden.case("uc1_dpm")["info"]
+    info = golden.info("uc1_dpm")
     embedding = encoder.embed(golden.inputs("uc1_dpm")["image"]).expand(2, -1)
     vector = encoder.noise(embedding, info["noise_level"], golden.draws("uc1_dpm")[0])
     assert_close(vector * info["weight"], golden.outputs("uc1_dpm")["adm"])
@@ -160,7 +160,7 @@ def test_the_vector_in_training_equals_the_recorded_one():
     golden, encoder = build_recorded_unclip()
     batch = {"jpg": golden.inputs("unclip_train")["jpg"].movedim(-1, 1)}
     posterior, *_, is_kept = golden.draws("unclip_train")
-    torch.manual_seed(golden.case("unclip_train")["info"]["seed"])
+    torch.manual_seed(golden.info("unclip_train")["seed"])
     torch.randn(posterior.shape)
     embeddings = encoder.prepare(batch, make_options())["embedding"]
     embeddings = [embedding if keep else encoder.null

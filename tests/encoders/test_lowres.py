@@ -38,7 +38,7 @@ def test_noised_images_equal_the_recorded_ones():
     encoder, lr = LowRes(**X4), inputs["x"]
     noise, *_ = golden.draws("image")
     assert_close(encoder.add_noise(lr, inputs["noise_level"], noise), expected["z"], 1e-6)
-    _, seed = golden.case("image")["info"]["seeds"]  # of the noise level and then the noise
+    _, seed = golden.info("image")["seeds"]  # of the noise level and then the noise
     prepared = encoder.prepare({"lr": lr}, make_options(seed=seed))
     assert torch.equal(prepared["noise_level"], expected["level_none"])
     assert_close(prepared["lowres"], expected["z_none"], 1e-6)
@@ -56,7 +56,7 @@ def test_without_a_schedule_no_noise_is_added():
 def test_upscaling_conditions_equal_the_recorded_ones():
     golden = load_golden("get_input_concat")
     expected = golden.outputs("upscale")
-    torch.manual_seed(golden.case("upscale")["info"]["seed"])
+    torch.manual_seed(golden.info("upscale")["seed"])
     torch.randn(golden.draws("upscale")[0].shape)  # the original draws it for the posterior first
     conditioner = Conditioner(lowres=LowRes(**X4), level=NoiseLevel())
     batch = {"lr": to_nchw(golden.inputs("upscale")["lr"])}

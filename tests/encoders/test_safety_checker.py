@@ -49,7 +49,7 @@ def test_pixels_are_the_recorded_ones(checker, case):
     if inputs := golden.inputs(case):
         image = Image.fromarray(inputs["image"].numpy())
     else:
-        image = make_image(*golden.case(case)["info"]["size"])
+        image = make_image(*golden.info(case)["size"])
     pixels = checker.preprocess(image)[:, :, ::7, ::7]
     torch.testing.assert_close(pixels, golden.outputs(case)["pixels"], rtol=0, atol=1e-6)
 

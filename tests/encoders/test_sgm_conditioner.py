@@ -57,7 +57,7 @@ def assert_equal(cond: Cond, golden, case, prefix="") -> None:
 @pytest.mark.parametrize("case", PAIR_CASES)
 def test_conditional_and_unconditional_batches_equal_the_recorded_ones(case):
     golden = load_golden(GOLDEN)
-    info = golden.case(case)["info"]
+    info = golden.info(case)
     conditioner = build_conditioner(golden, info["config"])
     for is_uncond, prefix in ((False, "c_"), (True, "uc_")):
         texts = info.get("negative", info["txt"]) if is_uncond else info["txt"]
@@ -78,7 +78,7 @@ def test_conditional_and_unconditional_batches_equal_the_recorded_ones(case):
 @pytest.mark.parametrize("case", ["ucg_dropout", "ucg_dropout_b", "classes_and_concat"])
 def test_outputs_are_dropped_independently_as_recorded(case):
     golden = load_golden(GOLDEN)
-    info = golden.case(case)["info"]
+    info = golden.info(case)
     conditioner = build_conditioner(golden, info["config"])
     torch.manual_seed(info["seed_before"])
     batch = {**golden.inputs(case), "txt": info.get("txt")}
@@ -87,7 +87,7 @@ def test_outputs_are_dropped_independently_as_recorded(case):
 
 def test_later_encoders_read_the_replaced_text(monkeypatch):
     golden = load_golden(GOLDEN)
-    info = golden.case("legacy_ucg")["info"]
+    info = golden.info("legacy_ucg")
     conditioner = build_conditioner(golden, info["config"])
     choices = [np.random.RandomState(seed).choice(2, 4, p=[0.5, 0.5]) for seed in (11, 12)]
     draws = (torch.tensor(1.0 - choice) for choice in choices)
@@ -130,7 +130,7 @@ def test_the_second_tower_may_read_another_prompt():
 @pytest.mark.parametrize("case", SIZE_CASES)
 def test_size_embeddings_equal_the_recorded_ones(case):
     golden = load_golden(GOLDEN)
-    encoder = SizeEmbedding(key="x", **golden.case(case)["info"]["params"])
+    encoder = SizeEmbedding(key="x", **golden.info(case)["params"])
     embedding = encoder.half()(golden.inputs(case)["x"])
     assert embedding.dtype == torch.float32
     # Observed: 3e-5, as the last bit of a frequency is 6e-5 radians at 1024 pixels.

@@ -27,7 +27,7 @@ def test_contexts_equal_the_recorded_ones(name):
 @pytest.mark.parametrize("case", slow_except(SGM_CASES, *SGM_CASES[::2]))
 def test_outputs_equal_those_of_generative_models(case):
     golden = load_golden("sdxl_text")
-    info = golden.case(case)["info"]
+    info = golden.info(case)
     params = {k: v for k, v in info["params"].items() if k not in ("device", "version")}
     if case.startswith("l_"):
         encoder = CLIPText(arch=golden.meta["tiny_hf_config"], **params)

@@ -65,7 +65,7 @@ def test_replay_names_a_missing_or_changed_input(run, run_ldm, photo):
 @pytest.mark.parametrize("name", ["s08", "s05_v", "resize", "eta1", "from_file"])
 def test_legacy_img2img_gives_the_recorded_images(run, tmp_path, name):
     golden = load_golden("e2e_img2img")
-    info = golden.case(name)["info"]
+    info = golden.info(name)
     options, flags = dict(info["options"]), ["--legacy", "--no-watermark"]
     Image.fromarray(golden.inputs(name)["init_image"].numpy()).save(tmp_path / "init.png")
     if lines := options.pop("from_file", None):

@@ -23,7 +23,7 @@ CASES = [*QUICK_CASES, "ddim_v_eta1", "ddim", "scale1", "niter2", "from_file"]
 
 @pytest.mark.parametrize("name", slow_except(CASES, *QUICK_CASES))
 def test_legacy_command_lines_give_the_recorded_images(golden, families, tmp_path, run_ldm, name):
-    info = golden.case(name)["info"]
+    info = golden.info(name)
     options, flags = dict(info["options"]), families[info["model"]].flags
     flags += ["--legacy", "--no-watermark", "--outdir", tmp_path]
     if lines := options.pop("from_file"):
