@@ -65,17 +65,17 @@ class Setting:
         sampling = self.request.sampling
         return f"{self.model_label}-{sampling.sampler}-{sampling.steps}"
 
-    def get_folder(self, out: Path) -> Path:
+    def get_folder(self, outdir: Path) -> Path:
         """Return the folder of the images."""
-        return out / self.series / f"scale-{self.request.sampling.scale:g}"
+        return outdir / self.series / f"scale-{self.request.sampling.scale:g}"
 
-    def list_files(self, out: Path) -> list[Path]:
+    def list_files(self, outdir: Path) -> list[Path]:
         """Return the paths of the images, which may not exist yet."""
-        folder, count = self.get_folder(out), _count_images(self.request)
+        folder, count = self.get_folder(outdir), _count_images(self.request)
         return [_get_image_path(folder, k) for k in range(count)]
 
 
-def write_prompts(out: Path, lines: Sequence[str]) -> Path:
+def write_prompts(outdir: Path, lines: Sequence[str]) -> Path:
     """Write the prompts of an evaluation to its folder; return the path of the file.
 
     An existing file may have more or fewer prompts, if the first ones are the same.
@@ -83,23 +83,23 @@ def write_prompts(out: Path, lines: Sequence[str]) -> Path:
     Raises:
         ArgumentError: The folder has images of other prompts.
     """
-    path = out / "prompts.txt"
+    path = outdir / "prompts.txt"
     if path.is_file():
         existing_lines = read_text(path).splitlines()
         count = min(len(existing_lines), len(lines))
         if existing_lines[:count] != list(lines[:count]):
             raise ArgumentError(
-                f"{out} has images of other prompts, choose another folder", "outdir"
+                f"{outdir} has images of other prompts, choose another folder", "outdir"
             )
         if existing_lines == list(lines):
             return path
-    out.mkdir(parents=True, exist_ok=True)
+    outdir.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as partial:
         partial.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     return path
 
 
-def generate_images(settings: Sequence[Setting], out: Path) -> None:
+def generate_images(settings: Sequence[Setting], outdir: Path) -> None:
     """Generate the missing images of all settings; each process generates only its own batches.
 
     Each batch of prompts is generated with all settings of a model before the next batch, so that
@@ -114,7 +114,7 @@ def generate_images(settings: Sequence[Setting], out: Path) -> None:
         NonFinite: An image has NaN or infinite values even in float32.
     """
     rank, world_size = get_rank_and_world_size()
-    _record_options(settings, out)
+    _record_options(settings, outdir)
     # With adaptive steps, an image depends on the rest of its batch, so that the sampler needs
     # batch size 1. All settings then have it, as they share the batches.
     samplers = (SAMPLERS[setting.request.sampling.sampler or "ddim"] for setting in settings)
@@ -123,13 +123,13 @@ def generate_images(settings: Sequence[Setting], out: Path) -> None:
     plans = [(s, plan_batches(request)) for s, request in zip(settings, requests, strict=True)]
     for setting, batches in plans:
         _check_prompts(setting, batches)
-    total = sum(len(_filter_missing(batch, s, out)) for s, batches in plans for batch in batches)
-    log.info("%d images to generate, %d settings", total, len(settings))
-    progress = Progress(total, "Sampling")
+    num_missing = _count_missing(plans, outdir)
+    log.info("%d images to generate, %d settings", num_missing, len(settings))
+    progress = Progress(num_missing, "Sampling")
     for label in dict.fromkeys(setting.model_label for setting in settings):
         model_plans = [(s, batches) for s, batches in plans if s.model_label == label]
-        if any(_filter_missing(batch, s, out) for s, batches in model_plans for batch in batches):
-            _generate_with_model(model_plans, out, progress)
+        if _count_missing(model_plans, outdir):
+            _generate_with_model(model_plans, outdir, progress)
     progress.close()
     if world_size > 1:
         log.info("rank %d of %d processes has generated its images", rank, world_size)
@@ -149,7 +149,7 @@ def _check_prompts(setting: Setting, batches: Sequence[Batch]) -> None:
 
 
 def _generate_with_model(
-    plans: Sequence[tuple[Setting, list[Batch]]], out: Path, progress: Progress
+    plans: Sequence[tuple[Setting, list[Batch]]], outdir: Path, progress: Progress
 ) -> None:
     """Generate the missing images of all settings of one model."""
     tasks = [setting.request.task.prepare(setting.request) for setting, _ in plans]
@@ -157,15 +157,15 @@ def _generate_with_model(
     size = tasks[0].get_output_size(models.base)
     run_infos = [make_run_info(task.request, models, size, without_folders=True) for task in tasks]
     for setting, _ in plans:
-        path = out / setting.series / "options.json"
+        path = outdir / setting.series / "options.json"
         _record_checkpoint(path, run_infos[0][CHECKPOINT_HASH_KEY])
     tasks[0].set_up(models.base)
     num_batches = len(plans[0][1])
     for index in range(num_batches):
         for (setting, batches), task, run_info in zip(plans, tasks, run_infos, strict=True):
-            batch = _filter_missing(batches[index], setting, out)
+            batch = _filter_missing(batches[index], setting, outdir)
             if batch:
-                _generate_batch(task, batch, models, run_info, setting.get_folder(out))
+                _generate_batch(task, batch, models, run_info, setting.get_folder(outdir))
                 progress.add(len(batch))
 
 
@@ -198,10 +198,10 @@ def _limit_batch_size(request: Request, max_batch_size: int | None) -> Request:
     return replace(request, output=output)
 
 
-def _record_options(settings: Sequence[Setting], out: Path) -> None:
+def _record_options(settings: Sequence[Setting], outdir: Path) -> None:
     """Write the options of each series; raise ArgumentError if its folder has other options."""
     for setting in {setting.series: setting for setting in settings}.values():
-        path = out / setting.series / "options.json"
+        path = outdir / setting.series / "options.json"
         options = _get_shared_options(setting)
         if path.is_file():
             recorded = json.loads(path.read_text("utf-8"))
@@ -246,8 +246,12 @@ def _get_shared_options(setting: Setting) -> JsonObject:
     }
 
 
-def _filter_missing(batch: Batch, setting: Setting, out: Path) -> Batch:
-    folder = setting.get_folder(out)
+def _count_missing(plans: Sequence[tuple[Setting, list[Batch]]], outdir: Path) -> int:
+    return sum(len(_filter_missing(batch, s, outdir)) for s, batches in plans for batch in batches)
+
+
+def _filter_missing(batch: Batch, setting: Setting, outdir: Path) -> Batch:
+    folder = setting.get_folder(outdir)
     images = [image for image in batch.images if not _get_image_path(folder, image.index).exists()]
     return replace(batch, images=images)
 
@@ -256,13 +260,13 @@ def _get_image_path(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.png"
 
 
-def wait_for_images(settings: Sequence[Setting], out: Path) -> None:
+def wait_for_images(settings: Sequence[Setting], outdir: Path) -> None:
     """Wait for the images of other processes.
 
     Raises:
         TimeoutError: There was no new image for WAIT_TIMEOUT seconds.
     """
-    paths = [path for setting in settings for path in setting.list_files(out)]
+    paths = [path for setting in settings for path in setting.list_files(outdir)]
     last_num_missing, last_change = -1, time.monotonic()
     while num_missing := sum(not path.exists() for path in paths):
         if num_missing != last_num_missing:

@@ -42,15 +42,15 @@ COLUMNS = {
 }
 
 
-def save_results(results: Sequence[Result], out: Path) -> list[Path]:
+def save_results(results: Sequence[Result], outdir: Path) -> list[Path]:
     """Write a JSON file for each result, and the table; return the paths."""
-    out.mkdir(parents=True, exist_ok=True)
+    outdir.mkdir(parents=True, exist_ok=True)
     paths = []
     for result in results:
         name = result.series if result.scale is None else f"{result.series}-{result.scale:g}"
-        paths.append(out / f"{name.replace('/', '-')}.json")
+        paths.append(outdir / f"{name.replace('/', '-')}.json")
         _write_text(paths[-1], json.dumps(result.to_json(), indent=1, default=str) + "\n")
-    paths.append(out / "table.md")
+    paths.append(outdir / "table.md")
     _write_text(paths[-1], format_table(results) + "\n")
     return paths
 
@@ -83,7 +83,7 @@ def format_score_settings(result: Result) -> list[str]:
     return lines
 
 
-def save_figure(results: Sequence[Result], out: Path, *, title: str | None = None) -> list[Path]:
+def save_figure(results: Sequence[Result], outdir: Path, *, title: str | None = None) -> list[Path]:
     """Plot FID against the prompt score as SVG and PNG: a line per series, a marker per scale.
 
     Args:
@@ -134,7 +134,7 @@ def save_figure(results: Sequence[Result], out: Path, *, title: str | None = Non
     axes.grid(alpha=0.3)
     axes.legend()
     _draw_labels(axes, labels, lines)
-    paths = [out / "figure.svg", out / "figure.png"]
+    paths = [outdir / "figure.svg", outdir / "figure.png"]
     for path in paths:
         with write_atomically(path) as partial:
             metadata = {"Date": None} if path.suffix == ".svg" else None

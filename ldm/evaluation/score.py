@@ -124,7 +124,7 @@ class Result:
         return {**asdict(self), "ldm": __version__}
 
 
-def find_image_sets(out: str | Path) -> list[ImageSet]:
+def find_image_sets(outdir: str | Path) -> list[ImageSet]:
     """List the image sets that `generate_images` has written into a folder.
 
     Raises:
@@ -132,12 +132,12 @@ def find_image_sets(out: str | Path) -> list[ImageSet]:
         MissingFile: There are no images.
     """
     sets = []
-    for folder in Path(out).expanduser().glob(f"*/{SCALE_PREFIX}*/"):
+    for folder in Path(outdir).expanduser().glob(f"*/{SCALE_PREFIX}*/"):
         with errors_as(FileFormatError, f"`{folder}` is not named by a guidance scale"):
             scale = float(folder.name.removeprefix(SCALE_PREFIX))
         sets.append(ImageSet(folder.parent.name, list_images(folder), scale))
     if not sets:
-        raise MissingFile(f"`{out}` has no images of an evaluation")
+        raise MissingFile(f"`{outdir}` has no images of an evaluation")
     return sorted(sets, key=lambda image_set: (image_set.series, image_set.scale or 0))
 
 
