@@ -90,11 +90,11 @@ class Quirks:
         if "refiner-from-noise" in self:
             return 0, 0
         if "legacy-steps" in self:
-            first = total_steps + 1 - max(int(strength * (total_steps + 1)), 1)
-            return first, first
+            first_step = total_steps + 1 - max(int(strength * (total_steps + 1)), 1)
+            return first_step, first_step
         if "strength" in self:
-            first = total_steps - min(int(strength * steps), total_steps - 1)
-            return first, first - 1
+            first_step = total_steps - min(int(strength * steps), total_steps - 1)
+            return first_step, first_step - 1
         steps_to_run = round(float(strength) * total_steps)
         if strength > 0:
             steps_to_run = max(steps_to_run, 1)

@@ -190,7 +190,7 @@ def sample(
             "sigmas": sigmas,
         }  # fmt: skip
         sigmas = get_sigmas(model, quirks, options)
-    elif not len(sigmas) or (sigmas.diff() > 0).any():  # they may be a part of a checked run
+    elif not len(sigmas) or (sigmas.diff() > 0).any():  # tasks check them before, as a whole run
         raise ArgumentError("sigmas must be one or more, and descend", "sigmas")
     else:
         # The quirk `strength` counts the requested steps, not the steps of the run.
@@ -198,27 +198,25 @@ def sample(
         check_no_conflict_with_sigmas(len(sigmas) - 1, requested_steps, scheduler, rho)
     check_embedded_guidance(model, guidance, guidance_rescale, guidance_interval)
     variant = model.provenance.get("variant")  # of a LoRA that makes the model few-step
-    name = f"`{variant['file']}`" if variant else quote_name(model)
-    if warning := get_limit_warning(model.defaults, name, steps, scale):
+    model_name = f"`{variant['file']}`" if variant else quote_name(model)
+    if warning := get_limit_warning(model.defaults, model_name, steps, scale):
         warn_caller(warning)
     n = len(cond) or _count_rows(z_t, x_T, z, seeds)
     noise_source = noise_source or make_noise_source(seeds, n, quirks.names)
     shape = get_latent_shape(model, n, size, z=z, x_T=x_T, z_t=z_t)
     if z_t is not None:
-        x, first = z_t.to(model.device, torch.float32) * _compute_std(sigmas[0]), 0
+        x, first_step = z_t.to(model.device, torch.float32) * _compute_std(sigmas[0]), 0
     else:
         if x_T is None:
             x_T = noise_source(torch.empty(shape, device=model.device))
         x_T = x_T.to(model.device, torch.float32)
-        x, first = _add_initial_noise(z, x_T, sigmas, quirks, strength, steps)
+        x, first_step = _add_initial_noise(z, x_T, sigmas, quirks, strength, steps)
     if end_step is not None:
-        if not first <= end_step < len(sigmas):
-            message = (
-                f"end_step must be in {first} … {len(sigmas) - 1}, the levels of the run, got "
-            )
-            raise ArgumentError(f"{message}{end_step}", "end_step")
+        if not first_step <= end_step < len(sigmas):
+            allowed = f"{first_step} … {len(sigmas) - 1}, the levels of the run"
+            raise ArgumentError(f"end_step must be in {allowed}, got {end_step}", "end_step")
         sigmas = sigmas[: end_step + 1]
-    sigmas = sigmas[first:]
+    sigmas = sigmas[first_step:]
     if z_t is None and (warning := get_high_sigma_warning(sampler, scheduler, float(sigmas[0]))):
         warn_caller(warning)
     denoiser = quirks.get_denoiser(model, sampler)
@@ -349,11 +347,11 @@ def _add_initial_noise(
     """
     if z is None:
         return x_T * _compute_std(sigmas[0]), 0
-    first, noise_index = quirks.find_first_step(strength, steps, len(sigmas) - 1)
+    first_step, noise_index = quirks.find_first_step(strength, steps, len(sigmas) - 1)
     sigma, std = float(sigmas[noise_index]), _compute_std(sigmas[noise_index])
     x = x_T * std if quirks.starts_from_noise(strength) else z.to(x_T) + sigma * x_T
-    # With a quirk, noise_index is not `first`: the VP-scaled latent is taken for one at `first`.
-    return x * (_compute_std(sigmas[first]) / std), first
+    # With a quirk, noise_index is not first_step: the VP-scaled latent is used as is at first_step.
+    return x * (_compute_std(sigmas[first_step]) / std), first_step
 
 
 def _tile_network(denoiser: Denoiser, tile: int | None) -> Denoiser:

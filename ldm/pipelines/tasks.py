@@ -449,13 +449,13 @@ def _invert_to_noise(
     steps = model.defaults.steps if steps is None else steps
     # At strength 0 one step, as the last level may be 0.
     indices = quirks.find_first_step(strength, steps, total_steps)
-    first, noise_index = (min(index, total_steps - 1) for index in indices)
+    first_step, noise_index = (min(index, total_steps - 1) for index in indices)
     height, width = (side * model.downscale_factor for side in z.shape[-2:])
     sdxl = select_sdxl_options(options)
     micro_conds, _ = get_micro_conditions(model, sdxl, (height, width), Quirks())
     warn_about_prompts(model, [source])
     cond = encode_prompts(model, [get_prompt_pair(source)] * len(z), {}, micro_conds)
-    z_t = invert(model, z, cond, sigmas=sigmas[first:], legacy=quirks.names)
+    z_t = invert(model, z, cond, sigmas=sigmas[first_step:], legacy=quirks.names)
     sigma = float(sigmas[noise_index])
     x = z_t * (1 + sigma**2) ** 0.5  # VP -> VE
     # `sample` starts from x = z + sigma x_T, so solve this for x_T; or from x_T itself, scaled
