@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["BASE", "Blocks", "list_blocks"]
+__all__ = ["BASE_BLOCK", "Blocks", "list_blocks"]
 
-BASE, MIDDLE = "BASE", "M00"
+BASE_BLOCK, MIDDLE_BLOCK = "BASE", "M00"
 NUMBERED_BLOCK = re.compile(r"(?:unet\.)?(input|output)_blocks\.(\d+)\.")
 BLOCK_LABELS = {"input": "IN", "output": "OUT"}
 # Prefixes of layers outside the numbered blocks: of the first, middle and last block.
@@ -40,13 +40,13 @@ class Blocks:
     def get_block(self, name: str) -> str:
         """Return the block of a weight or layer, by our name; its prefix `unet.` is optional."""
         if match := NUMBERED_BLOCK.match(name):
-            return f"{BLOCK_LABELS[match[1]]}{int(match[2]):02}"
-        inner = name.removeprefix("unet.")
-        if inner.startswith(FIRST_PREFIXES):
+            return _make_name(match[1], match[2])
+        unet_name = name.removeprefix("unet.")
+        if unet_name.startswith(FIRST_PREFIXES):
             return "IN00"
-        if inner.startswith(LAST_PREFIX):
+        if unet_name.startswith(LAST_PREFIX):
             return self.names[-1]
-        return MIDDLE if inner.startswith(MIDDLE_PREFIX) else BASE
+        return MIDDLE_BLOCK if unet_name.startswith(MIDDLE_PREFIX) else BASE_BLOCK
 
     def parse_weights(
         self, text: str, default: float, argument: str, *, is_lora: bool = False
@@ -87,18 +87,22 @@ class Blocks:
 def list_blocks(names: Iterable[str]) -> Blocks:
     """List the blocks of a model by our names of its weights, or of its UNet's weights."""
     counts = {"input": 0, "output": 0}
-    attention_names = {BASE}
+    attention_names = {BASE_BLOCK}
     for name in names:
         if match := NUMBERED_BLOCK.match(name):
             counts[match[1]] = max(counts[match[1]], int(match[2]) + 1)
             if TRANSFORMER_LAYER in name:
-                attention_names.add(f"{BLOCK_LABELS[match[1]]}{int(match[2]):02}")
+                attention_names.add(_make_name(match[1], match[2]))
         elif name.removeprefix("unet.").startswith(MIDDLE_PREFIX) and TRANSFORMER_LAYER in name:
-            attention_names.add(MIDDLE)
-    inputs = (f"{BLOCK_LABELS['input']}{number:02}" for number in range(counts["input"]))
-    outputs = (f"{BLOCK_LABELS['output']}{number:02}" for number in range(counts["output"]))
-    block_names = (BASE, *inputs, MIDDLE, *outputs)
+            attention_names.add(MIDDLE_BLOCK)
+    inputs, outputs = ([_make_name(side, i) for i in range(counts[side])] for side in counts)
+    block_names = (BASE_BLOCK, *inputs, MIDDLE_BLOCK, *outputs)
     return Blocks(block_names, tuple(name for name in block_names if name in attention_names))
+
+
+def _make_name(side: str, number: str | int) -> str:
+    """Return the name of an "input" or "output" block, such as IN04."""
+    return f"{BLOCK_LABELS[side]}{int(number):02}"
 
 
 def _parse_number(text: str, argument: str) -> float:

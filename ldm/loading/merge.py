@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.loading.blocks import BASE, list_blocks
+from ldm.loading.blocks import BASE_BLOCK, list_blocks
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import parse_yaml
 from ldm.loading.convert import LORA_PREFIXES, Conversion, find_config_text, to_original_names
@@ -133,7 +133,7 @@ def plan_merge(
     summary = [_format_formula(names, subtract is not None, weight, block_weights)]
     summary += _describe_missing(candidates, prefixes, others)
     size = f"{len(state)} tensors, {len(merged)} of them merged"
-    metadata = _make_metadata(a, others, weights if block_weights else {BASE: weight})
+    metadata = _make_metadata(a, others, weights if block_weights else {BASE_BLOCK: weight})
     metadata = make_modelspec(a.model, target.stem, metadata=metadata)
     summary.append(f"{target.name:60} {size}")
     return Conversion(a.checkpoint, target, {"": state}, {}, metadata, dtype, tuple(summary))

@@ -34,7 +34,7 @@ from ldm.loading.addons.lora_targets import (
 )
 from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
 from ldm.loading.base_models import find_base_model
-from ldm.loading.blocks import BASE, list_blocks
+from ldm.loading.blocks import BASE_BLOCK, list_blocks
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.layout import INPAINTING_CHANNELS
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint
@@ -179,7 +179,9 @@ def read_changes(
             continue
         layer = targets[name]
         is_in_unet = name.startswith(KOHYA_UNET_PREFIX)
-        strength = block_weights[blocks.get_block(layer.original_name) if is_in_unet else BASE]
+        strength = block_weights[
+            blocks.get_block(layer.original_name) if is_in_unet else BASE_BLOCK
+        ]
         if weight.rank is not None:
             tensors = _truncate_rank(tensors, weight.rank, path)
         try:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import SupportsFloat, Union
 
-from ldm.loading.blocks import BASE, Blocks
+from ldm.loading.blocks import BASE_BLOCK, Blocks
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["LoRAWeight", "LoRAWeightLike", "split_weight"]
@@ -100,7 +100,7 @@ class LoRAWeight:
         weights = dict.fromkeys(blocks.names, 1.0)
         if self.blocks:
             weights = blocks.parse_weights(self.blocks, 1.0, "lora", is_lora=True)
-        return {b: w * (self.text if b == BASE else self.unet) for b, w in weights.items()}
+        return {b: w * (self.text if b == BASE_BLOCK else self.unet) for b, w in weights.items()}
 
 
 LoRAWeightLike = float | str | LoRAWeight  # what `LoRAWeight.parse` takes

@@ -68,8 +68,8 @@ def load_safety_checker(
     expected = checker.state_dict()
     locations = locate_vision_tower(expected)
     weights = convert_from_diffusers(locations, state)
-    converted = {key for name in weights for key in locations[name].keys}
-    weights |= {name: value for name, value in state.items() if name not in converted}
+    converted_keys = {key for name in weights for key in locations[name].keys}
+    weights |= {name: value for name, value in state.items() if name not in converted_keys}
     check_weights(expected, weights, error_prefix)
     fill_weights(checker, weights, device=device, memory_mapped=file.memory_mapped)
     return checker.eval().requires_grad_(False)
@@ -96,7 +96,7 @@ def _build_checker(state: dict[str, Tensor], heads: int | None, error_prefix: st
         width = len(state["vision_model.embeddings.class_embedding"])
         patch_size = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
         num_positions = len(state["vision_model.embeddings.position_embedding.weight"])
-        hidden = len(state["vision_model.encoder.layers.0.mlp.fc1.bias"])
+        mlp_width = len(state["vision_model.encoder.layers.0.mlp.fc1.bias"])
         embed_dim = len(state["visual_projection.weight"])
         num_concepts, num_special = len(state[CONCEPT_EMBEDS]), len(state["special_care_embeds"])
     except KeyError as error:
@@ -108,7 +108,7 @@ def _build_checker(state: dict[str, Tensor], heads: int | None, error_prefix: st
         layers=len({name.split(".")[3] for name in state if ".encoder.layers." in name}),
         heads=heads or max(width // HEAD_WIDTH, 1),
         embed_dim=embed_dim,
-        mlp_ratio=hidden / width,
+        mlp_ratio=mlp_width / width,
         quick_gelu=True,
     )
     return SafetyChecker(visual, num_concepts=num_concepts, num_special_concepts=num_special)
