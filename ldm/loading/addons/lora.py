@@ -179,9 +179,8 @@ def read_changes(
             continue
         layer = targets[name]
         is_in_unet = name.startswith(KOHYA_UNET_PREFIX)
-        strength = block_weights[
-            blocks.get_block(layer.original_name) if is_in_unet else BASE_BLOCK
-        ]
+        block = blocks.get_block(layer.original_name) if is_in_unet else BASE_BLOCK
+        strength = block_weights[block]
         if weight.rank is not None:
             tensors = _truncate_rank(tensors, weight.rank, path)
         try:
