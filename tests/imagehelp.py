@@ -23,12 +23,12 @@ def write_random_lora(path, model, seed):
     return path
 
 
-def assert_pixels_close(pixels, expected):
-    """Allow errors of 1 in under 5 % of the values; runs of the original differ in 0.2 %."""
+def assert_pixels_close(pixels, expected, max_fraction=0.05):
+    """Allow errors of 1 in a fraction of the values; runs of the original differ in 0.2 %."""
     assert pixels.shape == tuple(expected.shape)
     error = np.abs(pixels - expected.numpy().astype(int))
     assert error.max() <= 1
-    assert (error > 0).mean() < 0.05
+    assert (error > 0).mean() < max_fraction
 
 
 def read_pixels(path):

@@ -15,7 +15,7 @@ from ldm.commands.main import main
 from ldm.generate.groups import ModelOptions
 from ldm.generate.tasks import TASKS
 from ldm.loading.files.checkpoint import read_checkpoint
-from train.tinyrun import QUICK, TINY
+from train.tinyrun import QUICK, TINY_YAML
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / (
@@ -75,7 +75,7 @@ def test_the_app_is_built_and_makes_an_image(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_is_trained_and_resumed_by_its_name(tmp_path: Path) -> None:
     logs = ["-l", str(tmp_path)]
-    assert main(["train", "-b", str(TINY), *logs, "-t", "--max_steps", "1", *QUICK]) == 0
+    assert main(["train", "-b", str(TINY_YAML), *logs, "-t", "--max_steps", "1", *QUICK]) == 0
     name = str(tmp_path / "tiny")
     assert main(["train", "-t", *logs, "--resume", name, "lightning.trainer.max_steps=2"]) == 0
     (folder,) = tmp_path.glob("*_tiny")

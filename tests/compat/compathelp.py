@@ -13,7 +13,7 @@ from ldm.compat.util import instantiate_from_config
 from nets import nethelp
 from recipe import fill
 
-TINY = {"image_size": 8, **nethelp.TINY}
+TINY = {"image_size": 8, **nethelp.TINY_UNET}
 TINY_CLIP = CLIP_ARCH | {"num_hidden_layers": 2}
 CONFIGS = Path(__file__).parents[2] / "configs" / "stable-diffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"

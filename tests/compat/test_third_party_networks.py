@@ -28,7 +28,7 @@ from ldm.compat.openaimodel import (
     UNetModel,
 )
 from ldm.compat.util import instantiate_from_config
-from nets.nethelp import get_shapes, make_tiny_inputs, read_recorded_shapes
+from nets.nethelp import get_shapes, make_tiny_inputs, read_original_shapes
 
 WITHOUT_TRANSFORMERS = {"use_spatial_transformer": False, "context_dim": None}
 
@@ -396,7 +396,7 @@ def test_a_full_size_network_is_built_on_the_meta_device_by_replaced_constructor
         monkeypatch.setattr(cls, "__init__", init_on_meta)
     unet = UNetModel(**SD2_UNET)
     prefix = "model.diffusion_model."
-    published = read_recorded_shapes("v2-inference").items()
+    published = read_original_shapes("v2-inference").items()
     assert get_shapes(unet) == {k.removeprefix(prefix): v for k, v in published if prefix in k}
     layers = [layer for layer in unet.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     assert all(layer.weight.is_meta for layer in layers)

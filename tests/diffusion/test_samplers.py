@@ -20,7 +20,7 @@ from ldm.diffusion.samplers.single_step import ddim, euler
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.nets.unet import UNet
 from ldm.pipelines.quirks import Quirks
-from nets.nethelp import build_from
+from nets.nethelp import build_golden_network
 from quick import slow_except
 
 RECORDED_DDIM = [
@@ -38,7 +38,7 @@ PARAMETERIZATIONS = pytest.mark.parametrize("parameterization", ["eps", "v"])
 def load_denoiser(name: str, parameterization: str | None = None) -> Denoiser:
     golden = load_golden(name)
     params = golden.meta["config"]["params"]
-    unet = build_from(golden, UNet, params["unet_config"], "model.diffusion_model.")
+    unet = build_golden_network(golden, UNet, params["unet_config"], "model.diffusion_model.")
     options = {key: params[key] for key in ("linear_start", "linear_end")}
     betas = make_betas("linear", 1000, **options)
     parameterization = parameterization or params["parameterization"]

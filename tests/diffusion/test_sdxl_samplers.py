@@ -15,7 +15,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import ContinuousSchedule, Schedule, make_betas
 from ldm.nets.unet import UNet
 from ldm.train.config.sgm import SAMPLER_NAMES
-from nets.nethelp import build_from
+from nets.nethelp import build_golden_network
 from quick import slow_except
 
 CASES = [
@@ -35,7 +35,8 @@ SCHEDULE = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=
 @functools.cache
 def load_golden_and_unet() -> tuple[GoldenFile, UNet]:
     golden = load_golden("sdxl_samplers")
-    return golden, build_from(golden, UNet, golden.meta["config_network"]).requires_grad_(False)
+    unet = build_golden_network(golden, UNet, golden.meta["config_network"])
+    return golden, unet.requires_grad_(False)
 
 
 def make_denoiser(name: str) -> Denoiser:

@@ -52,7 +52,7 @@ def make_small_config(family: str) -> dict[str, Any]:
     """Make the published config with few channels, but with its downscale factor."""
     config = tinyfamilies.make_small_config(family)
     params = config["model"]["params"]
-    if family in tinyfamilies.XL_CONFIGS:
+    if family in tinyfamilies.SDXL_CONFIGS:
         unet, vae = params["network_config"]["params"], params["first_stage_config"]["params"]
         unet |= {"attention_resolutions": [4], "use_checkpoint": False}
         vae["ddconfig"] |= {"ch_mult": [1, 1, 1, 1], "attn_resolutions": []}
@@ -78,7 +78,7 @@ def write_stand_ins(folder: Path) -> None:
         if family in tinyfamilies.CONFIGS:
             config_path = f"stable-diffusion/{tinyfamilies.CONFIGS[family]}.yaml"
         else:
-            config_path = f"stable-diffusion-xl/{tinyfamilies.XL_CONFIGS[family]}.yaml"
+            config_path = f"stable-diffusion-xl/{tinyfamilies.SDXL_CONFIGS[family]}.yaml"
         (folder / "configs" / config_path).write_text(yaml)
         target = folder / name
         suffix = target.suffix if target.suffix in (".ckpt", ".safetensors") else ".safetensors"
@@ -134,7 +134,8 @@ def _write_upscaler(folder: Path) -> None:
     }  # fmt: skip
     params["autoencoder"]["params"] = sd1["first_stage_config"]["params"]
     text = params["conditioner"]["params"]["text"]["params"]
-    text |= {"arch": tinyfamilies.CLIP, "layer_idx": tinyfamilies.CLIP["num_hidden_layers"]}
+    arch = tinyfamilies.CLIP_CONFIG
+    text |= {"arch": arch, "layer_idx": arch["num_hidden_layers"]}
     model: Any = build_on_meta(config)
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
     state = restore_names(empty)

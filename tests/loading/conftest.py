@@ -1,17 +1,17 @@
-"""A model of 30 thousand parameters, its config with the original's classes; converted families."""
+"""A tiny model (30 thousand parameters) with a config of the original; converted families."""
 
 import functools
 from pathlib import Path
 
 import pytest
 import torch
-from tinyfamilies import write_family
 
 from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.weight_names import restore_names
+from loading.tinyfamilies import write_family
 
-TINY = """
+TINY_YAML = """
 model:
   base_learning_rate: 1.e-4
   target: ldm.models.diffusion.ddpm.LatentDiffusion
@@ -65,13 +65,13 @@ lightning:
 @pytest.fixture(scope="session")
 def tiny_yaml(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
-    path.write_text(TINY)
+    path.write_text(TINY_YAML)
     return path
 
 
 @pytest.fixture(scope="session")
 def tiny_state(tiny_yaml) -> dict[str, torch.Tensor]:
-    """Random weights by the original's names, schedule tables included."""
+    """Random weights with the original's names, and the tables of the noise schedule."""
     torch.manual_seed(0)
     model = instantiate(read_yaml(tiny_yaml), where="tiny.yaml")
     state = restore_names(model.state_dict(), model.schedule.compute_buffers())
@@ -80,7 +80,7 @@ def tiny_state(tiny_yaml) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def convert_family(tmp_path_factory):
-    """Family -> (file in the original's layout, its weights, diffusers folder), each made once."""
+    """Function of a family -> original checkpoint, its weights, diffusers folder; cached."""
     parent = tmp_path_factory.mktemp("families")
 
     @functools.cache

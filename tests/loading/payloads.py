@@ -1,8 +1,8 @@
 """Malicious checkpoints, written byte by byte: each would create `marker` if its code were run.
 
-`write_all(folder, marker)` returns files by name: calls of functions that attackers use, each by
-REDUCE, in four formats (zip, the older pickle, TorchScript, a bare pickle); other opcodes that
-call; and files whose container is damaged.
+`write_malicious_files(folder, marker)` returns files by name: calls of functions that attackers
+use, by REDUCE, in four formats (zip, legacy pickle, TorchScript, bare pickle); calls by other
+opcodes; and damaged files.
 """
 
 import pickle
@@ -16,43 +16,43 @@ SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short
 
 
 def push_text(value: str) -> bytes:
-    write_bytes = value.encode()
-    return b"X" + struct.pack("<I", len(write_bytes)) + write_bytes
+    encoded = value.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
 
 
 def push_call(name: str, *arguments: str) -> bytes:
-    """GLOBAL name, arguments as a tuple, REDUCE."""
+    """Return the opcodes GLOBAL name, arguments as a tuple, REDUCE."""
     module, _, attribute = name.rpartition(".")
     pushed = b"".join(push_text(value) for value in arguments)
     return f"c{module}\n{attribute}\n".encode() + b"(" + pushed + b"tR"
 
 
 def make_pickle(body: bytes, protocol: int = 2) -> bytes:
-    """A pickle of {"state_dict": {}, "x": body}."""
-    head = b"\x80" + bytes([protocol]) + b"}("
-    return head + push_text("state_dict") + b"}" + push_text("x") + body + b"u."
+    """Make a pickle of {"state_dict": {}, "x": body}."""
+    header = b"\x80" + bytes([protocol]) + b"}("
+    return header + push_text("state_dict") + b"}" + push_text("x") + body + b"u."
 
 
 def write_zip(
-    path: Path, data: bytes, extra: dict[str, bytes] | None = None, deflate=False
+    path: Path, data: bytes, other_members: dict[str, bytes] | None = None, compress=False
 ) -> Path:
-    kind = zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED
+    compression = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     members = {"archive/data.pkl": data, "archive/version": b"3\n", "archive/byteorder": b"little"}
-    with zipfile.ZipFile(path, "w", kind) as archive:
-        for name, content in {**members, **(extra or {})}.items():
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in {**members, **(other_members or {})}.items():
             archive.writestr(name, content)
     return path
 
 
 def write_torchscript(path: Path, data: bytes) -> Path:
-    """An archive of TorchScript."""
     code = {"archive/constants.pkl": b"\x80\x02).", "archive/code/__torch__.py": b"exit()"}
     return write_zip(path, data, code)
 
 
 def write_legacy(path: Path, data: bytes) -> Path:
-    parts = [MAGIC_NUMBER, PROTOCOL_VERSION, SYSTEM]
-    path.write_bytes(b"".join(pickle.dumps(p, 2) for p in parts) + data + pickle.dumps([], 2))
+    header = [MAGIC_NUMBER, PROTOCOL_VERSION, SYSTEM]
+    pickled = [pickle.dumps(value, 2) for value in header]
+    path.write_bytes(b"".join(pickled) + data + pickle.dumps([], 2))
     return path
 
 
@@ -62,7 +62,7 @@ def write_bytes(path: Path, data: bytes) -> Path:
 
 
 def make_calls(marker: Path) -> dict[str, bytes]:
-    """Calls that attackers make, by the name that an error message should give."""
+    """Make calls that attackers use, by the name that the error message should give."""
     touch = f"touch {marker}"
     statement = f"__import__('pathlib').Path({str(marker)!r}).touch()"
     arguments = {
@@ -92,11 +92,12 @@ def make_calls(marker: Path) -> dict[str, bytes]:
 
 
 def make_indirect_calls(marker: Path) -> dict[str, bytes]:
-    """Other ways to reach a function."""
+    """Make calls by other opcodes."""
     touch = push_text(f"touch {marker}")
     nested = make_pickle(push_call("os.system", f"touch {marker}"))
     blob = b"B" + struct.pack("<I", len(nested)) + nested
     system = b"cos\nsystem\n"
+    call = system + b"(" + touch + b"tR"
     return {
         "inst": b"(" + touch + b"ios\nsystem\n",
         "obj": b"(" + system + touch + b"o",
@@ -109,40 +110,35 @@ def make_indirect_calls(marker: Path) -> dict[str, bytes]:
         "persistent-id-tuple": push_text("module") + system + b"\x86Q",
         "nested-pickle": b"cpickle\nloads\n(" + blob + b"tR",
         "build-setstate": b"ctorch.nn.modules.module\nModule\n)\x81}(" + touch + system + b"ub",
-        "build-on-stand-in": b"cnumpy\ndtype\n)R" + system + b"(" + touch + b"tRb",
+        "build-on-stand-in": b"cnumpy\ndtype\n)R" + call + b"b",
         "partial": b"cfunctools\npartial\n(" + system + touch + b"tR)R",
         "getattr": b"c__builtin__\ngetattr\n(cos\n__dict__\n" + push_text("system") + b"tR",
         "append-to-object": b"ccollections\ndeque\n)R" + touch + b"a" + system + b"0",
-        "reduce-on-result": push_call("collections.OrderedDict")
-        + b"0"
-        + system
-        + b"("
-        + touch
-        + b"tR",
+        "reduce-on-result": push_call("collections.OrderedDict") + b"0" + call,
         "attribute-of-stand-in": b"cnumpy\ndtype.__class__.__base__\n)R",
         "codecs": b"c_codecs\nlookup\n(" + push_text("rot13") + b"tR",
     }
 
 
 def write_damaged_files(folder: Path, marker: Path) -> dict[str, Path]:
-    """Files that are wrong before any pickle is read."""
-    evil = make_pickle(push_call("os.system", f"touch {marker}"))
-    good = make_pickle(b"}")
-    page = b"<!DOCTYPE html><html><body>404</body></html>"
-    complete = write_zip(folder / "whole.ckpt", evil).read_bytes()
-    damaged = bytearray(write_zip(folder / "flags.ckpt", evil).read_bytes())
+    """Write files that are refused before their pickle is read."""
+    malicious = make_pickle(push_call("os.system", f"touch {marker}"))
+    harmless = make_pickle(b"}")
+    web_page = b"<!DOCTYPE html><html><body>404</body></html>"
+    complete = write_zip(folder / "whole.ckpt", malicious).read_bytes()
+    damaged = bytearray(write_zip(folder / "flags.ckpt", malicious).read_bytes())
     damaged[6] |= 1  # says that the first member is encrypted
     return {
-        "second data.pkl": write_zip(folder / "2.ckpt", good, {"other/data.pkl": evil}),
-        "same data.pkl twice": _write_member_twice(folder / "3.ckpt", good, evil),
-        "code member": write_zip(folder / "4.ckpt", good, {"archive/code/__torch__.py": b"x"}),
-        "member outside": write_zip(folder / "5.ckpt", good, {"../../evil.py": b"x"}),
-        "deflated": write_zip(folder / "6.ckpt", good, {"archive/data/0": bytes(1 << 20)}, True),
-        "named .safetensors": write_zip(folder / "7.safetensors", evil),
+        "second data.pkl": write_zip(folder / "2.ckpt", harmless, {"other/data.pkl": malicious}),
+        "same data.pkl twice": _write_member_twice(folder / "3.ckpt", harmless, malicious),
+        "code member": write_zip(folder / "4.ckpt", harmless, {"archive/code/__torch__.py": b"x"}),
+        "member outside": write_zip(folder / "5.ckpt", harmless, {"../../evil.py": b"x"}),
+        "deflated": write_zip(folder / "6.ckpt", harmless, {"archive/data/0": bytes(10**6)}, True),
+        "named .safetensors": write_zip(folder / "7.safetensors", malicious),
         "truncated": write_bytes(folder / "8.ckpt", complete[: len(complete) // 2]),
         "flags": write_bytes(folder / "9.ckpt", bytes(damaged)),
         "empty": write_bytes(folder / "10.ckpt", b""),
-        "web page": write_bytes(folder / "11.ckpt", page),
+        "web page": write_bytes(folder / "11.ckpt", web_page),
         "seven zip": write_bytes(folder / "12.ckpt", b"7z\xbc\xaf\x27\x1c" + bytes(100)),
         "tar": write_bytes(folder / "13.ckpt", bytes(257) + b"ustar" + bytes(300)),
         "lfs pointer": write_bytes(
@@ -159,15 +155,15 @@ def _write_member_twice(path: Path, first: bytes, second: bytes) -> Path:
     return path
 
 
-def write_all(folder: Path, marker: Path) -> dict[str, Path]:
+def write_malicious_files(folder: Path, marker: Path) -> dict[str, Path]:
     files = write_damaged_files(folder, marker)
     for name, body in make_calls(marker).items():
-        for envelope in (write_zip, write_legacy, write_torchscript, write_bytes):
-            path = folder / f"{name}-{envelope.__name__}.ckpt"
-            files[f"{envelope.__name__} {name}"] = envelope(path, make_pickle(body))
+        for write in (write_zip, write_legacy, write_torchscript, write_bytes):
+            path = folder / f"{name}-{write.__name__}.ckpt"
+            files[f"{write.__name__} {name}"] = write(path, make_pickle(body))
     for name, body in make_indirect_calls(marker).items():
         protocol = 4 if body[:1] == b"\x8c" or name == "newobj-ex" else 2
-        for envelope in (write_zip, write_legacy):
-            path = folder / f"{name}-{envelope.__name__}.ckpt"
-            files[f"{envelope.__name__} {name}"] = envelope(path, make_pickle(body, protocol))
+        for write in (write_zip, write_legacy):
+            path = folder / f"{name}-{write.__name__}.ckpt"
+            files[f"{write.__name__} {name}"] = write(path, make_pickle(body, protocol))
     return files

@@ -9,16 +9,16 @@ from ldm.loading.families import CONFIG_DIR, SDXL_CONFIG_DIR
 from ldm.runtime.errors import ArgumentError
 
 ATTENTION = "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10"
-XL_ATTENTION = "BASE IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"
+SDXL_ATTENTION = "BASE IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"
 
 
-def find_blocks_of(config):
+def list_blocks_of(config):
     return list_blocks(build_on_meta(read_yaml(f"{config}.yaml")).state_dict())
 
 
 @pytest.fixture(scope="module")
 def blocks():
-    return find_blocks_of(f"{CONFIG_DIR}/v1-inference")
+    return list_blocks_of(f"{CONFIG_DIR}/v1-inference")
 
 
 def test_stable_diffusion_has_twelve_input_and_output_blocks(blocks):
@@ -29,9 +29,9 @@ def test_stable_diffusion_has_twelve_input_and_output_blocks(blocks):
 
 
 def test_sdxl_has_nine_input_and_output_blocks():
-    blocks = find_blocks_of(f"{SDXL_CONFIG_DIR}/sd_xl_base")
+    blocks = list_blocks_of(f"{SDXL_CONFIG_DIR}/sd_xl_base")
     assert len(blocks.names) == 20
-    assert list(blocks.attention_names) == XL_ATTENTION.split()
+    assert list(blocks.attention_names) == SDXL_ATTENTION.split()
     assert blocks.get_block("unet.out.2.weight") == "OUT08"
     assert blocks.get_block("unet.label_emb.0.0.weight") == "IN00"
 
@@ -50,7 +50,7 @@ def test_sdxl_has_nine_input_and_output_blocks():
         ("autoencoder.encoder.conv_in.weight", "BASE"),
     ],
 )
-def test_a_weight_belongs_to_a_block(blocks, name, block):
+def test_get_block_finds_the_block_of_a_weight(blocks, name, block):
     assert blocks.get_block(name) == block
 
 
@@ -58,10 +58,8 @@ def test_numbers_are_in_the_order_of_the_blocks(blocks):
     numbers = [number / 100 for number in range(26)]
     text = ",".join(map(str, numbers))
     assert list(blocks.parse_weights(text, 0.5, "x").values()) == numbers
-    assert list(blocks.parse_weights(text.removeprefix("0.0,"), 0.5, "x").values()) == [
-        0.5,
-        *numbers[1:],
-    ]
+    without_base = blocks.parse_weights(text.removeprefix("0.0,"), 0.5, "x")
+    assert list(without_base.values()) == [0.5, *numbers[1:]]
 
 
 def test_seventeen_numbers_are_for_the_blocks_that_a_plain_lora_changes(blocks):
@@ -70,7 +68,7 @@ def test_seventeen_numbers_are_for_the_blocks_that_a_plain_lora_changes(blocks):
     assert {*weights.values()} == {2, 0.5}
 
 
-def test_name_weight_pairs_leave_other_blocks_unchanged(blocks):
+def test_blocks_that_are_not_named_have_the_default_weight(blocks):
     weights = blocks.parse_weights("in04=0, OUT11 = 1", 0.5, "x")
     assert (weights["IN04"], weights["OUT11"], weights["BASE"], weights["M00"]) == (0, 1, 0.5, 0.5)
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: writing and reading both formats, EMA weights, and damaged files."""
+"""Checkpoint files: both formats written and read, EMA weights, damaged files, hashes."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def test_tensors_that_share_memory_are_written_separately(tmp_path):
         assert (tmp_path / f"x{suffix}").stat().st_size < 8000
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.ckpt"
     write_checkpoint(path, STATE)
     before = path.read_bytes()
@@ -83,7 +83,7 @@ def test_another_suffix_is_refused(tmp_path):
          "(?s)1 EMA weights are not of this model: `model_ema.*load it with `ema=False`"),
     ],
 )  # fmt: skip
-def test_ema_weights_that_are_missing_or_unknown_are_an_error(tmp_path, ema, message):
+def test_missing_or_unknown_ema_weights_are_an_error(tmp_path, ema, message):
     torch.save({**STATE, **ema}, tmp_path / "x.ckpt")
     file = read_checkpoint(tmp_path / "x.ckpt")
     assert file.has_ema == (len(ema) > 2)
@@ -91,7 +91,7 @@ def test_ema_weights_that_are_missing_or_unknown_are_an_error(tmp_path, ema, mes
         use_ema_weights(file.state, file.ema_state, {name: name for name in STATE}, file.path)
 
 
-def test_the_format_is_recognised_by_content_not_by_suffix(tmp_path):
+def test_the_format_is_recognized_by_content_not_by_suffix(tmp_path):
     write_checkpoint(tmp_path / "x.safetensors", STATE)
     (tmp_path / "x.safetensors").rename(tmp_path / "y.ckpt")
     torch.save(STATE, tmp_path / "z.safetensors")
@@ -118,7 +118,7 @@ def test_a_missing_file_is_an_error(tmp_path):
         read_checkpoint(tmp_path / "absent.ckpt")
 
 
-def test_a_file_cut_within_its_header_is_reported_as_damaged(tmp_path):
+def test_a_file_truncated_in_its_header_is_reported_as_damaged(tmp_path):
     write_checkpoint(tmp_path / "x.safetensors", STATE)
     for length in (9, 50):
         (tmp_path / "y.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:length])
@@ -126,8 +126,8 @@ def test_a_file_cut_within_its_header_is_reported_as_damaged(tmp_path):
             read_checkpoint(tmp_path / "y.safetensors")
 
 
-@pytest.mark.parametrize("fraction", [0.2, 0.8])  # within its pickle, within its tensors
-def test_a_cut_file_of_the_older_format_is_reported_as_damaged(fraction, tmp_path):
+@pytest.mark.parametrize("fraction", [0.2, 0.8])  # in its pickle, in its tensors
+def test_a_truncated_legacy_file_is_reported_as_damaged(fraction, tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save({"w": torch.ones(400)}, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
@@ -147,63 +147,66 @@ def test_a_pickle_that_contains_itself_is_refused_in_bounded_time(tmp_path):
     assert time.monotonic() - start < 60  # hours without the bound
 
 
-def pack(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+def make_file(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """Make the bytes of a file; `length` is the stated size of the header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def entry(start: int, stop: int, shape: list[int], dtype: str = "F32") -> dict[str, object]:
+def make_entry(start: int, stop: int, shape: list[int], dtype: str = "F32") -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
 MALFORMED = {
-    "header longer than the file": pack({}, length=1 << 40),
-    "header of a gigabyte": pack({}, length=1 << 30),
-    "overlap": pack({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12)),
-    "hole": pack({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, bytes(12)),
-    "short data": pack({"a": entry(0, 8, [2])}, bytes(4)),
-    "trailing data": pack({"a": entry(0, 4, [1])}, bytes(40)),
-    "shape overflow": pack({"a": entry(0, 4, [1 << 62, 8])}, bytes(4)),
-    "shape and bytes differ": pack({"a": entry(0, 4, [3])}, bytes(4)),
-    "negative side": pack({"a": entry(0, 4, [-1])}, bytes(4)),
-    "negative offset": pack({"a": entry(-4, 4, [2])}, bytes(8)),
-    "unknown dtype": pack({"a": entry(0, 4, [1], "X9")}, bytes(4)),
-    "same name twice": pack(
+    "header longer than the file": make_file({}, length=1 << 40),
+    "header of a gigabyte": make_file({}, length=1 << 30),
+    "overlap": make_file({"a": make_entry(0, 8, [2]), "b": make_entry(4, 12, [2])}, bytes(12)),
+    "hole": make_file({"a": make_entry(0, 4, [1]), "b": make_entry(8, 12, [1])}, bytes(12)),
+    "short data": make_file({"a": make_entry(0, 8, [2])}, bytes(4)),
+    "trailing data": make_file({"a": make_entry(0, 4, [1])}, bytes(40)),
+    "shape overflow": make_file({"a": make_entry(0, 4, [1 << 62, 8])}, bytes(4)),
+    "shape and bytes differ": make_file({"a": make_entry(0, 4, [3])}, bytes(4)),
+    "negative side": make_file({"a": make_entry(0, 4, [-1])}, bytes(4)),
+    "negative offset": make_file({"a": make_entry(-4, 4, [2])}, bytes(8)),
+    "unknown dtype": make_file({"a": make_entry(0, 4, [1], "X9")}, bytes(4)),
+    "same name twice": make_file(
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
         b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
         bytes(8),
     ),
-    "metadata not text": pack({"__metadata__": {"a": [1]}, "a": entry(0, 4, [1])}, bytes(4)),
-    "not JSON": pack(b"{" + bytes(50)),
-    "no tensors": pack({}),
-    "too many tensors": pack({f"t{i}": entry(0, 0, [0]) for i in range(30_000)}),
+    "metadata not text": make_file(
+        {"__metadata__": {"a": [1]}, "a": make_entry(0, 4, [1])}, bytes(4)
+    ),
+    "not JSON": make_file(b"{" + bytes(50)),
+    "no tensors": make_file({}),
+    "too many tensors": make_file({f"t{i}": make_entry(0, 0, [0]) for i in range(30_000)}),
 }
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_safetensors_are_errors(tmp_path, name):
+def test_malformed_safetensors_files_are_refused(tmp_path, name):
     path = tmp_path / "x.safetensors"
     path.write_bytes(MALFORMED[name])
     with pytest.raises(ValueError, match=r"damaged|refused|not a checkpoint|no weights"):
         read_checkpoint(path)
 
 
-def test_changed_bytes_cause_nothing_worse_than_an_error(tmp_path):
+def test_a_changed_byte_causes_a_value_error_or_none(tmp_path):
     path = tmp_path / "x.safetensors"
     write_checkpoint(path, STATE)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        position = int(torch.randint(len(whole), (), generator=generator))
+        position = int(torch.randint(len(content), (), generator=generator))
         value = int(torch.randint(256, (), generator=generator))
-        path.write_bytes(whole[:position] + bytes([value]) + whole[position + 1 :])
+        path.write_bytes(content[:position] + bytes([value]) + content[position + 1 :])
         try:
             read_checkpoint(path)
         except ValueError as error:
             assert str(path) in str(error)  # noqa: PT017
 
 
-def test_hashes_follow_the_content_of_files_and_folders(tmp_path):
+def test_hashes_depend_on_the_content_of_files_and_folders(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"abc")
     assert compute_short_hash(tmp_path / "x.safetensors") == "ba7816bf8f"
     assert compute_short_hash(tmp_path) == "ba7816bf8f"

@@ -1,4 +1,4 @@
-"""YAML files: numbers, overrides, references, and the targets that are allowed."""
+"""YAML files: numbers, overrides, references, and targets that are allowed."""
 
 import sys
 
@@ -18,10 +18,11 @@ DDCONFIG = {
 
 
 def test_numbers_are_read_as_omegaconf_reads_them_and_overrides_come_last():
-    raw = parse_yaml("a: {b: 1.e-6, c: 5.0e-07, d: 1e-4, e: 0.0120, f: 1000, g: [1]}", ["a.f=2.5"])
-    assert raw == {"a": {"b": 1e-6, "c": 5e-7, "d": 1e-4, "e": 0.012, "f": 2.5, "g": [1]}}
-    raw = parse_yaml("a: {b: 1, c: [1, 2]}", ["a.d.e=null", "a.c=[3]"])
-    assert raw == {"a": {"b": 1, "c": [3], "d": {"e": None}}}
+    text = "a: {b: 1.e-6, c: 5.0e-07, d: 1e-4, e: 0.0120, f: 1000, g: [1]}"
+    config = parse_yaml(text, ["a.f=2.5"])
+    assert config == {"a": {"b": 1e-6, "c": 5e-7, "d": 1e-4, "e": 0.012, "f": 2.5, "g": [1]}}
+    config = parse_yaml("a: {b: 1, c: [1, 2]}", ["a.d.e=null", "a.c=[3]"])
+    assert config == {"a": {"b": 1, "c": [3], "d": {"e": None}}}
 
 
 def test_a_parsed_config_may_be_changed_without_changing_the_next():
@@ -30,28 +31,28 @@ def test_a_parsed_config_may_be_changed_without_changing_the_next():
 
 
 @pytest.mark.parametrize("override", ["modle.params.x=1", "model", "=3"])
-def test_overrides_that_do_not_fit_are_errors(override):
+def test_invalid_overrides_are_refused(override):
     with pytest.raises(ValueError, match="invalid override .* of tiny.yaml"):
         parse_yaml("model: {}", [override], where="tiny.yaml")
 
 
-def test_an_override_of_an_entry_of_a_list_is_one_error():
+def test_an_override_of_a_list_element_is_refused():
     with pytest.raises(ValueError, match=r"^x\.yaml: Cannot merge"):
         parse_yaml("a: {b: [1]}", ["a.b[0]=2"], where="x.yaml")
 
 
-def test_references_are_followed():
+def test_references_are_resolved():
     text = "a: {b: 3, c: [{x: 1}]}\nd: ${a.b}\ne: ${a.c.0}\nf: ${d}"
     assert parse_yaml(text) == {"a": {"b": 3, "c": [{"x": 1}]}, "d": 3, "e": {"x": 1}, "f": 3}
 
 
-HOSTILE_YAML = {
+MALICIOUS_YAML = {
     "environment": "a: ${oc.env:HOME}",
     "resolver": "a: ${oc.create:'x'}",
     "inside text": "a: b\nc: x${a}",
     "nested": "a: b\nc: ${${a}}",
     "absent": "a: ${b.c}",
-    "circle": "a: ${b}\nb: ${a}",
+    "cycle": "a: ${b}\nb: ${a}",
     "bomb of references": "a0: [1, 1]\n"
     + "\n".join(f"a{i}: [{', '.join([f'${{a{i - 1}}}'] * 9)}]" for i in range(1, 12)),
     "bomb of aliases": "a0: &a0 [1, 1]\n"
@@ -63,13 +64,13 @@ HOSTILE_YAML = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE_YAML)
-def test_hostile_yaml_is_one_error(name):
+@pytest.mark.parametrize("name", MALICIOUS_YAML)
+def test_malicious_yaml_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=r"^x\.yaml: "):
-        parse_yaml(HOSTILE_YAML[name], where="x.yaml")
+        parse_yaml(MALICIOUS_YAML[name], where="x.yaml")
 
 
-def test_large_and_binary_files_are_errors(tmp_path):
+def test_large_and_binary_files_are_refused(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(ValueError, match="neither UTF-8"):
@@ -79,14 +80,14 @@ def test_large_and_binary_files_are_errors(tmp_path):
         read_yaml(path)
 
 
-def test_configs_are_found_from_any_directory(tmp_path, monkeypatch):
+def test_configs_are_found_from_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_file("configs/stable-diffusion/v2-inference.yaml").is_file()
     with pytest.raises(FileNotFoundError, match="tried"):
         find_file("configs/absent.yaml")
 
 
-def test_networks_are_built_by_the_originals_and_our_names():
+def test_networks_are_built_by_the_originals_or_our_names():
     params = {"embed_dim": 4, "ddconfig": DDCONFIG, "lossconfig": {"target": "os.system"}}
     for package in ("models", "nets"):
         target = f"ldm.{package}.autoencoder.AutoencoderKL"
@@ -96,13 +97,12 @@ def test_networks_are_built_by_the_originals_and_our_names():
 
 
 @pytest.mark.parametrize("name", ["v2-inference", "v2-inference-v"])
-def test_configs_of_the_original_for_intel_are_those_without_a_dtype(name, tmp_path, monkeypatch):
+def test_configs_of_the_original_for_intel_equal_those_for_any_device(name, tmp_path, monkeypatch):
     folder = "configs/stable-diffusion"
     for dtype in ("fp32", "bf16"):
-        assert read_yaml(f"{folder}/intel/{name}-{dtype}.yaml") == read_yaml(
-            f"{folder}/{name}.yaml"
-        )
-    monkeypatch.chdir(tmp_path)  # whose own file comes first
+        config = read_yaml(f"{folder}/intel/{name}-{dtype}.yaml")
+        assert config == read_yaml(f"{folder}/{name}.yaml")
+    monkeypatch.chdir(tmp_path)  # a file of this name here comes first
     path = tmp_path / folder / f"intel/{name}-fp32.yaml"
     path.parent.mkdir(parents=True)
     path.write_text("model: {target: mine}")
@@ -128,7 +128,7 @@ def test_unknown_and_missing_parameters_are_named(target, params, message):
         instantiate({"target": f"ldm.nets.unet.{target}", "params": params}, where="v.yaml")
 
 
-HOSTILE = [
+MALICIOUS_TARGETS = [
     "os.system", "posix.system", "os.popen", "os.execv", "subprocess.Popen", "subprocess.run",
     "subprocess.getoutput", "builtins.eval", "builtins.exec", "builtins.open", "builtins.getattr",
     "builtins.__import__", "pickle.loads", "pickle.load", "marshal.loads", "shelve.open",
@@ -144,20 +144,21 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("section", ["model", "unet_config", "cond_stage_config"])
-def test_hostile_targets_are_refused_without_import(tiny_yaml, section):
-    raw, before = read_yaml(tiny_yaml), set(sys.modules)
-    parent = raw if section == "model" else raw["model"]["params"]
-    for target in HOSTILE if section == "model" else HOSTILE[::8]:  # the same check, behind others
+def test_malicious_targets_are_refused_without_import(tiny_yaml, section):
+    config, before = read_yaml(tiny_yaml), set(sys.modules)
+    parent = config if section == "model" else config["model"]["params"]
+    # Sections within the model are checked in the same way: some targets are enough.
+    for target in MALICIOUS_TARGETS[:: 1 if section == "model" else 8]:
         parent[section] = {"target": target, "params": {"command": "echo"}}
         with pytest.raises(ValueError, match="target"), torch.device("meta"):
-            instantiate(raw, where="evil.yaml")
+            instantiate(config, where="evil.yaml")
     imported = {name.split(".")[0] for name in set(sys.modules) - before}
     assert not imported & {"antigravity", "this", "webbrowser", "shelve", "pdb"}
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of the user, with objects in it that are not its classes."""
+    """A package of the user, with a class and other objects."""
     folder = tmp_path / "my_pkg"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
@@ -167,7 +168,7 @@ def package(tmp_path, monkeypatch):
         "class Mine(torch.nn.Linear):\n"
         "    def __init__(self, *, width):\n        super().__init__(width, width)\n"
         "def function(**kwargs): raise AssertionError('called')\n"
-        "def lies(**kwargs): raise AssertionError('called')\nlies.__module__ = 'my_pkg.nets'\n"
+        "def fake(**kwargs): raise AssertionError('called')\nfake.__module__ = 'my_pkg.nets'\n"
         "shell = os.system\nbound = partial(system, 'echo')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -186,7 +187,7 @@ def test_classes_of_an_allowed_package_are_built(package):
 
 @pytest.mark.parametrize(
     "name",
-    ["nets.Popen", "nets.system", "nets.os.system", "nets.function", "nets.lies", "nets.shell",
+    ["nets.Popen", "nets.system", "nets.os.system", "nets.function", "nets.fake", "nets.shell",
      "nets.bound", "nets.torch.nn.Linear", "nets.partial", "nets.Mine.__init__", "nets.__dict__",
      "absent.Mine", "nets.Absent", "nets", "..os.system", "_evil.Mine"],
 )  # fmt: skip
@@ -196,11 +197,11 @@ def test_only_classes_of_an_allowed_package_are_built(package, name):
 
 
 @pytest.mark.parametrize("value", ["many", -1, None, [1, "x"], {"a": 1}, 2.5])
-def test_nonsense_values_are_one_error(tiny_yaml, value):
-    raw = read_yaml(tiny_yaml)
-    raw["model"]["params"]["unet_config"]["params"]["model_channels"] = value
+def test_invalid_values_are_refused_in_one_line(tiny_yaml, value):
+    config = read_yaml(tiny_yaml)
+    config["model"]["params"]["unet_config"]["params"]["model_channels"] = value
     with pytest.raises(ValueError, match=r"^tiny\.yaml: model"):
-        instantiate(raw, where="tiny.yaml")
+        instantiate(config, where="tiny.yaml")
 
 
 @pytest.mark.parametrize(
@@ -208,16 +209,16 @@ def test_nonsense_values_are_one_error(tiny_yaml, value):
     [*(("image_size", size, r"integer, or \(height, width\)") for size in ("16", 0, [16], [16, -1],
      [16, 16.0])), ("scale_factor", 0, "number"), ("scale_factor", "nan", "number")],
 )  # fmt: skip
-def test_nonsense_sizes_and_factors_of_a_model_are_one_error(tiny_yaml, key, value, allowed):
-    raw = read_yaml(tiny_yaml)
-    raw["model"]["params"][key] = value
+def test_invalid_sizes_and_scale_factors_are_refused_in_one_line(tiny_yaml, key, value, allowed):
+    config = read_yaml(tiny_yaml)
+    config["model"]["params"][key] = value
     with pytest.raises(ValueError, match=rf"^tiny\.yaml: .*{key} must be a positive {allowed}"):
-        build_on_meta(raw, where="tiny.yaml")
+        build_on_meta(config, where="tiny.yaml")
 
 
 def test_later_texts_override_earlier_ones():
-    texts = ["model: {params: {x: 1, y: [1, 2]}}\nz: ${model.params.x}"]
-    raw = parse_yaml([*texts, "model: {params: {x: 3, y: [4]}}\nnew: 5"], ["new=6"])
-    assert raw == {"model": {"params": {"x": 3, "y": [4]}}, "z": 3, "new": 6}
+    first = "model: {params: {x: 1, y: [1, 2]}}\nz: ${model.params.x}"
+    config = parse_yaml([first, "model: {params: {x: 3, y: [4]}}\nnew: 5"], ["new=6"])
+    assert config == {"model": {"params": {"x": 3, "y": [4]}}, "z": 3, "new": 6}
     with pytest.raises(ValueError, match=r"c.yaml: expected a YAML mapping"):
-        parse_yaml([*texts, "[1, 2]"], where="c.yaml")
+        parse_yaml([first, "[1, 2]"], where="c.yaml")

@@ -1,6 +1,6 @@
-"""At full size: every published model has the names and shapes of diffusers' own modules.
+"""Full-size models have the names and shapes of diffusers' modules.
 
-Nothing is allocated: ours, and theirs built from the JSONs that we write, are on the meta device.
+Ours, and theirs built from the JSONs that we write, are on the meta device.
 """
 
 import json
@@ -27,13 +27,13 @@ NAMES = (
     "v2-1-stable-unclip-l-inference", "v2-1-stable-unclip-h-inference", "sd_xl_base",
     "sd_xl_inpaint", "sd_xl_refiner",
 )  # fmt: skip
-KL = {
+AUTOENCODERS = {  # ch_mult, z_channels, attn_resolutions
     "kl-f4": ([1, 2, 4], 3, []),
     "kl-f8": ([1, 2, 4, 4], 4, []),
     "kl-f16": ([1, 1, 2, 2, 4], 16, [16]),
     "kl-f32": ([1, 1, 2, 2, 4, 4], 64, [16, 8]),
 }
-SOME = slow_except(NAMES, "x4-upscaling")
+QUICK_AND_SLOW_NAMES = slow_except(NAMES, "x4-upscaling")
 # Prefixes of our weights that no network of diffusers has.
 NOT_IN_DIFFUSERS = (
     "conditioner.text.model.transformer.resblocks.23.", "conditioner.text.model.text_projection",
@@ -51,7 +51,7 @@ def read_shipped(name):
 
 
 def get_diffusers_shapes(component, config):
-    """Names and shapes of the module that diffusers builds from a JSON."""
+    """Get names and shapes of the module that diffusers or transformers builds from a JSON."""
     import diffusers
     import transformers
 
@@ -60,14 +60,15 @@ def get_diffusers_shapes(component, config):
         if "_class_name" in config:
             module = getattr(diffusers, config["_class_name"]).from_config(config)
         else:
-            kind = getattr(transformers, config["architectures"][0])
-            module = kind(kind.config_class(**config))
+            model_class = getattr(transformers, config["architectures"][0])
+            module = model_class(model_class.config_class(**config))
     prefix = "text_model." if component == "text_encoder" else ""
     names = {prefix + k.removeprefix(prefix): v for k, v in module.state_dict().items()}
     return {k: tuple(v.shape) for k, v in names.items() if not k.endswith("position_ids")}
 
 
 def iter_components(model, spec):
+    """Yield name, JSON and weights in diffusers' names of each component."""
     files, state = make_folder_configs(model, spec), model.state_dict()
     located = set()
     for component, locations in locate_weights(model).items():
@@ -77,22 +78,22 @@ def iter_components(model, spec):
     assert all(name.startswith(NOT_IN_DIFFUSERS) for name in state.keys() - located)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", QUICK_AND_SLOW_NAMES)
 def test_published_models_have_diffusers_names_and_shapes(name):
-    raw = read_shipped(name)
-    spec = translate_config(raw, where=name)
+    published = read_shipped(name)
+    spec = translate_config(published, where=name)
     for component, config, ours in iter_components(build_on_meta(spec), spec):
         shapes = {name: tuple(value.shape) for name, value in ours.items()}
         assert shapes == get_diffusers_shapes(component, config), component
 
 
-@pytest.mark.parametrize("name", KL)
+@pytest.mark.parametrize("name", AUTOENCODERS)
 def test_autoencoders_have_diffusers_names_and_shapes(name):
-    mult, channels, attends = KL[name]
-    ddconfig = {"double_z": True, "z_channels": channels, "resolution": 256, "in_channels": 3,
-              "out_ch": 3, "ch": 128, "ch_mult": mult, "num_res_blocks": 2,
-              "attn_resolutions": attends, "dropout": 0.0}  # fmt: skip
-    spec = {"target": legacy.AUTOENCODER, "params": {"ddconfig": ddconfig, "embed_dim": channels}}
+    ch_mult, z_channels, attn_resolutions = AUTOENCODERS[name]
+    ddconfig = {"double_z": True, "z_channels": z_channels, "resolution": 256, "in_channels": 3,
+                "out_ch": 3, "ch": 128, "ch_mult": ch_mult, "num_res_blocks": 2,
+                "attn_resolutions": attn_resolutions, "dropout": 0.0}  # fmt: skip
+    spec = {"target": legacy.AUTOENCODER, "params": {"ddconfig": ddconfig, "embed_dim": z_channels}}
     model = build_on_meta(spec)
     for component, config, ours in iter_components(model, spec):
         shapes = {name: tuple(value.shape) for name, value in ours.items()}
@@ -100,26 +101,29 @@ def test_autoencoders_have_diffusers_names_and_shapes(name):
         assert networks.parse_vae_config(config) == spec["params"]
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", QUICK_AND_SLOW_NAMES)
 def test_configs_survive_the_round_trip_through_diffusers(name):
-    """Only keys without meaning differ."""
-    raw = read_shipped(name)
-    spec = translate_config(raw, where=name)
+    """Only keys without effect differ."""
+    published = read_shipped(name)
+    spec = translate_config(published, where=name)
     files = json.loads(json.dumps(make_folder_configs(build_on_meta(spec), spec)))
     original = make_original_config(files)
     if not name.startswith("v1"):
         text = "conditioner_config" if name.startswith("sd_xl") else "cond_stage_config"
-        assert original["model"]["params"][text] == raw["model"]["params"][text]
-    again = translate_config(original, where=name)
-    ours, back = build_on_meta(spec), build_on_meta(again)
-    if name != "v2-inference-v":  # its YAML says 64, the models were trained at 96
-        assert ours.image_size == back.image_size
-    assert (ours.scale_factor, ours.parameterization) == (back.scale_factor, back.parameterization)
-    assert torch.equal(ours.schedule.betas, back.schedule.betas)
-    assert {k: v.shape for k, v in ours.state_dict().items() if "clip.model.trans" not in k} == {
-        k: v.shape for k, v in back.state_dict().items() if "clip.model.trans" not in k
-    }
-    assert json.loads(json.dumps(make_folder_configs(back, again))) == files
+        assert original["model"]["params"][text] == published["model"]["params"][text]
+    converted_spec = translate_config(original, where=name)
+    ours, converted = build_on_meta(spec), build_on_meta(converted_spec)
+    if name != "v2-inference-v":  # its YAML has 64, the models were trained at 96
+        assert ours.image_size == converted.image_size
+    assert ours.scale_factor == converted.scale_factor
+    assert ours.parameterization == converted.parameterization
+    assert torch.equal(ours.schedule.betas, converted.schedule.betas)
+    shapes, converted_shapes = (
+        {k: v.shape for k, v in model.state_dict().items() if "clip.model.trans" not in k}
+        for model in (ours, converted)
+    )
+    assert shapes == converted_shapes
+    assert json.loads(json.dumps(make_folder_configs(converted, converted_spec))) == files
 
 
 def test_a_folder_without_an_autoencoder_is_refused():

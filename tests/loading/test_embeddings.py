@@ -5,7 +5,14 @@ import json
 
 import pytest
 import torch
-from lorahelp import (
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import nn
+
+from ldm.encoders.text import OpenCLIPText, TextEncoder
+from ldm.loading.addons.embeddings import load_embeddings, read_embeddings, write_embeddings
+from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from loading.lorahelp import (
     MICRO_CONDITIONS,
     WIDTH,
     WIDTH_2,
@@ -14,28 +21,21 @@ from lorahelp import (
     build_transformers_tokenizer,
     build_transformers_tower,
 )
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch import nn
-
-from ldm.encoders.text import OpenCLIPText, TextEncoder
-from ldm.loading.addons.embeddings import load_embeddings, read_embeddings, write_embeddings
-from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 
 VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_transformers_computes_the_same_with_added_rows(kind, tmp_path):
-    model = build_tiny_model(kind)
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_transformers_computes_the_same_with_added_embeddings(family, tmp_path):
+    model = build_tiny_model(family)
     theirs = build_transformers_tower(model.conditioner.text)
     write_embeddings(tmp_path / "x.safetensors", {"<cat>": VECTORS, "sks": VECTORS[:1] - 1})
     load_embeddings(model, [tmp_path / "x.safetensors"])
     tower = theirs.text_model if hasattr(theirs, "text_model") else theirs
     table = tower.embeddings.token_embedding
-    rows = torch.cat([table.weight.data, VECTORS, VECTORS[:1] - 1])
-    tower.embeddings.token_embedding = nn.Embedding.from_pretrained(rows)
+    weight = torch.cat([table.weight.data, VECTORS, VECTORS[:1] - 1])
+    tower.embeddings.token_embedding = nn.Embedding.from_pretrained(weight)
     text = model.conditioner.text
     tokens = text.tokenize(["a <CAT> and a sks, by sks", "no sksses"])
     assert (tokens[0] < 0).sum() == 5
@@ -69,7 +69,7 @@ def test_every_format_is_read(name, tmp_path):
         write_checkpoint(path, content)
     else:
         torch.save(content, path)
-    expected = {path.stem: VECTORS}  # where the file does not name its token
+    expected = {path.stem: VECTORS}  # if the file does not name its token
     content = content if name != "two.pt" else content["string_to_param"]
     if "<" in str(content.keys()):
         expected = {token: value.reshape(-1, WIDTH) for token, value in content.items()}
@@ -78,7 +78,7 @@ def test_every_format_is_read(name, tmp_path):
     assert all(torch.equal(*embeddings[token], value) for token, value in expected.items())
 
 
-INVALID = {  # tokens, and the error
+INVALID_TOKENS = {  # tokens and message of the error, by name of the file
     "wide": ({"<wide>": torch.zeros(2, 768)}, r"`<wide>` has vectors of width 768 \(Stable Diff"),
     "xl": ({"clip_l": VECTORS, "clip_g": torch.ones(3, 1280)}, r"`xl` .* 1280 \(SDXL\).* takes 24"),
     "odd": ({"clip_l": VECTORS, "clip_g": VECTORS[:2]}, "`odd` has 3 vectors for CLIP-L and 2 for"),
@@ -89,9 +89,9 @@ INVALID = {  # tokens, and the error
 }
 
 
-def test_embeddings_that_do_not_fit_are_refused_and_skipped_in_a_folder(tmp_path, caplog):
+def test_embeddings_that_do_not_fit_are_refused_or_in_a_folder_skipped(tmp_path, caplog):
     model = build_tiny_model()
-    for name, (tokens, message) in INVALID.items():
+    for name, (tokens, message) in INVALID_TOKENS.items():
         write_embeddings(tmp_path / f"{name}.safetensors", tokens)
         with pytest.raises(ValueError, match=message):
             load_embeddings(model, [tmp_path / f"{name}.safetensors"])
@@ -101,52 +101,52 @@ def test_embeddings_that_do_not_fit_are_refused_and_skipped_in_a_folder(tmp_path
     load_embeddings(model, [tmp_path])
     assert list(model.conditioner.text.added_embeddings) == ["<fits>"]
     assert len(model.provenance["embeddings"]) == 1
-    assert caplog.text.count("skipped: ") == len(INVALID)
+    assert caplog.text.count("skipped: ") == len(INVALID_TOKENS)
     del model.conditioner.text
     with pytest.raises(ValueError, match="no text encoder: embeddings"):
         load_embeddings(model, [tmp_path])
 
 
 # For the two text encoders of SDXL.
-PAIR = [
+SDXL_VECTORS = [
     torch.randn(2, width, generator=torch.Generator().manual_seed(1)) for width in (WIDTH, WIDTH_2)
 ]
 
 
 def test_a_second_token_of_sdxl_in_a_file_is_refused(tmp_path):
-    for tokens in ({"<one>": PAIR, "<two>": PAIR}, {"<one>": VECTORS, "<two>": PAIR}):
+    for first in (SDXL_VECTORS, VECTORS):
         with pytest.raises(ValueError, match="only one token of SDXL, got `<one>`, `<two>`: write"):
-            write_embeddings(tmp_path / "x.safetensors", tokens)
+            write_embeddings(tmp_path / "x.safetensors", {"<one>": first, "<two>": SDXL_VECTORS})
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow  # beside the towers of transformers
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("style", ["one file", "pickle", "two files"])
-def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
+@pytest.mark.parametrize("layout", ["one file", "pickle", "two files"])
+def test_diffusers_computes_the_same_for_a_token_of_sdxl(layout, tmp_path):
     model = build_tiny_model("sdxl")
     pipeline = build_diffusers_pipeline(model)
     pipeline.tokenizer = build_transformers_tokenizer(model.conditioner.text, tmp_path / "1")
     pipeline.tokenizer_2 = build_transformers_tokenizer(model.conditioner.text_2, tmp_path / "2")
     paths = [tmp_path / "cat.safetensors"]
-    if style == "one file":
-        write_embeddings(paths[0], {"sks": PAIR}, model=model)
+    if layout == "one file":
+        write_embeddings(paths[0], {"sks": SDXL_VECTORS}, model=model)
         architecture = read_checkpoint(paths[0]).metadata["modelspec.architecture"]
         assert architecture == "stable-diffusion-xl-v1-base/textual-inversion"
-    elif style == "pickle":
+    elif layout == "pickle":
         paths = [tmp_path / "sks.pt"]  # which names the token
-        torch.save(dict(zip(("clip_l", "clip_g"), PAIR, strict=True)), paths[0])
+        torch.save(dict(zip(("clip_l", "clip_g"), SDXL_VECTORS, strict=True)), paths[0])
     else:
         paths.append(tmp_path / "cat_2.safetensors")
-        for path, vectors in zip(paths, PAIR, strict=True):
+        for path, vectors in zip(paths, SDXL_VECTORS, strict=True):
             write_embeddings(path, {"sks": vectors})
     states = [read_checkpoint(path).state for path in paths]
-    for key, name, vectors in (("clip_l", "", states[0]), ("clip_g", "_2", states[-1])):
+    for key, suffix, vectors in (("clip_l", "", states[0]), ("clip_g", "_2", states[-1])):
         pipeline.load_textual_inversion(
-            vectors if style == "two files" else vectors[key],
+            vectors if layout == "two files" else vectors[key],
             token="sks",
-            text_encoder=getattr(pipeline, f"text_encoder{name}"),
-            tokenizer=getattr(pipeline, f"tokenizer{name}"),
+            text_encoder=getattr(pipeline, f"text_encoder{suffix}"),
+            tokenizer=getattr(pipeline, f"tokenizer{suffix}"),
         )
     load_embeddings(model, paths)
     prompt = "a sks and a dog, by sks"
@@ -159,14 +159,15 @@ def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
     assert (cond.crossattn - plain.crossattn).abs().max() > 0.1
 
 
-def test_a_token_for_one_tower_only_is_warned_of(tmp_path, caplog):
+def test_a_token_for_only_one_text_encoder_is_warned_of(tmp_path, caplog):
     model = build_tiny_model("sdxl")
-    tokens = {"sd1": {"<sd1>": PAIR[0]}, "both": {"<both>": PAIR}, "g": {"clip_g": PAIR[1]}}
+    clip_l, clip_g = SDXL_VECTORS
+    tokens = {"sd1": {"<sd1>": clip_l}, "both": {"<both>": SDXL_VECTORS}, "g": {"clip_g": clip_g}}
     paths = [tmp_path / f"{name}.safetensors" for name in tokens]
     for path in paths:
         write_embeddings(path, tokens[path.stem])
     load_embeddings(model, paths)
-    added = [list(tower.added_embeddings) for tower in model.conditioner.find_all(TextEncoder)]
+    added = [list(e.added_embeddings) for e in model.conditioner.find_all(TextEncoder)]
     assert added == [["<sd1>", "<both>"], ["<both>", "g"]]
     assert "`<sd1>` has vectors for the text encoder of width 24 only" in caplog.text
     assert "`g` has vectors for the text encoder of width 32 only" in caplog.text
@@ -192,9 +193,9 @@ def test_embeddings_inside_images_are_read(tmp_path):
     model = build_tiny_model()
     vectors = [[float(k)] * WIDTH for k in range(2)]
     content = {"string_to_param": {"*": {"TORCHTENSOR": vectors}}, "name": "cat-style"}
-    text = PngInfo()
-    text.add_text("sd-ti-embedding", base64.b64encode(json.dumps(content).encode()).decode())
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=text)
+    chunks = PngInfo()
+    chunks.add_text("sd-ti-embedding", base64.b64encode(json.dumps(content).encode()).decode())
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=chunks)
     Image.new("RGB", (4, 4)).save(tmp_path / "x.preview.png")
     load_embeddings(model, [tmp_path])
     assert model.conditioner.text.added_embeddings["cat-style"].tolist() == vectors

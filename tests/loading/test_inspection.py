@@ -2,28 +2,28 @@
 
 import json
 
-import payloads
 import pytest
 import torch
-from tinyfamilies import write_family
 
 from ldm.commands.inspect_checkpoint import main
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.families import DetectedPredictionType, Detection
 from ldm.loading.files.checkpoint import CONFIG_KEY, read_checkpoint, write_checkpoint
 from ldm.loading.inspection import InspectionReport, inspect_checkpoint
+from loading import payloads
+from loading.tinyfamilies import write_family
 
 
 @pytest.fixture
-def file(tmp_path, tiny_state):
+def path(tmp_path, tiny_state):
     state = {**tiny_state, "model_ema.diffusion_modelout2bias": torch.zeros(4)}
     state = {k: v.half() if k.startswith("first") else v for k, v in state.items()}
     torch.save({"state_dict": state, "global_step": 5, "epoch": 1}, tmp_path / "x.ckpt")
     return tmp_path / "x.ckpt"
 
 
-def test_parts_ema_and_step_are_reported(file, tiny_yaml, tiny_state):
-    report = inspect_checkpoint(file, tiny_yaml)
+def test_components_ema_and_step_are_reported(path, tiny_yaml, tiny_state):
+    report = inspect_checkpoint(path, tiny_yaml)
     parts = {part.name: part for part in report.parts}
     assert set(parts) == {"unet", "autoencoder", "conditioner.text"}
     prefix = "first_stage_model."
@@ -39,35 +39,35 @@ def test_parts_ema_and_step_are_reported(file, tiny_yaml, tiny_state):
     assert report.foreign_names == []
 
 
-def test_a_config_that_asks_for_ema_weights_is_reported(file, tiny_yaml, tmp_path):
+def test_a_config_that_asks_for_ema_weights_is_reported(path, tiny_yaml, tmp_path):
     config = tmp_path / "x.yaml"
     config.write_text(tiny_yaml.read_text().replace("use_ema: false", "use_ema: true"))
-    report = inspect_checkpoint(file, config)
+    report = inspect_checkpoint(path, config)
     assert "EMA         yes, used, as the config says" in report.format_lines()
 
 
-def test_weights_that_do_not_fit_are_reported_by_their_names_in_the_file(file, tiny_yaml):
-    content = torch.load(file, weights_only=True)
+def test_weights_that_do_not_fit_are_reported_by_their_names_in_the_file(path, tiny_yaml):
+    content = torch.load(path, weights_only=True)
     del content["state_dict"]["model.diffusion_model.out.2.bias"]
     content["state_dict"]["extra"] = torch.ones(1)
-    torch.save(content, file)
-    report = inspect_checkpoint(file, tiny_yaml)
+    torch.save(content, path)
+    report = inspect_checkpoint(path, tiny_yaml)
     assert report.missing == ["model.diffusion_model.out.2.bias"]
     assert report.unexpected == ["extra"]
 
 
-def test_text_and_json_report_the_same(file, tiny_yaml, capsys):
-    assert main([str(file), "--config", str(tiny_yaml)]) == 0
+def test_text_and_json_report_the_same(path, tiny_yaml, capsys):
+    assert main([str(path), "--config", str(tiny_yaml)]) == 0
     text = capsys.readouterr().out
     assert "EMA         yes" in text
     assert "missing     0" in text
-    assert main([str(file), "--config", str(tiny_yaml), "--json"]) == 0
+    assert main([str(path), "--config", str(tiny_yaml), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["step"] == 5
     assert {"family", "config", "prediction", "parts", "pickle_names"} <= report.keys()
 
 
-def test_the_keys_of_a_prediction_in_json_are_stable():
+def test_the_json_keys_of_a_prediction_type_are_stable():
     prediction = DetectedPredictionType("v", (Detection("marker", "v", "`v_pred`"),))
     assert InspectionReport("x.ckpt", 1, "", prediction=prediction).as_dict()["prediction"] == {
         "kind": "v",
@@ -76,7 +76,7 @@ def test_the_keys_of_a_prediction_in_json_are_stable():
     }
 
 
-def test_hostile_files_are_described_and_not_run(tmp_path, capsys):
+def test_malicious_files_are_described_and_not_run(tmp_path, capsys):
     marker = tmp_path / "marker"
     for name, body in payloads.make_calls(marker).items():
         path = payloads.write_zip(tmp_path / "evil.ckpt", payloads.make_pickle(body))
@@ -113,7 +113,7 @@ def test_a_file_with_its_own_yaml_is_compared_with_it(tmp_path, tiny_yaml, tiny_
 
 
 @pytest.mark.parametrize(
-    ("names", "kind"),
+    ("names", "description"),
     [
         (["concept_embeds", "visual_projection.weight"], "the safety checker"),
         (["Mixed_5b.branch1x1.conv.weight", "fc.weight"], "an Inception network"),
@@ -121,13 +121,13 @@ def test_a_file_with_its_own_yaml_is_compared_with_it(tmp_path, tiny_yaml, tiny_
         (["text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight"], "a CLIP"),
     ],
 )
-def test_the_type_of_a_file_without_a_model_is_named(tmp_path, names, kind):
+def test_the_type_of_a_file_without_a_model_is_named(tmp_path, names, description):
     torch.save({name: torch.ones(2) for name in names}, tmp_path / "x.pth")
-    assert kind in inspect_checkpoint(tmp_path / "x.pth").note
+    assert description in inspect_checkpoint(tmp_path / "x.pth").note
 
 
 @pytest.mark.parametrize(("name", "task"), [("ldm3d-4c", "txt2img"), ("ldm3d-sr", "upscale_rgbd")])
-def test_ldm3d_is_recognised(tmp_path, name, task):
+def test_ldm3d_is_recognized(tmp_path, name, task):
     write_family(name, tmp_path / "x.safetensors")
     report = inspect_checkpoint(tmp_path / "x.safetensors")
     assert (report.task, report.missing, report.unexpected) == (task, [], [])

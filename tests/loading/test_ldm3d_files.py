@@ -1,15 +1,16 @@
-"""LDM3D: folders are loaded, and diffusers' pipeline on a folder of ours."""
+"""LDM3D: diffusers folders, and diffusers' pipeline on a folder of ours."""
 
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from tinyfamilies import PROMPT
 
 import ldm
 from ldm.imaging.rgbd import split_depth
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
+from loading.tinyfamilies import PROMPT
+from nets.nethelp import make_noise
 from quick import slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
@@ -28,8 +29,7 @@ def test_a_folder_is_loaded_like_its_file(convert_family, name):
 
 
 def test_a_folder_without_the_unused_scheduler_is_read(convert_family, tmp_path):
-    folder = tmp_path / "folder"
-    shutil.copytree(convert_family("ldm3d-sr")[2], folder)
+    folder = shutil.copytree(convert_family("ldm3d-sr")[2], tmp_path / "folder")
     shutil.rmtree(folder / "low_res_scheduler")
     (folder / EXTRA_WEIGHTS).unlink(missing_ok=True)
     assert "rgbd" in ldm.load(folder).conditioner.encoders
@@ -37,20 +37,20 @@ def test_a_folder_without_the_unused_scheduler_is_read(convert_family, tmp_path)
 
 @pytest.mark.parametrize("name", slow_except(FAMILIES[:2], "ldm3d-4c"))
 def test_diffusers_pipeline_makes_the_same_images(diffusers, convert_family, name, tmp_path):
-    """With `np`, whose depth is right for four channels only."""
+    """Its output type `np` has the right depth for four channels only."""
     folder = convert_family(name)[2]
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     assert type(pipe).__name__ == "StableDiffusionLDM3DPipeline"
     pipe.save_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    options = {"num_inference_steps": 4, "output_type": "np", "latents": x.clone()}
+    x_T = make_noise(1, 4, 16, 16)
+    options = {"num_inference_steps": 4, "output_type": "np", "latents": x_T.clone()}
     theirs = pipe(PROMPT, height=32, width=32, **options)
     saved = ldm.load(tmp_path)  # as diffusers writes it
-    ours = ldm.txt2img(saved, [PROMPT], size=(32, 32), steps=4, x_T=x)
-    unit = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    assert np.abs(unit[..., :3] - theirs.rgb).max() < 1e-4
+    ours = ldm.txt2img(saved, [PROMPT], size=(32, 32), steps=4, x_T=x_T)
+    pixels = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pixels[..., :3] - theirs.rgb).max() < 1e-4
     if name == "ldm3d-4c":
-        assert np.abs(unit[..., 3:] - theirs.depth).max() < 1e-4
-        level = np.array(split_depth(ours)[0], int)
-        assert np.abs(level - 65535 * theirs.depth[0, ..., 0]).max() < 8
+        assert np.abs(pixels[..., 3:] - theirs.depth).max() < 1e-4
+        depth = np.array(split_depth(ours)[0], int)
+        assert np.abs(depth - 65535 * theirs.depth[0, ..., 0]).max() < 8

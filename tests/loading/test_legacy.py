@@ -1,4 +1,4 @@
-"""The original's names: published configs, weights renamed in both directions, model classes."""
+"""The original's names: published configs, weights renamed in both directions, classes."""
 
 import re
 from pathlib import Path
@@ -12,12 +12,12 @@ from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.legacy import translate_config
 from ldm.loading.weight_names import rename_weights, restore_names, select_buffers
 from ldm.runtime.errors import ConfigError
-from nets.nethelp import describe_tensors, read_recorded_tensors
+from nets.nethelp import describe_tensors, read_original_tensors
+from quick import slow_except
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs/stable-diffusion").glob("*.yaml"))
-# Parameters of whole models; slots of encoders by batch key.
-MODELS = {
+NUM_PARAMETERS = {
     "v1-inference": 1066235307,
     "v2-inference": 1303597228,
     "v2-inference-v": 1303597228,
@@ -27,7 +27,7 @@ MODELS = {
     "v2-1-stable-unclip-h-inference": 1991659693,
     "v2-1-stable-unclip-l-inference": 1734820781,
 }
-SLOTS = {
+SLOTS_BY_KEY = {
     "v1-inpainting-inference": {"txt": "crossattn", "masked": "concat"},
     "v1-image-variation-inference": {"jpg": "crossattn"},
     "v2-inpainting-inference": {"txt": "crossattn", "masked": "concat"},
@@ -48,27 +48,26 @@ def build_shipped(name):
 
 
 def test_all_shipped_configs_are_tested_here():
-    assert {path.stem for path in SHIPPED} == set(MODELS) | set(SLOTS)
+    assert {path.stem for path in SHIPPED} == set(NUM_PARAMETERS) | set(SLOTS_BY_KEY)
 
 
-LARGE = ("v2-midas-inference", "v2-1-stable-unclip-l-inference")
+LARGE_MODELS = {"v2-midas-inference", "v2-1-stable-unclip-l-inference"}
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
-    [pytest.param(*m, marks=[pytest.mark.slow] if m[0] in LARGE else []) for m in MODELS.items()],
+    "name", slow_except(NUM_PARAMETERS, *(NUM_PARAMETERS.keys() - LARGE_MODELS))
 )
-def test_whole_models_have_the_names_and_shapes_of_published_files(name, parameters):
+def test_models_have_the_names_and_shapes_of_published_files(name):
     model = build_shipped(name)
     state = restore_names(model.state_dict(), model.schedule.compute_buffers())
-    assert describe_tensors(state) == read_recorded_tensors(name.removesuffix("-v"))
-    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert describe_tensors(state) == read_original_tensors(name.removesuffix("-v"))
+    assert sum(p.numel() for p in model.parameters()) == NUM_PARAMETERS[name]
     predicts_v = name == "v2-inference-v" or name.startswith(("x4", "v2-1-stable-unclip"))
     assert model.parameterization == ("v" if predicts_v else "eps")
 
 
-@pytest.mark.parametrize(("name", "slots"), SLOTS.items())
-def test_families_differ_in_their_encoders(name, slots):
+@pytest.mark.parametrize(("name", "slots"), SLOTS_BY_KEY.items())
+def test_encoders_of_a_config_have_the_keys_and_slots_of_its_family(name, slots):
     path = ROOT / f"configs/stable-diffusion/{name}.yaml"
     spec = translate_config(read_yaml(path))["params"]["conditioner"]
     encoders = build_on_meta(spec).children()
@@ -76,7 +75,7 @@ def test_families_differ_in_their_encoders(name, slots):
 
 
 def test_a_model_of_image_variations_needs_no_text_encoder():
-    """Its weights in a file are left out."""
+    """Weights of one in a file are left out."""
     clip = build_shipped("v1-image-variation-inference").conditioner.text.model
     assert len(clip.visual.transformer.resblocks) == 24
     prefix = "cond_stage_model.model."
@@ -87,8 +86,8 @@ def test_a_model_of_image_variations_needs_no_text_encoder():
 def test_renaming_back_and_forth_changes_nothing(tiny_state):
     ours = rename_weights(tiny_state)
     assert rename_weights(restore_names(ours)) == ours
-    back = restore_names(ours, select_buffers(tiny_state))
-    assert back.keys() == tiny_state.keys()
+    restored = restore_names(ours, select_buffers(tiny_state))
+    assert restored.keys() == tiny_state.keys()
 
 
 def test_position_ids_are_restored():
@@ -100,7 +99,7 @@ def test_position_ids_are_restored():
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("their_name", "our_name"),
     [
         ("cond_stage_model.transformer.encoder.x", "conditioner.text.transformer.text_model."
          "encoder.x"),
@@ -114,8 +113,8 @@ def test_position_ids_are_restored():
         ("encoder.conv_in.weight", "encoder.conv_in.weight"),
     ],
 )  # fmt: skip
-def test_names_of_other_programs_are_renamed(old, new):
-    assert list(rename_weights({old: torch.ones(1)})) == [new]
+def test_names_of_other_programs_are_renamed(their_name, our_name):
+    assert list(rename_weights({their_name: torch.ones(1)})) == [our_name]
 
 
 def test_tensors_that_are_recomputed_are_left_out():
@@ -132,7 +131,7 @@ def read_params():
     return read_yaml(SHIPPED[0].with_name("v2-inference.yaml"))["model"]["params"]
 
 
-def translate(params):
+def translate_params(params):
     spec = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
     return translate_config({"model": spec}, where="x.yaml")
 
@@ -145,13 +144,13 @@ def test_every_parameter_of_the_original_is_accepted():
         "force_null_conditioning", "num_timesteps_cond", "scheduler_config", "monitor",
         "use_positional_encodings", "unet_trainable", "scale_by_std",
     ):  # fmt: skip
-        assert translate(read_params() | {key: None}) == translate(read_params()), key
+        assert translate_params(read_params() | {key: None}) == translate_params(read_params()), key
     schedule = {"beta_schedule": "cosine", "cosine_s": 8e-3, "v_posterior": 0.5}
-    assert translate(read_params() | schedule)["target"] == legacy.LATENT_DIFFUSION
+    assert translate_params(read_params() | schedule)["target"] == legacy.LATENT_DIFFUSION
 
 
 def test_given_betas_make_the_schedule():
-    spec = translate(read_params() | {"given_betas": [0.1, 0.2]})
+    spec = translate_params(read_params() | {"given_betas": [0.1, 0.2]})
     schedule = instantiate(spec["params"]["schedule"])
     assert schedule.betas.tolist() == [0.1, 0.2]
 
@@ -159,9 +158,9 @@ def test_given_betas_make_the_schedule():
 IDENTITY = {"target": "torch.nn.Identity", "params": {}}
 
 
-@pytest.mark.parametrize("text", ["__is_unconditional__", "__is_first_stage__", IDENTITY])
-def test_models_without_text_have_no_encoder(text):
-    spec = translate(read_params() | {"cond_stage_config": text})
+@pytest.mark.parametrize("cond_stage", ["__is_unconditional__", "__is_first_stage__", IDENTITY])
+def test_models_without_text_have_no_encoder(cond_stage):
+    spec = translate_params(read_params() | {"cond_stage_config": cond_stage})
     assert spec["params"]["conditioner"]["params"] == {}
 
 
@@ -172,14 +171,14 @@ def test_the_first_stage_of_pixel_space_skips_the_originals_parameter():
     assert skipped == ["config.vq_interface"]
 
 
-def test_trainable_text_is_not_frozen():
-    changed = read_params() | {"cond_stage_trainable": True}
-    changed["cond_stage_config"]["params"].pop("freeze")
-    text = translate(changed)["params"]["conditioner"]["params"]["text"]
+def test_a_trainable_text_encoder_is_not_frozen():
+    params = read_params() | {"cond_stage_trainable": True}
+    params["cond_stage_config"]["params"].pop("freeze")
+    text = translate_params(params)["params"]["conditioner"]["params"]["text"]
     assert text["params"]["freeze"] is False
 
 
-SEMANTIC = {"target": "ldm.modules.encoders.modules.SpatialRescaler"}
+RESCALER = {"target": "ldm.modules.encoders.modules.SpatialRescaler"}
 
 
 def translate_family(name, **changes):
@@ -197,7 +196,7 @@ def translate_family(name, **changes):
         ("v2-1-stable-unclip-h-inference", {"embedding_dropout": 0.5}),
     ],
 )
-def test_parameters_that_only_training_needs_are_accepted(name, changes):
+def test_parameters_of_training_are_accepted(name, changes):
     assert translate_family(name, **changes) == translate_family(name)
 
 
@@ -206,7 +205,7 @@ def test_parameters_that_only_training_needs_are_accepted(name, changes):
     [
         ("v2-inference", {"scale_facto": 1.0}, "`scale_facto`, did you mean `scale_factor`"),
         ("v2-inference", {"conditioning_key": "concat"}, "conditioning_key `concat`"),
-        ("v2-inference", {"cond_stage_config": SEMANTIC}, "semantic synthesis .* not supported"),
+        ("v2-inference", {"cond_stage_config": RESCALER}, "semantic synthesis .* not supported"),
         ("x4-upscaling", {"low_scale_kee": "x"}, "LatentUpscaleDiffusion `low_scale_kee`, did you"),
         ("v2-midas-inference", {"conditioning_key": "concat"}, "only `hybrid`"),
         ("v2-inference", {"low_scale_key": "lr"}, "unknown parameter of LatentDiffusion"),
@@ -235,7 +234,7 @@ def test_classes_that_are_not_supported_are_refused_by_name(target):
         translate_config({"target": target})
 
 
-def test_noise_on_images_in_patches_is_refused_by_name():
+def test_low_scale_config_with_patches_is_refused():
     changes = {"conditioning_key": "hybrid", "low_scale_config": {}, "concat_keys": ["lr"]}
     spec = {
         "target": legacy.LDM_DDPM + "LatentUpscaleFinetuneDiffusion",

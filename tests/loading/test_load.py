@@ -1,4 +1,4 @@
-"""Loading a model: every format of a file gives the same model, and errors name the cause."""
+"""Loading models: all formats of files give the same model, and errors name the cause."""
 
 import json
 import re
@@ -34,7 +34,7 @@ from ldm.loading.weight_names import rename_weights, restore_names, select_prefi
 from ldm.loading.weights import identify_weights
 from ldm.runtime.errors import ArgumentError, ConfigError, FileFormatError
 from loading import tinyfamilies
-from loading.lorahelp import rename_keys
+from loading.lorahelp import are_equal, rename_keys
 
 
 @pytest.fixture
@@ -45,38 +45,33 @@ def tiny_file(tmp_path, tiny_state):
 
 
 def has_weights(model, state):
-    expected, actual = rename_weights(state), model.state_dict()
-    return expected.keys() == actual.keys() and all(
-        torch.equal(actual[name], expected[name]) for name in expected
-    )
+    return are_equal(model.state_dict(), rename_weights(state))
 
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
-ATTENTION = ["q", "k", "v", "proj_out", "norm"]
-OTHER_ATTENTION = {
+ATTENTION_NAMES = ["q", "k", "v", "proj_out", "norm"]
+OTHER_NAMES = {
     "attention of diffusers": ["to_q", "to_k", "to_v", "to_out.0", "group_norm"],
     "attention of old diffusers": ["query", "key", "value", "proj_attn", "group_norm"],
 }
 
 
 def make_contents(model, state):
-    """The same weights as in the files of other programs."""
+    """Make the content of files with the same weights, as other programs write them."""
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    bare = {k: v for k, v in state.items() if k.startswith(("model.", "first", "cond"))}
-    other = torch.ones(1)
+    without_schedule = {k: v for k, v in state.items() if k.startswith(("model.", "first", "cond"))}
+    tensor = torch.ones(1)
     flat = {n: v.flatten(1) if ".attn_1." in n and v.dim() == 4 else v for n, v in state.items()}
     more_tokens = {
         n: torch.cat([v, v[:2]]) if n.endswith("token_embedding.weight") else v
         for n, v in state.items()
     }
     unused = {n: v for n, v in state.items() if re.search("resblocks.1|_projection|_scale", n)}
-    renamed = {
-        name: rename_keys(
-            state,
-            *((rf"(attn_1)\.{a}\.", rf"\1.{b}.") for a, b in zip(ATTENTION, new, strict=True)),
-        )
-        for name, new in OTHER_ATTENTION.items()
-    }
+    renamed = {}
+    for name, names in OTHER_NAMES.items():
+        pairs = zip(ATTENTION_NAMES, names, strict=True)
+        rules = ((rf"(attn_1)\.{ours}\.", rf"\1.{theirs}.") for ours, theirs in pairs)
+        renamed[name] = rename_keys(state, *rules)
     return renamed | {
         "compiled": rename_keys(state, ("^", "_orig_mod.")),
         "compiled UNet": rename_keys(state, (f"^{UNET}", f"{UNET}_orig_mod.")),
@@ -86,18 +81,18 @@ def make_contents(model, state):
         "prefixes twice": rename_keys(state, (f"^({UNET}|{VAE})", r"\1\1")),
         "without model.": rename_keys(state, (f"^{UNET}", "diffusion_model.")),
         "nested": {"state_dict": {"state_dict": state}, "epoch": 1},
-        "home-made": {"model": state, "optimizer": {"state": {0: {"exp_avg": other}}}},
+        "home-made": {"model": state, "optimizer": {"state": {0: {"exp_avg": tensor}}}},
         "flat kernels": flat,
         "pipeline": tinyfamilies.convert_to_pipeline_state(model, state) | unused,
         "added tokens": more_tokens,
-        "parts of forks": state
+        "networks of forks": state
         | {
-            "embedding_manager.string_to_param_dict.*": other,
-            "control_model.input_hint_block.0.weight": other,
+            "embedding_manager.string_to_param_dict.*": tensor,
+            "control_model.input_hint_block.0.weight": tensor,
         },
         "lightning": {"state_dict": state, "global_step": 3, "epoch": 1},
         "bare": state,
-        "without schedule": bare,
+        "without schedule": without_schedule,
         "half": half,
         "parallel": {f"module.{k}": v for k, v in state.items()},
         "with loss": {**state, "first_stage_model.loss.logvar": torch.zeros(())},
@@ -107,23 +102,24 @@ def make_contents(model, state):
     }
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
-def test_files_of_all_programs_give_the_same_model(tmp_path, tiny_yaml, tiny_state, old, caplog):
+@pytest.mark.parametrize("is_legacy", [False, True], ids=["zip", "legacy"])
+def test_files_of_all_programs_give_the_same_model(
+    tmp_path, tiny_yaml, tiny_state, is_legacy, caplog
+):
     model = build_on_meta(read_yaml(tiny_yaml))
-    path, halves = tmp_path / "x.ckpt", {}
-    for name, value in tiny_state.items():
-        halves[name] = value.half().float() if value.is_floating_point() else value
+    path = tmp_path / "x.ckpt"
+    rounded = {n: v.half().float() if v.is_floating_point() else v for n, v in tiny_state.items()}
     for name, content in make_contents(model, tiny_state).items():
-        if old and name not in ("lightning", "half"):
+        if is_legacy and name not in ("lightning", "half"):
             continue
         caplog.clear()
-        torch.save(content, path, _use_new_zipfile_serialization=not old)
-        expected = halves if name == "half" else tiny_state
+        torch.save(content, path, _use_new_zipfile_serialization=not is_legacy)
+        expected = rounded if name == "half" else tiny_state
         state = match_weights(model, identify_weights(read_checkpoint(path)).state, path)
         ours = rename_weights(expected)
         assert state.keys() == ours.keys(), name
         assert all(torch.equal(value, ours[key].to(value.dtype)) for key, value in state.items())
-        warned = {"parts of forks": "embedding_manager", "added tokens": "2 added tokens"}
+        warned = {"networks of forks": "embedding_manager", "added tokens": "2 added tokens"}
         assert warned.get(name, "") in caplog.text
         assert bool(caplog.text) == (name in warned), caplog.text
 
@@ -151,8 +147,8 @@ def test_weights_are_cast_once(tiny_yaml, tiny_file, tiny_state, dtype):
     assert torch.equal(model.autoencoder.encoder.conv_in.weight, tiny_state[name].to(dtype))
 
 
-def test_released_pages_are_read_again(tmp_path, tiny_state):
-    """Also where two names share one storage."""
+def test_released_pages_are_read_again_on_access(tmp_path, tiny_state):
+    """Also if two names share one storage."""
     state = dict(tiny_state)
     state["cond_stage_model.model.token_embedding.weight"] = shared = torch.randn(49408, 16)
     torch.save({**state, "again": shared}, tmp_path / "x.ckpt")
@@ -161,7 +157,7 @@ def test_released_pages_are_read_again(tmp_path, tiny_state):
     assert torch.equal(file.state["again"], shared)
 
 
-def test_weights_that_are_computed_from_a_folder_survive_a_release(convert_family):
+def test_releasing_pages_keeps_weights_that_are_computed_from_a_folder(convert_family):
     """OpenCLIP has one matrix for query, key and value, which is in no file of the folder."""
     _, expected, folder = convert_family("sd2")
     file = read_folder(folder)
@@ -173,17 +169,17 @@ def test_weights_that_are_computed_from_a_folder_survive_a_release(convert_famil
 
 def test_a_saved_model_loads_with_the_same_weights(tmp_path, tiny_yaml, tiny_file, tiny_state):
     model = ldm.load(tiny_yaml, tiny_file)
-    for ending in (".ckpt", ".safetensors"):
-        path = tmp_path / f"again{ending}"
+    for suffix in (".ckpt", ".safetensors"):
+        path = tmp_path / f"saved{suffix}"
         save_model(model, path, {"global_step": 7, CONFIG_KEY: tiny_yaml.read_text()})
         assert read_checkpoint(path).state.keys() == tiny_state.keys()
         assert has_weights(ldm.load(tiny_yaml, path), tiny_state)
-    alone = ldm.load(ckpt=tmp_path / "again.safetensors")
-    assert has_weights(alone, tiny_state)
-    assert alone.provenance["step"] == 7
+    loaded = ldm.load(ckpt=tmp_path / "saved.safetensors")
+    assert has_weights(loaded, tiny_state)
+    assert loaded.provenance["step"] == 7
 
 
-def test_weights_may_be_trained_after_loading(tiny_yaml, tiny_file):
+def test_training_a_loaded_model_does_not_change_its_file(tiny_yaml, tiny_file):
     model = ldm.load(tiny_yaml, tiny_file)
     before = tiny_file.read_bytes()
     with torch.no_grad():
@@ -192,27 +188,26 @@ def test_weights_may_be_trained_after_loading(tiny_yaml, tiny_file):
     assert tiny_file.read_bytes() == before
 
 
-def make_ema(state):
+def make_ema_state(state):
     return {to_ema_name(k): v + 1 for k, v in state.items() if k.startswith("model.")}
 
 
 def test_ema_weights_are_loaded_if_asked_for(tmp_path, tiny_yaml, tiny_state):
-    ema_state = make_ema(tiny_state)
-    torch.save(tiny_state | ema_state, tmp_path / "x.ckpt")
+    ema_weights = make_ema_state(tiny_state)
+    torch.save(tiny_state | ema_weights, tmp_path / "x.ckpt")
     raw = ldm.load(tiny_yaml, tmp_path / "x.ckpt").state_dict()
     ema = ldm.load(tiny_yaml, tmp_path / "x.ckpt", ema=True).state_dict()
-    for name in raw:
-        assert torch.equal(ema[name], raw[name] + 1 if name.startswith("unet.") else raw[name])
+    for name, value in raw.items():
+        assert torch.equal(ema[name], value + 1 if name.startswith("unet.") else value)
     rest = {k: v for k, v in tiny_state.items() if not k.startswith("model.")}
     compiled = {
-        n.replace("diffusion_model", "diffusion_model_orig_mod"): v for n, v in ema_state.items()
+        n.replace("diffusion_model", "diffusion_model_orig_mod"): v for n, v in ema_weights.items()
     }
     torch.save(rest | compiled, tmp_path / "y.ckpt")
     with pytest.raises(ValueError, match="contains only EMA weights") as caught:
         ldm.load(tiny_yaml, tmp_path / "y.ckpt")
     assert caught.value.argument == "ema"
-    alone = ldm.load(tiny_yaml, tmp_path / "y.ckpt", ema=True).state_dict()
-    assert all(torch.equal(alone[name], ema[name]) for name in ema)
+    assert are_equal(ldm.load(tiny_yaml, tmp_path / "y.ckpt", ema=True).state_dict(), ema)
 
 
 @pytest.mark.parametrize("is_embedded", [False, True])
@@ -226,19 +221,19 @@ def test_ema_weights_are_loaded_if_asked_for(tmp_path, tiny_yaml, tiny_state):
         ("use_ema: false", True, True),
     ],
 )
-def test_the_config_says_whether_ema_weights_are_used(
+def test_the_config_determines_whether_ema_weights_are_used(
     tmp_path, tiny_yaml, tiny_state, use_ema, ema, expected, is_embedded
 ):
     text = tiny_yaml.read_text().replace("use_ema: false", use_ema)
     (tmp_path / "x.yaml").write_text(text)
     metadata = {CONFIG_KEY: text} if is_embedded else {}
     config = None if is_embedded else tmp_path / "x.yaml"
-    write_checkpoint(tmp_path / "x.safetensors", tiny_state | make_ema(tiny_state), metadata)
+    write_checkpoint(tmp_path / "x.safetensors", tiny_state | make_ema_state(tiny_state), metadata)
     model = ldm.load(config, tmp_path / "x.safetensors", ema=ema)
     assert model.provenance["ema"] == expected
     name = "model.diffusion_model.out.2.bias"
     assert torch.equal(model.unet.out[2].bias, tiny_state[name] + expected)
-    # Such as Runway's inpainting model: the config has EMA weights, its file has none.
+    # The config may ask for EMA weights that the file does not have (Runway's inpainting model).
     write_checkpoint(tmp_path / "raw.safetensors", tiny_state, metadata)
     if not ema:
         assert not ldm.load(config, tmp_path / "raw.safetensors", ema=ema).provenance["ema"]
@@ -278,27 +273,27 @@ def test_quantized_and_complex_weights_are_refused(
         ldm.load(tiny_yaml, tmp_path / "x.ckpt")
 
 
-def test_a_pruned_vocabulary_is_named(tmp_path, tiny_yaml, tiny_state):
+def test_the_error_for_a_pruned_vocabulary_has_a_hint(tmp_path, tiny_yaml, tiny_state):
     torch.save(tiny_state, tmp_path / "x.ckpt")
     pruned = "model.params.cond_stage_config.params.compact_vocab=64"
     with pytest.raises(ValueError, match="hint: the config has a compact vocabulary"):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides=[pruned])
 
 
-@pytest.mark.parametrize("part", ["model", "model.params.unet_config"])
-def test_an_override_that_nothing_reads_is_refused(tiny_yaml, tiny_file, part):
-    message = f"tiny.yaml: unknown override `{part}.param`, did you mean `{part}.params`"
+@pytest.mark.parametrize("section", ["model", "model.params.unet_config"])
+def test_an_unused_override_is_refused(tiny_yaml, tiny_file, section):
+    message = f"tiny.yaml: unknown override `{section}.param`, did you mean `{section}.params`"
     with pytest.raises(ArgumentError, match=re.escape(message)) as caught:
-        ldm.load(tiny_yaml, tiny_file, overrides=[f"{part}.param.x=1"])
+        ldm.load(tiny_yaml, tiny_file, overrides=[f"{section}.param.x=1"])
     assert caught.value.argument == "overrides"
 
 
-def test_the_family_of_ema_weights_alone_is_recognised(tmp_path, tiny_yaml):
+def test_the_family_of_a_file_with_only_ema_weights_is_recognized(tmp_path, tiny_yaml):
     unet = "model.params.unet_config.params.context_dim=768"
     model = instantiate(read_yaml(tiny_yaml, [unet]))
     state = restore_names(model.state_dict())
     rest = {name: value for name, value in state.items() if not name.startswith("model.")}
-    torch.save(rest | make_ema(state), tmp_path / "ema.ckpt")
+    torch.save(rest | make_ema_state(state), tmp_path / "ema.ckpt")
     overrides = [unet, "model.params.parameterization=v"]
     with pytest.warns(UserWarning, match="predicts eps, the config says v: .*Stable Diffusion 1"):
         ldm.load(tiny_yaml, tmp_path / "ema.ckpt", ema=True, overrides=overrides)
@@ -307,7 +302,7 @@ def test_the_family_of_ema_weights_alone_is_recognised(tmp_path, tiny_yaml):
 @pytest.mark.parametrize("name", [
     "scale_factor", "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
 ])  # fmt: skip
-def test_tensors_of_invalid_shapes_are_one_error(tmp_path, tiny_yaml, tiny_state, name):
+def test_tensors_of_invalid_shapes_are_refused(tmp_path, tiny_yaml, tiny_state, name):
     write_checkpoint(tmp_path / "x.ckpt", tiny_state | {name: torch.ones(3)})
     with pytest.raises(FileFormatError, match=r"x\.ckpt`.* invalid "):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt")
@@ -328,7 +323,7 @@ def test_missing_and_unexpected_names_are_counted(tmp_path, tiny_yaml, tiny_stat
     assert "first_stage_model.quant_conv.bias (3,), expected (8,)" in text
 
 
-def test_one_file_of_embeddings_needs_no_list(tmp_path, tiny_yaml, tiny_state):
+def test_embeddings_may_be_a_single_path(tmp_path, tiny_yaml, tiny_state):
     torch.save(tiny_state, tmp_path / "x.ckpt")
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt", embeddings=str(tmp_path / "nothing.pt"))
@@ -337,7 +332,7 @@ def test_one_file_of_embeddings_needs_no_list(tmp_path, tiny_yaml, tiny_state):
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 )
-def test_another_schedule_in_the_file_is_warned_of(tmp_path, tiny_yaml, tiny_state, dtype):
+def test_another_noise_schedule_in_the_file_is_warned_of(tmp_path, tiny_yaml, tiny_state, dtype):
     state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in tiny_state.items()}
     torch.save(state, tmp_path / "x.ckpt")
     with pytest.warns(UserWarning, match="its noise schedule differs"):
@@ -386,7 +381,7 @@ def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "description"),
     [
         ("lora_unet_x.lora_down.weight", "a LoRA, which is merged"),
         ("string_to_param.*", "a textual inversion, which is added"),
@@ -399,23 +394,30 @@ def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
         ("encoder.conv_in.weight", r"has no weights .*, `cond_stage_model\.\*`"),
     ],
 )
-def test_the_type_of_another_file_is_named(tmp_path, tiny_yaml, name, kind):
+def test_the_type_of_another_file_is_reported(tmp_path, tiny_yaml, name, description):
     torch.save({name: torch.ones(1, 1)}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=f"hint: the file (is )?{kind}"):
+    with pytest.raises(ValueError, match=f"hint: the file (is )?{description}"):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt")
-    if not kind.startswith("has"):
-        with pytest.raises(ValueError, match=f"x.ckpt` is {kind}"):
+    if not description.startswith("has"):
+        with pytest.raises(ValueError, match=f"x.ckpt` is {description}"):
             ldm.load(ckpt=tmp_path / "x.ckpt")
 
 
-def test_single_parts_load_from_their_own_and_from_whole_files(tmp_path, tiny_yaml, tiny_state):
-    part = read_yaml(tiny_yaml)["model"]["params"]["first_stage_config"]
-    (tmp_path / "kl.yaml").write_text(json.dumps({"model": part}))
-    own = select_prefix(tiny_state, VAE)
-    torch.save({"state_dict": own | {"loss.logvar": torch.zeros(())}}, tmp_path / "kl.ckpt")
-    assert has_weights(ldm.load(tmp_path / "kl.yaml", tmp_path / "kl.ckpt"), own)
+@pytest.fixture
+def vae_yaml(tmp_path, tiny_yaml):
+    config = read_yaml(tiny_yaml)["model"]["params"]["first_stage_config"]
+    (tmp_path / "kl.yaml").write_text(json.dumps({"model": config}))
+    return tmp_path / "kl.yaml"
+
+
+def test_an_autoencoder_is_loaded_from_its_own_file_or_that_of_a_model(
+    tmp_path, vae_yaml, tiny_state
+):
+    state = select_prefix(tiny_state, VAE)
+    torch.save({"state_dict": state | {"loss.logvar": torch.zeros(())}}, tmp_path / "kl.ckpt")
+    assert has_weights(ldm.load(vae_yaml, tmp_path / "kl.ckpt"), state)
     torch.save(tiny_state, tmp_path / "whole.ckpt")
-    assert has_weights(ldm.load(tmp_path / "kl.yaml", tmp_path / "whole.ckpt"), own)
+    assert has_weights(ldm.load(vae_yaml, tmp_path / "whole.ckpt"), state)
 
 
 @pytest.mark.parametrize(
@@ -425,13 +427,9 @@ def test_single_parts_load_from_their_own_and_from_whole_files(tmp_path, tiny_ya
         ("vae", "missing.ckpt"), ("text_encoder", "missing.ckpt"), ("offload", True),
     ],
 )  # fmt: skip
-def test_options_of_whole_models_are_refused_for_a_part(
-    tmp_path, tiny_yaml, tiny_file, name, value
-):
-    part = read_yaml(tiny_yaml)["model"]["params"]["first_stage_config"]
-    (tmp_path / "kl.yaml").write_text(json.dumps({"model": part}))
+def test_options_of_whole_models_are_refused_for_an_autoencoder(vae_yaml, tiny_file, name, value):
     with pytest.raises(ArgumentError, match=f"one component only: {name} needs") as caught:
-        ldm.load(tmp_path / "kl.yaml", tiny_file, device="meta", **{name: value})
+        ldm.load(vae_yaml, tiny_file, device="meta", **{name: value})
     assert caught.value.argument == name
 
 
@@ -445,7 +443,7 @@ def test_the_x4_upscalers_autoencoder_stays_in_float32(tmp_path):
         ldm.load(ckpt=tmp_path / "x4.safetensors", variant="lcm")
 
 
-def test_missing_files_are_errors_that_name_their_argument(tiny_yaml, tiny_file):
+def test_errors_for_missing_files_name_the_argument(tiny_yaml, tiny_file):
     with pytest.raises(ValueError, match="no weights") as caught:
         ldm.load(tiny_yaml)
     assert caught.value.argument == "ckpt"
@@ -457,7 +455,7 @@ def test_missing_files_are_errors_that_name_their_argument(tiny_yaml, tiny_file)
     assert caught.value.argument == "config"
 
 
-def test_an_invalid_config_in_the_file_is_one_error(tmp_path, tiny_state):
+def test_an_invalid_config_in_a_file_is_refused(tmp_path, tiny_state):
     write_checkpoint(tmp_path / "x.ckpt", tiny_state, {CONFIG_KEY: "model: 3"})
     with pytest.raises(ConfigError, match=r"^ldm\.config: model: `target` is missing$"):
         ldm.load(ckpt=tmp_path / "x.ckpt")
@@ -478,8 +476,8 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     assert has_weights(model, tiny_state | other)
     assert model.provenance["vae"] == {"path": str(path), "hash": compute_short_hash(path)}
     save_model(model, tmp_path / "whole.safetensors")
-    again = ldm.load(tiny_yaml, tiny_file, vae=tmp_path / "whole.safetensors")
-    assert has_weights(again, tiny_state | other)
+    model = ldm.load(tiny_yaml, tiny_file, vae=tmp_path / "whole.safetensors")
+    assert has_weights(model, tiny_state | other)
     partial = {name: value for name, value in tiny_state.items() if name not in other}
     write_checkpoint(tmp_path / "partial.ckpt", partial)
     assert has_weights(ldm.load(tiny_yaml, tmp_path / "partial.ckpt", vae=path), tiny_state | other)
@@ -487,7 +485,7 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     message = r"vae.ckpt` does not fit .*tiny.safetensors`: .* 1 mism"
     with pytest.raises(ValueError, match=message) as caught:
         ldm.load(tiny_yaml, tiny_file, vae=path)
-    assert "hint" not in str(caught.value)  # that the file is an autoencoder, which it should be
+    assert "hint" not in str(caught.value)  # "is only an autoencoder" would be no help
 
 
 @pytest.mark.parametrize(("name", "value", "message"), [
@@ -501,7 +499,7 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     ("vae", [], "must be a path, got []"), ("embeddings", [3], "or a list, got 3"),
     ("overrides", [3], "or a list, got 3"), ("allow", [3], "or a list, got 3"),
 ])  # fmt: skip
-def test_an_argument_of_another_type_is_one_line(tiny_yaml, tiny_file, name, value, message):
+def test_arguments_of_a_wrong_type_are_refused(tiny_yaml, tiny_file, name, value, message):
     with pytest.raises(ValueError, match=f"{name}.* {re.escape(message)}") as caught:
         ldm.load(**{"config": tiny_yaml, "ckpt": tiny_file, name: value})
     assert "\n" not in str(caught.value)
@@ -523,58 +521,58 @@ print([name for name in heavy if name in sys.modules])
     assert out.stdout.strip() == "[]"
 
 
-# Families, by the shapes of full-size models, whose tensors are expanded from one number.
+# Families are recognized by the shapes of full-size models; here, tensors share one number.
 
 
 @cache
 def make_full_size_state(name):
-    """A checkpoint with the shapes of a shipped config, taking no memory."""
-    raw = read_yaml(f"configs/stable-diffusion/{name}.yaml")["model"]["params"]
-    unet = build_on_meta(raw.get("unet_config") or raw["unet"])
+    """Make weights with the shapes of a shipped config, without using memory."""
+    params = read_yaml(f"configs/stable-diffusion/{name}.yaml")["model"]["params"]
+    unet = build_on_meta(params.get("unet_config") or params["unet"])
     return {f"unet.{k}": torch.zeros(1).expand(v.shape) for k, v in unet.state_dict().items()}
 
 
-SHIPPED = [f for f in families.FAMILIES if not f.is_sdxl]  # test_sdxl has the others
+FAMILIES = [f for f in families.FAMILIES if not f.is_sdxl]  # test_sdxl has the others
 
 
-@pytest.mark.parametrize("family", SHIPPED, ids=lambda f: f.name)
-def test_families_are_recognised(family):
-    others = {families.VAE_CONV_IN: torch.zeros(128, family.image_channels, 3, 3)}
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_families_are_recognized(family):
+    tensors = {families.VAE_CONV_IN: torch.zeros(128, family.image_channels, 3, 3)}
     if family.has_vision_tower:
-        others[families.VISION_PROJECTION] = torch.zeros(1)
-    assert detect_family(make_full_size_state(family.config) | others) is family
+        tensors[families.VISION_PROJECTION] = torch.zeros(1)
+    assert detect_family(make_full_size_state(family.config) | tensors) is family
 
 
-EPS, V = torch.full((320,), 0.05), torch.linspace(-0.5, 0.5, 320)
-EPS[::2] *= -1
+EPS_BIAS, V_BIAS = torch.full((320,), 0.05), torch.linspace(-0.5, 0.5, 320)
+EPS_BIAS[::2] *= -1
 
 
 @pytest.mark.parametrize(
-    ("step", "bias", "metadata", "kind", "is_disputed"),
+    ("step", "bias", "metadata", "expected", "is_disputed"),
     [
-        (875000, EPS, {}, "eps", False),
-        (110000, V, {}, "v", False),
-        (None, EPS, {}, "eps", False),
-        (None, V, {}, "v", False),
-        (110000, EPS, {}, "v", True),
-        (875000, V, {}, "eps", True),
-        (875000, EPS, {"v_pred": ""}, "v", True),
-        (None, V, {"modelspec.prediction_type": "v"}, "v", False),
-        (None, EPS, {"modelspec.prediction_type": "epsilon"}, "eps", False),
-        (None, EPS, {"modelspec.prediction_type": "x0"}, "x0", True),
+        (875000, EPS_BIAS, {}, "eps", False),
+        (110000, V_BIAS, {}, "v", False),
+        (None, EPS_BIAS, {}, "eps", False),
+        (None, V_BIAS, {}, "v", False),
+        (110000, EPS_BIAS, {}, "v", True),
+        (875000, V_BIAS, {}, "eps", True),
+        (875000, EPS_BIAS, {"v_pred": ""}, "v", True),
+        (None, V_BIAS, {"modelspec.prediction_type": "v"}, "v", False),
+        (None, EPS_BIAS, {"modelspec.prediction_type": "epsilon"}, "eps", False),
+        (None, EPS_BIAS, {"modelspec.prediction_type": "x0"}, "x0", True),
     ],
 )
-def test_several_methods_detect_the_prediction(step, bias, metadata, kind, is_disputed):
+def test_several_methods_detect_the_prediction_type(step, bias, metadata, expected, is_disputed):
     state = restore_names(make_full_size_state("v2-inference") | {families.NORM_BIAS: bias})
     weights = identify_weights(Checkpoint(Path("x.ckpt"), "zip", state, step, metadata=metadata))
     prediction = weights.prediction_type
-    assert (prediction.value, prediction.is_disputed) == (kind, is_disputed)
+    assert (prediction.value, prediction.is_disputed) == (expected, is_disputed)
     assert prediction.num_results == sum(v is not None for v in (step, bias)) + bool(metadata)
-    name = "v2-inference-v" if kind == "v" else "v2-inference"
+    name = "v2-inference-v" if expected == "v" else "v2-inference"
     assert choose_config(weights) == f"configs/stable-diffusion/{name}.yaml"
 
 
-def test_the_probe_tells_v_from_eps():
+def test_the_probe_distinguishes_v_from_eps():
     class Scale(torch.nn.Module):
         def __init__(self, factor):
             super().__init__()

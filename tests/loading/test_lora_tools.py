@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from lorahelp import build_tiny_model, collect_weights, make_random_lora, read_lora
-from tinyfamilies import write_family
 
-from ldm.commands.extract_lora import main as extract
-from ldm.commands.merge_lora import main as merge
+from ldm.commands.extract_lora import main as extract_lora_command
+from ldm.commands.merge_lora import main as merge_lora_command
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_tools import (
@@ -20,10 +18,12 @@ from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.weight_names import restore_names, to_original_name
 from ldm.nets.lora import merge_changes
 from ldm.runtime.errors import LdmError
+from loading.lorahelp import build_tiny_model, collect_weights, make_random_lora, read_lora
+from loading.tinyfamilies import write_family
 from quick import slow_except
 
-FULL = RankLimits()
-SPEC = (
+FULL_RANK = RankLimits()
+MODELSPEC_FIELDS = (
     "sai_model_spec", "implementation", "title", "resolution", "prediction_type", "date",
     "hash_sha256", "merged_from",
 )  # fmt: skip
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
         path = folder / f"{family}.safetensors"
         state = write_family(family, path)
         tuned = {
-            name: value + 0.1 * torch.randn(value.shape) if _is_tuned(name, value) else value
+            name: value + 0.1 * torch.randn(value.shape) if is_tuned(name, value) else value
             for name, value in state.items()
         }
         metadata = read_checkpoint(path).metadata
@@ -46,9 +46,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _is_tuned(name, value):
-    parts = ("model.diffusion_model.", "cond_stage_model.", "conditioner.")
-    return name.startswith(parts) and value.is_floating_point() and value.dim() > 1
+def is_tuned(name, value):
+    prefixes = ("model.diffusion_model.", "cond_stage_model.", "conditioner.")
+    return name.startswith(prefixes) and value.is_floating_point() and value.dim() > 1
 
 
 def compute_deltas(lora):
@@ -58,31 +58,31 @@ def compute_deltas(lora):
 @pytest.mark.parametrize("family", slow_except(["sd1", "xl"], "sd1"))
 def test_a_lora_of_full_rank_turns_the_base_into_the_tuned_model(folder, family):
     tuned, base = folder / f"{family}-tuned.safetensors", folder / f"{family}.safetensors"
-    result = extract_lora(tuned, base, FULL, conv_limits=FULL, clamp_quantile=1)
+    result = extract_lora(tuned, base, FULL_RANK, conv_limits=FULL_RANK, clamp_quantile=1)
     assert result.retained_fraction == pytest.approx(1)
     assert all("embedding" in name or "projection" in name for name in result.other_weights)
     merge_changes(result.lora.layers.values())
     target = read_checkpoint(tuned).state
     left_out = {to_original_name(name, sgm=family == "xl") for name in result.other_weights}
     for name, value in restore_names(result.model.state_dict()).items():
-        if _is_tuned(name, value) and name not in left_out:
+        if is_tuned(name, value) and name not in left_out:
             torch.testing.assert_close(value, target[name], rtol=0, atol=2e-6)  # observed: 4e-7
 
 
-def test_extraction_follows_kohyas_rule(folder):
+def test_extraction_equals_that_of_kohya(folder):
     paths = folder / "sd1-tuned.safetensors", folder / "sd1.safetensors"
     result = extract_lora(*paths, RankLimits(rank=4))
     assert not any("resnets" in name and "conv1" in name for name in result.lora.layers)
     assert 0.1 < result.retained_fraction < 0.5
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     weight = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    new, old = (read_checkpoint(path).state for path in paths)
-    u, s, v = torch.linalg.svd(new[weight] - old[weight])
+    tuned, base = (read_checkpoint(path).state for path in paths)
+    u, s, v = torch.linalg.svd(tuned[weight] - base[weight])
     up, down = u[:, :4] * s[:4], v[:4]
     layer = result.lora.layers[name]
     unclamped = extract_lora(*paths, RankLimits(rank=4), clamp_quantile=1)
     assert result.retained_fraction < unclamped.retained_fraction  # which counts the clamp
-    signs = (layer.lora_down.weight * down).sum(1).sign()  # which the SVD leaves open
+    signs = (layer.lora_down.weight * down).sum(1).sign()  # which an SVD does not determine
     up, down = up * signs, down * signs[:, None]
     limit = torch.cat([up.flatten(), down.flatten()]).quantile(0.99)
     torch.testing.assert_close(layer.lora_up.weight, up.clamp(-limit, limit), rtol=0, atol=1e-5)
@@ -102,7 +102,7 @@ def test_extraction_follows_kohyas_rule(folder):
         ({"rank": 2, "ratio": 2}, 2),
     ],
 )
-def test_limits_select_the_rank(limits, count):
+def test_limits_determine_the_rank(limits, count):
     assert RankLimits(**limits).count_kept(torch.tensor([4.0, 3.0, 2.0, 1.0])) == count
     assert RankLimits(**limits).count_kept(torch.empty(0)) == 0  # a LyCORIS layer of zeros
 
@@ -121,7 +121,7 @@ NORM, TEXT = "lora_unet_conv_norm_out", "lora_te_text_model_encoder_layers_0_mlp
 LOHA = {"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 64)}
 LOKR = {"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16), "alpha": ()}
 TUCKER = {"lora_up": (64, 3, 1, 1), "lora_mid": (3, 3, 3, 3), "lora_down": (3, 64, 1, 1)}
-KINDS = {  # tensors, layer, rank of the sum
+ADAPTERS = {  # shapes of tensors, layer, rank of the sum
     "LoHa": ({**LOHA, "alpha": ()}, LINEAR, 4),
     "LoKr": (LOKR, LINEAR, 8),
     "Tucker LoCon": ({f"{name}.weight": size for name, size in TUCKER.items()}, CONV, 3),
@@ -131,56 +131,55 @@ KINDS = {  # tensors, layer, rank of the sum
 }
 
 
-def write_lycoris(path, *kinds):
+def write_lycoris(path, *adapter_types):
     torch.manual_seed(3)
     state = {}
-    for kind in kinds:
-        tensors, layer, _ = KINDS[kind]
+    for adapter_type in adapter_types:
+        tensors, layer, _ = ADAPTERS[adapter_type]
         state |= {f"{layer}.{role}": torch.randn(shape) / 4 for role, shape in tensors.items()}
     write_checkpoint(path, state)
 
 
-@pytest.mark.parametrize("kind", slow_except(KINDS, "full difference"))
-def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
-    """At the rank that the sum has."""
+@pytest.mark.parametrize("adapter_type", slow_except(ADAPTERS, "full difference"))
+def test_additions_of_lycoris_are_joined_exactly_with_a_lora(adapter_type, tmp_path):
+    """The LoRA has the rank of the sum."""
     model, paths = build_tiny_model("sd1"), [tmp_path / f"{name}.safetensors" for name in "abc"]
-    write_lycoris(paths[0], kind)
+    write_lycoris(paths[0], adapter_type)
     write_lora(make_random_lora(model, alpha=1), paths[1], model)
-    alone = join_loras([(paths[0], 1.0)], model)
-    _, layer, rank = KINDS[kind]
-    assert {n: lora.rank for n, lora in alone.lora.layers.items()} == (
+    converted = join_loras([(paths[0], 1.0)], model)
+    _, layer, rank = ADAPTERS[adapter_type]
+    assert {n: lora.rank for n, lora in converted.lora.layers.items()} == (
         {layer: rank} if rank else {}
     )
     files = [(paths[0], "0.5:-0.8"), (paths[1], 0.3)]
     joined = join_loras(files, model)
     write_lora(joined.lora, paths[2], model, other_tensors=joined.other_tensors)
-    theirs, ours = build_tiny_model("sd1"), model
-    theirs.load_state_dict(model.state_dict())
-    load_loras(ours, [(paths[2], 1.0)])
-    load_loras(theirs, files)
-    torch.testing.assert_close(collect_weights(ours), collect_weights(theirs), rtol=0, atol=2e-6)
+    expected = build_tiny_model("sd1")
+    load_loras(model, [(paths[2], 1.0)])
+    load_loras(expected, files)
+    torch.testing.assert_close(collect_weights(model), collect_weights(expected), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", slow_except(["LoHa", "plain LoRA"], "LoHa"))
-def test_a_resized_lora_is_the_nearest_of_its_rank(kind, tmp_path):
+@pytest.mark.parametrize("adapter_type", slow_except(["LoHa", "plain LoRA"], "LoHa"))
+def test_a_resized_lora_is_the_best_approximation_of_its_rank(adapter_type, tmp_path):
     model, file = build_tiny_model("sd1"), tmp_path / "x.safetensors"
-    if kind == "LoHa":
-        write_lycoris(file, kind, "norm")
+    if adapter_type == "LoHa":
+        write_lycoris(file, adapter_type, "norm")
     else:
         write_lora(make_random_lora(model, rank=6, alpha=3), file, model)
-    whole = compute_deltas(join_loras([(file, 1.0)], model).lora)
-    small = join_loras([(file, 1.0)], model, RankLimits(rank=2))
-    retained = total = ranks = 0
-    for name, delta in compute_deltas(small.lora).items():
-        u, s, v = torch.linalg.svd(whole[name].flatten(1), full_matrices=False)
+    full = compute_deltas(join_loras([(file, 1.0)], model).lora)
+    resized = join_loras([(file, 1.0)], model, RankLimits(rank=2))
+    retained = total = total_rank = 0
+    for name, delta in compute_deltas(resized.lora).items():
+        u, s, v = torch.linalg.svd(full[name].flatten(1), full_matrices=False)
         torch.testing.assert_close(delta.flatten(1), u[:, :2] * s[:2] @ v[:2], rtol=0, atol=1e-5)
         retained, total = retained + s[:2].square().sum(), total + s.square().sum()
-        ranks += int((s > 1e-4 * s[0]).sum())
-    assert small.lora.layers.keys() == whole.keys()
-    assert small.total_rank == ranks
-    assert small.retained_fraction == pytest.approx(float(retained / total), rel=1e-4)
-    norms = {f"{NORM}.w_norm", f"{NORM}.b_norm"} if kind == "LoHa" else set()
-    assert small.other_tensors.keys() == norms
+        total_rank += int((s > 1e-4 * s[0]).sum())
+    assert resized.lora.layers.keys() == full.keys()
+    assert resized.total_rank == total_rank
+    assert resized.retained_fraction == pytest.approx(float(retained / total), rel=1e-4)
+    norms = {f"{NORM}.w_norm", f"{NORM}.b_norm"} if adapter_type == "LoHa" else set()
+    assert resized.other_tensors.keys() == norms
 
 
 @pytest.mark.parametrize(
@@ -198,7 +197,7 @@ def test_a_lora_that_scales_or_rotates_weights_is_not_joined(tensors, tmp_path):
         join_loras([(file, 1.0)], build_tiny_model("sd1"))
 
 
-def test_textual_inversions_stay_in_a_joined_file(tmp_path):
+def test_textual_inversions_are_kept_in_a_joined_file(tmp_path):
     model = build_tiny_model("sd1")
     source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     write_lycoris(source, "LoHa")
@@ -226,29 +225,29 @@ def test_joined_loras_have_the_sum_of_their_deltas(tmp_path):
         )
 
 
-def test_the_commands_write_files_that_name_their_sources(folder, tmp_path, capsys):
+def test_the_files_of_the_commands_name_their_sources(folder, tmp_path, capsys):
     tuned, base = (str(folder / f"sd1{end}.safetensors") for end in ("-tuned", ""))
     style, joined = str(tmp_path / "style.safetensors"), str(tmp_path / "joined.safetensors")
-    assert extract([tuned, base, style, "--rank", "8", "--conv-rank", "2"]) == 0
+    assert extract_lora_command([tuned, base, style, "--rank", "8", "--conv-rank", "2"]) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{style}\n"
     assert "95 layers, " in printed.err
     assert "2 other weights differ, not in the LoRA: conditioner.text" in printed.err
     arguments = [f"{style}:0.5", style, joined, "--keep-squares", "0.8", "--model", base]
-    assert merge(arguments) == 0
+    assert merge_lora_command(arguments) == 0
     assert "of the squared singular values" in capsys.readouterr().err
     metadata = read_checkpoint(joined).metadata
-    assert {f"modelspec.{name}" for name in SPEC} <= metadata.keys()
+    assert {f"modelspec.{name}" for name in MODELSPEC_FIELDS} <= metadata.keys()
     assert metadata["modelspec.merged_from"] == "style.safetensors, style.safetensors"
     assert metadata["ss_network_dim"] == "Dynamic"
-    assert merge(arguments) == 1
+    assert merge_lora_command(arguments) == 1
     assert "exists" in capsys.readouterr().err
     for flag, value in (("--rank", "0"), ("--keep-sum", "2"), ("--ratio", "0.5")):
-        assert merge([style, f"{joined}.safetensors", flag, value]) == 1
+        assert merge_lora_command([style, f"{joined}.safetensors", flag, value]) == 1
         assert capsys.readouterr().err.endswith(f" ({flag})\n")
 
 
-def test_the_family_of_a_file_is_recognised(tmp_path):
+def test_the_family_of_a_file_is_recognized(tmp_path):
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     state = {f"{name}.lora_down.weight": torch.ones(2, 768)}
     state[f"{name}.lora_up.weight"] = torch.ones(320, 2)
@@ -259,6 +258,6 @@ def test_the_family_of_a_file_is_recognised(tmp_path):
 
 def test_models_of_two_families_are_refused(folder):
     with pytest.raises(LdmError, match="sd1.safetensors` does not fit .*xl.safetensors`"):
-        extract_lora(folder / "sd1.safetensors", folder / "xl.safetensors", FULL)
+        extract_lora(folder / "sd1.safetensors", folder / "xl.safetensors", FULL_RANK)
     with pytest.raises(LdmError, match="no layer of .* differs"):
-        extract_lora(folder / "sd1.safetensors", folder / "sd1.safetensors", FULL)
+        extract_lora(folder / "sd1.safetensors", folder / "sd1.safetensors", FULL_RANK)

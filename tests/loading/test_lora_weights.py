@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from lorahelp import (
+from safetensors.torch import save_file
+
+import ldm
+from ldm.loading.addons.lora import load_loras, read_changes
+from ldm.loading.addons.lora_files import write_lora
+from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.nets.lora import LoRA
+from loading.lorahelp import (
     are_equal,
     build_diffusers_pipeline,
     build_tiny_model,
@@ -12,21 +20,13 @@ from lorahelp import (
     make_random_lora,
     read_lora,
 )
-from safetensors.torch import save_file
-
-import ldm
-from ldm.loading.addons.lora import load_loras, read_changes
-from ldm.loading.addons.lora_files import write_lora
-from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
-from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.nets.lora import LoRA
 from quick import slow_except
 
 BLOCKS = "lbw=IN01=0.5,M00=0,OUT02=2"
 
 
 @pytest.fixture
-def file(tmp_path):
+def path(tmp_path):
     model = build_tiny_model()
     write_lora(make_random_lora(model, alpha=2), tmp_path / "x.safetensors", model)
     return tmp_path / "x.safetensors"
@@ -64,22 +64,22 @@ def test_weights_are_parsed_in_every_form(text, weight, written):
         (None, "the weight of a LoRA must be a finite number, got None"),
     ],
 )
-def test_an_invalid_weight_is_refused_in_one_line(text, message):
+def test_an_invalid_weight_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         LoRAWeight.parse(text)
 
 
-def test_a_colon_may_be_part_of_the_name():
+def test_a_file_name_may_contain_a_colon():
     assert split_weight(r"C:\a.safetensors:0.5:lbw=1,0") == (r"C:\a.safetensors", "0.5:lbw=1,0")
     assert split_weight("a:b.safetensors") == ("a:b.safetensors", "")
 
 
-def test_each_tower_and_block_gets_its_own_weight(file):
+def test_the_text_encoder_and_each_block_get_their_own_weights(path):
     model = build_tiny_model()
-    base, lora = collect_weights(model), read_lora(file, model)
+    base, lora = collect_weights(model), read_lora(path, model)
     layers = {id(layer.target.layer): layer for layer in lora.layers.values()
               if layer.target.qkv_index is None}  # fmt: skip
-    load_loras(model, [(file, f"0.25:2:{BLOCKS}")])
+    load_loras(model, [(path, f"0.25:2:{BLOCKS}")])
     applied = set()
     for name, module in model.named_modules():
         if id(module) not in layers:
@@ -99,27 +99,27 @@ def test_each_tower_and_block_gets_its_own_weight(file):
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_computes_the_same_with_a_weight_for_each_block(tmp_path):
     pytest.importorskip("peft")
-    model, file = build_tiny_model(), tmp_path / "x.safetensors"
+    model, path = build_tiny_model(), tmp_path / "x.safetensors"
     layers = {name: layer for name, layer in make_random_lora(model).layers.items()
               if "_attentions_" in name or name.startswith("lora_te_")}  # fmt: skip
-    write_lora(LoRA(layers), file, model)
+    write_lora(LoRA(layers), path, model)
     pipeline = build_diffusers_pipeline(model)
-    pipeline.load_lora_weights(str(file))
+    pipeline.load_lora_weights(str(path))
     scales = {"text_encoder": 0.25, "unet": {"down": 0.5, "mid": 2.0, "up": -1.0}}
     pipeline.set_adapters(pipeline.get_active_adapters(), [scales])
     blocks = [*(f"IN0{k}=0.5" for k in range(1, 4)), "M00=2", *(f"OUT0{k}=-1" for k in range(4))]
-    ldm.set_loras(model, [(file, f"0.25:1:{','.join(blocks)}")])
+    ldm.set_loras(model, [(path, f"0.25:1:{','.join(blocks)}")])
     ours, theirs = compute_outputs(model), compute_diffusers_outputs(pipeline, model)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)
 
 
-def test_only_the_rank_of_plain_loras_can_be_cut(file, tmp_path):
+def test_the_rank_of_plain_loras_can_be_truncated(path, tmp_path):
     model, name = build_tiny_model(), "lora_unet_conv_in"
-    layer = read_lora(file, model)[name]
+    layer = read_lora(path, model)[name]
     up, down = layer.lora_up.weight[:, :1].flatten(1), layer.lora_down.weight[:1].flatten(1)
     delta = (up @ down).view_as(layer.target.weight) * layer.alpha / layer.rank
-    changes = dict(read_changes(file, model, "1:dyn=1"))
+    changes = dict(read_changes(path, model, "1:dyn=1"))
     torch.testing.assert_close(changes[name].compute_delta(), delta, rtol=0, atol=1e-6)
     save_file({f"{name}.diff": torch.zeros_like(delta)}, tmp_path / "diff.safetensors")
     with pytest.raises(ValueError, match="is not a plain LoRA: its rank cannot be truncated"):
@@ -134,27 +134,25 @@ def test_only_the_rank_of_plain_loras_can_be_cut(file, tmp_path):
         ("IN01=x,M00=1", "`x` is not a number"),
     ],
 )
-def test_wrong_block_weights_are_refused_in_one_line(file, blocks, message):
+def test_invalid_block_weights_are_refused_in_one_line(path, blocks, message):
     with pytest.raises(ValueError, match=message) as error:
-        load_loras(build_tiny_model(), [(file, f"1:lbw={blocks}")])
+        load_loras(build_tiny_model(), [(path, f"1:lbw={blocks}")])
     assert "\n" not in str(error.value)
 
 
-def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
+def test_set_loras_gives_the_same_weights_as_loading_with_them(path, tmp_path):
     other = tmp_path / "y.safetensors"
     write_lora(make_random_lora(build_tiny_model(), seed=3), other, build_tiny_model())
-    bundle = {
-        "bundle_emb.cat.string_to_param.*": torch.ones(1, build_tiny_model().conditioner.text.width)
-    }
-    state = {**read_checkpoint(other).state, **bundle}
-    save_file({name: value.contiguous() for name, value in state.items()}, other)
     model = build_tiny_model()
-    base, files = collect_weights(model), [(file, 0.3), (other, "0.5:1")]
-    originals = dict(model.named_parameters())
-    for loras in ([(file, 1.0)], files, [(other, 0.0)], files):
-        ldm.set_loras(model, loras)
+    vectors = torch.ones(1, model.conditioner.text.width)
+    state = read_checkpoint(other).state | {"bundle_emb.cat.string_to_param.*": vectors}
+    save_file({name: value.contiguous() for name, value in state.items()}, other)
+    base, loras = collect_weights(model), [(path, 0.3), (other, "0.5:1")]
+    parameters = dict(model.named_parameters())
+    for each in ([(path, 1.0)], loras, [(other, 0.0)], loras):
+        ldm.set_loras(model, each)
     fresh = build_tiny_model()
-    load_loras(fresh, files)
+    load_loras(fresh, loras)
     assert are_equal(collect_weights(model), collect_weights(fresh))
     assert model.provenance["loras"] == fresh.provenance["loras"]
     assert [*model.conditioner.text.added_embeddings] == ["cat"]
@@ -163,24 +161,24 @@ def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
     assert are_equal(collect_weights(model), collect_weights(fresh))
     ldm.set_loras(model, [])
     assert are_equal(collect_weights(model), base)
-    assert dict(model.named_parameters()) == originals  # the same memory
+    assert dict(model.named_parameters()) == parameters  # the same memory
     assert (model.provenance["loras"], model.conditioner.text.added_embeddings) == ([], {})
     with pytest.raises(ValueError, match="was loaded with loras, which cannot be removed"):
         ldm.set_loras(fresh, [])
 
 
-def test_a_sum_too_large_for_the_weights_leaves_none_of_the_loras(file):
+def test_a_sum_too_large_for_the_weights_leaves_none_of_the_loras(path):
     model = build_tiny_model().half()
     base = collect_weights(model)
-    ldm.set_loras(model, [(file, 1.0)])
+    ldm.set_loras(model, [(path, 1.0)])
     with pytest.raises(ValueError, match="too large for torch.float16"):
-        ldm.set_loras(model, [(file, 1e9)])
+        ldm.set_loras(model, [(path, 1e9)])
     assert are_equal(collect_weights(model), base)
     assert model.provenance["loras"] == []
 
 
 LAYER = "lora_unet_mid_block_resnets_0_conv1"
-ROTATIONS = {  # of a weight (64, 64, 3, 3)
+ROTATIONS = {  # tensors for a weight (64, 64, 3, 3)
     "DoRA": {"diff": (64, 64, 3, 3), "dora_scale": (64, 1, 1, 1)},
     "OFT": {"oft_blocks": (8, 8, 8)},
     "BOFT": {"oft_blocks": (2, 8, 8, 8)},
@@ -188,48 +186,51 @@ ROTATIONS = {  # of a weight (64, 64, 3, 3)
 }
 
 
-def write_rotation(path, kind, seed=0):
+def write_rotation(path, rotation, seed=0):
     torch.manual_seed(seed)
-    sizes = {f"{LAYER}.{role}": size for role, size in ROTATIONS[kind].items()}
+    sizes = {f"{LAYER}.{role}": size for role, size in ROTATIONS[rotation].items()}
     save_file({name: torch.rand(size) + 0.1 for name, size in sizes.items()}, path)
     return path
 
 
-@pytest.mark.parametrize("kind", slow_except(ROTATIONS, "DoRA", "BOFT"))
-def test_a_rotation_is_set_to_another_weight_and_removed_bit_by_bit(kind, tmp_path):
-    file, model = write_rotation(tmp_path / "x.safetensors", kind), build_tiny_model()
-    base, states = collect_weights(model), []
+@pytest.mark.parametrize("rotation", slow_except(ROTATIONS, "DoRA", "BOFT"))
+def test_the_weight_of_a_rotation_is_changed_and_removed_bit_by_bit(rotation, tmp_path):
+    path, model = write_rotation(tmp_path / "x.safetensors", rotation), build_tiny_model()
+    base, equals_base = collect_weights(model), []
     for weight in (1.0, 0.3, 0.0, -0.5):
-        ldm.set_loras(model, [(file, weight)])
+        ldm.set_loras(model, [(path, weight)])
         fresh = build_tiny_model()
-        load_loras(fresh, [(file, weight)])
+        load_loras(fresh, [(path, weight)])
         assert are_equal(collect_weights(model), collect_weights(fresh))
-        states.append(are_equal(collect_weights(model), base))
-    assert states == [False, False, True, False]
+        equals_base.append(are_equal(collect_weights(model), base))
+    assert equals_base == [False, False, True, False]
     ldm.set_loras(model, [])
     assert are_equal(collect_weights(model), base)
 
 
-PAIRS = [("DoRA", "OFT"), ("OFT", "BOFT"), ("BOFT", "DoRA")]
+ROTATION_PAIRS = [("DoRA", "OFT"), ("OFT", "BOFT"), ("BOFT", "DoRA")]
 
 
-@pytest.mark.parametrize("kinds", slow_except(PAIRS, PAIRS[0]))
+@pytest.mark.parametrize("rotations", slow_except(ROTATION_PAIRS, ROTATION_PAIRS[0]))
 def test_two_files_that_rotate_a_weight_are_applied_in_order_with_a_warning(
-    kinds, file, tmp_path, caplog
+    rotations, path, tmp_path, caplog
 ):
-    """After LoRAs that add to it, wherever they are listed."""
-    paths = [write_rotation(tmp_path / f"{n}.safetensors", kind, n) for n, kind in enumerate(kinds)]
+    """LoRAs that add to the weight come first."""
+    paths = [
+        write_rotation(tmp_path / f"{n}.safetensors", rotation, n)
+        for n, rotation in enumerate(rotations)
+    ]
     results = []
     for first, second in (paths, paths[::-1]):
         caplog.clear()
         model = build_tiny_model()
-        load_loras(model, [(first, 1.0), (file, 0.5), (second, 0.7)])
+        load_loras(model, [(first, 1.0), (path, 0.5), (second, 0.7)])
         names = f"`{first.name}`, `{second.name}`"
         message = f"{names} scale or rotate the same weights: they are applied"
         assert [r.getMessage().startswith(message) for r in caplog.records] == [True]
         expected = build_tiny_model()
-        for one in [(file, 0.5), (first, 1.0), (second, 0.7)]:
-            load_loras(expected, [one])
+        for lora in [(path, 0.5), (first, 1.0), (second, 0.7)]:
+            load_loras(expected, [lora])
         results.append(collect_weights(model))
         for name, value in collect_weights(expected).items():
             torch.testing.assert_close(results[-1][name], value, rtol=0, atol=1e-5)
@@ -237,9 +238,9 @@ def test_two_files_that_rotate_a_weight_are_applied_in_order_with_a_warning(
     assert (results[0][name] - results[1][name]).abs().max() > 0.01
 
 
-def test_set_loras_works_after_the_model_was_cast(file):
+def test_set_loras_works_after_the_model_was_cast(path):
     model = build_tiny_model()
-    ldm.set_loras(model, [(file, 1.0)])
+    ldm.set_loras(model, [(path, 1.0)])
     model.half()
     ldm.set_loras(model, [])
     assert are_equal(collect_weights(model), collect_weights(build_tiny_model().half()))

@@ -1,20 +1,20 @@
-"""Merges of checkpoints: merged and unchanged weights, errors, and metadata."""
+"""Merges of checkpoints: merged and unchanged weights, metadata, errors."""
 
 import json
 
 import pytest
 import torch
-from tinyfamilies import write_family
 
 from ldm.commands.merge import main
 from ldm.loading.convert import convert
 from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_checkpoint
 from ldm.loading.merge import plan_merge
 from ldm.runtime.errors import LdmError
+from loading.tinyfamilies import write_family
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {"sd1": "cond_stage_model.", "xl": "conditioner.embedders."}
-FIRST = f"{UNET}input_blocks.0.0.weight"
+INPUT_CONV = f"{UNET}input_blocks.0.0.weight"
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def folder(tmp_path_factory):
     for name, family, seed in (("b", "sd1", 1), ("c", "sd1", 2), ("xl-b", "xl", 3)):
         file = read_checkpoint(folder / f"{family}.safetensors")
         torch.manual_seed(seed)
-        state = {n: _add_noise(v) if v.dim() else v for n, v in file.state.items()}
-        spec = {"modelspec.license": "MIT", "modelspec.title": name}
-        write_checkpoint(folder / f"{name}.safetensors", state, {**file.metadata, **spec})
+        state = {n: add_noise(v) if v.dim() else v for n, v in file.state.items()}
+        metadata = file.metadata | {"modelspec.license": "MIT", "modelspec.title": name}
+        write_checkpoint(folder / f"{name}.safetensors", state, metadata)
     return folder
 
 
-def _add_noise(value):
+def add_noise(value):
     return value + 0.1 * torch.randn(value.shape) if value.is_floating_point() else value + 1
 
 
@@ -41,6 +41,7 @@ def read_state(folder, name):
 
 
 def merge(folder, target, a, b, c=None, **options):
+    """Merge models by name; return the resulting checkpoint."""
     paths = [folder / f"{name}.safetensors" for name in (a, b, c) if name]
     plan = plan_merge(*paths[:2], target, subtract=paths[2] if c else None, **options)
     return read_checkpoint(convert(plan))
@@ -61,22 +62,23 @@ def test_unet_and_text_encoders_are_merged_and_other_weights_stay(folder, a, b, 
         assert torch.equal(value, expected), name
 
 
-def test_an_inpainting_model_plus_a_difference_keeps_its_additional_channels(folder, tmp_path):
+def test_adding_a_difference_keeps_the_additional_channels_of_inpainting(folder, tmp_path):
     a, b, c = (read_state(folder, name) for name in ("sd1-inpainting", "b", "c"))
     options = {"weight": 0.8, "merge_vae": True, "dtype": torch.float16}
     file = merge(folder, tmp_path / "x.ckpt", "sd1-inpainting", "b", "c", **options)
-    first = file.state[FIRST]
-    assert torch.equal(first[:, 4:], a[FIRST][:, 4:].half())
-    assert torch.equal(first[:, :4], (a[FIRST][:, :4] + 0.8 * (b[FIRST] - c[FIRST])).half())
+    weight = file.state[INPUT_CONV]
+    assert torch.equal(weight[:, 4:], a[INPUT_CONV][:, 4:].half())
+    expected = a[INPUT_CONV][:, :4] + 0.8 * (b[INPUT_CONV] - c[INPUT_CONV])
+    assert torch.equal(weight[:, :4], expected.half())
     for name in (f"{UNET}out.2.weight", f"{VAE}decoder.conv_in.weight"):
         assert torch.equal(file.state[name], (a[name] + 0.8 * (b[name] - c[name])).half())
     assert torch.equal(file.state["alphas_cumprod"], a["alphas_cumprod"].half())
 
 
-def test_channels_that_the_subtracted_model_does_not_have_stay(folder, tmp_path):
-    a, c = (read_state(folder, name)[FIRST] for name in ("sd1-inpainting", "c"))
+def test_channels_that_the_subtracted_model_does_not_have_are_kept(folder, tmp_path):
+    a, c = (read_state(folder, name)[INPUT_CONV] for name in ("sd1-inpainting", "c"))
     file = merge(folder, tmp_path / "x.ckpt", "sd1-inpainting", "sd1-inpainting", "c")
-    assert torch.equal(file.state[FIRST], torch.cat([a[:, :4] + (a[:, :4] - c), a[:, 4:]], 1))
+    assert torch.equal(file.state[INPUT_CONV], torch.cat([a[:, :4] + (a[:, :4] - c), a[:, 4:]], 1))
 
 
 def test_each_block_has_its_own_weight(folder, tmp_path):
@@ -95,25 +97,23 @@ def test_each_block_has_its_own_weight(folder, tmp_path):
         assert torch.equal(file.state[name], value), name
 
 
-def test_ema_weights_are_merged_if_asked_else_left_out(folder, tmp_path):
+def test_ema_weights_are_merged_only_if_asked_for(folder, tmp_path):
     file = read_checkpoint(folder / "sd1.safetensors")
     ema_state = {to_ema_name(n): v + 1 for n, v in file.state.items() if n.startswith(UNET)}
     path, other = tmp_path / "a.safetensors", folder / "b.safetensors"
     write_checkpoint(path, file.state | ema_state, file.metadata)
     name, theirs = f"{UNET}out.2.weight", read_checkpoint(other).state
-    for ema, change in ((False, 0), (True, 1)):
-        merged = read_checkpoint(
-            convert(plan_merge(path, other, tmp_path / f"{ema}.ckpt", ema=ema))
-        )
+    for ema in (False, True):
+        plan = plan_merge(path, other, tmp_path / f"{ema}.ckpt", ema=ema)
+        merged = read_checkpoint(convert(plan))
         assert not merged.has_ema
-        assert torch.equal(
-            merged.state[name], 0.5 * (file.state[name] + change) + 0.5 * theirs[name]
-        )
+        expected = 0.5 * (file.state[name] + ema) + 0.5 * theirs[name]
+        assert torch.equal(merged.state[name], expected)
     with pytest.raises(LdmError, match="no model has EMA weights"):
         plan_merge(other, other, tmp_path / "x.ckpt", ema=True)
 
 
-def test_the_file_names_its_models_and_the_recipe(folder, tmp_path, capsys):
+def test_the_metadata_name_the_models_and_the_rule(folder, tmp_path, capsys):
     paths = [str(folder / f"{name}.safetensors") for name in ("sd1", "b", "c")]
     target = tmp_path / "new.safetensors"
     assert main([*paths[:2], str(target), "--subtract", paths[2], "--weight", "0.2"]) == 0
@@ -141,7 +141,7 @@ def test_the_file_names_its_models_and_the_recipe(folder, tmp_path, capsys):
         ("sd1", "b", {"target": "x.bin"}, "must end in .safetensors or .ckpt"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_in_one_line(folder, a, b, options, message, tmp_path):
+def test_models_that_cannot_be_merged_are_refused(folder, a, b, options, message, tmp_path):
     target = options.pop("target", "x.safetensors")
     paths = [folder / f"{name}.safetensors" for name in (a, b)]
     with pytest.raises(LdmError, match=message) as error:

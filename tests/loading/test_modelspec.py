@@ -1,11 +1,9 @@
-"""ModelSpec metadata: fields about the weights, the author's fields, and the hash."""
+"""ModelSpec metadata: fields about the weights, fields of the author, and the hash."""
 
 import hashlib
 
 import pytest
 import torch
-from lorahelp import build_tiny_model, make_random_lora
-from tinyfamilies import write_family
 
 from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.addons.lora_files import write_lora
@@ -13,8 +11,11 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.inspection import inspect_checkpoint
 from ldm.loading.modelspec import filter_metadata
+from loading.lorahelp import build_tiny_model, make_random_lora
+from loading.tinyfamilies import write_family
 
-AUTHOR = {"modelspec.title": "Barns", "modelspec.author": "Ann", "modelspec.license": "CC0-1.0"}
+AUTHOR_DATA = {"modelspec.title": "Barns", "modelspec.author": "Ann",
+               "modelspec.license": "CC0-1.0"}  # fmt: skip
 
 
 def read_spec(path):
@@ -23,7 +24,7 @@ def read_spec(path):
     return {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
 
 
-def compute_hash_of_tensors(path):
+def compute_tensor_hash(path):
     content = path.read_bytes()
     return "0x" + hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
@@ -33,8 +34,8 @@ def model_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("modelspec") / "tiny.safetensors"
     write_family("sd2-v", path)
     file = read_checkpoint(path)
-    stale = {"modelspec.hash_sha256": "0x12", "sshs_model_hash": "12"}
-    write_checkpoint(path, file.state, {**file.metadata, **AUTHOR, **stale})
+    old_hashes = {"modelspec.hash_sha256": "0x12", "sshs_model_hash": "12"}
+    write_checkpoint(path, file.state, {**file.metadata, **AUTHOR_DATA, **old_hashes})
     return path
 
 
@@ -42,7 +43,7 @@ def test_a_conversion_keeps_the_authors_metadata_and_computes_a_new_hash(model_f
     path = convert(plan_conversion(model_file, tmp_path / "half.safetensors", dtype=torch.float16))
     spec = read_spec(path)
     assert (spec["title"], spec["author"], spec["license"]) == ("Barns", "Ann", "CC0-1.0")
-    assert spec["hash_sha256"] == compute_hash_of_tensors(path)
+    assert spec["hash_sha256"] == compute_tensor_hash(path)
     assert spec["prediction_type"] == "v"
     assert spec["resolution"] == "32x32"
     assert spec["sai_model_spec"] == "1.0.1"
@@ -50,28 +51,28 @@ def test_a_conversion_keeps_the_authors_metadata_and_computes_a_new_hash(model_f
     assert "ModelSpec   author              Ann" in list(inspect_checkpoint(path).format_lines())
 
 
-def test_changed_weights_keep_the_license_only():
-    metadata = {**AUTHOR, "ss_network_dim": "4", "ldm.config": "model: x"}
+def test_changed_weights_keep_only_the_license_of_the_author_fields():
+    metadata = {**AUTHOR_DATA, "ss_network_dim": "4", "ldm.config": "model: x"}
     filtered = filter_metadata(metadata, keep_author_fields=False)
     assert filtered == {"modelspec.license": "CC0-1.0", "ldm.config": "model: x"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "base", "implementation"),
+    ("family", "base", "implementation"),
     [
         ("sd1", "stable-diffusion-v1", "diffusers"),
         ("sdxl", "stable-diffusion-xl-v1-base",
          "https://github.com/Stability-AI/generative-models"),
     ],
 )  # fmt: skip
-def test_loras_and_embeddings_name_their_base_model(kind, base, implementation, tmp_path):
-    model = build_tiny_model(kind)
-    model.unet.context_dim = {"sd1": 768, "sdxl": 2048}[kind]
+def test_loras_and_embeddings_name_their_base_model(family, base, implementation, tmp_path):
+    model = build_tiny_model(family)
+    model.unet.context_dim = {"sd1": 768, "sdxl": 2048}[family]
     write_lora(make_random_lora(model), tmp_path / "style.safetensors", model)
     spec = read_spec(tmp_path / "style.safetensors")
     assert (spec["title"], spec["architecture"]) == ("style", f"{base}/lora")
     assert spec["implementation"] == implementation
-    assert spec["hash_sha256"] == compute_hash_of_tensors(tmp_path / "style.safetensors")
+    assert spec["hash_sha256"] == compute_tensor_hash(tmp_path / "style.safetensors")
     write_embeddings(tmp_path / "cat.safetensors", {"<cat>": torch.ones(1, 8)}, model=model)
     spec = read_spec(tmp_path / "cat.safetensors")
     assert spec["architecture"] == f"{base}/textual-inversion"

@@ -1,4 +1,4 @@
-"""Malicious pickles are refused, and their code is not run; files of old trainers are read."""
+"""Malicious pickles are refused without running their code; files of old trainers are read."""
 
 import argparse
 import pickle
@@ -6,7 +6,6 @@ import sys
 import types
 
 import numpy as np
-import payloads
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -14,19 +13,20 @@ from omegaconf import OmegaConf
 from ldm.loading.files import pickles
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.files.pickles import list_foreign_imports
+from loading import payloads
 
 
-def test_hostile_files_are_refused_and_nothing_runs(tmp_path):
-    """The message names what a pickle calls."""
+def test_malicious_files_are_refused_and_not_run(tmp_path):
+    """The message names the function that a pickle calls."""
     marker = tmp_path / "marker"
-    files, calls = payloads.write_all(tmp_path, marker), payloads.make_calls(marker)
+    files, calls = payloads.write_malicious_files(tmp_path, marker), payloads.make_calls(marker)
     before = set(sys.modules)
     for name, path in files.items():
         with pytest.raises(ValueError, match=r".") as caught:
             read_checkpoint(path)
         assert str(path) in str(caught.value), name
-        envelope, _, call = name.partition(" ")
-        if call in calls and envelope != "write_bytes":
+        writer, _, call = name.partition(" ")
+        if call in calls and writer != "write_bytes":
             assert f"`{call}`" in str(caught.value)
     assert len(files) >= 60
     assert not marker.exists()
@@ -34,7 +34,7 @@ def test_hostile_files_are_refused_and_nothing_runs(tmp_path):
 
 
 def test_an_ordinary_unpickler_runs_the_payloads(tmp_path):
-    """Otherwise their refusal would prove nothing."""
+    """Otherwise, that they are refused would prove nothing."""
     marker = tmp_path / "marker"
     for name in ("os.system", "builtins.eval", "builtins.exec", "subprocess.getoutput"):
         pickle.loads(payloads.make_pickle(payloads.make_calls(marker)[name]))
@@ -59,7 +59,7 @@ def test_stand_ins_keep_no_state():
 # Objects of old trainers in published files.
 
 
-class Foreign:
+class ForeignCall:
     """Pickles as a call of a class or function in a module that is not installed."""
 
     def __init__(self, function, *arguments):
@@ -70,10 +70,10 @@ class Foreign:
 
 
 @pytest.fixture
-def make_global(monkeypatch):
-    """Makes an object `module.name` that pickles under that name."""
+def make_importable(monkeypatch):
+    """Makes a class or function that can be imported from a module of any name."""
 
-    def make(module, name):
+    def make_importable(module, name):
         def function(*arguments): ...
 
         imitation = type(name, (), {}) if name[0].isupper() else function
@@ -86,7 +86,7 @@ def make_global(monkeypatch):
         setattr(sys.modules[module], name, imitation)
         return imitation
 
-    return make
+    return make_importable
 
 
 def make_checkpoint(state, callback, score):
@@ -105,22 +105,22 @@ STATE = {"model.a.weight": torch.arange(6.0).view(2, 3), "model.a.bias": torch.o
 
 
 @pytest.mark.parametrize(
-    ("package", "old"), [("pytorch_lightning", True), ("lightning.pytorch", False)]
+    ("package", "is_legacy"), [("pytorch_lightning", True), ("lightning.pytorch", False)]
 )
-def test_lightning_files_load_without_lightning(tmp_path, make_global, package, old):
+def test_lightning_files_load_without_lightning(tmp_path, make_importable, package, is_legacy):
     path, module = tmp_path / "last.ckpt", f"{package}.callbacks.model_checkpoint"
-    content = make_checkpoint(STATE, make_global(module, "ModelCheckpoint"), np.float64(0.5))
-    torch.save(content, path, _use_new_zipfile_serialization=not old)
+    content = make_checkpoint(STATE, make_importable(module, "ModelCheckpoint"), np.float64(0.5))
+    torch.save(content, path, _use_new_zipfile_serialization=not is_legacy)
     sys.modules.pop(module)
     file = read_checkpoint(path)
     assert file.step == 470000
-    assert file.format == ("legacy" if old else "zip")
+    assert file.format == ("legacy" if is_legacy else "zip")
     assert torch.equal(file.state["model.a.weight"], STATE["model.a.weight"])
     assert "callbacks" in file.extras
 
 
-def test_other_objects_of_old_trainers_are_skipped(tmp_path, make_global):
-    stopping = make_global("pytorch_lightning.callbacks.early_stopping", "EarlyStopping")
+def test_other_objects_of_old_trainers_are_ignored(tmp_path, make_importable):
+    stopping = make_importable("pytorch_lightning.callbacks.early_stopping", "EarlyStopping")
     content = {
         "state_dict": STATE,
         "callbacks": {stopping: {}},
@@ -128,7 +128,8 @@ def test_other_objects_of_old_trainers_are_skipped(tmp_path, make_global):
         "config": OmegaConf.create({"lr": 1e-4, "sizes": [1, "x", None], "copy": "${lr}"}),
     }
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        content[module] = Foreign(make_global(module, "scalar"), np.dtype("f8"), b"12345678")
+        scalar = make_importable(module, "scalar")
+        content[module] = ForeignCall(scalar, np.dtype("f8"), b"12345678")
     torch.save(content, tmp_path / "x.ckpt")
     assert set(read_checkpoint(tmp_path / "x.ckpt").state) == set(STATE)
     assert list_foreign_imports(tmp_path / "x.ckpt", "zip") == []

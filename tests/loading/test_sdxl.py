@@ -24,8 +24,8 @@ from ldm.loading.weight_names import rename_weights, restore_names, select_prefi
 from ldm.loading.weights import has_transposed_projection, identify_weights
 from ldm.model import Defaults
 from ldm.runtime.errors import ConfigError, MissingArgument, UnknownName, WeightsMismatch
-from loading import tinyfamilies
-from nets.nethelp import describe_tensors, read_recorded_tensors
+from loading.tinyfamilies import convert_to_pipeline_state, make_small_config, write_family
+from nets.nethelp import describe_tensors, get_shapes, read_original_tensors
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/stable-diffusion-xl"
@@ -33,32 +33,32 @@ SLOW = pytest.mark.slow
 SIZES = ["original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"]
 
 
-def build(raw):
-    return build_on_meta(raw, where="x.yaml")
+def build(config):
+    return build_on_meta(config, where="x.yaml")
 
 
 @pytest.fixture(scope="module")
-def full():
-    """Models of full size on the meta device, built once."""
+def build_model():
+    """Function of a config's name -> model on the meta device, built once."""
     models = {}
 
-    def full(name):
+    def build_model(name):
         if name not in models:
             models[name] = build(read_yaml(CONFIGS / f"{name}.yaml"))
         return models[name]
 
-    return full
+    return build_model
 
 
 @pytest.mark.parametrize("name", ["sd_xl_base", "sd_xl_refiner"])
-def test_full_size_models_have_the_names_and_shapes_of_the_original(full, name):
-    model = full(name)
+def test_full_size_models_have_the_names_and_shapes_of_the_original(build_model, name):
+    model = build_model(name)
     state = restore_names(model.state_dict(), make_buffers(model))
-    assert describe_tensors(state) == read_recorded_tensors(name)
+    assert describe_tensors(state) == read_original_tensors(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "unet", "prediction", "schedule"),
+    ("name", "num_parameters", "prediction", "schedule"),
     [
         ("sd_xl_base", 2_567_463_684, "eps", Schedule),
         pytest.param("sd_xl_v", 2_567_463_684, "v", Schedule, marks=SLOW),
@@ -70,9 +70,9 @@ def test_full_size_models_have_the_names_and_shapes_of_the_original(full, name):
         pytest.param("segmind-vega", 745_225_604, "eps", Schedule, marks=SLOW),
     ],
 )
-def test_shipped_configs_become_models(full, name, unet, prediction, schedule):
-    model = full(name)
-    assert sum(p.numel() for p in model.unet.parameters()) == unet
+def test_shipped_configs_are_built(build_model, name, num_parameters, prediction, schedule):
+    model = build_model(name)
+    assert sum(p.numel() for p in model.unet.parameters()) == num_parameters
     assert model.parameterization == prediction
     assert type(model.schedule) is schedule
     assert model.image_size == 128
@@ -84,10 +84,10 @@ def test_shipped_configs_become_models(full, name, unet, prediction, schedule):
     assert model.conditioner.text.null == ("" if name == "sd_xl_refiner" else None)
 
 
-def test_yamls_of_2023_are_read():
-    """Weightings in the denoiser, arguments that are gone, and a class name misspelt by A1111."""
-    raw = tinyfamilies.make_small_config("xl")
-    params = raw["model"]["params"]
+def test_former_yamls_of_sgm_are_read():
+    """Weightings in the denoiser, removed parameters, and a class name misspelled by A1111."""
+    config = make_small_config("xl")
+    params = config["model"]["params"]
     params["denoiser_config"]["params"]["weighting_config"] = {
         "target": "sgm.modules.diffusionmodules.denoiser_weighting.EpsWeighting"
     }
@@ -95,22 +95,20 @@ def test_yamls_of_2023_are_read():
     unet |= {"use_spatial_transformer": True, "legacy": False, "transformer_depth_middle": 2}
     vae = params["first_stage_config"]
     vae["target"] = "sgm.models.autoencoder.AutoencoderKLInferenceWrapper"
-    text = format_yaml(raw).replace("EmbedderND", "EmbedderAND")
-    old, new = build(yaml.safe_load(text)), build(tinyfamilies.make_small_config("xl"))
-    assert {k: v.shape for k, v in old.state_dict().items()} == {
-        k: v.shape for k, v in new.state_dict().items()
-    }
+    text = format_yaml(config).replace("EmbedderND", "EmbedderAND")
+    former, current = build(yaml.safe_load(text)), build(make_small_config("xl"))
+    assert get_shapes(former) == get_shapes(current)
 
 
-def test_training_parameters_are_skipped():
-    raw = tinyfamilies.make_small_config("xl")
-    raw["model"]["params"] |= {
+def test_parameters_of_training_are_ignored():
+    config = make_small_config("xl")
+    config["model"]["params"] |= {
         "optimizer_config": {"target": "os.system"}, "use_ema": True, "input_key": "jpg",
         "loss_fn_config": {"target": "os.system"}, "ckpt_path": "none.ckpt",
     }  # fmt: skip
-    embedder = raw["model"]["params"]["conditioner_config"]["params"]["emb_models"][0]
+    embedder = config["model"]["params"]["conditioner_config"]["params"]["emb_models"][0]
     embedder |= {"is_trainable": True, "ucg_rate": 0.1, "legacy_ucg_value": ""}
-    conditioner = build(raw).conditioner
+    conditioner = build(config).conditioner
     assert conditioner.text.ucg_rate == 0.1
     assert conditioner.text.is_trainable
     assert not conditioner.text_2.is_trainable
@@ -130,37 +128,39 @@ def test_training_parameters_are_skipped():
          "needs one `input_key`"),
     ],
 )  # fmt: skip
-def test_unsupported_configs_are_errors(key, change, error, message):
-    raw = tinyfamilies.make_small_config("xl")
-    raw["model"]["params"][key] = change
+def test_unsupported_configs_are_refused(key, change, error, message):
+    config = make_small_config("xl")
+    config["model"]["params"][key] = change
     with pytest.raises(error, match=message):
-        build(raw)
+        build(config)
 
 
 @pytest.mark.parametrize(
-    ("denoiser", "discretization", "name", "length", "last"),
+    ("denoiser_params", "discretization_params", "name", "length", "last"),
     [
-        ({"num_idx": 50}, {}, "Legacy", 50, 14.6146),
+        ({"num_idx": 50}, {}, "LegacyDDPM", 50, 14.6146),
         ({}, {"sigma_max": 14.61, "rho": 3.0}, "EDM", 1000, 14.61),
     ],
 )
-def test_discretizations_become_tables(denoiser, discretization, name, length, last):
-    raw = tinyfamilies.make_small_config("xl")
-    params = raw["model"]["params"]["denoiser_config"]["params"]
-    kind = "LegacyDDPM" if name == "Legacy" else name
-    target = f"sgm.modules.diffusionmodules.discretizer.{kind}Discretization"
-    params |= denoiser | {"discretization_config": {"target": target, "params": discretization}}
-    sigmas = build(raw).schedule.sigmas
+def test_discretizations_give_the_noise_levels(
+    denoiser_params, discretization_params, name, length, last
+):
+    config = make_small_config("xl")
+    params = config["model"]["params"]["denoiser_config"]["params"]
+    target = f"sgm.modules.diffusionmodules.discretizer.{name}Discretization"
+    discretization = {"target": target, "params": discretization_params}
+    params |= denoiser_params | {"discretization_config": discretization}
+    sigmas = build(config).schedule.sigmas
     assert len(sigmas) == length
     assert sigmas[-1] == pytest.approx(last, rel=1e-5)
 
 
 def test_the_denoiser_is_built_as_the_config_says():
-    raw = tinyfamilies.make_small_config("xl")
-    params = raw["model"]["params"]["denoiser_config"]["params"]
+    config = make_small_config("xl")
+    params = config["model"]["params"]["denoiser_config"]["params"]
     params |= {"flip": False, "do_append_zero": True}
     params["scaling_config"] = {"target": "x.EDMScaling", "params": {"sigma_data": 1.0}}
-    model = build(raw)
+    model = build(config)
     assert model.denoiser.sigma_data == 1
     assert (model.schedule.flip_timesteps, model.schedule.append_zero) == (True, True)
     table = make_buffers(model)["denoiser.sigmas"]
@@ -169,13 +169,13 @@ def test_the_denoiser_is_built_as_the_config_says():
     assert table[-1] == 0
 
 
-def make_checkpoint(full, name, **others):
-    """A file with the shapes of a full-size UNet, taking no memory, and other tensors."""
+def make_checkpoint(build_model, name, **other_tensors):
+    """Make a checkpoint with the shapes of a full-size UNet, without using memory."""
     state = {
         f"unet.{key}": torch.zeros(1).expand(value.shape)
-        for key, value in full(name).unet.state_dict().items()
+        for key, value in build_model(name).unet.state_dict().items()
     }
-    return Checkpoint(Path("model.safetensors"), "zip", restore_names(state) | others)
+    return Checkpoint(Path("model.safetensors"), "zip", restore_names(state) | other_tensors)
 
 
 V, ZERO_SNR = {"v_pred": torch.empty(0)}, {"ztsnr": torch.empty(0)}
@@ -183,7 +183,7 @@ COSXL = {"edm_vpred.sigma_max": torch.tensor(90.0)}
 
 
 @pytest.mark.parametrize(
-    ("config", "markers", "detected"),
+    ("name", "markers", "detected"),
     [
         ("sd_xl_base", {}, "sd_xl_base"),
         ("sd_xl_base", V, "sd_xl_v"),
@@ -196,21 +196,21 @@ COSXL = {"edm_vpred.sigma_max": torch.tensor(90.0)}
         pytest.param("segmind-vega", {}, "segmind-vega", marks=SLOW),
     ],
 )
-def test_families_are_recognised(full, config, markers, detected):
-    weights = identify_weights(make_checkpoint(full, config, **markers))
-    source, raw = read_config(weights)
+def test_families_are_recognized(build_model, name, markers, detected):
+    weights = identify_weights(make_checkpoint(build_model, name, **markers))
+    source, config = read_config(weights)
     assert Path(source).stem == detected
-    model = translate_config(raw)["params"]
+    params = translate_config(config)["params"]
     assert not weights.prediction_type.is_disputed
     if detected == "sd_xl_cosxl":
         expected = {"sigma_min": 0.002, "sigma_max": 90.0, "uses_log_sigma": True}
-        assert model["schedule"]["params"] == expected
+        assert params["schedule"]["params"] == expected
     if detected == "playground-v2.5":
-        assert model["latent_mean"] == [1.0] * 4
+        assert params["latent_mean"] == [1.0] * 4
 
 
 @pytest.mark.parametrize(
-    ("config", "markers", "zero_snr"),
+    ("name", "markers", "zero_snr"),
     [
         ("sd_xl_base", {**V, **ZERO_SNR}, True),
         ("sd_xl_inpaint", {**V, **ZERO_SNR}, True),
@@ -218,13 +218,15 @@ def test_families_are_recognised(full, config, markers, detected):
         ("sd_xl_inpaint", COSXL, None),
     ],
 )
-def test_markers_determine_the_denoiser_of_all_families(full, config, markers, zero_snr):
-    """A conversion writes the config, so that it has to have it, too."""
-    file = make_checkpoint(full, config, **markers)
+def test_markers_determine_the_prediction_type_of_every_family(
+    build_model, name, markers, zero_snr
+):
+    """Also in the config that a conversion writes."""
+    file = make_checkpoint(build_model, name, **markers)
     weights = identify_weights(file)
-    raw = read_config(weights)[1]
-    assert yaml.safe_load(find_config_text(file, None)) == raw
-    params = translate_config(raw)["params"]
+    config = read_config(weights)[1]
+    assert yaml.safe_load(find_config_text(file, None)) == config
+    params = translate_config(config)["params"]
     assert params["parameterization"] == weights.prediction_type.value == "v"
     schedule = params["schedule"]["params"]
     assert schedule.get("zero_snr") == zero_snr
@@ -232,8 +234,8 @@ def test_markers_determine_the_denoiser_of_all_families(full, config, markers, z
 
 
 @pytest.mark.parametrize(("channels", "name"), [(8, "InstructPix2Pix"), (4, "KOALA")])
-def test_models_that_are_not_supported_are_refused_by_name(full, channels, name):
-    file = make_checkpoint(full, "sd_xl_base")
+def test_models_that_are_not_supported_are_refused_by_name(build_model, channels, name):
+    file = make_checkpoint(build_model, "sd_xl_base")
     first = "model.diffusion_model.input_blocks.0.0.weight"
     if channels == 8:
         file.state[first] = torch.zeros(1).expand(320, 8, 3, 3)
@@ -261,9 +263,9 @@ def test_a_variant_sets_the_defaults(tmp_path, tiny):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A file of the base model made small."""
+    """The checkpoint of a tiny base model."""
     path = tmp_path_factory.mktemp("xl") / "base.safetensors"
-    tinyfamilies.write_family("xl", path)
+    write_family("xl", path)
     return path
 
 
@@ -272,7 +274,7 @@ def write_vae(path, tiny):
     return path
 
 
-def test_the_autoencoder_runs_in_a_wide_dtype_in_place_of_float16(tmp_path, tiny):
+def test_the_autoencoder_stays_in_float32_in_a_float16_model(tmp_path, tiny):
     model = ldm.load(tiny, dtype=torch.float16)
     assert {p.dtype for p in model.autoencoder.parameters()} == {torch.float32}
     assert model.unet.dtype == torch.float16
@@ -282,7 +284,7 @@ def test_the_autoencoder_runs_in_a_wide_dtype_in_place_of_float16(tmp_path, tiny
 
 
 @pytest.mark.parametrize("name", ["vae-ft-mse-840000-ema-pruned", "sdxl_vae", "my"])
-def test_the_scale_of_the_model_stays_with_another_autoencoder(tmp_path, tiny, name, recwarn):
+def test_another_autoencoder_does_not_change_the_scale_factor(tmp_path, tiny, name, recwarn):
     vae = write_vae(tmp_path / f"{name}.safetensors", tiny)
     assert ldm.load(tiny, vae=vae).scale_factor == 0.13025
     messages = [str(warning.message) for warning in recwarn]
@@ -290,12 +292,12 @@ def test_the_scale_of_the_model_stays_with_another_autoencoder(tmp_path, tiny, n
     assert all("has scale factor 0.18215 (by its name)" in message for message in messages)
 
 
-def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
+def test_a_large_file_is_inspected_without_hashing_it(tiny, monkeypatch):
     monkeypatch.setattr(inspection, "MAX_SIZE_TO_HASH", 0)
-    summary = inspect_checkpoint(tiny)
-    assert summary.sha256 == ""
-    assert "no published file has this size" in "\n".join(summary.format_lines())
-    assert (summary.missing, summary.unexpected) == ([], [])
+    report = inspect_checkpoint(tiny)
+    assert report.sha256 == ""
+    assert "no published file has this size" in "\n".join(report.format_lines())
+    assert (report.missing, report.unexpected) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -306,13 +308,12 @@ def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
         ("first_stage_model.", r"no autoencoder \(`first_stage_model.`\): pass one \(`vae`\)"),
     ],
 )
-def test_a_missing_component_is_an_error_of_one_line(full, prefix, message):
-    model = full("sd_xl_base")
+def test_a_missing_component_is_named(build_model, prefix, message):
+    model = build_model("sd_xl_base")
     state = {name: torch.zeros(()).expand(v.shape) for name, v in model.state_dict().items()}
-    original = restore_names(state)
-    weights = rename_weights({n: v for n, v in original.items() if not n.startswith(prefix)})
+    state = {n: v for n, v in restore_names(state).items() if not n.startswith(prefix)}
     with pytest.raises(WeightsMismatch, match=message):
-        match_weights(model, weights, "x.safetensors")
+        match_weights(model, rename_weights(state), "x.safetensors")
 
 
 def test_a_transposed_projection_is_reported():
@@ -330,7 +331,7 @@ def rename_as_playground(model, state):
 
 
 def rename_as_merged(model, state):
-    """As in merged models: sigmas in float16, float position ids, no logit_scale, EMA left over."""
+    """Rename and change weights as programs for merges do, which leave traces of EMA weights."""
     prefix = "conditioner.embedders."
     positions = "transformer.text_model.embeddings.position_ids"
     return {n: v for n, v in state.items() if not n.endswith("logit_scale")} | {
@@ -341,9 +342,9 @@ def rename_as_merged(model, state):
     }
 
 
-@SLOW  # beside the files of other programs in test_load
+@SLOW  # test_load has quick tests of files of other programs
 @pytest.mark.parametrize(
-    "rename", [tinyfamilies.convert_to_pipeline_state, rename_as_playground, rename_as_merged]
+    "rename", [convert_to_pipeline_state, rename_as_playground, rename_as_merged]
 )
 def test_files_of_other_programs_are_read(tmp_path, tiny, rename):
     file, model = read_checkpoint(tiny), ldm.load(tiny)
@@ -355,9 +356,10 @@ def test_files_of_other_programs_are_read(tmp_path, tiny, rename):
     assert differing <= {"conditioner.text_2.model.logit_scale"}
 
 
-def test_a_distilled_unet_is_recognised(full):
+def test_a_distilled_unet_is_recognized(build_model):
     name = "model.diffusion_model.time_embedding.cond_proj.weight"
-    weights = identify_weights(make_checkpoint(full, "sd_xl_base", **{name: torch.zeros(320, 256)}))
+    file = make_checkpoint(build_model, "sd_xl_base", **{name: torch.zeros(320, 256)})
+    weights = identify_weights(file)
     assert detect_model_variant(weights).name == "lcm-full"
     unet = translate_config(read_config(weights)[1])["params"]["unet"]
     assert unet["params"]["time_cond_proj_dim"] == 256

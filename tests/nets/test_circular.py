@@ -10,10 +10,7 @@ from ldm.nets.blocks import Conv2d, Upsample
 from ldm.nets.circular import circular_padding
 from ldm.nets.tiled import apply_tiled
 from ldm.runtime.errors import ArgumentError
-
-
-def make_noise(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+from nets.nethelp import make_noise
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -21,8 +18,8 @@ def make_noise(*shape):
 @torch.no_grad()
 def test_convolutions_wrap_as_torch_does(stride, channels):
     ours, theirs = (
-        kind(channels, channels, 3, stride=stride, padding=1, **options)
-        for kind, options in ((Conv2d, {}), (nn.Conv2d, {"padding_mode": "circular"}))
+        layer_class(channels, channels, 3, stride=stride, padding=1, **options)
+        for layer_class, options in ((Conv2d, {}), (nn.Conv2d, {"padding_mode": "circular"}))
     )
     theirs.load_state_dict(ours.state_dict())
     x = make_noise(1, channels, 32, 48)
@@ -36,11 +33,11 @@ def test_convolutions_wrap_as_torch_does(stride, channels):
 def test_layers_shift_with_their_input(layer):
     x = make_noise(1, 8, 8, 12)
     with circular_padding("x"):
-        y, moved = layer(x), layer(x.roll(4, dims=3))
-    torch.testing.assert_close(moved, y.roll(4 * y.shape[3] // 12, dims=3))
+        y, shifted = layer(x), layer(x.roll(4, dims=3))
+    torch.testing.assert_close(shifted, y.roll(4 * y.shape[3] // 12, dims=3))
 
 
-def test_tiles_overlap_across_the_edges_that_are_joined():
+def test_tiles_overlap_across_circular_edges():
     x = make_noise(1, 1, 10, 40)
     kernel = torch.ones(1, 1, 1, 3) / 3
 
@@ -48,9 +45,9 @@ def test_tiles_overlap_across_the_edges_that_are_joined():
         return F.interpolate(F.conv2d(x, kernel, padding=(0, 1)), scale_factor=2)
 
     with circular_padding("x"):
-        whole = apply_tiled(lambda x: x, x, 16)
+        identity = apply_tiled(lambda x: x, x, 16)
         blurred = apply_tiled(blur, x, 16, factor=2)
-    torch.testing.assert_close(whole, x)
+    torch.testing.assert_close(identity, x)
     torch.testing.assert_close(blurred[..., 0], blur(x.roll(5, dims=3))[..., 10], atol=0.1, rtol=0)
 
 

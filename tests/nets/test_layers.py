@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from nethelp import assert_close
 from torch import nn
 
 from goldfile import load_golden
@@ -17,6 +16,7 @@ from ldm.nets.transformer import (
     SpatialTransformer,
     TransformerBlock,
 )
+from nets.nethelp import assert_close
 from recipe import fill, fill_on_demand
 
 RES = {"channels": 64, "emb_channels": 40}
@@ -68,21 +68,21 @@ MODULES = {
 
 
 @pytest.fixture(scope="module")
-def recorded():
+def golden():
     return load_golden("modules")
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_a_module_equals_the_recorded_one(recorded, case):
+def test_a_module_equals_the_recorded_one(golden, case):
     module_class, options = MODULES[case]
     module = module_class(**options)
-    info = recorded.case(case)
-    salt = info["info"].get("salt", recorded.meta["salt"])
+    info = golden.case(case)
+    salt = info["info"].get("salt", golden.meta["salt"])
     module.load_state_dict(fill(module.state_dict(), salt))
-    inputs = recorded.inputs(case)
+    inputs = golden.inputs(case)
     with torch.no_grad():
         ours = module(*(inputs[name] for name in info["inputs"]))
-    assert_close(ours, recorded.outputs(case)["out"], tolerance=1e-5)  # observed: 1.1e-6
+    assert_close(ours, golden.outputs(case)["out"], tolerance=1e-5)  # observed: 1.1e-6
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_timestep_embeddings_equal_the_recorded_ones():
 
 
 def test_fractional_timesteps_are_not_rounded_and_odd_widths_end_in_a_zero():
-    whole, fraction = timestep_embedding(torch.tensor([799.0, 799.2]), 33)
-    assert (whole - fraction).abs().max() > 0.1
-    assert whole[-1] == 0
+    integer, fractional = timestep_embedding(torch.tensor([799.0, 799.2]), 33)
+    assert (integer - fractional).abs().max() > 0.1
+    assert integer[-1] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -131,22 +131,18 @@ def test_group_norm_in_half_precision_keeps_float32_statistics(dtype):
         assert (half - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_residual_branches_start_as_zero():
+def test_residual_branches_start_at_zero():
     x, emb, context = torch.randn(2, 64, 4, 6), torch.randn(2, 40), torch.randn(2, 5, 24)
     assert torch.equal(ResBlock(**RES)(x, emb), x)
     assert torch.equal(SpatialTransformer(**SPATIAL)(x, context), x)
     assert torch.equal(SpatialTransformer(**LINEAR)(x, context), x)
 
 
-def randomize(module):
+def test_each_block_attends_to_its_own_context():
     torch.manual_seed(0)
+    module = SpatialTransformer(**{**SPATIAL, "context_dim": [24, 40]}, depth=2)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return module
-
-
-def test_each_block_attends_to_its_own_context():
-    module = randomize(SpatialTransformer(**{**SPATIAL, "context_dim": [24, 40]}, depth=2))
     x, contexts = torch.randn(2, 64, 4, 6), [torch.randn(2, 5, 24), torch.randn(2, 3, 40)]
     h = module.proj_in(module.norm(x)).flatten(2).transpose(1, 2)
     for block, context in zip(module.transformer_blocks, contexts, strict=True):
@@ -173,7 +169,7 @@ INVALID = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), INVALID)
-def test_settings_and_inputs_that_do_not_fit_are_refused(call, message):
+@pytest.mark.parametrize(("function", "message"), INVALID)
+def test_invalid_settings_and_inputs_are_refused(function, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        function()

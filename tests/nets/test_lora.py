@@ -9,7 +9,7 @@ LAYERS = {
     "linear": lambda: Linear(12, 20),
     "1x1": lambda: Conv2d(12, 20, 1),
     "3x3": lambda: Conv2d(12, 20, 3, padding=1),
-    "halving": lambda: Conv2d(12, 20, 3, stride=2, padding=1),
+    "stride 2": lambda: Conv2d(12, 20, 3, stride=2, padding=1),
     "upsampled": lambda: UpsampleConv2d(12, 20, 3, padding=1),
     "fused": lambda: FusedAttention(12, 3),
 }
@@ -55,7 +55,7 @@ def test_a_new_lora_changes_nothing(layer):
     assert torch.equal(layer(x), plain)
 
 
-def test_several_loras_are_summed_by_strength(layer):
+def test_loras_add_up_in_proportion_to_their_strengths(layer):
     first, second = make_lora(layer), make_lora(layer, rank=2)
     targets = [lora_layer.target for lora_layer in first.values()]
     expected = [
@@ -75,12 +75,12 @@ def test_several_loras_are_summed_by_strength(layer):
     torch.testing.assert_close(layer(x), attached, rtol=1e-5, atol=1e-5)
 
 
-def test_merging_does_not_write_into_the_memory_of_a_file(layer):
+def test_merging_does_not_write_into_a_memory_mapped_file(layer):
     name = "in_proj_weight" if isinstance(layer, FusedAttention) else "weight"
-    old = getattr(layer, name)
-    copy = old.clone()
+    weight = getattr(layer, name)
+    copy = weight.clone()
     merge(make_lora(layer))
-    assert torch.equal(old, copy)
+    assert torch.equal(weight, copy)
     assert not torch.equal(getattr(layer, name), copy)
     assert not getattr(layer, name).requires_grad
 
@@ -96,7 +96,7 @@ def test_only_the_lora_is_trained(layer):
 def test_half_precision_weights_are_rounded_once():
     layer = Linear(64, 64).to(torch.bfloat16).requires_grad_(False)
     loras = [set_strength(make_lora(layer), 0.001) for _ in range(2)]
-    sum_ = sum(lora["layerNone"].compute_delta() for lora in loras)
-    expected = (layer.weight.float() + sum_).to(torch.bfloat16)
+    delta = sum(lora["layerNone"].compute_delta() for lora in loras)
+    expected = (layer.weight.float() + delta).to(torch.bfloat16)
     merge(*loras)
     assert torch.equal(layer.weight, expected)

@@ -17,7 +17,7 @@ LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"
 
 @pytest.fixture(scope="module")
 def lycoris():
-    """Its functions; imported here, as that takes seconds."""
+    """The functions of lycoris-lora, imported only here, as that takes seconds."""
     return importlib.import_module("lycoris.functional")
 
 
@@ -28,7 +28,7 @@ def layer(request):
     return nn.Linear(COLUMNS, ROWS) if is_linear else nn.Conv2d(COLUMNS, ROWS, 3)
 
 
-def draw_normal(*shape):
+def draw_tensor(*shape):
     return torch.randn(shape) / 2
 
 
@@ -37,6 +37,7 @@ def make_change(layer, tensors, alpha=ALPHA, strength=STRENGTH, **options):
 
 
 def name_tensors(names, *tensors):
+    """Return tensors by name, without those that are None."""
     return {n: value for n, value in zip(names, tensors, strict=True) if value is not None}
 
 
@@ -46,15 +47,15 @@ def get_kernel_size(layer):
 
 def make_low_rank(layer):
     ones = [1] * len(get_kernel_size(layer))
-    return draw_normal(ROWS, RANK, *ones), draw_normal(RANK, COLUMNS, *get_kernel_size(layer))
+    return draw_tensor(ROWS, RANK, *ones), draw_tensor(RANK, COLUMNS, *get_kernel_size(layer))
 
 
 def make_flat_factors(layer, rows=ROWS, columns=COLUMNS):
-    return draw_normal(rows, RANK), draw_normal(RANK, columns * get_kernel_size(layer).numel())
+    return draw_tensor(rows, RANK), draw_tensor(RANK, columns * get_kernel_size(layer).numel())
 
 
 def make_tucker(*, rows=ROWS, columns=COLUMNS):
-    return draw_normal(RANK, RANK, 3, 3), draw_normal(RANK, rows), draw_normal(RANK, columns)
+    return draw_tensor(RANK, RANK, 3, 3), draw_tensor(RANK, rows), draw_tensor(RANK, columns)
 
 
 def assert_close(ours, theirs):
@@ -85,8 +86,8 @@ def test_lora_and_loha_add_tucker_forms_to_convolutions(lycoris):
 
 
 def test_kronecker_products_are_scaled_only_if_a_factor_is_a_product(lycoris, layer):
-    w1, w2 = draw_normal(4, 4), draw_normal(ROWS // 4, COLUMNS // 4, *get_kernel_size(layer))
-    a1, b1 = draw_normal(4, RANK), draw_normal(RANK, 4)
+    w1, w2 = draw_tensor(4, 4), draw_tensor(ROWS // 4, COLUMNS // 4, *get_kernel_size(layer))
+    a1, b1 = draw_tensor(4, RANK), draw_tensor(RANK, 4)
     a2, b2 = make_flat_factors(layer, ROWS // 4, COLUMNS // 4)
     shaped = b2.view(RANK, -1, *get_kernel_size(layer))
     for tensors in [
@@ -102,40 +103,41 @@ def test_kronecker_products_are_scaled_only_if_a_factor_is_a_product(lycoris, la
 def test_kronecker_product_with_a_tucker_factor(lycoris):
     # The oracle takes the rank from the wrong axis of `lokr_w2_a`, which is as long here.
     t2, a2, b2 = make_tucker(rows=RANK, columns=COLUMNS // 4)
-    tensors = (draw_normal(ROWS // RANK, 4), None, None, None, a2, b2, t2)
+    tensors = (draw_tensor(ROWS // RANK, 4), None, None, None, a2, b2, t2)
     ours = make_change(nn.Conv2d(COLUMNS, ROWS, 3), name_tensors(LOKR, *tensors)).compute_delta()
     assert_close(ours, lycoris.lokr.diff_weight(*tensors, gamma=ALPHA * STRENGTH))
 
 
-@pytest.mark.parametrize("of_rows", [True, False])
-def test_dora_sets_the_length_of_rows_or_columns(lycoris, layer, of_rows):
+@pytest.mark.parametrize("by_row", [True, False])
+def test_dora_sets_the_length_by_row_or_columns(lycoris, layer, by_row):
     up, down = make_low_rank(layer)
     ones = [1] * len(get_kernel_size(layer))
-    length = torch.rand(*((ROWS, 1) if of_rows else (1, COLUMNS)), *ones) + 0.5
+    length = torch.rand(*((ROWS, 1) if by_row else (1, COLUMNS)), *ones) + 0.5
     weight = layer.weight.detach()
     ours = make_change(layer, {"up": up, "down": down, "dora_scale": length}).change_weight(weight)
     changed = weight + lycoris.locon.diff_weight(down, up, None, gamma=STRENGTH / 2)
     assert_close(
         ours,
-        lycoris.general.weight_decompose(changed, length, multiplier=STRENGTH, wd_on_out=of_rows),
+        lycoris.general.weight_decompose(changed, length, multiplier=STRENGTH, wd_on_out=by_row),
     )
 
 
-@pytest.mark.parametrize("limit", [None, 0.001])
-def test_oft_and_boft_rotate_rows(lycoris, layer, limit):
+@pytest.mark.parametrize("constraint", [None, 0.001])
+def test_oft_and_boft_rotate_rows(lycoris, layer, constraint):
     weight, rescale = layer.weight.detach(), torch.rand(ROWS, 1) + 0.5
-    blocks, stages = draw_normal(4, 8, 8) / 2, draw_normal(3, 8, 4, 4) / 2
+    blocks, stages = draw_tensor(4, 8, 8) / 2, draw_tensor(3, 8, 4, 4) / 2
     shaped = rescale.view(-1, *[1] * (weight.dim() - 1))
-    constraint = limit and limit * ROWS
-    ours = make_change(layer, {"oft_blocks": blocks, "rescale": rescale}, limit).change_weight(
+    total_constraint = constraint and constraint * ROWS
+    ours = make_change(layer, {"oft_blocks": blocks, "rescale": rescale}, constraint).change_weight(
         weight
     )
-    theirs = lycoris.diag_oft.diff_weight(weight, blocks, shaped, constraint=constraint)
+    theirs = lycoris.diag_oft.diff_weight(weight, blocks, shaped, constraint=total_constraint)
     assert_close(ours, weight + STRENGTH * theirs)
-    ours = make_change(layer, {"oft_blocks": stages}, limit).change_weight(weight)
+    ours = make_change(layer, {"oft_blocks": stages}, constraint).change_weight(weight)
     assert_close(
         ours,
-        weight + STRENGTH * lycoris.boft.diff_weight(weight, stages, None, constraint=constraint),
+        weight
+        + STRENGTH * lycoris.boft.diff_weight(weight, stages, None, constraint=total_constraint),
     )
 
 
@@ -162,7 +164,7 @@ def test_glora_adds_a_product_with_the_weight():
     assert_close(ours, theirs.get_merged_weight()[0].detach())
 
 
-def test_whole_differences_are_added_to_weights_and_biases_of_any_layer():
+def test_full_differences_are_added_to_weights_and_biases_of_any_layer():
     layer, diff = nn.LayerNorm(8), torch.arange(8.0)
     for name, role in [("weight", "w_norm"), ("bias", "b_norm"), ("bias", "diff_b")]:
         before = getattr(layer, name).detach().clone()
@@ -170,11 +172,11 @@ def test_whole_differences_are_added_to_weights_and_biases_of_any_layer():
         assert torch.equal(getattr(layer, name), before + 0.5 * diff)
 
 
-def test_the_order_of_additions_does_not_matter_and_that_of_products_does():
+def test_the_order_matters_for_rotations_but_not_for_additions():
     torch.manual_seed(1)
-    additions = [{"diff": draw_normal(ROWS, COLUMNS)} for _ in range(5)]
-    rotations = [{"oft_blocks": draw_normal(4, 8, 8)}, {"oft_blocks": draw_normal(2, 16, 16)}]
-    weight = draw_normal(ROWS, COLUMNS)
+    additions = [{"diff": draw_tensor(ROWS, COLUMNS)} for _ in range(5)]
+    rotations = [{"oft_blocks": draw_tensor(4, 8, 8)}, {"oft_blocks": draw_tensor(2, 16, 16)}]
+    weight = draw_tensor(ROWS, COLUMNS)
 
     def merge_into_layer(*adapters):
         layer = nn.Linear(COLUMNS, ROWS).requires_grad_(False)
@@ -203,7 +205,7 @@ def test_the_order_of_additions_does_not_matter_and_that_of_products_does():
         ({"up": (ROWS, 4), "down": (4, COLUMNS), "dora_scale": (5, 1)}, "do not fit"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(tensors, message):
+def test_tensors_of_an_unknown_adapter_or_another_shape_are_refused(tensors, message):
     tensors = {name: torch.zeros(shape) for name, shape in tensors.items()}
     with pytest.raises(ValueError, match=message):
         make_change(nn.Linear(COLUMNS, ROWS), tensors)

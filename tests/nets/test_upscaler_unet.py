@@ -15,20 +15,20 @@ def network():
 
 
 def test_the_network_equals_the_recorded_one(network):
-    file, name = load_golden("seed_x2_unet"), "net_nonsq"
-    given = file.inputs(name)
+    golden, case = load_golden("seed_x2_unet"), "net_nonsq"
+    inputs = golden.inputs(case)
     with torch.no_grad():
         out = network.inner_model(
-            torch.cat([given["x"], given["unet_cond"]], dim=1),
-            given["sigma"].log() / 4,
-            given["mapping_cond"],
-            given["cross_cond"],
-            given["cross_cond_padding"] == 0,
+            torch.cat([inputs["x"], inputs["unet_cond"]], dim=1),
+            inputs["sigma"].log() / 4,
+            inputs["mapping_cond"],
+            inputs["cross_cond"],
+            inputs["cross_cond_padding"] == 0,
         )
-    file.assert_close(name, out=out[:, :4], logvar=out[:, 4:].mean((1, 2, 3)))
+    golden.assert_close(case, out=out[:, :4], logvar=out[:, 4:].mean((1, 2, 3)))
 
 
-def test_the_published_config_has_the_published_size():
+def test_the_published_config_has_the_published_parameters():
     with torch.device("meta"):
         network = LatentUpscalerUNet(**read_yaml(CONFIG)["model"]["params"]["unet"]["params"])
     assert sum(parameter.numel() for parameter in network.parameters()) == 372_560_261
@@ -36,7 +36,7 @@ def test_the_published_config_has_the_published_size():
 
 
 @pytest.mark.parametrize("side", [8, 20])
-def test_sides_that_do_not_fit_are_refused(network, side):
+def test_invalid_sides_are_refused(network, side):
     x = torch.zeros(1, 8, side, side)
     with pytest.raises(ValueError, match="multiples of 8, at least 16"):
         network(x, torch.zeros(1), torch.zeros(1, 5, 32), torch.zeros(1, 33))

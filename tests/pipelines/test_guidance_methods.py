@@ -1,4 +1,4 @@
-"""Guidance methods and FreeU as keywords of the tasks: combined, refused, sample by sample."""
+"""Guidance methods and FreeU as arguments of tasks: effects, combinations and errors."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from ldm.loading.config import read_yaml
 from ldm.nets.unet import UNet
 from ldm.pipelines import sample, txt2img
 from ldm.pipelines.freeu import make_freeu, resolve_freeu_factors
-from pipelines.goldmodels import build_recorded_model
+from pipelines.goldmodels import StepRecorder, build_recorded_model, sample_latents
 from quick import slow_except
 from tinyupscaler import build_tiny_upscaler
 
@@ -23,16 +23,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def xl():
+def sdxl():
     return build_recorded_model(load_golden("sdxl_e2e_txt2img"), "base")
-
-
-def sample_latents(model, prompts, **options):
-    """Latents after the last step."""
-    xs = []
-    steps = {"steps": 3, "scale": 5.0, "seeds": 5, "size": (64, 64), **options}
-    txt2img(model, prompts, callback=lambda step, count, x, denoised: xs.append(x), **steps)
-    return xs[-1]
 
 
 METHODS = {
@@ -53,36 +45,41 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", slow_except(METHODS, "apg", "perp_neg", "pag and sld", "freeu"))
-def test_methods_act_on_each_sample_alone(model, name):
+def test_methods_act_on_each_sample_independently(model, name):
     """Kernels round differently in a batch: observed difference 2e-4."""
     options = {"sampler": "dpmpp_2m", **METHODS[name]}
-    one, two = (sample_latents(model, ["a cat", "a red apple"][:n], **options) for n in (1, 2))
-    torch.testing.assert_close(one, two[:1], rtol=0, atol=3e-3)
-    plain = {"sampler": "dpmpp_2m", "scale": options.get("scale", 5.0)}
-    assert (sample_latents(model, ["a cat"], **plain) - one).abs().max() > 0.02
+    single, pair = (
+        sample_latents(model, ["a cat", "a red apple"][:n], **options)[-1] for n in (1, 2)
+    )
+    torch.testing.assert_close(single, pair[:1], rtol=0, atol=3e-3)
+    scale = options.get("scale", 5.0)
+    plain = sample_latents(model, ["a cat"], sampler="dpmpp_2m", scale=scale)[-1]
+    assert (plain - single).abs().max() > 0.02
 
 
 @pytest.mark.parametrize(
     "options",
     slow_except([{"pag": 2.0, "apg": (0, 3, -0.5)}, {"freeu": "auto"}], {"freeu": "auto"}),
 )
-def test_methods_work_for_sdxl_and_continue_in_the_refiner(xl, options):
+def test_methods_change_sdxl_with_a_refiner(sdxl, options):
     refiner = build_recorded_model(load_golden("sdxl_e2e_refine"), "refiner")
-    runs = [sample_latents(xl, ["a cat"], refiner=refiner, refiner_strength=0.5, **changes)
-            for changes in ({}, options)]  # fmt: skip
-    assert (runs[0] - runs[1]).abs().max() > 0.02
+    latents = [
+        sample_latents(sdxl, ["a cat"], refiner=refiner, refiner_strength=0.5, **changes)[-1]
+        for changes in ({}, options)
+    ]
+    assert (latents[0] - latents[1]).abs().max() > 0.02
 
 
 @torch.no_grad()
 def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
-    """A negative prompt that equals the prompt has no perpendicular part."""
-    xs = []
+    """A negative prompt that equals the prompt has no perpendicular component."""
+    recorders = StepRecorder(), StepRecorder()
     options = {"steps": 1, "size": (64, 64), "x_T": torch.ones(1, 4, 8, 8), "scale": 5.0}
-    txt2img(model, ["a cat"], negative_prompt="a cat", perp_neg=1.0,
-            callback=lambda *args: xs.append(args[-1]), **options)  # fmt: skip
+    texts = {"negative_prompt": "a cat", "perp_neg": 1.0}
+    txt2img(model, ["a cat"], callback=recorders[0], **texts, **options)
     cond, uncond = (model.condition({"txt": [text]}) for text in ("a cat", ""))
-    sample(model, cond, uncond, callback=lambda *args: xs.append(args[-1]), **options)
-    torch.testing.assert_close(xs[0], xs[1], rtol=0, atol=2e-4)
+    sample(model, cond, uncond, callback=recorders[1], **options)
+    torch.testing.assert_close(*(r.denoised for r in recorders), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -105,58 +102,57 @@ def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
         ({"freeu_version": "2"}, "freeu_version needs freeu"),
     ],
 )  # fmt: skip
-def test_wrong_values_are_named_before_a_network_runs(model, options, message, monkeypatch):
+def test_invalid_values_are_refused_before_a_network_runs(model, options, message, monkeypatch):
     monkeypatch.setattr(model.conditioner, "forward", None)
     with pytest.raises(ValueError, match=message):
         sample_latents(model, ["a cat"], **options)
 
 
-def test_methods_that_a_model_cannot_have_are_refused(xl, model):
+def test_methods_that_a_model_does_not_support_are_refused(sdxl, model):
     with pytest.raises(ValueError, match="which `ignore-negative` ignores"):
-        sample_latents(xl, ["a"], perp_neg=1.0, negative_prompt="b", legacy=["ignore-negative"])
+        sample_latents(sdxl, ["a"], perp_neg=1.0, negative_prompt="b", legacy=["ignore-negative"])
     unet = model.unet
     try:
-        without = UNet(**{**dataclasses.asdict(unet), "transformer_depth_middle": 0})
-        model.unet = without.eval()
+        params = dataclasses.asdict(unet)
+        model.unet = UNet(**{**params, "transformer_depth_middle": 0}).eval()
         with pytest.raises(ValueError, match="pag needs self-attention in the middle block"):
             sample_latents(model, ["a cat"], pag=3.0)
-        wide = {"channel_mult": [1, 1], "attention_resolutions": [1], "num_res_blocks": 1}
-        model.unet = UNet(**{**dataclasses.asdict(unet), **wide}).eval()
+        params |= {"channel_mult": [1, 1], "attention_resolutions": [1], "num_res_blocks": 1}
+        model.unet = UNet(**params).eval()
         with pytest.raises(ValueError, match=r"freeu has no effect .* \[32\] channels: it changes"):
             sample_latents(model, ["a cat"], freeu="auto")
     finally:
         model.unet = unet
-    upscaler = build_tiny_upscaler()
     with pytest.raises(ValueError, match="freeu is not for the x2 latent upscaler"):
-        make_freeu(upscaler, "auto")
+        make_freeu(build_tiny_upscaler(), "auto")
 
 
-def test_an_interval_without_a_noise_level_is_warned_of(model):
+def test_an_interval_outside_the_noise_levels_is_warned_of(model):
     with pytest.warns(UserWarning, match="pag had no effect: there was no guidance at any noise"):
         sample_latents(model, ["a cat"], pag=3.0, guidance_interval=(900, 901))
 
 
 CONFIGS = {"sd1": "stable-diffusion/v1-inference", "sd2": "stable-diffusion/v2-inference",
            "sdxl": "stable-diffusion-xl/sd_xl_base"}  # fmt: skip
-# Factors of the output blocks: 1 is b1 and s1, 2 is b2 and s2, 0 is none.
-BLOCKS = {
+# Factors of the output blocks: 1 = b1 and s1, 2 = b2 and s2, 0 = none.
+BLOCK_FACTORS = {
     ("sd1", "1"): "111111122200", ("sd2", "2"): "111111122200", ("sdxl", "1"): "111122200",
     ("sd1", "diffusers"): "111222000000", ("sdxl", "diffusers"): "111222000",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "version"), BLOCKS)
-def test_freeu_selects_blocks_by_channels_and_that_of_diffusers_by_level(
-    model, xl, family, version, monkeypatch
+@pytest.mark.parametrize(("family", "version"), BLOCK_FACTORS)
+def test_freeu_selects_blocks_by_channels_but_version_diffusers_by_level(
+    model, sdxl, family, version, monkeypatch
 ):
     params = read_yaml(f"configs/{CONFIGS[family]}.yaml")["model"]["params"]
     config = (params.get("unet_config") or params["network_config"])["params"]
     with meta_device():
         unet = UNet(**{k: v for k, v in config.items() if k not in UNet.IGNORED_PARAMS})
-    owner = xl if family == "sdxl" else model
+    owner = sdxl if family == "sdxl" else model
     monkeypatch.setitem(owner._modules, "unet", unet)
     factors = FREEU_PRESETS[family]
-    names = {(factors.b1, factors.s1): "1", (factors.b2, factors.s2): "2", None: "0"}
+    digits = {(factors.b1, factors.s1): "1", (factors.b2, factors.s2): "2", None: "0"}
     freeu = make_freeu(owner, family, version)
-    assert "".join(names[pair] for pair in freeu.factors) == BLOCKS[family, version]
-    assert resolve_freeu_factors(xl, "auto") == FREEU_PRESETS["sdxl"]
+    assert "".join(digits[pair] for pair in freeu.factors) == BLOCK_FACTORS[family, version]
+    assert resolve_freeu_factors(sdxl, "auto") == FREEU_PRESETS["sdxl"]

@@ -1,4 +1,4 @@
-"""Offloading: one part of the model at a time is on the device; the memory that this takes."""
+"""Offloading: one component of the model at a time is on the device; memory estimates."""
 
 from functools import partial
 
@@ -24,63 +24,62 @@ def build_text_model() -> LatentDiffusion:
     return build_recorded_model(load_golden("e2e_txt2img"), "base_v")
 
 
-def get_addresses(model: LatentDiffusion) -> dict[str, int]:
+def get_data_ptrs(model: LatentDiffusion) -> dict[str, int]:
     return {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
-def list_parts_on_device(model: LatentDiffusion, home: dict[str, int]) -> set[str]:
-    """List the networks whose weights are not at their original addresses."""
-    return {n.split(".")[0] for n, pointer in get_addresses(model).items() if pointer != home[n]}
+def list_copied_components(model: LatentDiffusion, original_ptrs: dict[str, int]) -> set[str]:
+    """List the components whose weights have left their original memory."""
+    ptrs = get_data_ptrs(model)
+    return {name.split(".")[0] for name, ptr in ptrs.items() if ptr != original_ptrs[name]}
 
 
-def test_one_part_at_a_time_has_a_copy_on_the_device():
-    """Here the device is the CPU as well: a copy has another address."""
+def test_one_component_at_a_time_is_copied_to_the_device():
+    """The device is the CPU here: a copy has other memory."""
     model = build_text_model()
     expected = txt2img(model, ["a"], **QUICK)
     model.offload(CPU)
-    home, parts = get_addresses(model), []
+    original_ptrs, copied = get_data_ptrs(model), []
 
     def check(layer, inputs, *, name):
-        own = [f"{name}.{key}" for key, _ in layer.named_parameters(recurse=False)]
-        assert all(
-            layer.get_parameter(key.rsplit(".", 1)[1]).data_ptr() != home[key] for key in own
-        )
-        if own:
-            parts.append(list_parts_on_device(model, home))
+        parameters = dict(layer.named_parameters(recurse=False))
+        assert all(p.data_ptr() != original_ptrs[f"{name}.{k}"] for k, p in parameters.items())
+        if parameters:
+            copied.append(list_copied_components(model, original_ptrs))
 
     for name, layer in model.named_modules():
         layer.register_forward_pre_hook(partial(check, name=name))
     assert torch.equal(txt2img(model, ["a"], **QUICK), expected)
-    assert all(len(part) == 1 for part in parts)
-    assert set.union(*parts) == {"conditioner", "unet", "autoencoder"}
+    assert all(len(components) == 1 for components in copied)
+    assert set.union(*copied) == {"conditioner", "unet", "autoencoder"}
 
 
 @pytest.mark.slow
-def test_loras_are_exchanged_while_a_part_is_on_the_device(tmp_path):
+def test_loras_are_replaced_while_a_component_is_on_the_device(tmp_path):
     model, offloaded = build_text_model(), build_text_model()
-    file = write_random_lora(tmp_path / "x.safetensors", model, 0)
+    path = write_random_lora(tmp_path / "x.safetensors", model, 0)
     offloaded.offload(CPU)
     images = {}
     for weight in (0.5, 0.8, 0.5):
-        for one in (model, offloaded):
-            ldm.set_loras(one, [(file, weight)])
+        for each in (model, offloaded):
+            ldm.set_loras(each, [(path, weight)])
         images[weight], expected = (
-            txt2img(one, ["a"], **QUICK | {"steps": 1}) for one in (offloaded, model)
+            txt2img(each, ["a"], **QUICK | {"steps": 1}) for each in (offloaded, model)
         )
         assert torch.equal(images[weight], expected)
     assert not torch.equal(images[0.5], images[0.8])
 
 
-def test_a_model_leaves_the_device_for_another():
+def test_a_model_leaves_the_device_when_another_is_used():
     first, second = build_text_model(), build_text_model()
-    home = get_addresses(first)
+    original_ptrs = get_data_ptrs(first)
     for model in (first, second):
         model.offload(CPU)
         txt2img(model, ["a"], **QUICK)
-    assert list_parts_on_device(first, home) == set()
+    assert list_copied_components(first, original_ptrs) == set()
 
 
-def test_encoders_of_images_stay_on_the_device():
+def test_offloading_does_not_change_inpainting():
     model = build_recorded_model(load_golden("e2e_inpaint"), "inpaint")
     image, mask = torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
     expected = inpaint(model, ["a"], image, mask, **QUICK)
@@ -88,10 +87,10 @@ def test_encoders_of_images_stay_on_the_device():
     assert torch.equal(inpaint(model, ["a"], image, mask, **QUICK), expected)
 
 
-def test_a_cast_survives_the_end_of_the_copy():
+def test_a_model_that_is_cast_on_the_device_stays_cast():
     """Such as to float32 after NaN in half precision."""
-    model, other = build_text_model().bfloat16(), build_text_model().bfloat16().float()
-    expected = txt2img(other, ["a"], **QUICK)
+    model, float32_model = build_text_model().bfloat16(), build_text_model().bfloat16().float()
+    expected = txt2img(float32_model, ["a"], **QUICK)
     model.offload(CPU)
     txt2img(model, ["a"], **QUICK)
     model.float()
@@ -110,11 +109,11 @@ def test_images_of_an_offloaded_model_on_a_gpu_are_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "refiner"])
 def test_sdxl_at_1024_pixels_fits_8_gb_when_offloaded(name):
-    """5.1 and 4.6 GiB, in float16 with the autoencoder in float32; whole: 9.6 and 8.8."""
+    """float16 with a float32 autoencoder: 5.1 and 4.6 GiB, without offloading 9.6 and 8.8."""
     config = f"{XL}/sd_xl_{name}.yaml"
     model = build_on_meta(read_yaml(config), where=config).half()
     model.autoencoder.float()
     memory = estimate_memory(model, (1024, 1024))
     assert memory.without_offload == sum(memory.weights.values()) + max(memory.activations.values())
-    own = 0.5 * 2**30  # of PyTorch and the driver
-    assert memory.with_offload + own < 8e9 < memory.without_offload
+    overhead = 0.5 * 2**30  # of PyTorch and the driver
+    assert memory.with_offload + overhead < 8e9 < memory.without_offload

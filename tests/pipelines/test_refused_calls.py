@@ -1,4 +1,4 @@
-"""Calls with a wrong model or keyword are refused in one line, before any network runs."""
+"""Calls with a wrong model or keyword are refused before any network runs."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from ldm.pipelines import WrongFamily
 from ldm.pipelines.families import FAMILIES
 from ldm.runtime.errors import ArgumentError, UnknownName
 
-# Families of a task's models, and the count of its positional arguments after the model.
+# Families of a task's models, and the number of its positional arguments after the model.
 TASKS = {
     "txt2img": ({"text"}, 1),
     "img2img": ({"text", "refiner"}, 2),
@@ -33,11 +33,11 @@ def make_model(keys):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_model_of_another_family_names_its_own_function(task):
-    families, count = TASKS[task]
+def test_the_error_for_a_model_of_another_family_names_its_task(task):
+    families, num_arguments = TASKS[task]
     for name in FAMILIES.keys() - families:
         with pytest.raises(WrongFamily) as caught:
-            getattr(pipelines, task)(make_model(FAMILIES[name].keys), *[None] * count)
+            getattr(pipelines, task)(make_model(FAMILIES[name].keys), *[None] * num_arguments)
         assert f"use `{FAMILIES[name].function}`" in str(caught.value)
 
 
@@ -45,7 +45,7 @@ def test_the_task_of_every_family_is_public():
     assert {family.function for family in FAMILIES.values()} <= set(ldm.__all__)
 
 
-def test_a_model_of_no_known_family_is_refused_with_its_conditions():
+def test_the_error_for_a_model_of_no_family_names_its_conditions():
     with pytest.raises(
         WrongFamily, match="this model reads `smell`, `txt`, and no task provides that"
     ):
@@ -66,16 +66,17 @@ def test_a_model_of_no_known_family_is_refused_with_its_conditions():
         ("txt2img", {"grid": "edm", "scheduler": "karras"}, "unknown keyword of txt2img `grid`"),
     ],
 )
-def test_misspelt_and_inapplicable_keywords_are_refused_with_the_nearest(task, options, message):
+def test_unknown_keywords_are_refused_with_a_suggestion(task, options, message):
     with pytest.raises(UnknownName, match=message):
         getattr(pipelines, task)(make_model({"txt"}), *[None] * TASKS[task][1], **options)
 
 
-@pytest.mark.parametrize("loaded", [None, "sd_xl_base_1.0.safetensors"])
-def test_an_argument_that_is_not_a_model_is_refused(loaded):
-    with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
-        pipelines.txt2img(loaded, ["a"])
-    with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
-        ldm.set_loras(loaded, [])
-    with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
-        ldm.load_preview("taesd.pth", loaded)
+@pytest.mark.parametrize("model", [None, "sd_xl_base_1.0.safetensors"])
+def test_an_argument_that_is_not_a_model_is_refused(model):
+    for call in (
+        lambda: pipelines.txt2img(model, ["a"]),
+        lambda: ldm.set_loras(model, []),
+        lambda: ldm.load_preview("taesd.pth", model),
+    ):
+        with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
+            call()

@@ -1,4 +1,4 @@
-"""txt2img and sample, as a user relies on them."""
+"""txt2img and sample: seeds, options, errors."""
 
 import copy
 import re
@@ -31,8 +31,8 @@ def model() -> LatentDiffusion:
 
 
 @pytest.fixture(scope="module")
-def image(model: LatentDiffusion):
-    """An image of one seed, by sampler and options."""
+def generate(model: LatentDiffusion):
+    """A function (sampler, **options) -> image of a fixed seed."""
     return lambda sampler, **options: run(model, ["a"], seeds=7, sampler=sampler, **options)
 
 
@@ -43,14 +43,14 @@ def run(model: LatentDiffusion, prompts: list[str], **options) -> Tensor:
 @pytest.mark.parametrize(
     "sampler", slow_except(ldm.SAMPLERS, "ddim", "euler", "dpmpp_2s_a", "dpmpp_sde", "restart")
 )
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(model, sampler):
+def test_an_image_depends_on_its_seed_but_not_on_its_batch(model, sampler):
     if sampler == "dpm_adaptive":
-        pytest.skip("its steps suit the whole batch")
+        pytest.skip("its step sizes depend on the whole batch")
     eta = {"eta": 0.7} if sampler == "ddim" else {}
     batch = run(model, ["a", "b", "c"], sampler=sampler, seeds=[5, 6, 7], **eta)
-    alone = run(model, ["c"], sampler=sampler, seeds=7, **eta)
-    # Batches of 1 and 3 take other matrix kernels; guidance and 3 steps magnify float32 rounding.
-    torch.testing.assert_close(batch[2:], alone, rtol=0, atol=1e-3)
+    single = run(model, ["c"], sampler=sampler, seeds=7, **eta)
+    # Batches of 1 and 3 run other kernels; guidance and 3 steps magnify float32 rounding.
+    torch.testing.assert_close(batch[2:], single, rtol=0, atol=1e-3)
     assert not torch.allclose(batch[0], batch[1])
 
 
@@ -63,20 +63,20 @@ def test_without_seeds_the_global_generator_of_torch_is_used(model):
     assert not torch.equal(images[0], images[2])
 
 
-def test_seeds_may_be_of_numpy_or_torch(model):
+def test_seeds_may_be_numbers_of_numpy_or_torch(model):
     seeds = (5, np.int64(5), np.array([5]), torch.tensor(5))
-    images = [run(model, ["a"], steps=1, scale=1, seeds=each) for each in seeds]
+    images = [run(model, ["a"], steps=1, scale=1, seeds=seed) for seed in seeds]
     assert all(torch.equal(images[0], image) for image in images)
 
 
 def test_a_model_without_conditions_is_sampled_as_recorded():
-    file, name = load_golden("ldm_uncond_kl"), "kl_churches_like"
-    info, model = file.case(name)["info"], ldm.instantiate(file.meta["config_kl"]).eval()
-    weights = fill(restore_names(model.state_dict()), file.meta["salt"])
+    golden, case = load_golden("ldm_uncond_kl"), "kl_churches_like"
+    info, model = golden.case(case)["info"], ldm.instantiate(golden.meta["config_kl"]).eval()
+    weights = fill(restore_names(model.state_dict()), golden.meta["salt"])
     model.load_state_dict(rename_weights(weights))
     model.scale_factor = info["scale_factor"]
-    z = sample(model, model.condition({}), x_T=file.draws(name)[0], steps=info["steps"])
-    file.assert_close(name, latents=z, images=model.decode(z))
+    z = sample(model, model.condition({}), x_T=golden.draws(case)[0], steps=info["steps"])
+    golden.assert_close(case, latents=z, images=model.decode(z))
     for seeds, n in (([1, 2, 3], 3), (torch.tensor(5), 1), (None, 1)):
         assert len(sample(model, model.condition({}), seeds=seeds, steps=1)) == n
 
@@ -88,10 +88,10 @@ def test_the_negative_prompt_matters_only_under_guidance(model):
     assert torch.equal(plain, negative)
 
 
-def test_the_callback_sees_every_step_and_can_stop(model):
-    counts = []
-    run(model, ["a"], steps=7, callback=lambda step, steps, *_: counts.append((step, steps)))
-    assert counts == [(i, 7) for i in range(7)]
+def test_the_callback_is_called_after_each_step_and_can_stop_the_run(model):
+    calls = []
+    run(model, ["a"], steps=7, callback=lambda step, steps, *_: calls.append((step, steps)))
+    assert calls == [(i, 7) for i in range(7)]
 
     def stop(step, steps, x, denoised):
         raise Stop
@@ -100,17 +100,17 @@ def test_the_callback_sees_every_step_and_can_stop(model):
         run(model, ["a"], callback=stop)
 
 
-def test_tiles_blend_into_nearly_the_whole_image(model):
-    """Each tile has its own GroupNorm statistics; there must be no hole and no shift."""
+def test_decoding_in_tiles_gives_nearly_the_same_image(model):
+    """Each tile has its own GroupNorm statistics; gaps or shifts would lower the correlation."""
     z = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(0)) * 0.1
     with torch.no_grad():
-        whole, tiled = model.decode(z), model.decode(z, tile=16)
-    assert tiled.shape == whole.shape
-    correlation = torch.corrcoef(torch.stack([whole.flatten(), tiled.flatten()]))[0, 1]
+        untiled, tiled = model.decode(z), model.decode(z, tile=16)
+    assert tiled.shape == untiled.shape
+    correlation = torch.corrcoef(torch.stack([untiled.flatten(), tiled.flatten()]))[0, 1]
     assert correlation > 0.95
 
 
-def test_not_finite_values_are_located(model):
+def test_the_cause_of_non_finite_values_is_named(model):
     broken = copy.deepcopy(model)
     broken.provenance["checkpoint"] = "x/broken.ckpt"
     broken.autoencoder.decoder.conv_out.bias[0] = float("nan")
@@ -142,7 +142,7 @@ def test_not_finite_values_are_located(model):
     ({"sigmas": [9.0, 1.0, 0.0], "steps": 7}, "sigmas have 2 steps, not 7"),
     ({"sigmas": [9.0, 1.0, 0.0], "steps": 2, "scheduler": "karras"}, "given, leave out scheduler"),
 ])  # fmt: skip
-def test_wrong_options_are_refused_in_one_line(model, options, message):
+def test_invalid_options_are_refused_in_one_line(model, options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         run(model, ["a"], **options)
     assert "\n" not in str(caught.value)
@@ -186,7 +186,7 @@ def test_wrong_options_are_refused_in_one_line(model, options, message):
     ("image", torch.full((1, 3, 64, 64), torch.nan), "have values in -1 … 1, got nan … nan"),
     ("mask", torch.full((1, 1, 64, 64), 255), "have values in 0 … 1, got 255 … 255"),
 ])  # fmt: skip
-def test_values_of_another_type_are_refused_before_a_network_runs(
+def test_values_of_a_wrong_type_or_shape_are_refused_before_a_network_runs(
     model, monkeypatch, name, value, message
 ):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a network runs"))
@@ -252,18 +252,18 @@ def test_an_inversion_without_guidance_takes_no_scale(model):
 
 
 @pytest.mark.parametrize("z", [None, torch.zeros(1, 4, 8, 8)])
-def test_noise_of_another_shape_is_refused_before_the_image_is_encoded(model, monkeypatch, z):
+def test_noise_of_a_wrong_shape_is_refused_before_the_image_is_encoded(model, monkeypatch, z):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a network runs"))
     image, x_T = torch.zeros(1, 3, 60, 60), torch.zeros(1, 4, 9, 8)
     with pytest.raises(ValueError, match=r"x_T must be a tensor \(1, 4, 8, 8\), got a tensor"):
         ldm.img2img(model, ["a"], image, z=z, x_T=x_T)
 
 
-def test_numbers_may_be_of_numpy_or_tensors(model):
+def test_numbers_may_be_those_of_numpy_or_tensors(model):
     image, options = torch.zeros(1, 3, 64, 64), {"steps": 4, "seeds": 1}
     images = [
-        ldm.img2img(model, ["a"], image, strength=number(0.5), clip_skip=layer(1), **options)
-        for number, layer in ((float, int), (torch.tensor, np.int64))
+        ldm.img2img(model, ["a"], image, strength=to_float(0.5), clip_skip=to_int(1), **options)
+        for to_float, to_int in ((float, int), (torch.tensor, np.int64))
     ]
     assert torch.equal(*images)
 
@@ -274,26 +274,28 @@ def test_brownian_without_seeds_is_refused_before_a_network_runs(model, monkeypa
         run(model, ["a"], sampler="dpmpp_sde", brownian=True, seeds=torch.randn_like)
 
 
-def test_a_legacy_name_needs_no_list(model):
+def test_legacy_may_be_a_single_name(model):
     images = [run(model, ["a"], steps=7, seeds=1, legacy=names) for names in (["steps"], "steps")]
     assert torch.equal(*images)
 
 
-def test_noise_of_steps_is_the_samplers_unless_given(image):
-    assert torch.equal(image("euler_a", eta=1.0), image("euler_a"))
-    torch.testing.assert_close(image("euler_a", eta=0.0), image("euler"), rtol=0, atol=1e-3)
-    assert not torch.equal(image("euler", s_churn=2.0), image("euler"))
-    assert torch.equal(image("euler", s_churn=2.0, s_tmax=0.0), image("euler"))
-    assert torch.equal(image("euler", s_churn=2.0, s_tmin=99.0), image("euler"))
+def test_noise_options_replace_the_defaults_of_a_sampler(generate):
+    assert torch.equal(generate("euler_a", eta=1.0), generate("euler_a"))
+    torch.testing.assert_close(generate("euler_a", eta=0.0), generate("euler"), rtol=0, atol=1e-3)
+    assert not torch.equal(generate("euler", s_churn=2.0), generate("euler"))
+    assert torch.equal(generate("euler", s_churn=2.0, s_tmax=0.0), generate("euler"))
+    assert torch.equal(generate("euler", s_churn=2.0, s_tmin=99.0), generate("euler"))
     for sampler, options in (("heun", {"s_churn": 2.0}), ("dpmpp_2m_sde", {}), ("lcm", {})):
-        assert not torch.equal(image(sampler, s_noise=0.5, **options), image(sampler, **options))
+        assert not torch.equal(
+            generate(sampler, s_noise=0.5, **options), generate(sampler, **options)
+        )
 
 
-def test_cfg_pp_computes_the_unconditional_estimate_at_any_scale(image):
-    at_scale_1 = image("euler_cfg_pp", scale=1)
-    assert torch.equal(at_scale_1, image("euler_cfg_pp", scale=None))
-    assert not torch.allclose(at_scale_1, image("euler", scale=1), atol=1e-3)
-    assert not torch.equal(at_scale_1, image("euler_cfg_pp", scale=1, negative_prompt="blurry"))
+def test_cfg_pp_uses_the_negative_prompt_at_any_scale(generate):
+    at_scale_1 = generate("euler_cfg_pp", scale=1)
+    assert torch.equal(at_scale_1, generate("euler_cfg_pp", scale=None))
+    assert not torch.allclose(at_scale_1, generate("euler", scale=1), atol=1e-3)
+    assert not torch.equal(at_scale_1, generate("euler_cfg_pp", scale=1, negative_prompt="blurry"))
 
 
 def test_given_sigmas_are_used(model):
@@ -301,52 +303,50 @@ def test_given_sigmas_are_used(model):
     images = [
         run(model, ["a"], seeds=7, sampler="euler", **options)
         for options in (
-            {"scheduler": "karras"},
-            {"sigmas": sigmas},
-            {"sigmas": torch.tensor(sigmas)},
+            {"scheduler": "karras"}, {"sigmas": sigmas}, {"sigmas": torch.tensor(sigmas)}
         )
-    ]
+    ]  # fmt: skip
     assert torch.equal(images[0], images[1])
     torch.testing.assert_close(images[0], images[2], rtol=0, atol=1e-3)
 
 
-def test_the_last_level_is_skipped_where_a1111_does(model):
-    def get_levels(sampler, **options):
+def test_the_penultimate_noise_level_is_skipped_for_the_samplers_of_a1111(model):
+    def get_five_steps(sampler, **options):
         return get_sigmas(model, Quirks(), {"sampler": sampler, "steps": 5, **options})
 
-    longer = model.schedule.get_step_sigmas(6, "karras")
-    skipped = torch.cat([longer[:-2], longer[-1:]])
-    assert torch.equal(get_levels("dpm2", scheduler="karras"), skipped)
-    five = model.schedule.get_step_sigmas(5, "karras")
-    assert torch.equal(get_levels("dpmpp_2m", scheduler="karras"), five)
-    assert len(get_levels("dpm2_a", scheduler="uniform")) == 6
+    five, six = (model.schedule.get_step_sigmas(steps, "karras") for steps in (5, 6))
+    without_penultimate = torch.cat([six[:-2], six[-1:]])
+    assert torch.equal(get_five_steps("dpm2", scheduler="karras"), without_penultimate)
+    assert torch.equal(get_five_steps("dpmpp_2m", scheduler="karras"), five)
+    assert len(get_five_steps("dpm2_a", scheduler="uniform")) == 6
 
 
-def test_plms_is_right_for_v_prediction_unless_asked_to_be_legacy(model):
-    """Converged, PLMS and DDIM solve one ODE; the original's PLMS takes v for eps."""
+def test_plms_converges_for_v_prediction_except_with_legacy(model):
+    """With many steps, PLMS and DDIM solve one ODE; the original's PLMS takes v for eps."""
     cond = model.condition({"txt": ["a"]})
     options = {"size": (64, 64), "scale": 1.0, "seeds": 3}
     exact = sample(model, cond, steps=40, sampler="ddim", **options)
-    right = sample(model, cond, steps=20, sampler="plms", **options)
-    wrong = sample(model, cond, steps=20, sampler="plms", legacy={"plms-v"}, **options)
-    assert (right - exact).square().mean() < 0.02 * (wrong - exact).square().mean()
+    plms = sample(model, cond, steps=20, sampler="plms", **options)
+    legacy = sample(model, cond, steps=20, sampler="plms", legacy={"plms-v"}, **options)
+    assert (plms - exact).square().mean() < 0.02 * (legacy - exact).square().mean()
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
-def test_legacy_inversion_equals_the_recorded_one(kind):
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_legacy_inversion_equals_the_recorded_one(parameterization):
     from diffusion.test_samplers import load_denoiser
 
-    file = load_golden(f"ddim_{kind}")
-    denoiser, shared = load_denoiser(f"ddim_{kind}"), file.select("shared/")
+    name = f"ddim_{parameterization}"
+    golden, denoiser = load_golden(name), load_denoiser(name)
+    shared = golden.select("shared/")
     model = LatentDiffusion(
         unet=denoiser.network,
         autoencoder=torch.nn.Identity(),
         conditioner=torch.nn.Identity(),
         schedule=denoiser.schedule,
-        parameterization=kind,
+        parameterization=parameterization,
     )
     cond, uncond = Cond(shared["c"]), Cond(shared["uc"])
     options = {"sigmas": denoiser.schedule.get_step_sigmas(10)[-7:], "legacy": {"encode"}}
     z = invert(model, shared["x0"], cond, **options)
     guided = invert(model, shared["x0"], cond, uncond, scale=2.0, **options)
-    file.assert_close("encode", z=z, z_cfg=guided)
+    golden.assert_close("encode", z=z, z_cfg=guided)

@@ -1,6 +1,6 @@
-"""SDXL against images of generative-models and diffusers on the same tiny models.
+"""SDXL, compared with images of generative-models and diffusers on the same tiny models.
 
-Pixels are at most 1 apart; latents, 1e-4 of the largest value (observed: 1.8e-5).
+Pixels differ by at most 1, latents by 1e-4 of the largest value (observed: 1.8e-5).
 """
 
 import copy
@@ -12,63 +12,45 @@ import pytest
 import torch
 from torch import Tensor
 
-from goldfile import GoldenFile, load_golden
+import goldfile
+from goldfile import GoldenFile
 from ldm.conditioning import Cond
-from ldm.imaging.pixels import to_uint8
 from ldm.model import LatentDiffusion
 from ldm.pipelines import img2img, sample, txt2img
-from pipelines.goldmodels import build_recorded_model
+from pipelines.goldmodels import StepRecorder, assert_images_close, build_recorded_model
 from quick import slow_except
 
-SAMPLERS = {
+SAMPLERS_BY_CLASS = {
     "EulerEDMSampler": "euler",
     "HeunEDMSampler": "heun",
     "EulerAncestralSampler": "euler_a",
     "DPMPP2MSampler": "dpmpp_2m",
 }
-DEMO = {"noise", "nearest-sigma", "legacy-steps", "unused-draws"}
+DEMO_QUIRKS = {"noise", "nearest-sigma", "legacy-steps", "unused-draws"}
 SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
 BLACK = torch.zeros(1, 3, 64, 128)
 
-recorded = functools.cache(load_golden)
+load_golden = functools.cache(goldfile.load_golden)
 
 
 @functools.cache
 def load_model(name: str) -> LatentDiffusion:
-    """The base, the refiner, or `base_v`, which has the weights of the base."""
+    """Build `base`, `refiner` or `base_v`, a v-prediction model with the weights of the base."""
     if name == "base_v":
         base_v = copy.copy(load_model("base"))
         base_v.parameterization = "v"
         return base_v
-    with torch.random.fork_rng():  # the recorded runs have their model before the seed is set
-        return build_recorded_model(recorded("sdxl_e2e_txt2img"), name)
-
-
-class LatentRecorder:
-    """A callback that records x after each step."""
-
-    def __init__(self) -> None:
-        self.xs: list[Tensor] = []
-
-    def __call__(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
-        assert step == len(self.xs) < steps
-        self.xs.append(x)
+    with torch.random.fork_rng():  # the recorder built its model before it set the seed
+        return build_recorded_model(load_golden("sdxl_e2e_txt2img"), name)
 
 
 def assert_latents_close(ours: Tensor, theirs: Tensor) -> None:
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
 
 
-def assert_images_close(ours: Tensor, theirs: Tensor, *, truncate: bool = True) -> None:
-    """Compare (B, 3, H, W) in [-1, 1] with (B, H, W, 3) uint8."""
-    apart = np.abs(to_uint8(ours, truncate=truncate).astype(int) - theirs.numpy().astype(int))
-    assert apart.max() <= 1
-    assert (apart > 0).mean() < 0.01
-
-
-def assert_close(file: GoldenFile, name: str, images: Tensor, latents: LatentRecorder) -> None:
-    assert_images_close(images, file.outputs(name)["images"].movedim(1, -1))
-    assert_latents_close(latents.xs[-1], file.outputs(name)["z"])
+def assert_close(golden: GoldenFile, case: str, images: Tensor, recorder: StepRecorder) -> None:
+    assert_images_close(images, golden.outputs(case)["images"].movedim(1, -1))
+    assert_latents_close(recorder.xs[-1], golden.outputs(case)["z"])
 
 
 def make_options(info: dict) -> dict:
@@ -76,11 +58,11 @@ def make_options(info: dict) -> dict:
         "negative_prompt": info["negative_prompt"],
         "steps": info["steps"],
         "scale": info["guidance"],
-        "sampler": SAMPLERS[info["sampler"]],
+        "sampler": SAMPLERS_BY_CLASS[info["sampler"]],
     }
 
 
-# The slow cases test little that these and the recorded samplers do not.
+# The slow cases test little that the others and the golden files of samplers do not.
 TXT2IMG = slow_except(
     ["euler_negative", "heun_edm_sizes", "v_model", "euler", "dpmpp2m", "euler_a"],
     "euler_negative", "heun_edm_sizes", "v_model",
@@ -92,10 +74,10 @@ IMG2IMG = slow_except(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TXT2IMG)
-def test_txt2img_equals_the_original(name: str) -> None:
-    file, latents = recorded("sdxl_e2e_txt2img"), LatentRecorder()
-    info = file.case(name)["info"]
+@pytest.mark.parametrize("case", TXT2IMG)
+def test_txt2img_equals_the_original(case: str) -> None:
+    golden, recorder = load_golden("sdxl_e2e_txt2img"), StepRecorder()
+    info = golden.case(case)["info"]
     options = make_options(info)
     if info["values"]:
         options |= {"original_size": (384, 512), "crop": (32, 16), "target_size": (768, 1024)}
@@ -106,27 +88,27 @@ def test_txt2img_equals_the_original(name: str) -> None:
         load_model(info["model"]),
         [info["prompt"]] * info["num_samples"],
         size=(64, 128),
-        legacy=DEMO | ({"ignore-negative"} if info["force_uc_zero_embeddings"] else set()),
-        callback=latents,
+        legacy=DEMO_QUIRKS | ({"ignore-negative"} if info["force_uc_zero_embeddings"] else set()),
+        callback=recorder,
         **options,
     )
-    assert_close(file, name, images, latents)
+    assert_close(golden, case, images, recorder)
 
 
 def test_the_refiner_alone_equals_the_original() -> None:
-    file, latents = recorded("sdxl_e2e_txt2img"), LatentRecorder()
-    info = file.case("refiner_alone")["info"]
+    golden, recorder = load_golden("sdxl_e2e_txt2img"), StepRecorder()
+    info = golden.case("refiner_alone")["info"]
     torch.manual_seed(info["seed_before"])
     images = img2img(
         load_model("refiner"), [info["prompt"]], BLACK, z=torch.zeros(1, 4, 8, 16), strength=1,
-        legacy={"noise", "nearest-sigma"}, callback=latents, **make_options(info),
+        legacy={"noise", "nearest-sigma"}, callback=recorder, **make_options(info),
     )  # fmt: skip
-    assert_close(file, "refiner_alone", images, latents)
+    assert_close(golden, "refiner_alone", images, recorder)
 
 
 def test_turbo_equals_the_original() -> None:
-    file = recorded("sdxl_e2e_txt2img")
-    info = file.case("turbo")["info"]
+    golden = load_golden("sdxl_e2e_txt2img")
+    info = golden.case("turbo")["info"]
     seeds = itertools.count(info["seed"])
 
     def noise(like: Tensor) -> Tensor:
@@ -136,17 +118,17 @@ def test_turbo_equals_the_original() -> None:
         load_model("base"), [info["prompt"]], size=(64, 128), steps=2, sampler="euler_a", scale=1,
         scheduler="turbo", seeds=noise,
     )  # fmt: skip
-    assert_images_close(images, file.outputs("turbo")["images_nhwc"])
+    assert_images_close(images, golden.outputs("turbo")["images_nhwc"])
 
 
-@pytest.mark.parametrize("name", IMG2IMG)
-def test_img2img_equals_the_original(name: str) -> None:
-    file, latents = recorded("sdxl_e2e_img2img"), LatentRecorder()
-    info = file.case(name)["info"]
+@pytest.mark.parametrize("case", IMG2IMG)
+def test_img2img_equals_the_original(case: str) -> None:
+    golden, recorder = load_golden("sdxl_e2e_img2img"), StepRecorder()
+    info = golden.case(case)["info"]
     options = make_options(info)
-    legacy = DEMO | ({"ignore-negative"} if info["force_uc_zero_embeddings"] else set())
+    legacy = DEMO_QUIRKS | ({"ignore-negative"} if info["force_uc_zero_embeddings"] else set())
     if info["kwargs"]:
-        posterior, noise, offset = file.draws(name)
+        posterior, noise, offset = golden.draws(case)
         draws = iter([posterior])
         options["seeds"] = lambda like: next(draws)
         options["x_T"] = noise + 0.1 * offset.reshape(-1, 1, 1, 1)
@@ -154,41 +136,41 @@ def test_img2img_equals_the_original(name: str) -> None:
     images = img2img(
         load_model(info["model"]),
         [info["prompt"]] * info["num_samples"],
-        file.select("shared/")["image"],
+        golden.select("shared/")["image"],
         strength=info["strength"],
         legacy=legacy,
-        callback=latents,
+        callback=recorder,
         **options,
     )
-    if latents.xs:
-        assert_close(file, name, images, latents)
+    if recorder.xs:
+        assert_close(golden, case, images, recorder)
     else:
-        assert_images_close(images, file.outputs(name)["images"].movedim(1, -1))
+        assert_images_close(images, golden.outputs(case)["images"].movedim(1, -1))
 
 
-@pytest.mark.parametrize("name", ["finish_euler", "finish_dpmpp2m", "img2img_finish"])
-def test_a_refiner_continues_at_the_same_noise_level(name: str) -> None:
-    file, latents = recorded("sdxl_e2e_refine"), LatentRecorder()
-    info = file.case(name)["info"]
+@pytest.mark.parametrize("case", ["finish_euler", "finish_dpmpp2m", "img2img_finish"])
+def test_a_refiner_continues_at_the_noise_level_of_the_base(case: str) -> None:
+    golden, recorder = load_golden("sdxl_e2e_refine"), StepRecorder()
+    info = golden.case(case)["info"]
     options = {
         **make_options(info), "refiner": load_model("refiner"),
-        "refiner_strength": info["strength"], "callback": latents,
-        "legacy": DEMO | {"ignore-negative", "refiner-empty-negative"},
+        "refiner_strength": info["strength"], "callback": recorder,
+        "legacy": DEMO_QUIRKS | {"ignore-negative", "refiner-empty-negative"},
     }  # fmt: skip
     prompts = [info["prompt"]] * info["num_samples"]
     torch.manual_seed(info["seed_before"])
     if info["img2img_strength"] is None:
         images = txt2img(load_model("base"), prompts, size=(64, 128), **options)
     else:
-        image, strength = file.select("shared/")["image"], info["img2img_strength"]
+        image, strength = golden.select("shared/")["image"], info["img2img_strength"]
         images = img2img(load_model("base"), prompts, image, strength=strength, **options)
-    assert_close(file, name, images, latents)
-    base_steps = len(file.outputs(name)["sigmas_base"]) - 1
-    assert_latents_close(latents.xs[base_steps - 1], file.outputs(name)["z_base"])
+    assert_close(golden, case, images, recorder)
+    base_steps = len(golden.outputs(case)["sigmas_base"]) - 1
+    assert_latents_close(recorder.xs[base_steps - 1], golden.outputs(case)["z_base"])
 
 
 def make_conditions(model: LatentDiffusion, prompt: str) -> tuple[Cond, Cond]:
-    """Conditions of a prompt and of no prompt, for an image of 64 x 128."""
+    """Make the conditions of a prompt and of the empty prompt, for 64 x 128 pixels."""
     sizes = [[(64, 128)], [(0, 0)], [(64, 128)]]
     batch = dict(zip(SIZE_KEYS, sizes, strict=True))
     null = model.conditioner.text.null
@@ -198,56 +180,59 @@ def make_conditions(model: LatentDiffusion, prompt: str) -> tuple[Cond, Cond]:
     )
 
 
-@pytest.mark.parametrize("name", ["finish_euler_a", "finish_other_steps"])
-def test_base_and_refiner_may_sample_differently(name: str) -> None:
-    """The original takes x of the base for x at the refiner's first level, whatever that is."""
-    file = recorded("sdxl_e2e_refine")
-    info, base, refiner = file.case(name)["info"], load_model("base"), load_model("refiner")
-    draws = iter(file.draws(name))
+@pytest.mark.parametrize("case", ["finish_euler_a", "finish_other_steps"])
+def test_base_and_refiner_may_sample_differently(case: str) -> None:
+    """The original passes x on unchanged, even if the refiner starts at another noise level."""
+    golden = load_golden("sdxl_e2e_refine")
+    info, base, refiner = golden.case(case)["info"], load_model("base"), load_model("refiner")
+    draws = iter(golden.draws(case))
     sigmas = base.schedule.get_step_sigmas(info["steps"], "sgm_uniform")
-    end_step = len(file.outputs(name)["sigmas_base"]) - 1
-    options = {"scale": info["guidance"], "legacy": DEMO, "noise_source": lambda like: next(draws)}
+    end_step = len(golden.outputs(case)["sigmas_base"]) - 1
+    options = {
+        "scale": info["guidance"],
+        "legacy": DEMO_QUIRKS,
+        "noise_source": lambda like: next(draws),
+    }
     z_t = sample(
         base, *make_conditions(base, info["prompt"]), size=(64, 128), sigmas=sigmas,
-        end_step=end_step, sampler=SAMPLERS[info["sampler"]], **options,
+        end_step=end_step, sampler=SAMPLERS_BY_CLASS[info["sampler"]], **options,
     )  # fmt: skip
     std = float(1 + sigmas[end_step] ** 2) ** 0.5
-    assert_latents_close(z_t * std, file.outputs(name)["z_base"])
+    assert_latents_close(z_t * std, golden.outputs(case)["z_base"])
     sigmas = refiner.schedule.get_step_sigmas(info["refiner_steps"], "sgm_uniform")
-    sigmas = sigmas[-len(file.outputs(name)["sigmas_refiner"]) :]
+    sigmas = sigmas[-len(golden.outputs(case)["sigmas_refiner"]) :]
     z = sample(
         refiner, *make_conditions(refiner, info["prompt"]), sigmas=sigmas,
         z_t=z_t * std / float(1 + sigmas[0] ** 2) ** 0.5,
-        sampler=SAMPLERS[info["refiner_sampler"]], **options,
+        sampler=SAMPLERS_BY_CLASS[info["refiner_sampler"]], **options,
     )  # fmt: skip
-    assert_latents_close(z, file.outputs(name)["z"])
+    assert_latents_close(z, golden.outputs(case)["z"])
 
 
-def test_a_refiner_after_a_finished_base_is_img2img() -> None:
-    file, base, latents = recorded("sdxl_e2e_refine"), LatentRecorder(), LatentRecorder()
-    info = file.case("renoise_euler")["info"]
-    options = {**make_options(info), "legacy": DEMO}
-    models = load_model("base"), load_model("refiner")
+def test_a_refiner_after_all_steps_of_the_base_is_img2img() -> None:
+    golden, base_recorder, recorder = load_golden("sdxl_e2e_refine"), StepRecorder(), StepRecorder()
+    info = golden.case("renoise_euler")["info"]
+    options = {**make_options(info), "legacy": DEMO_QUIRKS}
     torch.manual_seed(info["seed_before"])
-    txt2img(models[0], [info["prompt"]], size=(64, 128), callback=base, **options)
+    txt2img(load_model("base"), [info["prompt"]], size=(64, 128), callback=base_recorder, **options)
     images = img2img(
-        models[1], [info["prompt"]], BLACK, z=base.xs[-1], strength=info["strength"],
-        callback=latents, **options,
+        load_model("refiner"), [info["prompt"]], BLACK, z=base_recorder.xs[-1],
+        strength=info["strength"], callback=recorder, **options,
     )  # fmt: skip
-    assert_close(file, "renoise_euler", images, latents)
+    assert_close(golden, "renoise_euler", images, recorder)
 
 
 def test_the_refiner_of_the_api_starts_from_full_noise() -> None:
-    file, latents = recorded("sdxl_e2e_refine"), LatentRecorder()
-    info, refiner = file.case("api_refiner")["info"], load_model("refiner")
+    golden, recorder = load_golden("sdxl_e2e_refine"), StepRecorder()
+    info, refiner = golden.case("api_refiner")["info"], load_model("refiner")
     torch.manual_seed(info["seed_before"])
     images = img2img(
-        refiner, [file.case("finish_euler")["info"]["prompt"]], BLACK,
-        z=file.inputs("api_refiner")["z0"], strength=0.3, steps=info["steps"], sampler="euler",
-        scale=2.5, negative_prompt=info["negative_prompt"], callback=latents,
-        legacy=DEMO | {"refiner-from-noise"},
+        refiner, [golden.case("finish_euler")["info"]["prompt"]], BLACK,
+        z=golden.inputs("api_refiner")["z0"], strength=0.3, steps=info["steps"], sampler="euler",
+        scale=2.5, negative_prompt=info["negative_prompt"], callback=recorder,
+        legacy=DEMO_QUIRKS | {"refiner-from-noise"},
     )  # fmt: skip
-    assert_close(file, "api_refiner", images, latents)
+    assert_close(golden, "api_refiner", images, recorder)
 
 
 def test_safe_latent_diffusion_continues_its_warmup_in_the_refiner() -> None:

@@ -1,4 +1,4 @@
-"""SDXL's options: defaults of the model, sizes, handover, and calls that are refused at once."""
+"""SDXL's options: micro-conditions, the step at which the refiner starts, and errors."""
 
 import functools
 import logging
@@ -12,17 +12,17 @@ from ldm.pipelines import WrongFamily, img2img, inpaint, txt2img
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sdxl import check_size, find_handover, get_micro_conditions
 from ldm.runtime.errors import ArgumentError
-from loading import tinyfamilies
+from loading.tinyfamilies import make_small_config
 
 IMAGE = torch.zeros(1, 3, 64, 64)
 
 
 @functools.cache
 def build_model(family: str) -> LatentDiffusion:
-    """A model without weights, which cannot run."""
-    built: LatentDiffusion = build_on_meta(tinyfamilies.make_small_config(family))
-    built.provenance["checkpoint"] = f"{family}.safetensors"
-    return built
+    """Build a model on the meta device, which cannot run."""
+    model: LatentDiffusion = build_on_meta(make_small_config(family))
+    model.provenance["checkpoint"] = f"{family}.safetensors"
+    return model
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def build_model(family: str) -> LatentDiffusion:
         ("xl", {"scheduler": "turbo", "steps": 11}, "1 … 10 with scheduler `turbo`"),
     ],
 )  # fmt: skip
-def test_options_that_do_not_fit_are_refused_in_one_line(family, options, message):
+def test_options_that_do_not_fit_the_model_are_refused_in_one_line(family, options, message):
     if "refiner" in options:
         options = options | {"refiner": build_model(options["refiner"])}
     with pytest.raises(ArgumentError) as caught:
@@ -58,12 +58,14 @@ def test_the_refiner_alone_is_for_img2img():
         inpaint(build_model("xl-refiner"), ["a"], IMAGE, IMAGE[:, :1])
     with pytest.raises(ArgumentError, match="prompt_2 needs a second text encoder"):
         img2img(build_model("xl-refiner"), ["a"], IMAGE, prompt_2=["b"])
-    warns = pytest.warns(UserWarning, match="`xl-refiner.safetensors` does not read target_size")
-    with warns, pytest.raises(ArgumentError, match="syntax"):  # which is checked later
+    with (
+        pytest.warns(UserWarning, match="`xl-refiner.safetensors` does not read target_size"),
+        pytest.raises(ArgumentError, match="syntax"),  # which is checked later
+    ):
         img2img(build_model("xl-refiner"), ["a"], IMAGE, target_size=(64, 64), syntax="none")
 
 
-def test_sizes_follow_the_image_and_negative_ones_the_positive():
+def test_micro_conditions_default_to_the_size_and_negative_ones_to_the_positive():
     options = {"crop": (8, 16), "negative_target_size": (512, 640)}
     positive, negative = get_micro_conditions(build_model("xl"), options, (64, 128), Quirks())
     assert positive == {
@@ -85,11 +87,11 @@ def test_sizes_follow_the_image_and_negative_ones_the_positive():
         ({}, (), 42),  # round(0.15 * 50) = 8 steps of 50 for the refiner
         ({}, ("legacy-steps",), 44),
         ({"refiner_strength": 0.0}, (), 50),
-        ({"refiner_start": 0.8}, (), 40),  # timesteps from 200 on: 999, 979 … 219, 199
+        ({"refiner_start": 0.8}, (), 40),  # timesteps 999, 979 … 219; the refiner has 199 …
         ({"refiner_start": 0.0}, (), 0),
     ],
 )
-def test_the_handover_is_at_a_step(options, legacy, index):
+def test_the_handover_is_at_the_given_step(options, legacy, index):
     schedule = build_model("xl").schedule
     sigmas = schedule.get_step_sigmas(50, "sgm_uniform")
     assert find_handover(schedule, sigmas, options, Quirks(frozenset(legacy))) == index

@@ -1,4 +1,4 @@
-"""The tasks, as a user relies on them."""
+"""Tasks: strength, masks, sizes, embeddings, inversion, errors."""
 
 import copy
 
@@ -25,26 +25,26 @@ from ldm.pipelines import (
 )
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import get_sigmas
+from nets.nethelp import make_noise
 from pipelines.goldmodels import build_recorded_model
 from quick import slow_except
 
 QUICK = {"steps": 3, "scale": 3.0, "seeds": 5}
-NAMES = {"text": "img2img", "inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale",
+GOLDEN_FILES = {"text": "img2img", "inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale",
          "unclip": "unclip"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def models():
-    keys = {"text": "base_v"}
     return {
-        k: build_recorded_model(load_golden(f"e2e_{file}"), keys.get(k, k))
-        for k, file in NAMES.items()
+        name: build_recorded_model(load_golden(f"e2e_{file}"), {"text": "base_v"}.get(name, name))
+        for name, file in GOLDEN_FILES.items()
     }
 
 
 @pytest.fixture(scope="module")
 def exact_model(models):
-    """A text-to-image model that encodes almost without noise, unlike one of random weights."""
+    """A text-to-image model whose posterior has almost no variance."""
     model = copy.deepcopy(models["text"])
     model.autoencoder.quant_conv.weight[4:] = 0
     model.autoencoder.quant_conv.bias[4:] = -20
@@ -65,29 +65,25 @@ def mask():
 
 def test_strength_1_ignores_the_image(models, image):
     """The result is that of txt2img from the same initial noise."""
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
-    options = {**QUICK, "x_T": noise}
+    options = {**QUICK, "x_T": make_noise(1, 4, 8, 8)}
     result = img2img(models["text"], ["a"], image, strength=1.0, **options)
     assert torch.equal(result, txt2img(models["text"], ["a"], **options))
 
 
-def reconstruct(model, image):
-    with torch.no_grad():
-        return model.decode(model.encode(image)).clamp(-1, 1)
-
-
 def test_strength_0_keeps_the_image(exact_model, image):
     result = img2img(exact_model, ["a"], image, strength=0.0, **QUICK)
-    error = (result - reconstruct(exact_model, image)).abs().mean()
-    assert error < 0.2  # the last level leaves a little noise
+    with torch.no_grad():
+        reconstruction = exact_model.decode(exact_model.encode(image)).clamp(-1, 1)
+    error = (result - reconstruction).abs().mean()
+    assert error < 0.2  # the last noise level leaves a little noise
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.8, 8), (0.33, 3), (0.01, 1), (1.0, 10), (0, 0)])
-def test_strength_is_the_fraction_of_steps(models, image, strength, steps):
-    counts = []
-    options = {"steps": 10, "scale": 1, "callback": lambda i, n, *_: counts.append((i, n))}
+def test_strength_is_the_fraction_of_steps_that_are_run(models, image, strength, steps):
+    calls = []
+    options = {"steps": 10, "scale": 1, "callback": lambda i, n, *_: calls.append((i, n))}
     img2img(models["text"], ["a"], image, strength=strength, **options)
-    assert counts == [(i, steps) for i in range(steps)]
+    assert calls == [(i, steps) for i in range(steps)]
 
 
 @pytest.mark.parametrize(
@@ -101,14 +97,14 @@ def test_img2img_works_with_every_sampler(exact_model, image, sampler):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 53), (9, 100)])
-def test_images_of_any_size_keep_it(models, size):
+def test_the_size_of_an_image_is_kept(models, size):
     image = torch.zeros(1, 3, *size)
     assert img2img(models["text"], ["a"], image, **QUICK).shape == (1, 3, *size)
     assert inpaint(models["inpaint"], ["a"], image, image[:, :1] + 1, **QUICK).shape[2:] == size
     assert depth2img(models["depth"], ["a"], image, **QUICK).shape == (1, 3, *size)
 
 
-def test_an_image_of_any_task_depends_on_its_seed_and_not_on_its_batch(models, image, mask):
+def test_an_image_of_any_task_depends_on_its_seed_but_not_on_its_batch(models, image, mask):
     runs = {
         "text": lambda model, *a, **k: img2img(model, *a, image, **k),
         "inpaint": lambda model, *a, **k: inpaint(model, *a, image, mask, **k),
@@ -117,25 +113,25 @@ def test_an_image_of_any_task_depends_on_its_seed_and_not_on_its_batch(models, i
         "unclip": lambda model, *a, **k: unclip(model, *a, [image], size=(64, 64), **k),
     }
     for name, run in runs.items():
-        both = run(models[name], ["a", "b"], **QUICK | {"seeds": [4, 5]})
-        alone = run(models[name], ["b"], **QUICK)
-        # Other batches take other matrix kernels; guidance magnifies float32 rounding.
-        torch.testing.assert_close(both[1:], alone, rtol=0, atol=2e-3, msg=name)
+        batch = run(models[name], ["a", "b"], **QUICK | {"seeds": [4, 5]})
+        single = run(models[name], ["b"], **QUICK)
+        # Batches of other sizes run other kernels; guidance magnifies float32 rounding.
+        torch.testing.assert_close(batch[1:], single, rtol=0, atol=2e-3, msg=name)
 
 
 @pytest.mark.parametrize("name", ["inpaint", "text"])
 def test_pixels_outside_the_mask_stay_bit_exact(models, image, mask, name):
     """With an inpainting model, and with a text-to-image model."""
-    painted = inpaint(models[name], ["a"], image, mask, **QUICK)
+    inpainted = inpaint(models[name], ["a"], image, mask, **QUICK)
     known = (mask == 0).expand_as(image)
-    assert torch.equal(painted[known], image[known])
-    assert not torch.equal(painted, image)
-    raw = inpaint(models[name], ["a"], image, mask, composite=False, **QUICK)
-    assert not torch.equal(raw[known], image[known])
+    assert torch.equal(inpainted[known], image[known])
+    assert not torch.equal(inpainted, image)
+    without_composite = inpaint(models[name], ["a"], image, mask, composite=False, **QUICK)
+    assert not torch.equal(without_composite[known], image[known])
 
 
 @pytest.mark.parametrize(
-    ("message", "keywords"),
+    ("message", "options"),
     [
         ("2 negative prompts were given for 1 images", {"negative_prompt": ["b", "c"]}),
         ("DDIM inversion takes no rho", {"inversion": True, "scheduler": "karras", "rho": 5.0}),
@@ -149,13 +145,13 @@ def test_pixels_outside_the_mask_stay_bit_exact(models, image, mask, name):
     ],
 )  # fmt: skip
 def test_arguments_are_checked_before_the_image_is_encoded(
-    models, image, monkeypatch, message, keywords
+    models, image, monkeypatch, message, options
 ):
     monkeypatch.setattr("ldm.pipelines.tasks.encode_image", lambda *a: pytest.fail("encodes"))
-    if "upscaling" in keywords:
-        keywords = {"upscaling": ldm.Upscaling(models["text"])}
+    if "upscaling" in options:
+        options = {"upscaling": ldm.Upscaling(models["text"])}
     with pytest.raises(ValueError, match=message):
-        img2img(models["text"], ["a"], image, **{**QUICK, **keywords})
+        img2img(models["text"], ["a"], image, **{**QUICK, **options})
 
 
 def test_a_mask_of_another_size_is_refused(models, image):
@@ -163,7 +159,7 @@ def test_a_mask_of_another_size_is_refused(models, image):
         inpaint(models["inpaint"], ["a"], image, torch.zeros(1, 1, 32, 64))
 
 
-def test_a_given_depth_map_replaces_the_estimate(models, image):
+def test_a_given_depth_map_replaces_the_estimated_one(models, image):
     model = models["depth"]
     with torch.no_grad():
         estimate = model.conditioner.depth.estimate(image)
@@ -182,37 +178,35 @@ def test_noise_levels_of_the_upscaler_are_checked(models, image):
 
 
 @pytest.mark.slow
-def test_tiled_upscaling_is_nearly_the_whole_and_has_no_seams(models):
-    """Jumps of the difference across tile borders are no larger than elsewhere.
+def test_upscaling_in_tiles_gives_nearly_the_same_and_has_no_seams(models):
+    """The difference to the untiled image jumps no more at borders of tiles than elsewhere.
 
-    Measured at 96 x 144 in tiles of 48: 28 dB to the whole, borders 1.02 of the median;
-    tiles sampled one by one and blended in the end are at 9 dB.
+    Measured at 96 x 144 in tiles of 48: PSNR 28 dB, jumps at borders 1.02 of the median; tiles
+    that are sampled separately and blended at the end have 9 dB.
     """
     lr = torch.rand(1, 3, 40, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    whole, parts = (
+    untiled, tiled = (
         upscale(models["upscale"], ["a"], lr, tile=tile, **QUICK | {"scale": 1})
         for tile in (64, 32)
     )
-    assert parts.shape == (1, 3, 160, 256)
-    correlation = torch.corrcoef(torch.stack([whole.flatten(), parts.flatten()]))[0, 1]
+    assert tiled.shape == (1, 3, 160, 256)
+    correlation = torch.corrcoef(torch.stack([untiled.flatten(), tiled.flatten()]))[0, 1]
     assert correlation > 0.9
-    jumps = (parts - whole).diff(dim=-1).abs().mean(dim=(0, 1, 2))
+    jumps = (tiled - untiled).diff(dim=-1).abs().mean(dim=(0, 1, 2))
     borders = jumps[[4 * 16 - 1, 4 * 32 - 1]]  # tiles of 32 begin at 0, 16, 32
     assert borders.max() < 1.5 * jumps.median()
 
 
-def test_patches_of_a_local_function_give_the_whole():
+def test_a_pointwise_function_in_tiles_gives_the_same():
     x = torch.randn(2, 3, 37, 50)
     for tile in (8, 16, 37, 50, 64):
-        torch.testing.assert_close(
-            apply_tiled(lambda patch: 2 * patch[:, :1], x, tile), 2 * x[:, :1]
-        )
+        tiled = apply_tiled(lambda patch: 2 * patch[:, :1], x, tile)
+        torch.testing.assert_close(tiled, 2 * x[:, :1])
 
 
 def test_images_are_mixed_by_weight(models, image):
     model, other = models["unclip"], -image.flip(-1)
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
-    options = {**QUICK, "size": (64, 64), "x_T": noise}
+    options = {**QUICK, "size": (64, 64), "x_T": make_noise(1, 4, 8, 8)}
     first = unclip(model, ["a"], [image], **options)
     mixed = unclip(model, ["a"], [image, other], weights=[1, 0], **options)
     torch.testing.assert_close(mixed, first, rtol=0, atol=1e-3)
@@ -221,14 +215,13 @@ def test_images_are_mixed_by_weight(models, image):
     assert not torch.allclose(scaled[0], first, atol=1e-2)
 
 
-def test_each_image_and_their_mean_may_have_a_noise_level(models, image):
+def test_images_and_their_mean_may_have_noise_levels(models, image):
     model, options = models["unclip"], {**QUICK, "size": (64, 64)}
-    pair = [image, image.flip(-1)]
-    plain = unclip(model, ["a"], pair, **options)
+    images = [image, image.flip(-1)]
+    plain = unclip(model, ["a"], images, **options)
     for changes in ({"noise_levels": [0, 500]}, {"mix_level": 300}):
-        assert not torch.allclose(
-            unclip(model, ["a"], pair, **options, **changes), plain, atol=1e-2
-        )
+        noised = unclip(model, ["a"], images, **options, **changes)
+        assert not torch.allclose(noised, plain, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +239,7 @@ def test_each_image_and_their_mean_may_have_a_noise_level(models, image):
         ({"embeddings": "x.pt"}, "embeddings must be a list of tensors, got 'x.pt'"),
     ],
 )
-def test_wrong_inputs_of_unclip_are_refused_in_one_line(
+def test_invalid_inputs_of_unclip_are_refused_in_one_line(
     models, image, monkeypatch, changes, message
 ):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a network runs"))
@@ -279,12 +272,11 @@ def test_unclip_takes_embeddings_of_the_prior(models):
 
 
 def test_an_image_variation_model_reads_images_instead_of_prompts(image):
-    text = load_golden("e2e_img2img")
-    config = copy.deepcopy(text.meta["config_base_eps"])
-    arch = text.meta["tiny_arch"]
+    golden = load_golden("e2e_img2img")
+    config = copy.deepcopy(golden.meta["config_base_eps"])
     config["params"]["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
-        "params": {"model": arch},
+        "params": {"model": golden.meta["tiny_arch"]},
     }
     torch.manual_seed(0)
     model = ldm.instantiate(config).eval()
@@ -294,7 +286,7 @@ def test_an_image_variation_model_reads_images_instead_of_prompts(image):
     first, other = (vary(model, [""] * 2, [x], **options) for x in (image, -image))
     assert first.shape == (2, 3, 64, 64)
     assert not torch.equal(first, other)
-    assert model.defaults.scale == 3  # of commands, too: not unCLIP's 10
+    assert model.defaults.scale == 3  # and not 10 as for unCLIP
     model.defaults = Defaults()  # as in a config of our own classes
     assert torch.equal(first, vary(model, [""] * 2, [image], **options))
     euler, cfg_pp = (
@@ -306,7 +298,7 @@ def test_an_image_variation_model_reads_images_instead_of_prompts(image):
         vary(model, [""], [image], negative_prompt="blurry", **options)
 
 
-def test_prepared_batches_are_the_same_with_and_without_a_prompt(models, image):
+def test_the_low_resolution_condition_does_not_depend_on_the_prompt(models, image):
     generator = torch.Generator().manual_seed(0)
     model = models["upscale"]
     batch = model.prepare({"lr": image, "noise_level": 20}, (64, 64), generator)
@@ -315,15 +307,9 @@ def test_prepared_batches_are_the_same_with_and_without_a_prompt(models, image):
     assert batch["noise_level"].tolist() == [20]
 
 
-def test_inpainting_with_a_text_model_draws_the_noise_that_is_not_given(models, image, mask):
-    options = {**QUICK, "mask": mask}
-    drawn = inpaint(models["text"], ["a"], image, **options)
-    assert torch.equal(drawn, inpaint(models["text"], ["a"], image, x_T=None, **options))
-
-
 @pytest.mark.slow
-def test_ddim_inversion_leads_back_to_the_image():
-    """Without guidance, on the trained demo model: 0.017 away where random noise is 0.080 away."""
+def test_sampling_from_the_inverted_latent_reconstructs_the_image():
+    """Mean difference without guidance, with the demo model: 0.017; from random noise: 0.080."""
     model, prompt = ldm.load(), "a 3d emoji of a red apple on a blue background"
     image = txt2img(model, [prompt], steps=5, scale=3.0, seeds=3, sampler="dpm")
     z = encode_image(model, image, 1, torch.zeros_like)
@@ -337,7 +323,7 @@ def test_ddim_inversion_leads_back_to_the_image():
 
 
 @pytest.mark.parametrize("scheduler", ["karras", "trailing"])
-def test_ddim_inversion_starts_above_a_noise_level_of_0(models, image, scheduler):
+def test_ddim_inversion_skips_a_noise_level_of_0(models, image, scheduler):
     images = img2img(models["text"], ["a"], image, inversion=True, scheduler=scheduler, **QUICK)
     assert images.isfinite().all()
 
@@ -346,7 +332,7 @@ def test_ddim_inversion_starts_above_a_noise_level_of_0(models, image, scheduler
     ("sampler", "scheduler"), [("dpm2", "karras"), ("euler", "ddim_uniform"), ("ddim", "uniform")]
 )
 def test_sampling_starts_from_the_inverted_latent(models, image, sampler, scheduler):
-    """dpm2 skips a level of karras, and ddim_uniform has 8 steps for 7."""
+    """dpm2 skips a noise level of karras, and ddim_uniform has 8 steps instead of 7."""
     model, options = models["text"], {"sampler": sampler, "scheduler": scheduler, "steps": 7}
     z = encode_image(model, image, 1, torch.zeros_like)
     sigmas = get_sigmas(model, Quirks(), options)
@@ -372,8 +358,8 @@ def test_guidance_acts_only_inside_its_interval(models):
     options = {**QUICK, "size": (64, 64)}
     guided = txt2img(models["text"], ["a"], **options)
     everywhere = txt2img(models["text"], ["a"], guidance_interval=(0.0, 1e6), **options)
-    by_sigma = {**options, "scale": lambda sigma: 9.0}
-    nowhere = txt2img(models["text"], ["a"], guidance_interval=(1e5, 1e6), **by_sigma)
+    options_by_sigma = {**options, "scale": lambda sigma: 9.0}
+    nowhere = txt2img(models["text"], ["a"], guidance_interval=(1e5, 1e6), **options_by_sigma)
     assert torch.equal(guided, everywhere)
     torch.testing.assert_close(nowhere, txt2img(models["text"], ["a"], **options | {"scale": 1}))
     assert not torch.allclose(guided, nowhere, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Zero terminal SNR: the schedule, sampling against diffusers, files (arXiv:2305.08891)."""
+"""Zero terminal SNR (arXiv:2305.08891): the schedule, sampling compared with diffusers, files."""
 
 from contextlib import nullcontext
 from functools import cache
@@ -19,13 +19,13 @@ from ldm.loading.load import load, save_model
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
 from ldm.pipelines.sampling_options import get_default_scheduler
-from loading import tinyfamilies
+from loading.tinyfamilies import make_small_config
 from quick import slow_except
 
 BETAS = make_betas("linear", linear_start=0.00085, linear_end=0.012)
 
 
-def test_rescaled_betas_equal_diffusers_but_for_the_last(diffusers: ModuleType) -> None:
+def test_rescaled_betas_equal_diffusers_except_the_last(diffusers: ModuleType) -> None:
     rescale = diffusers.schedulers.scheduling_ddim.rescale_zero_terminal_snr
     betas = rescale_zero_terminal_snr(BETAS), rescale(BETAS)
     ours, theirs = (torch.cumprod(1 - b, 0) for b in betas)
@@ -37,8 +37,8 @@ def test_rescaled_betas_equal_diffusers_but_for_the_last(diffusers: ModuleType) 
 
 @pytest.mark.parametrize("steps", [4, 10])
 def test_ddim_from_pure_noise_equals_diffusers(diffusers: ModuleType, steps: int) -> None:
-    """Tolerance: our last timestep keeps 2.4e-4 of the latent, that of diffusers nothing."""
-    model, cond = build_tiny(), Cond(crossattn=torch.randn(1, 7, 32))
+    """Tolerance: at our last timestep 2.4e-4 of the latent remain, at that of diffusers nothing."""
+    model, cond = build_model(), Cond(crossattn=torch.randn(1, 7, 32))
     x_T = torch.randn(1, 4, 8, 8)
     ours = sample(model, cond, x_T=x_T, steps=steps, scale=1.0)
     scheduler = diffusers.DDIMScheduler(
@@ -63,15 +63,15 @@ def test_ddim_from_pure_noise_equals_diffusers(diffusers: ModuleType, steps: int
     "sampler", slow_except(SAMPLERS, "ddim", "plms", "heun", "restart", "dpm_fast")
 )
 def test_every_sampler_starts_from_pure_noise(sampler: str) -> None:
-    """By the scheduler that is its default here; at most 8.0, by `dpm_fast`."""
+    """With the default scheduler for these models. Observed: at most 8.0, with `dpm_fast`."""
     cond = Cond(crossattn=torch.zeros(1, 7, 32))
-    z = sample(build_tiny(), cond, sampler=sampler, size=(64, 64), steps=6, seeds=0, scale=1.0)
+    z = sample(build_model(), cond, sampler=sampler, size=(64, 64), steps=6, seeds=0, scale=1.0)
     assert z.isfinite().all()
     assert z.abs().max() < 10
 
 
-def test_samplers_that_cannot_start_at_the_last_timestep_have_other_schedulers() -> None:
-    defaults = {name: get_default_scheduler(build_tiny(), name) for name in SAMPLERS}
+def test_samplers_that_cannot_start_at_the_last_timestep_have_other_default_schedulers() -> None:
+    defaults = {name: get_default_scheduler(build_model(), name) for name in SAMPLERS}
     assert [name for name in SAMPLERS if defaults[name] == "uniform"] == ["plms", "heun", "dpm2_a"]
     assert defaults["restart"] == defaults["dpm_fast"] == defaults["dpm_adaptive"] == "edm"
     assert defaults["ddim"] == defaults["dpm2"] == "trailing"
@@ -88,35 +88,35 @@ def test_samplers_that_cannot_start_at_the_last_timestep_have_other_schedulers()
         ("euler", {"scheduler": "trailing"}, None),
     ],
 )
-def test_a_scheduler_that_starts_too_high_is_warned_of(
+def test_noise_levels_that_are_too_high_for_a_sampler_are_warned_of(
     sampler: str, options: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SAMPLERS, sampler, lambda denoise, x, sigmas, **_: x)
     cond = Cond(crossattn=torch.zeros(1, 7, 32))
     options = {"steps": None if "sigmas" in options else 4, "seeds": 0, **options}
     with pytest.warns(UserWarning, match=message) if message else nullcontext():
-        sample(build_tiny(), cond, sampler=sampler, **options)
+        sample(build_model(), cond, sampler=sampler, **options)
 
 
 def test_eps_prediction_is_refused() -> None:
-    raw = make_config(parameterization="eps")
+    config = make_config(parameterization="eps")
     with pytest.raises(ValueError, match="rescale_betas_zero_snr needs parameterization `v`"):
-        instantiate(raw["model"], where="model")
+        instantiate(config["model"], where="model")
 
 
-def test_zero_snr_is_recognised_from_a_file_alone(tmp_path: Path) -> None:
-    """By the config inside, and for other programs by the empty tensors `v_pred` and `ztsnr`."""
-    model, raw = build_tiny(), make_config()
-    text = OmegaConf.to_yaml({"model": raw["model"]})
+def test_zero_snr_is_recognized_from_a_file_without_yaml(tmp_path: Path) -> None:
+    """The config in it tells us; the empty tensors `v_pred` and `ztsnr` tell other programs."""
+    model, config = build_model(), make_config()
+    text = OmegaConf.to_yaml({"model": config["model"]})
     save_model(model, tmp_path / "model.safetensors", {"ldm.config": text})
-    again = load(ckpt=tmp_path / "model.safetensors")
-    assert torch.equal(again.schedule.betas, model.schedule.betas)
+    loaded = load(ckpt=tmp_path / "model.safetensors")
+    assert torch.equal(loaded.schedule.betas, model.schedule.betas)
     with safe_open(str(tmp_path / "model.safetensors"), "pt") as file:
         assert {"v_pred", "ztsnr"} <= set(file.keys())
 
 
 @cache
-def build_tiny() -> LatentDiffusion:
+def build_model() -> LatentDiffusion:
     torch.manual_seed(0)
     model: LatentDiffusion = instantiate(make_config()["model"], where="model")
     for p in model.unet.parameters():  # the last layers start at zero
@@ -125,6 +125,6 @@ def build_tiny() -> LatentDiffusion:
 
 
 def make_config(**params: Any) -> dict[str, Any]:
-    raw = tinyfamilies.make_small_config("sd2-v")
-    raw["model"]["params"] |= {"rescale_betas_zero_snr": True, **params}
-    return raw
+    config = make_small_config("sd2-v")
+    config["model"]["params"] |= {"rescale_betas_zero_snr": True, **params}
+    return config

@@ -1,4 +1,4 @@
-"""Compel's modules without its package, which imports all of diffusers."""
+"""Modules of compel without its package, which imports all of diffusers."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ def import_compel_module(name: str) -> types.ModuleType:
         spec = importlib.util.find_spec("compel")
         package = types.ModuleType("compel")
         package.__path__ = list(spec.submodule_search_locations)
-        package.__spec__ = spec  # which diffusers looks for
+        package.__spec__ = spec  # diffusers reads it
         sys.modules["compel"] = package
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

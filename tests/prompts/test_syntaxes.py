@@ -1,4 +1,4 @@
-"""Grammars of A1111 and ComfyUI by examples, that of compel against its own parser."""
+"""Syntaxes of A1111 and ComfyUI by examples, that of compel compared with its own parser."""
 
 import pytest
 
@@ -41,10 +41,10 @@ def test_emphasis_is_parsed_as_by_a1111(text, pieces):
         ("a BREAK b", ["a", "b"]),
         ("a BREAKS b", ["a BREAKS b"]),
         ("BREAK a BREAK", ["", "a", ""]),
-        ("(a BREAK b:1.2)", ["a", "b"]),  # in A1111 the word BREAK is encoded here
+        ("(a BREAK b:1.2)", ["a", "b"]),  # here A1111 encodes the word BREAK
     ],
 )
-def test_break_ends_a_section(text, sections):
+def test_break_starts_a_new_section(text, sections):
     parsed = parse_emphasis(text)
     assert ["".join(piece.text for piece in section) for section in parsed] == sections
     weights = {piece.weight for section in parsed for piece in section}
@@ -81,7 +81,7 @@ def test_text_that_is_not_a_schedule_is_kept_with_a_warning(text):
     assert "plain text" in warnings[0]
 
 
-def test_an_entry_of_step_5_is_used_for_six_steps():
+def test_an_entry_that_ends_at_step_5_is_used_for_6_steps():
     (steps,) = parse_prompt("[a:b:5]", "a1111", 10).subprompts
     assert "".join(steps.at(step).text for step in range(11)) == "aaaaaabbbbb"
 
@@ -109,7 +109,7 @@ def test_weights_are_parsed_as_by_comfy(text, pieces):
     assert [(piece.text, round(piece.weight, 4)) for piece in section] == pieces
 
 
-COMPEL = r"""
+COMPEL_PROMPTS = r"""
 a cat
 a red cat++ sitting
 a (red cat)1.3, on a mat
@@ -141,18 +141,18 @@ x (a:1.3) y a,b++ c++
 """.strip().split("\n")
 
 
-@pytest.mark.parametrize("text", COMPEL)
-def test_compel_parses_to_the_same_pieces(text):
+@pytest.mark.parametrize("text", COMPEL_PROMPTS)
+def test_compel_parses_the_same_pieces(text):
     parser = import_compel_module("prompt_parser")
 
-    def list_pieces(flat):
-        return [(fragment.text, round(fragment.weight, 9)) for fragment in flat.children]
+    def list_pieces(prompt):
+        return [(piece.text, round(piece.weight, 9)) for piece in prompt.children]
 
-    theirs, parsed = [], parser.PromptParser().parse_conjunction(text)
-    for part, weight in zip(parsed.prompts, parsed.weights, strict=True):
-        mix = [(1.0, list_pieces(part))] if not isinstance(part, parser.Blend) else [
-            (weight / (sum(part.weights) if part.normalize_weights else 1), list_pieces(flat))
-            for weight, flat in zip(part.weights, part.prompts, strict=True)
+    theirs, conjunction = [], parser.PromptParser().parse_conjunction(text)
+    for prompt, weight in zip(conjunction.prompts, conjunction.weights, strict=True):
+        mix = [(1.0, list_pieces(prompt))] if not isinstance(prompt, parser.Blend) else [
+            (weight / (sum(prompt.weights) if prompt.normalize_weights else 1), list_pieces(each))
+            for weight, each in zip(prompt.weights, prompt.prompts, strict=True)
         ]  # fmt: skip
         theirs.append((weight, mix))
     ours = parse_prompt(text, "compel").subprompts[0].entries[0][1]
@@ -187,7 +187,7 @@ def test_swap_exchanges_texts_between_two_fractions_of_the_steps():
         ("a", "a111", "did you mean `a1111`"),
     ],
 )
-def test_text_that_a_syntax_does_not_take_is_refused(text, syntax, message):
-    with pytest.raises(ArgumentError) as error:
+def test_invalid_syntax_is_refused(text, syntax, message):
+    with pytest.raises(ArgumentError) as caught:
         parse_prompt(text, syntax)
-    assert message in str(error.value)
+    assert message in str(caught.value)

@@ -6,7 +6,7 @@ from ldm.runtime.errors import ArgumentError
 
 
 @pytest.mark.parametrize("name", ["toaster", "meta", "cuda:2"])
-def test_a_device_that_is_not_there_is_refused(monkeypatch, name):
+def test_a_missing_device_is_refused(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda", 1)

@@ -14,7 +14,7 @@ def test_a_text_is_read_in_utf_8_and_utf_16(tmp_path, encoding, newline):
     assert read_text(path) == TEXT
 
 
-def test_byte_order_marks_of_joined_files_are_dropped(tmp_path):
+def test_byte_order_marks_of_concatenated_files_are_removed(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(2 * "a fox\n".encode("utf-8-sig"))
     assert read_text(path) == "a fox\na fox\n"
@@ -23,7 +23,7 @@ def test_byte_order_marks_of_joined_files_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("content", "line"), [("fox\nFüchslein".encode("cp1252"), 2), ("a fox".encode("utf-16-le"), 1)]
 )
-def test_another_encoding_is_named_with_its_line(tmp_path, content, line):
+def test_the_error_for_another_encoding_names_the_line(tmp_path, content, line):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
     with pytest.raises(FileFormatError, match=rf"prompts\.txt:{line}: neither UTF-8"):
@@ -31,16 +31,16 @@ def test_another_encoding_is_named_with_its_line(tmp_path, content, line):
 
 
 def test_a_hash_is_cached_until_the_file_changes(tmp_path):
-    path, blocks = tmp_path / "model.ckpt", []
+    path, sizes = tmp_path / "model.ckpt", []
     path.write_bytes(b"a fox")
-    digest = compute_sha256(path, progress=blocks.append)
-    assert compute_sha256(path, progress=lambda size: blocks.append(-size)) == digest
-    assert blocks == [5]
+    digest = compute_sha256(path, progress=sizes.append)
+    assert compute_sha256(path, progress=lambda size: sizes.append(-size)) == digest
+    assert sizes == [5]
     path.write_bytes(b"two foxes")
     assert compute_sha256(path) != digest
 
 
-def test_files_behind_links_are_listed_once_and_hidden_ones_never(tmp_path):
+def test_linked_files_are_listed_once_and_hidden_files_not_at_all(tmp_path):
     for name in ("models/a", "models/.b", "models/.cache/c", "models/people/d", "elsewhere/e"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

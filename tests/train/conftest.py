@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train as without matplotlib."""
+    """Train as if matplotlib were not installed."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 

@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:tests torchrun --nproc-per-node 2 tests/train/ranks.py FOLDER CASE …
 
-A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 2 steps in one go, and 1 + 1. DATA is `map`,
-`xl` (the same for a tiny SDXL) or shards. Its result is two hashes of all that is trained.
-`ACTION:CASE` calls `run_action`.
+A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: one run of 2 steps, and one that is resumed
+after the first. DATA is `map`, `xl` (the same data for a tiny SDXL) or a pattern of shards. The
+result is the hash of the training state of both runs. `ACTION:CASE` calls `run_action`.
 """
 
 import csv
@@ -23,18 +23,18 @@ from ldm.train.loop import train
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
 from loading.tinyfamilies import make_small_config
-from train.tinyrun import EMOJI, build_run_from, resume_newest, tiny_config
+from train.tinyrun import EMOJI, TRANSFORM, build_run_from, make_tiny_config, resume_newest
 
 STEPS = 2
 
 
 def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
-    """Build a run that draws and exports nothing, and logs the loss of every step."""
+    """Build a run without sample grids and exports that logs the loss of every step."""
     strategy, precision, data = case.split("-", 2)
-    transform = "transform: {name: emoji, size: 32}"
-    section = f"{{root: null, split: null, shards: '{data}', shuffle: 4, {transform}}}"
+    source = f"root: null, split: null, shards: '{data}', shuffle: 4"
     if data in ("map", "xl"):
-        section = f"{{root: {EMOJI}, split: train, {transform}}}"
+        source = f"root: {EMOJI}, split: train"
+    train_data = f"{{{source}, transform: {TRANSFORM}}}"
     options = {
         "trainer.max_steps": steps,
         "trainer.strategy": strategy,
@@ -47,14 +47,14 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
         "callbacks.log_every": 1,
     }
     lightning = [f"lightning.{key}={value}" for key, value in options.items()]
-    config = tiny_config(f"data.params.train={section}", *lightning, *overrides)
+    config = make_tiny_config(f"data.params.train={train_data}", *lightning, *overrides)
     if data == "xl":
         config["model"] = make_small_config("xl")["model"] | {"base_learning_rate": 1e-3}
     return build_run_from(config, folder)
 
 
 def compute_digest(run: Run) -> str:
-    """Hash weights, EMA, moments and numbers; equal values give equal hashes, however sharded."""
+    """Hash weights, EMA, moments and numbers of the state, independently of sharding."""
     sha256 = hashlib.sha256()
     for name, value in sorted(gather_shards(run.state.get_tensors()).items()):
         sha256.update(name.encode() + value.detach().contiguous().numpy().tobytes())
@@ -64,26 +64,27 @@ def compute_digest(run: Run) -> str:
 
 
 def interrupt_run(folder: Path, case: str) -> tuple[str, str]:
-    """Train in one go and with an interruption; validation changes nothing."""
-    uninterrupted = make_run(folder / case / "whole", case, STEPS)
+    """Train without and with an interruption, and validate; return the hashes of both states."""
+    uninterrupted = make_run(folder / case / "uninterrupted", case, STEPS)
     train(uninterrupted)
-    train(make_run(folder / case / "parts", case, STEPS // 2))
-    second = make_run(folder / case / "parts", case, STEPS)
-    resume_newest(second)
-    assert second.state.step == STEPS // 2
-    train(second)
-    before = compute_digest(second)
-    validating = replace(second, validation_source=second.source)
+    train(make_run(folder / case / "resumed", case, STEPS // 2))
+    resumed = make_run(folder / case / "resumed", case, STEPS)
+    resume_newest(resumed)
+    assert resumed.state.step == STEPS // 2
+    train(resumed)
+    digest = compute_digest(resumed)
+    validating = replace(resumed, validation_source=resumed.source)
     assert validate(validating) == validate(validating) != {}
-    assert compute_digest(second) == before
-    return compute_digest(uninterrupted), before
+    assert compute_digest(resumed) == digest
+    return compute_digest(uninterrupted), digest
 
 
 def run_action(folder: Path, case: str, action: str) -> tuple[str, str]:
-    """save: train a step. resume: one more step. endless: until stopped.
+    """Train one step (save), resume and train another (resume), or train until killed (endless).
 
-    A step has as many batches as it had at first, on any number of processes. After `resume` losses
-    and weights are in FOLDER/resumed-WORLD.pt; before `endless` FOLDER/RANK.pid is written.
+    Returns the hashes of the state before and after training. Any number of processes trains with
+    the same batches. `resume` writes losses and weights to FOLDER/resumed-WORLD_SIZE.pt, `endless`
+    creates FOLDER/RANK.pid.
     """
     steps = {"save": STEPS // 2, "resume": STEPS, "endless": 10**9}[action]
     timeout = 5 if action == "endless" else 60

@@ -1,4 +1,4 @@
-"""LoRA, textual inversion and DreamBooth: trained, exported, and loaded again."""
+"""LoRA, textual inversion and DreamBooth: trained, exported and loaded."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,68 +24,69 @@ from ldm.train.run import Run
 from loading.lorahelp import read_lora
 from train.tinyrun import build_tiny_run, resume_newest
 
-# The base model is untrained, which the check of the initial loss would refuse.
-SHORT = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")
+# The check of the initial loss would refuse the base model, which is not trained.
+SHORT_RUN = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")
 LORA = ["lightning.lora.rank=4", "lightning.lora.targets=[attention, text]"]
-TOKEN = ["lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.vectors=3"]
-TOKEN += ["data.params.train.fields.object=a <thing>", "data.params.train.transform.keyword=0"]
-TOKEN += [
-    "data.params.train.transform.drop_object=0",
-    "lightning.objective.conditioning_dropout_prob=0",
-]
+TEXTUAL_INVERSION = [
+    "lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.vectors=3",
+    "data.params.train.fields.object=a <thing>", "data.params.train.transform.keyword=0",
+    "data.params.train.transform.drop_object=0", "lightning.objective.conditioning_dropout_prob=0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the tiny model, which adaptations start from."""
-    run = build_tiny_run(tmp_path_factory.mktemp("base"), *SHORT, "lightning.optimizer.ema_decay=0")
+    """A checkpoint of the tiny model, from which LoRAs and embeddings are trained."""
+    run = build_tiny_run(
+        tmp_path_factory.mktemp("base"), *SHORT_RUN, "lightning.optimizer.ema_decay=0"
+    )
     train(run)
     return run.checkpoints / "last.safetensors"
 
 
-def build_adapted_run(folder: Path, base: Path, *overrides: str) -> Run:
-    return build_tiny_run(folder, *SHORT, f"model.params.ckpt_path={base}", *overrides)
+def build_adapter_run(folder: Path, base: Path, *overrides: str) -> Run:
+    return build_tiny_run(folder, *SHORT_RUN, f"model.params.ckpt_path={base}", *overrides)
 
 
 @pytest.mark.usefixtures("no_states")
-def test_a_lora_of_a_frozen_model_is_trained_and_used(base: Path, tmp_path: Path) -> None:
-    run = build_adapted_run(tmp_path / "lora", base, *LORA)
+def test_a_lora_is_trained_exported_and_loaded(base: Path, tmp_path: Path) -> None:
+    run = build_adapter_run(tmp_path / "lora", base, *LORA)
     frozen = {name: value.clone() for name, value in run.model.state_dict().items()}
     train(run)
     assert all(torch.equal(value, frozen[name]) for name, value in run.model.state_dict().items())
     model: Any = ldm.load(None, base)
     for path in (".", "checkpoints/last.safetensors", "checkpoints/last-diffusers.safetensors"):
-        adapter: Any = read_lora(run.folder / path, model)
+        lora: Any = read_lora(run.folder / path, model)
         trained = dict(run.state.ema.shadow)
-        assert {f"lora.{name}" for name, _ in adapter.named_parameters()} == trained.keys()
-        for name, value in adapter.named_parameters():
+        assert {f"lora.{name}" for name, _ in lora.named_parameters()} == trained.keys()
+        for name, value in lora.named_parameters():
             torch.testing.assert_close(value, trained[f"lora.{name}"], rtol=0, atol=0)
-    assert any("_te_" in name for name in adapter)
-    assert all("attn" in name or "_te_" in name for name in adapter)
-    assert any(layer.compute_delta().abs().max() > 0 for layer in adapter.values())
+    assert any("_te_" in name for name in lora)
+    assert all("attn" in name or "_te_" in name for name in lora)
+    assert any(layer.compute_delta().abs().max() > 0 for layer in lora.values())
 
 
 @pytest.mark.usefixtures("no_states")
-def test_an_embedding_is_trained_and_used(base: Path, tmp_path: Path) -> None:
-    run = build_adapted_run(
-        tmp_path / "word", base, *TOKEN, "lightning.textual_inversion.init=a cat"
+def test_an_embedding_is_trained_exported_and_loaded(base: Path, tmp_path: Path) -> None:
+    run = build_adapter_run(
+        tmp_path / "word", base, *TEXTUAL_INVERSION, "lightning.textual_inversion.init=a cat"
     )
     text: Any = run.model.conditioner.text
-    start = text.get_token_embeddings("a cat")
-    assert torch.equal(text.added_embeddings["<thing>"], start[[0, 1, 0]])
+    initial = text.get_token_embeddings("a cat")
+    assert torch.equal(text.added_embeddings["<thing>"], initial[[0, 1, 0]])
     train(run)
     model: Any = ldm.load(None, base)
     load_embeddings(model, [run.checkpoints / "last.safetensors"])
     vectors = model.conditioner.text.added_embeddings["<thing>"]
     assert torch.equal(vectors, run.state.ema.shadow["word.vectors"])
-    assert (vectors - start[[0, 1, 0]]).abs().max() > 0
+    assert (vectors - initial[[0, 1, 0]]).abs().max() > 0
     assert (text.tokenize(["a <thing>"]) < 0).sum() == 3
 
 
 def test_a_state_of_a_larger_lora_is_refused(base: Path, tmp_path: Path) -> None:
-    run = build_adapted_run(tmp_path / "large", base, *LORA)
+    run = build_adapter_run(tmp_path / "large", base, *LORA)
     run.states.save(run.state)
-    smaller = build_adapted_run(
+    smaller = build_adapter_run(
         tmp_path / "small", base, *LORA, "lightning.lora.targets=[attention]"
     )
     with pytest.raises(ValueError, match=r"another model or optimizer: `average\.lora\.lora_te_"):
@@ -98,19 +99,19 @@ def test_a_state_of_a_larger_lora_is_refused(base: Path, tmp_path: Path) -> None
         (["lightning.lora.ranks=4"], "lightning.lora: unknown key `ranks`, did you mean `rank`"),
         (["lightning.lora.targets=[texts]"], "targets: `texts` should be one of attention"),
         (["lightning.textual_inversion.tokens=x"], "unknown key `tokens`, did you mean `token`"),
-        ([*TOKEN, "lightning.textual_inversion.init=a qwertyuiop"],
+        ([*TEXTUAL_INVERSION, "lightning.textual_inversion.init=a qwertyuiop"],
          "not in the model's vocabulary: `qwertyuiop`"),
-        ([*TOKEN, "lightning.textual_inversion.init='&#7;'"], "has no words"),
+        ([*TEXTUAL_INVERSION, "lightning.textual_inversion.init='&#7;'"], "has no words"),
         (["lightning.textual_inversion.token=<x>"], "token `<x>` appears in no caption"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_named(overrides: list[str], message: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_named(overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        train(build_tiny_run(tmp_path, *SHORT, *overrides))
+        train(build_tiny_run(tmp_path, *SHORT_RUN, *overrides))
 
 
 @pytest.mark.parametrize(
-    ("config", "recipe", "trained"),
+    ("model", "recipe", "trained"),
     [
         ("demo/text2img", "lora", {"lora"}),
         ("demo/text2img", "textual-inversion", {"word"}),
@@ -122,12 +123,12 @@ def test_wrong_settings_are_named(overrides: list[str], message: str, tmp_path: 
         ("stable-diffusion-xl/sd_xl_refiner", "textual-inversion-xl", {"word"}),
     ],
 )
-def test_the_recipes_fit_the_models(config: str, recipe: str, trained: set[str]) -> None:
-    files = (f"configs/{config}.yaml", f"configs/train/{recipe}.yaml")
-    raw = parse_yaml([read_config_text(file) for file in files])
-    task: Any = build_task(build_on_meta(raw), read_settings(raw))
+def test_recipes_fit_their_models(model: str, recipe: str, trained: set[str]) -> None:
+    paths = (f"configs/{model}.yaml", f"configs/train/{recipe}.yaml")
+    config = parse_yaml([read_config_text(path) for path in paths])
+    task: Any = build_task(build_on_meta(config), read_settings(config))
     assert task.trainable.keys() == trained
-    if "lora" in trained and config != "demo/text2img":
+    if "lora" in trained and model != "demo/text2img":
         assert len(task.trainable["lora"]) == (722 if recipe == "lora-xl" else 192)
 
 
@@ -145,7 +146,7 @@ def test_the_loss_of_class_images_is_added(base: Path, tmp_path: Path) -> None:
     prior = [f"data.params.prior.root={tmp_path / 'class'}", "data.params.prior.count=3"]
     prior += ["data.params.prior.prompt=a dog", "data.params.prior.transform.name=photo"]
     prior += ["data.params.prior.transform.size=32", "lightning.objective.prior_loss_weight=0.5"]
-    run = build_adapted_run(tmp_path / "run", base, *prior)
+    run = build_adapter_run(tmp_path / "run", base, *prior)
     source: Any = run.source
     batch = collate([source.dataset[0, index] for index in range(4)])
     assert batch["prior"]["txt"] == ["a dog"] * 4
@@ -153,16 +154,16 @@ def test_the_loss_of_class_images_is_added(base: Path, tmp_path: Path) -> None:
     losses = run.task.loss(batch, torch.Generator().manual_seed(0))
     torch.testing.assert_close(losses["loss"], losses["instance"] + 0.5 * losses["prior"])
     del batch["prior"]
-    alone = run.task.loss(batch, torch.Generator().manual_seed(0))
-    assert torch.equal(alone["loss"], losses["instance"])
+    without_prior = run.task.loss(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(without_prior["loss"], losses["instance"])
 
 
-def test_captions_of_validation_need_no_token(base: Path, tmp_path: Path) -> None:
-    run = build_adapted_run(tmp_path, base, "lightning.textual_inversion.token=<x>")
+def test_captions_of_validation_need_not_have_the_token(base: Path, tmp_path: Path) -> None:
+    run = build_adapter_run(tmp_path, base, "lightning.textual_inversion.token=<x>")
     assert validate(replace(run, validation_source=run.source), num_batches=1)["val/loss"] > 0
 
 
-def test_images_are_selected_by_their_caption(tmp_path: Path) -> None:
+def test_images_are_selected_by_caption(tmp_path: Path) -> None:
     for name in ("a red fox", "a dog"):
         Image.new("RGB", (9, 8)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)

@@ -1,4 +1,4 @@
-"""Caches of latents and contexts: only what changed is computed again."""
+"""Caches of latents and contexts: only changed entries are computed again."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,6 @@ from ldm.data.shards import Shards
 from ldm.data.source import DatasetSource
 from ldm.data.transforms import PhotoTransform
 from ldm.encoders.text import OpenCLIPText
-from ldm.loading.config import instantiate, read_yaml
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.batches.contexts import cache_contexts, digest_encoder
 from ldm.train.batches.latents import cache_latents, digest_model
@@ -27,17 +26,15 @@ from ldm.train.batches.sources import open_batches
 from ldm.train.batches.store import TensorStore
 from ldm.train.config.schema import DataOptions
 from ldm.train.tasks.diffusion import DiffusionTask
-from loading.lorahelp import build_tiny_model
+from loading import lorahelp
+from train.tinyrun import EMOJI, build_tiny_model
 
-ROOT = Path(__file__).parents[2]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @pytest.fixture
 def model() -> Any:
-    raw = read_yaml(ROOT / "configs/train/tiny.yaml")["model"]
-    torch.manual_seed(0)
-    model: Any = instantiate(raw, where="model")
+    model = build_tiny_model()
     model.conditioner.text.token_ids += 300  # a vocabulary
     return model.eval()
 
@@ -53,8 +50,8 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def count_encoded(model: Any, photos: Path, cache: Path, **options: Any) -> int:
-    """Cache the latents; return how many had to be encoded."""
+def encode_and_count(model: Any, photos: Path, cache: Path, **options: Any) -> int:
+    """Cache the latents; return how many were encoded."""
     before = len(TensorStore(cache, "latents"))
     transform = PhotoTransform(**{"size": 16, "flip": 0.5} | options)
     folder = ImageFolder(root=photos, transform=transform)
@@ -62,7 +59,7 @@ def count_encoded(model: Any, photos: Path, cache: Path, **options: Any) -> int:
     return len(TensorStore(cache, "latents")) - before
 
 
-def test_latents_are_normalised_as_the_model_says(model: Any, photos: Path, tmp_path: Path) -> None:
+def test_cached_latents_are_normalized(model: Any, photos: Path, tmp_path: Path) -> None:
     folder = ImageFolder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     plain = cache_latents(model, folder, tmp_path, precision="32")[0, 3]
     model.latent_mean, model.latent_std = torch.full((4, 1, 1), 0.5), torch.full((4, 1, 1), 2.0)
@@ -84,32 +81,32 @@ def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: P
 
 def test_only_changed_images_are_encoded_again(model: Any, photos: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert count_encoded(model, photos, cache) == 12
-    assert count_encoded(model, photos, cache) == 0
+    assert encode_and_count(model, photos, cache) == 12
+    assert encode_and_count(model, photos, cache) == 0
     (photos / "1.txt").write_text("another caption")
-    assert count_encoded(model, photos, cache) == 0
+    assert encode_and_count(model, photos, cache) == 0
     with Image.open(photos / "1.png") as image:
         image.putpixel((0, 0), (1, 2, 3))
         image.save(photos / "1.png")
-    assert count_encoded(model, photos, cache) == 2
+    assert encode_and_count(model, photos, cache) == 2
     shutil.copy(photos / "0.png", photos / "7.png")  # the same bytes under another name
-    assert count_encoded(model, photos, cache) == 0
-    assert count_encoded(model, photos, cache, crop="random") == 12
-    assert count_encoded(model, photos, cache, flip=0.0) == 12
-    assert count_encoded(model, photos, cache, buckets={"step": 8}) == 12
+    assert encode_and_count(model, photos, cache) == 0
+    assert encode_and_count(model, photos, cache, crop="random") == 12
+    assert encode_and_count(model, photos, cache, flip=0.0) == 12
+    assert encode_and_count(model, photos, cache, buckets={"step": 8}) == 12
     with torch.no_grad():
         model.autoencoder.quant_conv.bias[0] += 1
-    assert count_encoded(model, photos, cache) == 12
+    assert encode_and_count(model, photos, cache) == 12
 
 
 class OriginalSize(Encoder):
-    """Reads a size, as SDXL does."""
+    """Encodes a size, as encoders of SDXL do."""
 
     key = "original_size_as_tuple"
     slot = "vector"
 
 
-def test_sizes_are_cached_for_a_model_that_reads_them(
+def test_sizes_are_cached_for_a_model_with_size_conditioning(
     model: Any, photos: Path, tmp_path: Path
 ) -> None:
     Image.new("RGB", (3000, 16)).save(photos / "9.png")
@@ -117,19 +114,17 @@ def test_sizes_are_cached_for_a_model_that_reads_them(
     plain = cache_latents(model, folder, tmp_path)
     assert "original_size_as_tuple" not in plain[0, 6]
     model.conditioner.size = OriginalSize()
-    sized = cache_latents(model, folder, tmp_path)
-    assert len(sized.cache.store) == 2 * len(plain.cache.store)
-    assert sized[0, 6]["original_size_as_tuple"].tolist() == [16, 3000]  # not in float16
-    assert torch.equal(sized[0, 6]["z_std"], plain[0, 6]["z_std"])
+    with_sizes = cache_latents(model, folder, tmp_path)
+    assert len(with_sizes.cache.store) == 2 * len(plain.cache.store)
+    assert with_sizes[0, 6]["original_size_as_tuple"].tolist() == [16, 3000]  # not in float16
+    assert torch.equal(with_sizes[0, 6]["z_std"], plain[0, 6]["z_std"])
 
 
-def test_more_variants_keep_the_cached_ones(model: Any, tmp_path: Path) -> None:
-    folder = ImageFolder(
-        root=ROOT / "tests/data/emoji", transform=EmojiTransform(size=16), split="train"
-    )
-    for variants, count in ((2, 46), (3, 69)):
+def test_more_variants_reuse_the_cached_ones(model: Any, tmp_path: Path) -> None:
+    folder = ImageFolder(root=EMOJI, transform=EmojiTransform(size=16), split="train")
+    for variants, num_entries in ((2, 46), (3, 69)):
         latents = cache_latents(model, folder, tmp_path, variants_per_image=variants)
-        assert len(latents.cache.store) == count
+        assert len(latents.cache.store) == num_entries
     names = [latents.cache.get_variant_name(latents.digests[5], variant) for variant in range(11)]
     assert len(set(names)) == 11
     texts = [latents[epoch, 5]["txt"] for epoch in range(100)]
@@ -143,7 +138,7 @@ def test_more_variants_keep_the_cached_ones(model: Any, tmp_path: Path) -> None:
         ({"flip": 0.0}, ""),
     ],
 )
-def test_random_options_with_a_single_variant_are_warned_of(
+def test_random_options_with_only_one_variant_are_warned_of(
     options: dict[str, Any],
     message: str,
     model: Any,
@@ -161,29 +156,29 @@ def test_an_interrupted_cache_is_completed(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ldm.train.batches.store.ENTRIES_PER_FILE", 4)
-    encode, calls = model.autoencoder.encode, []
+    encode, batch_sizes = model.autoencoder.encode, []
 
-    def failing(image: torch.Tensor) -> Any:
-        calls.append(len(image))
-        if len(calls) == 3:
+    def encode_or_fail(image: torch.Tensor) -> Any:
+        batch_sizes.append(len(image))
+        if len(batch_sizes) == 3:
             raise KeyboardInterrupt
         return encode(image)
 
-    monkeypatch.setattr(model.autoencoder, "encode", failing)
+    monkeypatch.setattr(model.autoencoder, "encode", encode_or_fail)
     with pytest.raises(KeyboardInterrupt):
-        count_encoded(model, photos, tmp_path / "cache")
-    assert count_encoded(model, photos, tmp_path / "cache") == 4  # of 12, 8 were kept
-    assert calls == [4, 4, 4, 4]
+        encode_and_count(model, photos, tmp_path / "cache")
+    assert encode_and_count(model, photos, tmp_path / "cache") == 4  # of 12, 8 were kept
+    assert batch_sizes == [4, 4, 4, 4]
 
 
 def test_a_damaged_file_is_computed_again(model: Any, photos: Path, tmp_path: Path) -> None:
-    count_encoded(model, photos, tmp_path / "cache")
+    encode_and_count(model, photos, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("latents-*.pt")
     path.write_bytes(path.read_bytes()[:1000])
-    assert count_encoded(model, photos, tmp_path / "cache") == 12
+    assert encode_and_count(model, photos, tmp_path / "cache") == 12
 
 
-def test_latents_come_in_buckets_and_unreadable_images_are_named(
+def test_batches_of_latents_have_one_bucket_and_name_unreadable_images(
     model: Any, photos: Path, tmp_path: Path
 ) -> None:
     (photos / "2.png").write_bytes(b"")
@@ -191,28 +186,26 @@ def test_latents_come_in_buckets_and_unreadable_images_are_named(
     folder = ImageFolder(root=photos, transform=PhotoTransform(size=16, buckets={"step": 8}))
     latents = cache_latents(model, folder, tmp_path / "cache")
     batches = DatasetSource(latents).iter_batches(2)
-    drawn = [next(batches) for _ in range(4)]
-    assert {batch["z"].shape[1:] for batch in drawn} == {(4, 4, 4), (4, 2, 6)}
-    assert {name for batch in drawn for name in batch.get("unreadable", [])} == {"2.png", "8.png"}
+    first = [next(batches) for _ in range(4)]
+    assert {batch["z"].shape[1:] for batch in first} == {(4, 4, 4), (4, 2, 6)}
+    assert {name for batch in first for name in batch.get("unreadable", [])} == {"2.png", "8.png"}
 
 
 def pack_photos(photos: Path, folder: Path) -> list[str]:
     """Write shards of 4 and 2 images."""
-    images = ImageFolder(root=photos, transform=PhotoTransform())
-    return [str(path) for path in write_shards(images, f"{folder}/%d.tar", count=4)]
+    source = ImageFolder(root=photos, transform=PhotoTransform())
+    return [str(path) for path in write_shards(source, f"{folder}/%d.tar", count=4)]
 
 
-def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
+def test_latents_of_a_folder_are_reused_for_shards_of_it(
     model: Any, photos: Path, tmp_path: Path
 ) -> None:
     photo, cache = PhotoTransform(size=16, buckets={"step": 8}), tmp_path / "cache"
-    latents = cache_latents(
-        model, ImageFolder(root=photos, transform=photo), cache, variants_per_image=2
-    )
+    folder = ImageFolder(root=photos, transform=photo)
+    latents = cache_latents(model, folder, cache, variants_per_image=2)
     model.autoencoder.encode = None  # nothing is encoded again
-    shards = cache_latents(
-        model, Shards(pack_photos(photos, tmp_path), photo), cache, variants_per_image=2
-    )
+    shards = Shards(pack_photos(photos, tmp_path), photo)
+    shards = cache_latents(model, shards, cache, variants_per_image=2)
     batches = shards.iter_batches(2, workers=1)
     for batch in (next(batches) for _ in range(6)):
         assert len({z.shape for z in batch["z"]}) == 1
@@ -221,23 +214,21 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
     assert shards.load_fixed_samples(1)[0]["jpg"].shape[0] == 3
 
 
-def test_shards_are_read_only_when_something_has_changed(
+def test_shards_are_read_only_if_something_has_changed(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, cache, read = pack_photos(photos, tmp_path), tmp_path / "cache", []
-    samples = Shards.read_raw_samples
-    monkeypatch.setattr(
-        Shards, "read_raw_samples", lambda shards: read.append(1) or samples(shards)
-    )
+    paths, cache, calls = pack_photos(photos, tmp_path), tmp_path / "cache", []
+    read = Shards.read_raw_samples
+    monkeypatch.setattr(Shards, "read_raw_samples", lambda self: calls.append(1) or read(self))
     model.conditioner.text.requires_grad_(False)
 
     def fill(**options: Any) -> tuple[int, int, int]:
-        """Fill the caches; return how often shards were read, and the sizes of both."""
-        read.clear()
-        shards = Shards(files, PhotoTransform(size=16, **options))
+        """Fill the caches; return how often shards were read, and the sizes of both caches."""
+        calls.clear()
+        shards = Shards(paths, PhotoTransform(size=16, **options))
         cache_latents(model, shards, cache)
         cache_contexts(model, [shards], cache)
-        return len(read), len(TensorStore(cache, "latents")), len(TensorStore(cache, "contexts"))
+        return len(calls), len(TensorStore(cache, "latents")), len(TensorStore(cache, "contexts"))
 
     assert fill() == (2, 6, 7)
     assert fill() == (0, 6, 7)
@@ -272,7 +263,7 @@ def test_damaged_images_in_shards_are_named(
     assert "1 latents could not be computed; delete `" in caplog.text
 
 
-def test_an_interrupted_cache_of_many_sizes_loses_little(
+def test_an_interrupted_cache_of_many_buckets_loses_few_entries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ldm.train.batches.store.ENTRIES_PER_FILE", 8)
@@ -284,29 +275,29 @@ def test_an_interrupted_cache_of_many_sizes_loses_little(
             raise KeyboardInterrupt
         return [{"z": torch.tensor(number)} for number in numbers]
 
-    items = ((str(n), n) for n in [*range(200), *range(200)])  # as shards give them: uncounted
+    items = ((str(n), n) for n in [*range(200), *range(200)])  # of unknown number, as of shards
     with pytest.raises(KeyboardInterrupt):
         TensorStore(tmp_path, "x").fill(items, make, batch_size=4, group=lambda n: n % 20)
     assert len(TensorStore(tmp_path, "x")) > 60
 
 
 def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_path: Path) -> None:
-    def cache() -> int:
-        """Cache the contexts of the captions; return how many are cached."""
+    def cache_and_count() -> int:
+        """Cache the contexts of the captions; return how many the cache has."""
         folder = ImageFolder(root=photos, transform=PhotoTransform())
         cache_contexts(model, [folder], tmp_path / "cache")
         return len(TensorStore(tmp_path / "cache", "contexts"))
 
     text = model.conditioner.text
     with pytest.raises(ValueError, match="only contexts of a frozen text encoder"):
-        cache()
+        cache_and_count()
     text.requires_grad_(False)
     with torch.no_grad():
         context = text.encode(["image 1", ""])
-    assert cache() == 7  # with that of the empty caption
+    assert cache_and_count() == 7  # including that of the empty caption
     torch.testing.assert_close(text.encode(["image 1", ""]), context, rtol=1e-3, atol=1e-3)
     (photos / "1.txt").write_text("another")
-    assert cache() == 8
+    assert cache_and_count() == 8
     cached = text.cache["image 1"]["context"].float()[None]
     assert torch.equal(text.encode("image 1"), cached)
     with torch.no_grad():
@@ -321,19 +312,19 @@ def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_
     text.requires_grad_(True)
     assert not torch.equal(text.encode("image 1"), cached)
     text.requires_grad_(False)
-    assert cache() == 15
+    assert cache_and_count() == 15
 
 
-def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) -> None:
-    conditioner = build_tiny_model("sdxl").conditioner
+def test_outputs_of_both_text_encoders_of_sdxl_are_cached(photos: Path, tmp_path: Path) -> None:
+    conditioner = lorahelp.build_tiny_model("sdxl").conditioner
     sizes = {key: torch.ones(2, 2) for key in conditioner.keys - {"txt"}}
     batch = {"txt": ["image 1", ""], **sizes}
     cond = conditioner(batch)
-    for count in (14, 0):  # six captions and the empty one for each tower; then all are found
+    for num_new in (14, 0):  # six captions and the empty one for each text encoder; then none
         before = len(TensorStore(tmp_path, "contexts"))
         model: Any = SimpleNamespace(conditioner=conditioner)
         cache_contexts(model, [ImageFolder(root=photos, transform=PhotoTransform())], tmp_path)
-        assert len(TensorStore(tmp_path, "contexts")) - before == count
+        assert len(TensorStore(tmp_path, "contexts")) - before == num_new
     tower = conditioner.text_2.model
     tower.token_embedding.weight.zero_()  # no longer read
     cached = conditioner(batch)
@@ -342,13 +333,11 @@ def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) ->
     assert not torch.equal(conditioner(batch | {"txt": ["image 7", ""]}).vector, cached.vector)
 
 
-@pytest.mark.parametrize("location", ["root", "shards"])
-def test_a_config_enables_both_caches(
-    model: Any, photos: Path, tmp_path: Path, location: str
-) -> None:
+@pytest.mark.parametrize("key", ["root", "shards"])
+def test_a_config_enables_both_caches(model: Any, photos: Path, tmp_path: Path, key: str) -> None:
     model.conditioner.text.requires_grad_(False)
-    source_path = str(photos) if location == "root" else pack_photos(photos, tmp_path)
-    train: Any = {location: source_path, "transform": {"name": "photo", "size": 16}}
+    value = str(photos) if key == "root" else pack_photos(photos, tmp_path)
+    train: Any = {key: value, "transform": {"name": "photo", "size": 16}}
     caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
     data = DataOptions(batch_size=3, train=train, **caches)
     source, _ = open_batches(model, data, 0)
@@ -361,11 +350,11 @@ def test_a_config_enables_both_caches(
         open_batches(model, DataOptions(batch_size=3, train=train, **caches), 0)
 
 
-def test_caches_of_version_0_1_are_found_again() -> None:
-    """Keys that version 0.1 computed, under the names that options had then."""
+def test_keys_of_caches_equal_those_of_version_0_1() -> None:
+    """Options have the names of version 0.1."""
     layout = {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "z_channels": 4, "resolution": 8}
     model: Any = SimpleNamespace(
-        autoencoder=count_up(AutoencoderKL(ddconfig=layout, embed_dim=4)),
+        autoencoder=fill_with_ramp(AutoencoderKL(ddconfig=layout, embed_dim=4)),
         conditioner=Conditioner(),
         scale_factor=0.5,
         latent_mean=None,
@@ -383,12 +372,12 @@ def test_caches_of_version_0_1_are_found_again() -> None:
     for key, transform in transforms.items():
         assert digest_model(model, transform, "16").startswith(key)
     tower = {"width": 16, "heads": 2, "layers": 1, "vocab_size": 40}
-    encoder = count_up(OpenCLIPText(arch={"embed_dim": 16, "text_cfg": tower}))
+    encoder = fill_with_ramp(OpenCLIPText(arch={"embed_dim": 16, "text_cfg": tower}))
     assert digest_encoder(encoder).startswith("2a99a6bc26d5af9c")
 
 
-def count_up(module: ModuleT) -> ModuleT:
-    """Set the weights of each tensor to 0, 1/64, 2/64 …"""
+def fill_with_ramp(module: ModuleT) -> ModuleT:
+    """Set the elements of each tensor to 0, 1/64, 2/64 …"""
     for value in module.state_dict().values():
         value.copy_(torch.arange(value.numel()).view(value.shape) / 64)
     return module

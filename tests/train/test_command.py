@@ -1,11 +1,9 @@
-"""The command line of training: the original's grammar, run folders, and processes."""
+"""`ldm train`: the original's command line, run folders, devices, and processes."""
 
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +22,14 @@ from ldm.train.run import build_run
 from ldm.train.runs import run_folder
 from ldm.train.runs.run_folder import ExistingRun, find_run, prepare_folder, read_config
 from loading import tinyfamilies
-from train.tinyrun import tiny_config
+from train.tinyrun import HELD_OUT, make_tiny_config
 
-TINY = "configs/train/tiny.yaml"
+TINY_YAML = "configs/train/tiny.yaml"
 WRITTEN_BY_0_1 = Path("tests/data/written_by_0_1").resolve()
 
 
 def start_run(request: TrainRequest, *torchrun_ids: str, state: int | None = None) -> Path:
-    """A run folder as training leaves it, with a state if it got so far."""
+    """Create a run folder as training does, with a state of step `state` if given."""
     folder = prepare_folder(request, None, torchrun_ids)
     run_folder.save_config(folder, read_config(request, None))
     run_folder.link_newest_run(request, folder)
@@ -47,24 +45,16 @@ def save_state(folder: Path, step: int) -> Path:
     return state
 
 
-@pytest.fixture(autouse=True)
-def restore_logging() -> Iterator[None]:
-    log = logging.getLogger("ldm")
-    handlers, level = log.handlers, log.level
-    yield
-    log.handlers, log.level = handlers, level
+def parse_tiny(tmp_path: Path, *args: str) -> TrainRequest:
+    return parse(["-b", TINY_YAML, "-t", "-l", str(tmp_path), *args])
 
 
-def parse_tiny(tmp_path: Path, *words: str) -> TrainRequest:
-    return parse(["-b", TINY, "-t", "-l", str(tmp_path), *words])
-
-
-def test_a_command_of_the_original_is_understood() -> None:
-    words = (
+def test_a_command_of_the_original_is_parsed() -> None:
+    command = (
         "--base a.yaml b.yaml -t --gpus 0,1, --max_epochs 3 --scale_lr False --no-test -s 7 "
         "-f _try data.params.batch_size=4 --benchmark model.params.x=1"
     )
-    request = parse(words.split())
+    request = parse(command.split())
     assert request.configs == ("a.yaml", "b.yaml")
     assert (request.train, request.name, request.resume) == (True, "b_try", None)
     assert request.overrides == (
@@ -79,14 +69,14 @@ def test_a_command_of_the_original_is_understood() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "train"), [("-t", True), ("-t true", True), ("--train=n", False), ("-t 0", False)]
+    ("args", "train"), [("-t", True), ("-t true", True), ("--train=n", False), ("-t 0", False)]
 )
-def test_switches_take_a_value_or_none(words: str, train: bool) -> None:
-    assert parse(["-b", "a.yaml", *words.split(), "x.y=1"]).train is train
+def test_a_switch_may_have_a_value(args: str, train: bool) -> None:
+    assert parse(["-b", "a.yaml", *args.split(), "x.y=1"]).train is train
 
 
 @pytest.mark.parametrize(
-    ("words", "resume"),
+    ("args", "resume"),
     [
         ("-r", ""),
         ("-r -t", ""),
@@ -97,36 +87,36 @@ def test_switches_take_a_value_or_none(words: str, train: bool) -> None:
         ("-t", None),
     ],
 )
-def test_a_run_to_resume_may_be_named_or_not(words: str, resume: str | None) -> None:
-    assert parse(["-b", "a.yaml", *words.split()]).resume == resume
+def test_resume_may_have_the_name_of_a_run(args: str, resume: str | None) -> None:
+    assert parse(["-b", "a.yaml", *args.split()]).resume == resume
 
 
 def test_two_runs_cannot_be_resumed() -> None:
     with pytest.raises(ValueError, match="--resume and --resume_from_checkpoint name two runs"):
-        parse(["-b", TINY, "-r", "logs/x", "--resume_from_checkpoint", "logs/y"])
+        parse(["-b", TINY_YAML, "-r", "logs/x", "--resume_from_checkpoint", "logs/y"])
 
 
-def test_configs_are_joined_however_often_the_flag_is_given() -> None:
+def test_configs_of_repeated_flags_are_merged() -> None:
     assert parse(["-b", "a.yaml", "-t", "-b", "b.yaml"]).configs == ("a.yaml", "b.yaml")
 
 
-def test_the_name_of_a_run_has_no_folder() -> None:
+def test_a_slash_in_the_name_of_a_run_is_refused() -> None:
     with pytest.raises(ValueError, match="the name `a/b` of the run has a `/`"):
-        parse(["-b", TINY, "-n", "a/b"])
+        parse(["-b", TINY_YAML, "-n", "a/b"])
 
 
-def test_a_section_that_nothing_reads_or_refers_to_is_refused(tmp_path: Path) -> None:
+def test_an_unused_section_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "more.yaml"
     path.write_text("lighting: {trainer: {max_steps: 3}}", encoding="utf-8")
     with pytest.raises(ValueError, match="unknown section `lighting`, did you mean `lightning`"):
-        read_config(parse(["-b", TINY, str(path)]), None)
+        read_config(parse(["-b", TINY_YAML, str(path)]), None)
     path.write_text("shared: {steps: 3}\nlightning: {trainer: {max_steps: '${shared.steps}'}}")
-    raw = read_config(parse(["-b", TINY, str(path)]), None)
-    assert raw["lightning"]["trainer"]["max_steps"] == 3
-    assert [*raw] == ["model", "data", "lightning"]
+    config = read_config(parse(["-b", TINY_YAML, str(path)]), None)
+    assert config["lightning"]["trainer"]["max_steps"] == 3
+    assert [*config] == ["model", "data", "lightning"]
 
 
-def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tilde_in_paths_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     assert parse(["-b", "a.yaml", "-l=~/logs"]).logdir == tmp_path / "logs"
@@ -138,7 +128,7 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         ("--finetune_from a.ckpt", "`finetune_from`, use model.params.ckpt_path=a.ckpt"),
         ("lightning.trainer.max_epochs=1 data.params.train.root=null "
@@ -165,16 +155,16 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
         ("--gpus 0,1, --num_nodes 2", "hint: torchrun --nnodes 2"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line_and_create_nothing(
-    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_errors_are_one_line_and_create_no_files(
+    args: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [words] if words.startswith("data.") else words.split()
-    assert main(["-t", "-b", TINY, "-l", str(tmp_path), *arguments], "ldm train") == 1
+    arguments = [args] if args.startswith("data.") else args.split()
+    assert main(["-t", "-b", TINY_YAML, "-l", str(tmp_path), *arguments], "ldm train") == 1
     error = capsys.readouterr().err
     assert error.startswith("ldm train: error: ")
     assert message in error
-    if words.startswith("data."):
-        assert main(["--dry-run", "-b", TINY, "-l", str(tmp_path), words]) == 1
+    if args.startswith("data."):
+        assert main(["--dry-run", "-b", TINY_YAML, "-l", str(tmp_path), args]) == 1
         assert message in capsys.readouterr().err
     assert error.count("\n") <= 2  # with a hint
     assert not list(tmp_path.iterdir())
@@ -198,26 +188,29 @@ def test_data_and_strategy_are_checked_before_other_processes_start(
 ) -> None:
     monkeypatch.setattr(launch, "_replace_process", lambda arguments: pytest.fail("started"))
     overrides = [f"{'' if o.startswith('data') else 'lightning.'}{o}" for o in overrides]
-    assert main(["-t", "-b", TINY, "-l", str(tmp_path), "--nproc", "3", *overrides]) == 1
+    assert main(["-t", "-b", TINY_YAML, "-l", str(tmp_path), "--nproc", "3", *overrides]) == 1
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [(["-b", TINY, "--nproc=-1"], "`-1` should be a whole number"), (["-t"], "--base is needed")],
+    ("args", "message"),
+    [
+        (["-b", TINY_YAML, "--nproc=-1"], "`-1` should be a whole number"),
+        (["-t"], "--base is needed"),
+    ],
 )
-def test_wrong_usage_ends_with_status_2(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_usage_ends_with_status_2(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(words)
+        main(args)
     assert message in capsys.readouterr().err
 
 
 def test_a_config_is_checked_without_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["-b", TINY, "-l", str(tmp_path / "logs")]) == 0
+    assert main(["-b", TINY_YAML, "-l", str(tmp_path / "logs")]) == 0
     assert capsys.readouterr().out == "the config is valid\n"
     assert not (tmp_path / "logs").exists()
 
@@ -225,10 +218,8 @@ def test_a_config_is_checked_without_a_folder(
 def test_a_run_is_trained_resumed_exported_and_validated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held_out = "{root: tests/data/emoji, split: heldout, transform: {name: emoji, size: 32}}"
-    base = ["-b", TINY, "-l", str(tmp_path)]
-    options = ["lightning.callbacks.images=0", "data.params.batch_size=2"]
-    options.append(f"data.params.validation={held_out}")
+    base = ["-b", TINY_YAML, "-l", str(tmp_path)]
+    options = ["lightning.callbacks.images=0", "data.params.batch_size=2", HELD_OUT]
     assert main([*base, "-t", "--max_steps", "2", *options]) == 0
     weights = Path(capsys.readouterr().out.strip())
     assert weights == (tmp_path / "tiny").resolve() / "checkpoints" / "last.safetensors"
@@ -242,20 +233,19 @@ def test_a_run_is_trained_resumed_exported_and_validated(
     assert (weights.parent / "state-00000003").is_dir()
     assert len(list((tmp_path / "tiny" / "configs").iterdir())) == 4
     assert len(list(tmp_path.glob("*_tiny"))) == 1
-    link, start = (tmp_path / "tiny").resolve(), f"model.params.ckpt_path={weights}"
-    assert main([*base, "-t", "--max_steps", "1", *options, start]) == 1
+    run = (tmp_path / "tiny").resolve()
+    ckpt_path = f"model.params.ckpt_path={weights}"
+    assert main([*base, "-t", "--max_steps", "1", *options, ckpt_path]) == 1
     assert "hardly better than a trivial baseline" in capsys.readouterr().err
-    assert (tmp_path / "tiny").resolve() == link
+    assert (tmp_path / "tiny").resolve() == run
 
 
-def test_the_first_process_alone_prints_losses(
+def test_only_the_first_process_prints_losses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held_out = "{root: tests/data/emoji, split: heldout, transform: {name: emoji, size: 32}}"
-    words = ["data.params.batch_size=2", "lightning.callbacks.validate_batches=1"]
-    words.append(f"data.params.validation={held_out}")
+    args = ["data.params.batch_size=2", "lightning.callbacks.validate_batches=1", HELD_OUT]
     monkeypatch.setattr(Ranks, "is_main_process", False)
-    assert main(["-b", TINY, "-l", str(tmp_path), "--validate", *words]) == 0
+    assert main(["-b", TINY_YAML, "-l", str(tmp_path), "--validate", *args]) == 0
     assert capsys.readouterr().out == ""
 
 
@@ -264,21 +254,21 @@ def test_help_imports_neither_torch_nor_pydantic() -> None:
         "import sys, ldm.train.command as c\ntry: c.main(['--help'])\n"
         "finally: print({'torch', 'pydantic', 'omegaconf'} & set(sys.modules))"
     )
-    words = [sys.executable, "-c", code]
-    assert subprocess.run(words, capture_output=True, text=True).stdout.endswith("set()\n")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("set()\n")
 
 
-def test_a_run_folder_has_the_time_in_its_name_and_a_link_without(tmp_path: Path) -> None:
+def test_the_name_of_a_run_is_a_link_to_a_folder_with_the_time(tmp_path: Path) -> None:
     first, second = (start_run(parse_tiny(tmp_path, "-f", "_a")) for _ in range(2))
     names = {run_folder.TIMESTAMP_PATTERN.sub("", folder.name) for folder in (first, second)}
     assert names == {"tiny_a"}
     assert first != second
     assert os.readlink(tmp_path / "tiny_a") == second.name
-    stems = sorted(path.name[20:] for path in (second / "configs").iterdir())
-    assert stems == ["lightning.yaml", "project.yaml"]
+    config_names = sorted(path.name[20:] for path in (second / "configs").iterdir())
+    assert config_names == ["lightning.yaml", "project.yaml"]
 
 
-def test_a_folder_in_the_place_of_the_link_stays(
+def test_a_folder_with_the_name_of_the_link_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "tiny").mkdir()
@@ -287,26 +277,26 @@ def test_a_folder_in_the_place_of_the_link_stays(
     assert "is not a link" in caplog.text
 
 
-def test_a_diffusers_folder_brings_its_config_and_weights(tmp_path: Path) -> None:
+def test_a_diffusers_folder_as_base_gives_config_and_weights(tmp_path: Path) -> None:
     tinyfamilies.write_family("sd2-v", tmp_path / "tiny.safetensors")
     convert(plan_conversion(tmp_path / "tiny.safetensors", tmp_path / "folder"))
-    files = [str(tmp_path / "folder"), "configs/train/lora-photos.yaml"]
-    raw = read_config(parse(["-b", *files, "-t", "data.params.batch_size=3"]), None)
-    assert raw["model"]["params"]["ckpt_path"] == str(tmp_path / "folder")
-    assert raw["model"]["params"]["parameterization"] == "v"
-    assert (raw["lightning"]["lora"]["rank"], raw["data"]["params"]["batch_size"]) == (16, 3)
+    bases = [str(tmp_path / "folder"), "configs/train/lora-photos.yaml"]
+    config = read_config(parse(["-b", *bases, "-t", "data.params.batch_size=3"]), None)
+    assert config["model"]["params"]["ckpt_path"] == str(tmp_path / "folder")
+    assert config["model"]["params"]["parameterization"] == "v"
+    assert (config["lightning"]["lora"]["rank"], config["data"]["params"]["batch_size"]) == (16, 3)
 
 
-def test_a_config_is_saved_once_and_read_again(tmp_path: Path) -> None:
+def test_a_config_is_saved_once_and_read_when_resuming(tmp_path: Path) -> None:
     request = parse_tiny(tmp_path, "lightning.trainer.max_steps=2", "data.params.batch_size=3")
     folder = start_run(request, state=2)
-    again = parse(["-t", "-r", str(folder), "lightning.trainer.max_steps=5"])
-    raw = read_config(again, find_run(again))
-    assert raw["data"]["params"]["batch_size"] == 3
-    assert raw["lightning"]["trainer"]["max_steps"] == 5
+    resuming = parse(["-t", "-r", str(folder), "lightning.trainer.max_steps=5"])
+    config = read_config(resuming, find_run(resuming))
+    assert config["data"]["params"]["batch_size"] == 3
+    assert config["lightning"]["trainer"]["max_steps"] == 5
     run_folder.save_config(folder, read_config(request, None))
     assert len(list((folder / "configs").iterdir())) == 2
-    other = parse(["-r", str(folder), "-b", TINY])
+    other = parse(["-r", str(folder), "-b", TINY_YAML])
     assert read_config(other, find_run(other))["data"]["params"]["batch_size"] == 8
 
 
@@ -315,20 +305,20 @@ def test_a_dry_run_prints_the_config_once(
 ) -> None:
     memory = TrainingMemory(1, 1, 1, 1, 1, 1, 1, 1)
     monkeypatch.setattr("ldm.train.memory_estimate.estimate_training_memory", lambda *_: memory)
-    assert main(["-b", TINY, "-l", str(tmp_path), "--dry-run"]) == 0
+    assert main(["-b", TINY_YAML, "-l", str(tmp_path), "--dry-run"]) == 0
     assert capsys.readouterr().out.count("base_learning_rate: ") == 1
 
 
-def test_former_names_of_keys_are_read_in_every_file_and_override(tmp_path: Path) -> None:
-    """Each is renamed before they are merged, so that the last one wins by either name."""
-    overlay = tmp_path / "old.yaml"
+def test_former_names_of_keys_are_read_in_files_and_overrides(tmp_path: Path) -> None:
+    """They are renamed before configs are merged, so that the last value counts by either name."""
+    overlay = tmp_path / "overlay.yaml"
     overlay.write_text("lightning: {optimizer: {warm_up: 7, decay: linear}, trainer: {keep: 3}}")
-    old = ["lightning.optimizer.decay=cosine", "lightning.objective.drop=0.2", "--keep", "4"]
-    raw = read_config(parse(["-b", TINY, str(overlay), "-t", *old]), None)
+    overrides = ["lightning.optimizer.decay=cosine", "lightning.objective.drop=0.2", "--keep", "4"]
+    config = read_config(parse(["-b", TINY_YAML, str(overlay), "-t", *overrides]), None)
     optimizer = {"name": "muon", "lr_warmup_steps": 7, "lr_scheduler": "cosine", "ema_decay": 0.9}
-    assert raw["lightning"]["optimizer"] == optimizer
-    assert raw["lightning"]["objective"] == {"conditioning_dropout_prob": 0.2}
-    assert raw["lightning"]["trainer"] == {"max_steps": 40, "keep_states": 4}
+    assert config["lightning"]["optimizer"] == optimizer
+    assert config["lightning"]["objective"] == {"conditioning_dropout_prob": 0.2}
+    assert config["lightning"]["trainer"] == {"max_steps": 40, "keep_states": 4}
 
 
 @pytest.mark.parametrize("name", ["tiny", "lora", "word", "autoencoder"])
@@ -342,19 +332,19 @@ def test_the_config_of_a_run_of_version_0_1_is_read(name: str) -> None:
 
 
 def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> None:
-    old = start_run(parse_tiny(tmp_path), state=1)
+    first = start_run(parse_tiny(tmp_path), state=1)
     start_run(parse_tiny(tmp_path))  # died before its first state
-    new = start_run(parse_tiny(tmp_path, "-n", "other_tiny"), state=3)
-    earlier = save_state(new, 2)
-    (new / "checkpoints/last.ckpt").touch()
+    other = start_run(parse_tiny(tmp_path, "-n", "other_tiny"), state=3)
+    earlier = save_state(other, 2)
+    (other / "checkpoints/last.ckpt").touch()
     expected = {
-        "": (old, 1),
-        str(old): (old, 1),
-        str(tmp_path / "other_tiny"): (new, 3),
-        "other_tiny": (new, 3),
-        str(new / "checkpoints"): (new, 3),
-        str(new / "checkpoints/last.ckpt"): (new, 3),
-        str(earlier): (new, 2),
+        "": (first, 1),
+        str(first): (first, 1),
+        str(tmp_path / "other_tiny"): (other, 3),
+        "other_tiny": (other, 3),
+        str(other / "checkpoints"): (other, 3),
+        str(other / "checkpoints/last.ckpt"): (other, 3),
+        str(earlier): (other, 2),
     }
     for resume, (folder, step) in expected.items():
         state = folder / f"checkpoints/state-{step:08}"
@@ -372,7 +362,7 @@ def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> 
         ("{run}/checkpoints/epoch=000001.ckpt", "start a new run .* model.params.ckpt_path="),
     ],
 )
-def test_the_reason_is_given_why_a_run_cannot_be_resumed(
+def test_the_error_says_why_a_run_cannot_be_resumed(
     tmp_path: Path, resume: str, message: str
 ) -> None:
     run = start_run(parse_tiny(tmp_path))
@@ -389,23 +379,24 @@ def test_after_an_elastic_restart_the_same_run_is_resumed(tmp_path: Path) -> Non
     assert find_run(request) is None
     assert find_run(request, ["id node1 8"]) is None  # another torchrun with the same id
     assert find_run(request, ["id node1 7"]) == ExistingRun(run, None)
-    four = save_state(run, 4)
+    state_4 = save_state(run, 4)
     torchrun_ids = ["id node2 7", "id node4 7"]  # node1 was replaced
-    assert find_run(request, torchrun_ids) == ExistingRun(run, four)
+    assert find_run(request, torchrun_ids) == ExistingRun(run, state_4)
     prepare_folder(request, find_run(request, torchrun_ids), torchrun_ids)
-    for words in ([], ["-r"], ["-r", str(four)], ["-r", "tiny"]):  # where `tiny` is another by now
-        assert find_run(parse_tiny(tmp_path, *words), ["id node4 7"]) == ExistingRun(run, four)
+    # `tiny` links to another run by now.
+    for args in ([], ["-r"], ["-r", str(state_4)], ["-r", "tiny"]):
+        assert find_run(parse_tiny(tmp_path, *args), ["id node4 7"]) == ExistingRun(run, state_4)
 
 
-def test_a_restart_after_resuming_an_older_state_stays_on_its_branch(tmp_path: Path) -> None:
+def test_a_restart_after_resuming_an_older_state_continues_from_it(tmp_path: Path) -> None:
     folder = start_run(parse_tiny(tmp_path), state=4)
-    two = save_state(folder, 2)
-    request = parse_tiny(tmp_path, "-r", str(two))
+    state_2 = save_state(folder, 2)
+    request = parse_tiny(tmp_path, "-r", str(state_2))
     prepare_folder(request, find_run(request, ["id"]), ["id"])
-    assert find_run(request, ["id"]) == ExistingRun(folder, two)
-    three = save_state(folder, 3)
-    shutil.rmtree(two)  # as only the newest are kept
-    assert find_run(request, ["id"]) == ExistingRun(folder, three)
+    assert find_run(request, ["id"]) == ExistingRun(folder, state_2)
+    state_3 = save_state(folder, 3)
+    shutil.rmtree(state_2)  # only the newest are kept
+    assert find_run(request, ["id"]) == ExistingRun(folder, state_3)
 
 
 @pytest.mark.parametrize(
@@ -416,9 +407,9 @@ def test_a_restart_after_resuming_an_older_state_stays_on_its_branch(tmp_path: P
         ("{accelerator: cpu, devices: 2}", 0),
     ],
 )  # fmt: skip
-def test_gpus_are_listed_or_counted(trainer: str, gpus: list[int] | int | None) -> None:
-    raw = parse_yaml(f"lightning: {{trainer: {trainer}}}")
-    assert read_settings(raw).devices == Devices(gpus)
+def test_gpus_may_be_a_list_or_a_count(trainer: str, gpus: list[int] | int | None) -> None:
+    config = parse_yaml(f"lightning: {{trainer: {trainer}}}")
+    assert read_settings(config).devices == Devices(gpus)
 
 
 @pytest.mark.parametrize("gpus", ["''", "-2", "[-1]", "'0,-1'"])
@@ -429,11 +420,11 @@ def test_an_invalid_number_of_gpus_is_refused(gpus: str) -> None:
         read_settings(parse_yaml(f"lightning: {{trainer: {{gpus: {gpus}}}}}"))
 
 
-def test_a_gpu_that_is_requested_but_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_gpu_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm.runtime.device.pick_device", lambda: torch.device("cpu"))
     for accelerator, needs_gpu in (("gpu", True), ("cuda", True), ("auto", False), ("ddp", False)):
-        raw = parse_yaml(f"lightning: {{trainer: {{accelerator: {accelerator}}}}}")
-        devices = read_settings(raw).devices
+        config = parse_yaml(f"lightning: {{trainer: {{accelerator: {accelerator}}}}}")
+        devices = read_settings(config).devices
         assert devices.needs_gpu == needs_gpu
         if needs_gpu:
             with pytest.raises(ValueError, match=r"accelerator requests a GPU, none is available"):
@@ -441,11 +432,11 @@ def test_a_gpu_that_is_requested_but_missing_is_an_error(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("trainer", ["accelerator: cpu", "gpus: 0"])
-def test_a_config_may_choose_the_cpu(
+def test_a_config_may_select_the_cpu(
     trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ldm.train.run.pick_device", lambda name: torch.device(name or "meta"))
-    settings = read_settings(tiny_config(f"lightning.trainer.{trainer.replace(': ', '=')}"))
+    settings = read_settings(make_tiny_config(f"lightning.trainer.{trainer.replace(': ', '=')}"))
     assert build_run(settings, tmp_path).device.type == "cpu"
 
 
@@ -456,31 +447,31 @@ def test_processes_are_counted_over_all_nodes_and_gpus(monkeypatch: pytest.Monke
     assert launch.count_processes(Devices(), nproc_per_node=4) == 4
 
 
-def run_torchrun(
+def launch_devices(
     monkeypatch: pytest.MonkeyPatch, devices: Devices, *, available: int, per_node: int = 0
 ) -> list[str]:
-    """Launch; return the arguments of the torchrun that replaces the process, [] if it stays."""
-    words: list[str] = []
+    """Return the arguments of the torchrun that replaces the process, or [] if none does."""
+    torchrun_args: list[str] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
-    monkeypatch.setattr(launch, "_replace_process", words.extend)
+    monkeypatch.setattr(launch, "_replace_process", torchrun_args.extend)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     launch.launch(devices, per_node, ["-b", "a.yaml"])
-    return words
+    return torchrun_args
 
 
-def test_two_gpus_mean_torchrun_with_two_processes_that_see_them(
+def test_two_gpus_are_launched_by_torchrun_and_others_hidden(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = run_torchrun(monkeypatch, Devices([1, 3]), available=4)
-    assert words[:2] == ["--standalone", "--nproc-per-node=2"]
-    assert words[-2:] == ["-b", "a.yaml"]
+    args = launch_devices(monkeypatch, Devices([1, 3]), available=4)
+    assert args[:2] == ["--standalone", "--nproc-per-node=2"]
+    assert args[-2:] == ["-b", "a.yaml"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
     for gpus, visible in (([3], "3"), (0, ""), (None, "")):
-        assert run_torchrun(monkeypatch, Devices(gpus), available=4) == []
+        assert launch_devices(monkeypatch, Devices(gpus), available=4) == []
         assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
-    assert run_torchrun(monkeypatch, Devices([0]), available=0) == []
-    words = run_torchrun(monkeypatch, Devices([0, 1]), available=0, per_node=2)
-    assert "--nproc-per-node=2" in words
+    assert launch_devices(monkeypatch, Devices([0]), available=0) == []
+    args = launch_devices(monkeypatch, Devices([0, 1]), available=0, per_node=2)
+    assert "--nproc-per-node=2" in args
 
 
 @pytest.mark.parametrize(
@@ -491,8 +482,8 @@ def test_two_gpus_mean_torchrun_with_two_processes_that_see_them(
         (Devices([0, 1], num_nodes=2), 2, "torchrun --nnodes 2 --nproc-per-node 2"),
     ],
 )
-def test_gpus_that_are_not_available_are_named(
+def test_gpus_that_are_not_available_are_refused(
     monkeypatch: pytest.MonkeyPatch, devices: Devices, available: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run_torchrun(monkeypatch, devices, available=available)
+        launch_devices(monkeypatch, devices, available=available)

@@ -1,4 +1,4 @@
-"""Data sections of the original's configs."""
+"""Data sections of configs: ours, the original's, and those of generative-models."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from ldm.train.config.datamodules import read_data, translate_data_module
 from ldm.train.config.schema import DataOptions
 
 FOLDER = "{root: images, transform: {name: photo, size: 32}}"
-# As in v2-inpainting-inference.yaml, but for the addresses.
-WEB = """
+# As in v2-inpainting-inference.yaml, with other addresses.
+WEB_DATA = """
   target: ldm.data.laion.WebDataModuleFromConfig
   params:
     tar_base: null
@@ -45,7 +45,7 @@ WEB_TRANSLATION = """
     maximum: {pwatermark: 0.45, punsafe: 0.1}
 """
 # As in the examples of generative-models.
-STABLE = """
+SGM_DATA = """
   target: sgm.data.dataset.StableDataModuleFromConfig
   params:
     train:
@@ -65,7 +65,7 @@ STABLE = """
           params: {h_key: height, w_key: width}
       loader: {batch_size: 64, num_workers: 6}
 """
-STABLE_TRANSLATION = """
+SGM_TRANSLATION = """
   batch_size: 64
   num_workers: 6
   train:
@@ -82,21 +82,21 @@ def parse(text: str) -> dict[str, Any]:
 
 def test_the_data_module_of_tar_files_is_translated(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    assert read_data(parse(WEB)) == DataOptions(**parse(WEB_TRANSLATION))
+    assert read_data(parse(WEB_DATA)) == DataOptions(**parse(WEB_TRANSLATION))
     assert "filter_word_list is ignored: captions are NOT filtered" in caplog.text
     assert "data.params.train.postprocess.mode is ignored" in caplog.text
 
 
 def test_the_data_module_of_sgm_is_translated() -> None:
-    translated = translate_data_module(parse(STABLE))
-    assert read_data(translated) == DataOptions(**parse(STABLE_TRANSLATION))
+    translated = translate_data_module(parse(SGM_DATA))
+    assert read_data(translated) == DataOptions(**parse(SGM_TRANSLATION))
     with pytest.raises(ValueError, match=r"data: `sgm.data.mnist.MNISTLoader` is not supported"):
         read_data(translate_data_module(parse("{target: sgm.data.mnist.MNISTLoader}")))
     with pytest.raises(ValueError, match="data.params.train: `x` should be a mapping"):
-        translate_data_module({**parse(STABLE), "params": {"train": "x"}})
+        translate_data_module({**parse(SGM_DATA), "params": {"train": "x"}})
 
 
-def test_our_own_data_section_is_read_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_our_data_section_is_read_without_translation(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     text = f"batch_size: 4, train: {FOLDER}, validation: {FOLDER}"
     data = parse(f"{{target: main.DataModuleFromConfig, params: {{wrap: true, {text}}}}}")
@@ -104,7 +104,7 @@ def test_our_own_data_section_is_read_as_it_is(caplog: pytest.LogCaptureFixture)
     assert caplog.messages == ["data.params.wrap is ignored: samples depend on their index only"]
 
 
-def test_a_transform_of_an_older_version_is_read(caplog: pytest.LogCaptureFixture) -> None:
+def test_former_options_of_a_transform_are_read(caplog: pytest.LogCaptureFixture) -> None:
     train = "{root: a, transform: {name: photo, flip: true, records: {mask: {}}}}"
     data = read_data(parse(f"{{params: {{batch_size: 1, train: {train}}}}}"))
     expected = {"name": "photo", "flip": 1.0, "conditions": {"mask": {}}}
@@ -174,19 +174,19 @@ def test_simple_datasets_are_translated(spec: str, translation: str) -> None:
          "data.params.latents: unknown key `variant`, did you mean `variants_per_image`"),
     ],
 )  # fmt: skip
-def test_wrong_data_sections_are_named(params: str, message: str) -> None:
+def test_invalid_data_sections_are_refused(params: str, message: str) -> None:
     data = parse(f"{{params: {{{params}}}}}")
     data["params"].setdefault("batch_size", 1)
     with pytest.raises(ValueError, match=message):
         read_data(data)
 
 
-def test_a_folder_replaces_a_dataset_that_was_never_published() -> None:
+def test_a_folder_replaces_a_dataset_that_cannot_be_read() -> None:
     path = "configs/autoencoder/autoencoder_kl_32x32x4.yaml"
     photo = "{name: photo, size: 256, crop: random}"
     overrides = ["root=photos", f"transform={photo}"]
-    raw = read_yaml(path, [f"data.params.train.{override}" for override in overrides])
-    raw["data"]["params"]["validation"] = None
-    assert read_data(raw["data"]).train == parse(f"{{root: photos, transform: {photo}}}")
+    config = read_yaml(path, [f"data.params.train.{override}" for override in overrides])
+    config["data"]["params"]["validation"] = None
+    assert read_data(config["data"]).train == parse(f"{{root: photos, transform: {photo}}}")
     with pytest.raises(ValueError, match="ImageNetSRTrain` is not supported"):
         read_data(read_yaml(path)["data"])

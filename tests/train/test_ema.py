@@ -1,4 +1,4 @@
-"""The EMA of the weights."""
+"""The EMA of weights."""
 
 import torch
 from torch import nn
@@ -8,7 +8,8 @@ from ldm.train.optim.ema import EMA
 
 
 def test_three_updates_equal_the_originals() -> None:
-    inputs, recorded = load_golden("ema").inputs("default"), load_golden("ema").outputs("default")
+    golden = load_golden("ema")
+    inputs, expected = golden.inputs("default"), golden.outputs("default")
     module = nn.Module()
     initial = {k.removeprefix("w0/"): v for k, v in inputs.items() if k.startswith("w0/")}
     for name, value in initial.items():
@@ -21,7 +22,7 @@ def test_three_updates_equal_the_originals() -> None:
             module.get_parameter(name.replace(".", "_")).data.copy_(inputs[f"w{step}/{name}"])
         ema.update(module)
         for name in initial.keys() - {"frozen"}:
-            average = recorded[f"after{step}/{name.replace('.', '')}"]
+            average = expected[f"after{step}/{name.replace('.', '')}"]
             shadow = ema.shadow[name.replace(".", "_")]
             torch.testing.assert_close(shadow, average, rtol=0, atol=1e-6)
     assert ema.num_updates == 3

@@ -1,4 +1,4 @@
-"""`callbacks.evaluation`: scores in the log, and wrong files before the first step."""
+"""`callbacks.evaluation`: metrics in the log, and errors before the first step."""
 
 import csv
 from dataclasses import replace
@@ -13,7 +13,7 @@ from ldm.train.loop import train
 from ldm.train.monitoring.evaluation import Evaluator
 from train.tinyrun import EMOJI, build_tiny_run
 
-EVALUATION = "lightning.callbacks.evaluation."
+PREFIX = "lightning.callbacks.evaluation."
 
 
 @pytest.fixture
@@ -26,15 +26,15 @@ def overrides(tmp_path):
     return [
         "lightning.trainer.max_steps=2",
         "lightning.callbacks.sampling.steps=1",
-        EVALUATION + "steps=2",
-        EVALUATION + f"prompts={tmp_path / 'prompts.txt'}",
-        EVALUATION + "scales=[1,3]",
-        EVALUATION + f"clip={tmp_path / 'clip.pt'}",
+        PREFIX + "steps=2",
+        PREFIX + f"prompts={tmp_path / 'prompts.txt'}",
+        PREFIX + "scales=[1,3]",
+        PREFIX + f"clip={tmp_path / 'clip.pt'}",
     ]
 
 
 @pytest.mark.usefixtures("no_states")
-def test_scores_of_each_scale_are_logged(tmp_path, overrides):
+def test_metrics_of_each_guidance_scale_are_logged(tmp_path, overrides):
     run = build_tiny_run(tmp_path / "run", *overrides)
     train(run)
     with (run.folder / "log.csv").open() as file:
@@ -44,16 +44,16 @@ def test_scores_of_each_scale_are_logged(tmp_path, overrides):
     assert run.task.trainable.training
 
 
-def test_only_the_first_process_loads_what_scores_need(tmp_path, overrides):
+def test_only_the_first_process_loads_networks_of_metrics(tmp_path, overrides):
     run = build_tiny_run(tmp_path / "run", *overrides)
     second = replace(run, ranks=Ranks(rank=1, world_size=2))
-    evaluators = [Evaluator(each, run.settings.callbacks.evaluation) for each in (run, second)]
+    evaluators = [Evaluator(r, run.settings.callbacks.evaluation) for r in (run, second)]
     assert [evaluator.prompt_scorer is None for evaluator in evaluators] == [False, True]
     assert evaluators[1]() == {}
 
 
 @pytest.mark.usefixtures("no_states")
-def test_images_of_nan_do_not_end_the_run(tmp_path, overrides, monkeypatch, caplog):
+def test_non_finite_images_do_not_end_the_run(tmp_path, overrides, monkeypatch, caplog):
     def fail(*args, **options):
         raise NonFinite("the VAE")
 
@@ -75,13 +75,13 @@ def test_images_of_nan_do_not_end_the_run(tmp_path, overrides, monkeypatch, capl
         (f"clip={EMOJI / 'metadata.jsonl'}", "metadata.jsonl"),
     ],
 )
-def test_a_wrong_setting_ends_the_run_before_its_first_step(
+def test_an_invalid_setting_ends_the_run_before_its_first_step(
     tmp_path, overrides, monkeypatch, override, message
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "steps.txt").write_text("a dog\na cat --steps 9\n")
     (tmp_path / "lora.txt").write_text("a cat <lora:x:1>\n")
-    run = build_tiny_run(tmp_path / "run", *overrides, EVALUATION + override)
+    run = build_tiny_run(tmp_path / "run", *overrides, PREFIX + override)
     assert run.settings.callbacks.evaluation is not None
     with pytest.raises((ConfigError, FileFormatError, ValueError, OSError), match=message):
         Evaluator(run, run.settings.callbacks.evaluation)

@@ -18,17 +18,15 @@ from ldm.train.monitoring.samples import draw_samples
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
 from ldm.train.runs.exports import export, export_best, export_step
-from train.tinyrun import EMOJI, build_tiny_run
-
-HELD_OUT = f"{{root: {EMOJI}, split: heldout, transform: {{name: emoji, size: 32}}}}"
+from train.tinyrun import HELD_OUT, build_tiny_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two steps of the tiny model, with images held out."""
+    """A run of two steps with held-out images."""
     run = build_tiny_run(
         tmp_path_factory.mktemp("run"),
-        f"data.params.validation={HELD_OUT}",
+        HELD_OUT,
         "lightning.callbacks.sampling={steps: 2}",
         "lightning.trainer.max_steps=2",
     )
@@ -37,29 +35,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def change_callbacks(run: Run, **callbacks: Any) -> Run:
-    """The same run with other settings."""
+    """Return the same run with other settings."""
     return replace(run, settings=run.settings.replace(callbacks=callbacks))
 
 
 def test_validation_is_reproducible_and_changes_nothing(run: Run) -> None:
     run.task.trainable.train()
-    modes = [part.training for part in run.model.modules()]
+    modes = [module.training for module in run.model.modules()]
     losses = validate(run)
     torch.manual_seed(99)
     assert validate(run) == losses
-    assert [part.training for part in run.model.modules()] == modes
+    assert [module.training for module in run.model.modules()] == modes
     assert set(losses) >= {"val/loss", "val/loss_ema", "val/loss_simple_ema"}
     assert losses["val/loss"] != losses["val/loss_ema"]
 
 
-def test_grids_show_both_weights_at_fixed_prompts(run: Run) -> None:
-    drawing = change_callbacks(run, images=2, prompts=["a red cat"])
-    train_path, val_path = draw_samples(drawing)
+def test_sample_grids_are_named_by_step_and_reproducible(run: Run) -> None:
+    with_grids = change_callbacks(run, images=2, prompts=["a red cat"])
+    train_path, val_path = draw_samples(with_grids)
     assert train_path == run.folder / "images/train/samples_gs-000002_e-000000_b-000002.png"
     assert val_path.parent.name == "val"
     assert train_path.with_suffix(".txt").read_text() == "a red cat\na red cat\n"
     content = train_path.read_bytes()
-    assert draw_samples(drawing)[0].read_bytes() == content
+    assert draw_samples(with_grids)[0].read_bytes() == content
     assert draw_samples(change_callbacks(run, images=0)) == []
 
 
@@ -67,13 +65,13 @@ def test_the_best_exports_are_kept(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def list_remaining(**options: Any) -> list[str]:
-        """The files after five validations, by the losses in their names."""
-        here = replace(change_callbacks(run, export=["safetensors"], **options), folder=tmp_path)
+        """Return the losses in the names of the files that remain after five validations."""
+        copy = replace(change_callbacks(run, export=["safetensors"], **options), folder=tmp_path)
         for step, loss in enumerate((0.5, 0.3, 0.4, math.nan, 0.1)):
             monkeypatch.setattr(run.state, "step", step)
-            export_best(here, {"val/loss": 1 - loss, "val/loss_ema": loss})
-        names = [path.name.rpartition("=")[2] for path in sorted(here.checkpoints.glob("*"))]
-        shutil.rmtree(here.checkpoints, ignore_errors=True)
+            export_best(copy, {"val/loss": 1 - loss, "val/loss_ema": loss})
+        names = [path.name.rpartition("=")[2] for path in sorted(copy.checkpoints.glob("*"))]
+        shutil.rmtree(copy.checkpoints, ignore_errors=True)
         return [name.removesuffix(".safetensors") for name in names]
 
     assert list_remaining(save_top_k=0) == []
@@ -84,7 +82,7 @@ def test_the_best_exports_are_kept(
         list_remaining(save_top_k=1, monitor="val/psnr")
 
 
-def test_an_export_of_a_step_is_named_by_it(run: Run) -> None:
+def test_the_export_of_a_step_is_named_by_epoch_and_step(run: Run) -> None:
     (path,) = export_step(run)
     folder = run.checkpoints / "trainstep_checkpoints"
     assert path == folder / "epoch=000000-step=000000002.safetensors"
@@ -93,8 +91,8 @@ def test_an_export_of_a_step_is_named_by_it(run: Run) -> None:
 
 @pytest.mark.parametrize("weights", ["ema", "raw", "both"])
 def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weights: str) -> None:
-    kinds = ["safetensors", "ckpt"] if weights == "both" else ["safetensors"]
-    exporting = change_callbacks(run, weights=weights, export=kinds, dtype="full")
+    formats = ["safetensors", "ckpt"] if weights == "both" else ["safetensors"]
+    exporting = change_callbacks(run, weights=weights, export=formats, dtype="full")
     name = "unet.out.2.weight"
     raw, ema = run.model.state_dict()[name].clone(), run.state.ema.shadow[name]
     assert not raw.equal(ema)
@@ -134,24 +132,24 @@ def test_an_export_in_half_precision_keeps_large_weights_in_float32(
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def adapter_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     overrides = ("lightning.lora.rank=2", "lightning.textual_inversion.token=emoji")
-    return build_tiny_run(tmp_path_factory.mktemp("adapted"), *overrides)
+    return build_tiny_run(tmp_path_factory.mktemp("adapters"), *overrides)
 
 
-def test_loras_and_embeddings_have_the_config_of_their_training(adapted: Run) -> None:
-    export(adapted)
+def test_loras_and_embeddings_have_the_config_of_their_training(adapter_run: Run) -> None:
+    export(adapter_run)
     for name in ("last", "last-diffusers", "last-word"):
-        metadata = read_checkpoint(adapted.checkpoints / f"{name}.safetensors").metadata
+        metadata = read_checkpoint(adapter_run.checkpoints / f"{name}.safetensors").metadata
         assert parse_yaml(metadata["ldm.training.config"])["lightning"]["lora"] == {"rank": 2}
         assert json.loads(metadata["ldm.training"])["seed"] == 23
-        assert "ldm.config" not in metadata  # which would make it a whole model
+        assert "ldm.config" not in metadata  # with which it would be a whole model
 
 
 def test_the_best_loras_are_kept_with_all_their_files(
-    adapted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = replace(change_callbacks(adapted, save_top_k=1), folder=tmp_path)
+    run = replace(change_callbacks(adapter_run, save_top_k=1), folder=tmp_path)
     for step, loss in enumerate((0.5, 0.3, 0.4)):
         monkeypatch.setattr(run.state, "step", step)
         export_best(run, {"val/loss": loss, "val/loss_ema": loss})

@@ -1,4 +1,4 @@
-"""Every family is trained by one trainer: its own encoders make the inputs of its UNet."""
+"""Models of every task are trained, draw samples, and are exported and loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from ldm.train.loop import train
 from ldm.train.runs.exports import export
 from ldm.train.tasks.diffusion import DiffusionTask
 from quick import slow_except
-from train.tinyrun import build_run_from, build_tiny_run, tiny_config
+from train.tinyrun import build_run_from, build_tiny_run, make_tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_states")
-DDPM = "ldm.models.diffusion.ddpm."
+DDPM_PREFIX = "ldm.models.diffusion.ddpm."
 LOW_SCALE = {
     "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
     "params": {"noise_schedule_config": {"linear_end": 0.02}, "max_noise_level": 10},
@@ -49,8 +49,8 @@ UNCLIP = {
         "params": {"timestep_dim": 32},
     },
 }
-# task: (class, input channels of the UNet, conditioning images of the data, parameters)
-FAMILIES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
+# By task: class, in_channels of the UNet, conditions of the transform, parameters of the model.
+TASKS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "inpaint": ("LatentInpaintDiffusion", 9, {"mask": {}}, {"conditioning_key": "hybrid"}),
     "depth2img": (
         "LatentDepth2ImageDiffusion", 5, {"depth": {}},
@@ -67,12 +67,12 @@ FAMILIES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
         {"conditioning_key": "hybrid", "concat_keys": ["lr"], "reshuffle_patch_size": 2},
     ),
 }  # fmt: skip
-# Parameters of the UNet for a vector.
-VECTORS: dict[str, dict[str, Any]] = {
+# Parameters of UNets with a vector condition.
+VECTOR_PARAMS: dict[str, dict[str, Any]] = {
     "upscale": {"num_classes": 10},
     "unclip": {"num_classes": "sequential", "adm_in_channels": 64},
 }
-CACHED: dict[str, dict[str, Any]] = {
+CACHED_SHAPES: dict[str, dict[str, Any]] = {
     "inpaint": {"masked": (5, 8, 8)},
     "depth2img": {"depth": (1, 8, 8)},
     "upscale": {"lr": (3, 8, 8)},
@@ -83,39 +83,39 @@ CACHED: dict[str, dict[str, Any]] = {
 
 
 def make_config(task: str, folder: Path, **params: Any) -> dict[str, Any]:
-    name, channels, conditions, overrides = FAMILIES[task]
-    raw = tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.images=2")
-    model = raw["model"]["params"] | overrides | params
-    model["unet_config"]["params"]["in_channels"] = channels
-    model["unet_config"]["params"] |= VECTORS.get(task, {})
-    raw["model"] |= {"target": DDPM + name, "params": model}
-    train = raw["data"]["params"]["train"]
+    class_name, in_channels, conditions, overrides = TASKS[task]
+    config = make_tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.images=2")
+    model = config["model"]["params"] | overrides | params
+    model["unet_config"]["params"]["in_channels"] = in_channels
+    model["unet_config"]["params"] |= VECTOR_PARAMS.get(task, {})
+    config["model"] |= {"target": DDPM_PREFIX + class_name, "params": model}
+    train = config["data"]["params"]["train"]
     train["transform"]["conditions"] = conditions
-    raw["data"]["params"]["latents"] = {"cache": folder / "latents", "variants_per_image": 1}
-    return raw
+    config["data"]["params"]["latents"] = {"cache": folder / "latents", "variants_per_image": 1}
+    return config
 
 
-@pytest.mark.parametrize("task", slow_except(FAMILIES, "unclip"))
-def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None:
-    raw = make_config(task, tmp_path)
-    run = build_run_from(raw, tmp_path / "run")
+@pytest.mark.parametrize("task", slow_except(TASKS, "unclip"))
+def test_a_model_of_each_task_is_trained_and_loaded(task: str, tmp_path: Path) -> None:
+    config = make_config(task, tmp_path)
+    run = build_run_from(config, tmp_path / "run")
     if task == "unclip":
         assert isinstance(run.task, DiffusionTask)
         assert run.task.conditioning_dropout_prob == {"txt": 0.1, "embedding": 0.25}
     source: Any = run.source
     sample = source.dataset[0, 0]
-    from_metadata = {"txt", "aesthetic_score"}
-    shapes = {name: tuple(sample[name].shape) for name in sample.keys() - from_metadata}
-    assert shapes == {"z": (4, 8, 8), "z_std": (4, 8, 8)} | CACHED[task]
-    first: Any = run.model.unet.input_blocks[0][0]  # type: ignore[union-attr]
-    before = first.weight[:, -1].detach().clone()
+    shapes = {n: tuple(sample[n].shape) for n in sample.keys() - {"txt", "aesthetic_score"}}
+    assert shapes == {"z": (4, 8, 8), "z_std": (4, 8, 8)} | CACHED_SHAPES[task]
+    input_conv: Any = run.model.unet.input_blocks[0][0]  # type: ignore[union-attr]
+    before = input_conv.weight[:, -1].detach().clone()
     train(run)
-    assert not torch.equal(before, first.weight[:, -1])  # the condition reaches the last channel
+    # The condition is in the last channel.
+    assert not torch.equal(before, input_conv.weight[:, -1])
     assert len(list((tmp_path / "run" / "images" / "train").glob("*.png"))) == 1
-    (tmp_path / "model.yaml").write_text(format_yaml({"model": raw["model"]}))
+    (tmp_path / "model.yaml").write_text(format_yaml({"model": config["model"]}))
     model = load(tmp_path / "model.yaml", run.checkpoints / "last.safetensors")
     family = families.find_family(model.conditioner)
-    if task == "enlarge":  # the originals have no script for it
+    if task == "enlarge":  # the original has no script for it
         assert family is None
     else:
         assert family is not None
@@ -126,32 +126,32 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
     ("task", "key"), [("inpaint", "mask"), ("upscale", "lr"), ("enlarge", "lr")]
 )
 def test_a_missing_conditioning_image_is_named(task: str, key: str, tmp_path: Path) -> None:
-    raw = make_config(task, tmp_path)
-    raw["data"]["params"]["train"]["transform"]["conditions"] = {}
+    config = make_config(task, tmp_path)
+    config["data"]["params"]["train"]["transform"]["conditions"] = {}
     with pytest.raises(
         ConfigError, match=rf"train.transform: .* add `conditions: {{{key}: {{}}}}`"
     ):
-        build_run_from(raw, tmp_path / "run")
+        build_run_from(config, tmp_path / "run")
 
 
-def test_a_model_without_conditions_is_trained_and_drawn(tmp_path: Path) -> None:
-    raw = tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.images=2")
-    params = raw["model"]["params"]
+def test_a_model_without_conditions_is_trained_and_draws_samples(tmp_path: Path) -> None:
+    config = make_tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.images=2")
+    params = config["model"]["params"]
     params |= {"cond_stage_config": "__is_unconditional__", "cond_stage_trainable": False}
     params |= {"conditioning_key": None}
     params["unet_config"]["params"] |= {"use_spatial_transformer": False, "context_dim": None}
-    train(build_run_from(raw, tmp_path))
+    train(build_run_from(config, tmp_path))
     assert len(list((tmp_path / "images" / "train").glob("*.png"))) == 1
 
 
-def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> None:
-    text = build_tiny_run(tmp_path / "text")
-    export(text)
-    weights = text.checkpoints / "last.safetensors"
-    wide = build_run_from(
-        make_config("depth2img", tmp_path, ckpt_path=str(weights)), tmp_path / "wide"
+def test_new_input_channels_start_at_zero(tmp_path: Path) -> None:
+    text_run = build_tiny_run(tmp_path / "text")
+    export(text_run)
+    weights = text_run.checkpoints / "last.safetensors"
+    depth_run = build_run_from(
+        make_config("depth2img", tmp_path, ckpt_path=str(weights)), tmp_path / "depth"
     )
-    models: list[Any] = [load(ckpt=weights), wide.model]
+    models: list[Any] = [load(ckpt=weights), depth_run.model]
     z, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     depth = {"depth": torch.rand(1, 1, 8, 8)}
     conds = [models[0].condition({"txt": ["cat"]}), models[1].condition({"txt": ["cat"], **depth})]
@@ -164,24 +164,26 @@ def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> 
     assert models[1].conditioner.text.token_ids.equal(models[0].conditioner.text.token_ids)
 
 
-def test_only_the_unet_and_its_scale_are_taken_if_asked_for(tmp_path: Path) -> None:
-    text = build_tiny_run(tmp_path / "text")
-    export(text)
+def test_load_only_unet_takes_the_unet_and_the_scale_factor(tmp_path: Path) -> None:
+    text_run = build_tiny_run(tmp_path / "text")
+    export(text_run)
     weights = str(tmp_path / "measured.ckpt")
-    measured = read_checkpoint(text.checkpoints / "last.safetensors").state | {
+    measured = read_checkpoint(text_run.checkpoints / "last.safetensors").state | {
         "scale_factor": torch.tensor(0.3)
     }
     torch.save({"state_dict": measured}, weights)
-    raw = make_config("vary", tmp_path, ckpt_path=weights, load_only_unet=True, scale_by_std=True)
-    first = raw["model"]["params"]["first_stage_config"]["params"]
-    first |= {"ckpt_path": weights, "ignore_keys": ["decoder."]}
-    raw["lightning"]["trainer"]["seed"] = 5
-    run: Any = build_run_from(raw, tmp_path / "run")
-    expected: Any = text.model
-    for name, equal in (("unet.out.2.weight", True), ("autoencoder.decoder.conv_in.weight", False)):
+    params = {"ckpt_path": weights, "load_only_unet": True, "scale_by_std": True}
+    config = make_config("vary", tmp_path, **params)
+    first_stage = config["model"]["params"]["first_stage_config"]
+    first_stage["params"] |= {"ckpt_path": weights, "ignore_keys": ["decoder."]}
+    config["lightning"]["trainer"]["seed"] = 5
+    run: Any = build_run_from(config, tmp_path / "run")
+    expected: Any = text_run.model
+    names = {"unet.out.2.weight": True, "autoencoder.decoder.conv_in.weight": False}
+    for name, is_equal in names.items():
         actual, other = run.model.get_parameter(name), expected.get_parameter(name)
-        assert torch.allclose(actual, other, atol=1e-3) == equal, name
-    assert run.model.scale_factor == pytest.approx(0.3)  # not measured anew
+        assert torch.allclose(actual, other, atol=1e-3) == is_equal, name
+    assert run.model.scale_factor == pytest.approx(0.3)  # not measured again
 
 
 def test_finetune_keys_need_a_checkpoint(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""The check of the initial loss recognises models that were read wrongly."""
+"""The check of the initial loss detects models with wrong settings or weights."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +14,7 @@ from ldm.train.monitoring.initial_loss import (
     check_initial_loss,
     compare_with_baseline,
 )
-
-EMOJI = Path(__file__).parents[1] / "data/emoji"
+from train.tinyrun import EMOJI
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +33,10 @@ def compare(model: Any, source: DatasetSource) -> BaselineComparison:
 
 
 def test_a_trained_model_is_far_better_than_the_baseline(demo: Any, source: DatasetSource) -> None:
-    right = compare(demo, source)
-    assert right.best_fit == "v"
-    assert right.loss < 0.5 * right.baseline_loss
-    assert right.find_problem() is None
+    comparison = compare(demo, source)
+    assert comparison.best_fit == "v"
+    assert comparison.loss < 0.5 * comparison.baseline_loss
+    assert comparison.find_problem() is None
 
 
 WRONG_TYPE = "the model predicts `v`, but model.params.parameterization says"
@@ -54,21 +52,18 @@ WRONG_SCALE = "model.params.scale_factor does not fit this autoencoder"
         ("scale_factor", 1 / 0.18215, WRONG_SCALE),
     ],
 )
-def test_a_wrong_setting_of_a_model_is_named(
+def test_a_wrong_parameter_of_a_model_is_named(
     demo: Any, source: DatasetSource, attribute: str, value: Any, problem: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(demo, attribute, value)
     assert (compare(demo, source).find_problem() or "").startswith(problem)
 
 
-def test_random_weights_stop_a_fine_tune(
-    demo: Any, source: DatasetSource, monkeypatch: Any
-) -> None:
+def test_untrained_weights_are_refused(demo: Any, source: DatasetSource, monkeypatch: Any) -> None:
     last = demo.unet.out[2].weight
     monkeypatch.setattr(last, "data", torch.zeros_like(last))
-    with pytest.raises(
-        ValueError, match="hardly better than a trivial baseline: are its weights loaded"
-    ):
+    message = "hardly better than a trivial baseline: are its weights loaded"
+    with pytest.raises(ValueError, match=message):
         check_initial_loss(demo, source.load_fixed_samples(4), batch_size=8, seed=1)
 
 

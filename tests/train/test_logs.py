@@ -1,4 +1,4 @@
-"""Logs of a run: csv, tensorboard, wandb, the loss per timestep, and when actions are due."""
+"""Logs of a run: CSV, TensorBoard, W&B, losses by timestep, and triggers."""
 
 import csv
 import sys
@@ -23,25 +23,25 @@ def read_rows(path: Path) -> list[list[str]]:
 
 
 def test_a_csv_log_gets_a_column_when_its_value_appears(tmp_path: Path) -> None:
-    table = CsvLogger(tmp_path / "log.csv")
-    table.log_scalars(1, {"loss": 0.5})
-    table.log_scalars(2, {"loss": 0.25, "val/loss": 1.0})
-    table.log_scalars(3, {"val/loss": 2.0})
+    logger = CsvLogger(tmp_path / "log.csv")
+    logger.log_scalars(1, {"loss": 0.5})
+    logger.log_scalars(2, {"loss": 0.25, "val/loss": 1.0})
+    logger.log_scalars(3, {"val/loss": 2.0})
     assert read_rows(tmp_path / "log.csv") == [["1", "0.5", ""], ["2", "0.25", "1"], ["3", "", "2"]]
 
 
-def test_rows_after_the_state_are_dropped_as_they_come_again(tmp_path: Path) -> None:
+def test_rows_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
-    table = CsvLogger(path)
+    logger = CsvLogger(path)
     for step in (1, 2, 3):
-        table.log_scalars(step, {"loss": step})
+        logger.log_scalars(step, {"loss": step})
     with path.open("a") as file:
-        file.write("4,1")  # the process died here
+        file.write("4,1")  # the process was killed here
     CsvLogger(path, start_step=2).log_scalars(3, {"loss": 30})
     assert read_rows(path) == [["1", "1"], ["2", "2"], ["3", "30"]]
 
 
-def test_a_row_of_the_log_is_the_mean_over_its_steps(tmp_path: Path) -> None:
+def test_a_row_of_the_log_has_the_mean_since_the_last_row(tmp_path: Path) -> None:
     loggers = LoggerCollection(tmp_path, ["csv"])
     options = {"start_step": 3, "max_steps": 8, "log_every": 4}
     progress = ProgressBar(loggers, Ranks(), torch.device("cpu"), **options)
@@ -77,10 +77,10 @@ def test_wandb_gets_numbers_and_images(tmp_path: Path, monkeypatch: pytest.Monke
         def finish(self) -> None:
             calls.append("finished")
 
-    stand_in: Any = ModuleType("wandb")
-    stand_in.Image = lambda path: f"image {path}"
-    stand_in.init = lambda **options: calls.append(options) or Handle()
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    wandb: Any = ModuleType("wandb")
+    wandb.Image = lambda path: f"image {path}"
+    wandb.init = lambda **options: calls.append(options) or Handle()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     loggers = LoggerCollection(tmp_path, ["wandb"], wandb={"project": "p"}, config={"a": 1})
     loggers.log_scalars(1, {"loss": 2.0})
     loggers.log_image(1, "samples", Path("a.png"))
@@ -100,7 +100,7 @@ def test_a_missing_package_is_an_error_for_wandb_only(
         LoggerCollection(tmp_path, ["wandb"])
 
 
-def test_an_action_is_due_early_and_then_every_few_steps() -> None:
+def test_a_trigger_is_due_at_first_steps_and_at_intervals() -> None:
     trigger, never = Trigger(steps=10, early=True), Trigger()
     assert [n for n in range(1, 31) if trigger.is_due(n)] == [1, 2, 4, 8, 10, 16, 20, 30]
     assert not any(never.is_due(step) for step in range(1, 100))
@@ -108,7 +108,7 @@ def test_an_action_is_due_early_and_then_every_few_steps() -> None:
 
 @pytest.fixture
 def no_plots() -> None:
-    """Plots are drawn here."""
+    """Overrides the fixture that switches plots off."""
 
 
 def test_the_loss_is_logged_by_timestep(tmp_path: Path) -> None:
@@ -123,13 +123,13 @@ def test_the_loss_is_logged_by_timestep(tmp_path: Path) -> None:
     expected = [["10", "0", "249", "2", "2"], ["10", "250", "499", "5", "1"]]
     assert read_rows(path) == expected
     log.add(torch.tensor([100, 100]), torch.tensor([8.0, 8.0]))
-    log.write(20)  # the losses before count half
+    log.write(20)  # earlier losses count half
     assert read_rows(path)[2][3] == "6"
     assert sorted(TimestepLosses(tmp_path, Ranks(), 1000, num_bins=4, start_step=10).curves) == [10]
     assert read_rows(path) == expected
 
 
-def test_time_spent_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_timer_ignores_suspended_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(timers.time, "monotonic", lambda: now[0])
     timer = timers.StepTimer()

@@ -1,4 +1,4 @@
-"""The loss, its weights, and the originals' numbers for it."""
+"""The loss of diffusion models and its options, compared with the original."""
 
 from typing import Any
 
@@ -33,18 +33,18 @@ def build_unet(golden: GoldenFile, key: str) -> Any:
     return unet
 
 
-CASES = [f"{kind}_l2" for kind in ("eps", "v", "x0")] + [f"{k}_elbo" for k in ("eps", "v", "x0")]
-CASES += ["eps_l1", "logvar_init", "learn_logvar"]
+CASES = ["eps_l2", "v_l2", "x0_l2", "eps_elbo", "v_elbo", "x0_elbo", "eps_l1", "logvar_init",
+         "learn_logvar"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", slow_except(["train", "eval"], "train"))
-def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
-    """Tolerance: the recorder's own float32 differs from itself by 5e-7 in gradients of 0.1."""
+def test_losses_and_gradients_equal_the_originals(case: str, mode: str) -> None:
+    """Tolerance: in another run of the original, gradients of 0.1 differ by 5e-7."""
     golden = load_golden("train_losses")
-    shared, recorded = golden.select("shared/"), golden.outputs(f"{name}_{mode}")
-    params = golden.case(f"{name}_{mode}")["info"]["options"]
-    unet = build_unet(golden, f"config_{name}").train(mode == "train")
+    shared, expected = golden.select("shared/"), golden.outputs(f"{case}_{mode}")
+    params = golden.case(f"{case}_{mode}")["info"]["options"]
+    unet = build_unet(golden, f"config_{case}").train(mode == "train")
     criterion = build_criterion(params)
     cond, noise = Cond(crossattn=shared["c"]), shared["noise"]
     denoiser = Denoiser(unet, SCHEDULE, params.get("parameterization", "eps"))
@@ -55,11 +55,11 @@ def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
     assert losses["loss_per_sample"].mean() == pytest.approx(float(losses["loss_simple"]), rel=1e-6)
     if mode == "train":
         losses["loss"].backward()
-    for key, value in recorded.items():
-        kind, _, weight = key.partition("/")
+    for key, value in expected.items():
+        prefix, _, weight = key.partition("/")
         if key == "grad/logvar":
             torch.testing.assert_close(criterion.logvar.grad, value, rtol=1e-4, atol=1e-6)
-        elif kind == "grad":
+        elif prefix == "grad":
             gradient = unet.get_parameter(weight.removeprefix(PREFIX)).grad
             torch.testing.assert_close(gradient, value, rtol=1e-4, atol=1e-5)
         else:
@@ -68,12 +68,12 @@ def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
 
 
 def build_criterion(params: dict[str, Any]) -> Criterion:
-    """What a YAML of the original with these parameters asks for."""
+    """Build the criterion for parameters in a YAML of the original."""
     options = collect_diffusion_options(params, {})
     return Criterion(SCHEDULE, params.get("parameterization", "eps"), **options)
 
 
-def test_loss_of_drawn_timesteps_and_noise_equals_the_originals() -> None:
+def test_the_loss_for_random_timesteps_and_noise_equals_the_originals() -> None:
     golden = load_golden("train_losses")
     shared = golden.select("shared/")
     t, noise = golden.draws("forward_rng")
@@ -86,37 +86,38 @@ def test_loss_of_drawn_timesteps_and_noise_equals_the_originals() -> None:
 
 def test_two_steps_of_adamw_equal_the_originals() -> None:
     golden = load_golden("train_step")
-    inputs, recorded = golden.inputs("adamw"), golden.outputs("adamw")
+    inputs, expected = golden.inputs("adamw"), golden.outputs("adamw")
     unet, criterion = build_unet(golden, "config"), build_criterion({})
     denoiser, ema = Denoiser(unet, SCHEDULE), EMA(unet)
     optimizer = make_optimizer(unet, 1e-3)
     for step in range(2):
         cond, t, noise = Cond(crossattn=inputs["c"]), inputs["t"], inputs["noise"].roll(step, 0)
         loss = criterion(denoiser.compute_error(inputs["x_start"], cond, t, noise), t)["loss"]
-        torch.testing.assert_close(loss.detach(), recorded[f"loss{step}"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss.detach(), expected[f"loss{step}"], rtol=1e-4, atol=1e-5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ema.update(unet)
         for name in ("time_embed.0.weight", "out.2.weight", "middle_block.1.norm.weight"):
             actual = unet.get_parameter(name).detach()
-            expected = recorded[f"step{step}/{PREFIX}{name}"]
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-            average = recorded[f"step{step}/model_ema.diffusion_model{name.replace('.', '')}"]
+            weight = expected[f"step{step}/{PREFIX}{name}"]
+            torch.testing.assert_close(actual, weight, rtol=1e-4, atol=1e-4)
+            average = expected[f"step{step}/model_ema.diffusion_model{name.replace('.', '')}"]
             torch.testing.assert_close(ema.shadow[name], average, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
-def test_min_snr_weighs_the_same_error_of_z_alike(parameterization: str) -> None:
+def test_min_snr_gives_the_same_weight_to_an_error_of_x0(parameterization: str) -> None:
     snr = SCHEDULE.sigmas**-2
-    per_z = {"x0": 1.0, "eps": snr, "v": snr + 1}[parameterization]
+    loss_per_error = {"x0": 1.0, "eps": snr, "v": snr + 1}[parameterization]
     weights = Criterion(SCHEDULE, parameterization, min_snr_gamma=5.0).compute_weights(
         torch.arange(1000)
     )
-    torch.testing.assert_close((weights * per_z).double(), snr.clamp(max=5.0), rtol=1e-5, atol=0)
+    actual = (weights * loss_per_error).double()
+    torch.testing.assert_close(actual, snr.clamp(max=5.0), rtol=1e-5, atol=0)
 
 
-def test_min_snr_weighs_the_trained_loss_but_not_the_logged_one() -> None:
+def test_min_snr_weights_the_loss_but_not_the_logged_loss_per_sample() -> None:
     error, t = torch.ones(2, 4, 8, 8), torch.tensor([10, 900])
     criterion = Criterion(SCHEDULE, "eps", min_snr_gamma=5.0)
     losses = criterion(error, t)
@@ -124,8 +125,8 @@ def test_min_snr_weighs_the_trained_loss_but_not_the_logged_one() -> None:
     torch.testing.assert_close(losses["loss"], criterion.compute_weights(t).mean())
 
 
-class Recorder(nn.Module):
-    """A network that predicts zeros, and records its input."""
+class InputRecorder(nn.Module):
+    """A network that predicts zeros and records its input."""
 
     out_channels = 4
 
@@ -139,13 +140,13 @@ class Recorder(nn.Module):
 
 
 def build_task(**options: Any) -> DiffusionTask:
-    parts: dict[str, Any] = {"unet": Recorder(), "autoencoder": PixelSpace()}
-    model = LatentDiffusion(conditioner=Conditioner(), schedule=SCHEDULE, **parts)
+    networks: dict[str, Any] = {"unet": InputRecorder(), "autoencoder": PixelSpace()}
+    model = LatentDiffusion(conditioner=Conditioner(), schedule=SCHEDULE, **networks)
     return build_diffusion_task(model, **options)
 
 
 def record_input_noise(task: DiffusionTask) -> tuple[Tensor, float]:
-    """The noise in the network's input, for latents of zeros, and the loss of predicting 0."""
+    """Return the noise in the network's input for zero latents, and the loss for predicting 0."""
     losses = task.loss({"z": torch.zeros(16, 4, 16, 16)}, torch.Generator().manual_seed(3))
     unet: Any = task.model.unet
     std = (1 - SCHEDULE.alphas_cumprod[losses["t"]]).sqrt().float()
@@ -162,18 +163,19 @@ def record_input_noise(task: DiffusionTask) -> tuple[Tensor, float]:
         ({"noise_bias": 2.0, "noise_levels": {}}, "`noise_bias` cannot be combined with"),
     ],
 )  # fmt: skip
-def test_timesteps_that_cannot_be_drawn_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_ranges_of_timesteps_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_task(**options)
 
 
-def test_offset_noise_moves_whole_channels() -> None:
+def test_offset_noise_shifts_channels() -> None:
     """The mean of a channel has variance 1 / 256 from the noise, plus offset squared."""
     plain, _ = record_input_noise(build_task())
-    moved, loss = record_input_noise(build_task(noise_offset=0.5))
+    shifted, loss = record_input_noise(build_task(noise_offset=0.5))
     assert plain.mean(dim=(2, 3)).std() == pytest.approx(1 / 16, rel=0.2)
-    assert moved.mean(dim=(2, 3)).std() == pytest.approx((1 / 256 + 0.25) ** 0.5, rel=0.2)
-    assert loss == pytest.approx(moved.square().mean().item(), rel=1e-4)  # part of the target
+    assert shifted.mean(dim=(2, 3)).std() == pytest.approx((1 / 256 + 0.25) ** 0.5, rel=0.2)
+    # The offset is in the target, too.
+    assert loss == pytest.approx(shifted.square().mean().item(), rel=1e-4)
 
 
 def test_input_perturbation_is_in_the_input_but_not_in_the_target() -> None:
@@ -188,7 +190,7 @@ def test_an_unknown_option_is_refused() -> None:
         build_task(offset_nose=0.1)
 
 
-def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
+def test_options_are_collected_from_the_model_and_the_objective() -> None:
     params = {"loss_type": "l1", "logvar_init": 0.5, "ckpt_path": None}
     options = {"loss_type": "l1", "logvar_init": 0.5, "min_snr_gamma": 5}
     assert collect_diffusion_options(params, {"min_snr_gamma": 5}) == options
@@ -203,8 +205,8 @@ def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
     unset = {"conditioning_dropout_prob": None}
     assert collect_diffusion_options(unclip, unset) == collect_diffusion_options(unclip, {})
     for params, dropout in (({"embedding_dropout": 0.25}, 0.25), ({"embedder_config": {}}, 0.5)):
-        drop = collect_diffusion_options(params, {})["conditioning_dropout_prob"]
-        assert drop == {"txt": 0.1, "embedding": dropout}
+        options = collect_diffusion_options(params, {})
+        assert options["conditioning_dropout_prob"] == {"txt": 0.1, "embedding": dropout}
 
 
 def test_logvar_is_learned_and_exported_if_asked_for() -> None:
@@ -216,26 +218,26 @@ def test_logvar_is_learned_and_exported_if_asked_for() -> None:
     assert "criterion" not in build_task(logvar_init=0.5).trainable
 
 
-def test_a_measured_scale_equals_the_originals() -> None:
-    """The latent that the recording measures, without an autoencoder around it."""
-    recorded = load_golden("misc_cond").outputs("scale_by_std")
+def test_a_measured_scale_factor_equals_the_originals() -> None:
+    """Measured on the recorded latent, without an autoencoder."""
+    expected = load_golden("misc_cond").outputs("scale_by_std")
     task = build_task(scale_by_std=True)
-    set_scale_by_std(task.model, recorded["z"], torch.Generator())
-    assert task.model.scale_factor == pytest.approx(recorded["scale_factor"].item(), rel=1e-6)
+    set_scale_by_std(task.model, expected["z"], torch.Generator())
+    assert task.model.scale_factor == pytest.approx(expected["scale_factor"].item(), rel=1e-6)
     exported = task.get_weights_to_export([])["scale_factor"]
     assert float(exported) == pytest.approx(task.model.scale_factor, rel=1e-6)
     with pytest.raises(ValueError, match="scale_by_std needs `scale_factor` 1, not"):
-        set_scale_by_std(task.model, recorded["z"], torch.Generator())
+        set_scale_by_std(task.model, expected["z"], torch.Generator())
 
 
-def test_timesteps_are_spread_over_the_range() -> None:
+def test_timesteps_are_stratified() -> None:
     t = draw_timesteps(SCHEDULE, 50, torch.Generator().manual_seed(0))
     assert sorted((t // 20).tolist()) == list(range(50))
     assert t.tolist() != sorted(t.tolist())
 
 
-class FirstLetters(nn.Module):
-    """What `collect_vocabulary` uses of a text encoder."""
+class FirstLetterTokenizer(nn.Module):
+    """A text encoder for `collect_vocabulary`: the token of a text is its first letter."""
 
     token_ids = torch.zeros(5, dtype=torch.int64)
 
@@ -243,8 +245,8 @@ class FirstLetters(nn.Module):
         return torch.tensor([[ord(text[0]), 7] for text in texts])
 
 
-def test_a_vocabulary_is_sorted_and_filled_up_or_too_small() -> None:
-    ids = collect_vocabulary(["cat", "ant", "cow"], FirstLetters()).tolist()
+def test_a_vocabulary_is_sorted_and_padded_or_refused_as_too_small() -> None:
+    ids = collect_vocabulary(["cat", "ant", "cow"], FirstLetterTokenizer()).tolist()
     assert ids == [7, ord("a"), ord("c"), 49408, 49409]
     with pytest.raises(ValueError, match="`compact_vocab` must be at least 7 for 6 tokens"):
-        collect_vocabulary(list("abcde"), FirstLetters())
+        collect_vocabulary(list("abcde"), FirstLetterTokenizer())

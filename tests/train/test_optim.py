@@ -1,4 +1,4 @@
-"""Optimizers and learning rates."""
+"""Optimizers and learning rate schedules."""
 
 import sys
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", [(24, 100), (100, 24), (32, 32)])
-def test_orthogonalize_moves_singular_values_to_about_one(shape: tuple[int, int]) -> None:
+def test_singular_values_of_an_orthogonalized_matrix_are_about_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     orthogonal = orthogonalize(matrix)
@@ -35,7 +35,7 @@ def test_orthogonalize_moves_singular_values_to_about_one(shape: tuple[int, int]
     assert torch.cosine_similarity(orthogonal.flatten(), (u @ v).flatten(), dim=0) > 0.95
 
 
-RATES = {"adamw": 0.05, "adamw8bit": 0.05, "adafactor": 0.5, "muon": 0.2}
+LEARNING_RATES = {"adamw": 0.05, "adamw8bit": 0.05, "adafactor": 0.5, "muon": 0.2}
 
 
 @pytest.fixture
@@ -46,18 +46,18 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", RATES)
-def test_an_optimizer_fits_a_linear_map(name: str) -> None:
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_an_optimizer_fits_a_linear_layer(name: str) -> None:
     skip_without_package(name)
     torch.manual_seed(0)
-    lr = RATES[name]
+    lr = LEARNING_RATES[name]
     module, x = nn.Linear(20, 20), torch.randn(64, 20)
     target = x @ torch.randn(20, 20)
     optimizer = make_optimizer(module, lr, name=name)
-    rate, losses = LearningRateSchedule(lr, warmup_steps=5, scheduler="linear"), []
+    schedule, losses = LearningRateSchedule(lr, warmup_steps=5, scheduler="linear"), []
     for step in range(100):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, step / 100)
+            group["lr"] = schedule(step, step / 100)
         loss = (module(x) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -66,50 +66,48 @@ def test_an_optimizer_fits_a_linear_map(name: str) -> None:
     assert losses[-1] < 0.1 * losses[0]
 
 
-@pytest.mark.parametrize("name", RATES)
-def test_the_state_of_an_optimizer_can_be_written_and_read(name: str) -> None:
-    """Three steps equal two, a state of tensors by name, and a third."""
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_the_state_of_an_optimizer_can_be_saved_and_loaded(name: str) -> None:
+    """A third step from the loaded state equals a third step without interruption."""
     skip_without_package(name)
-    whole, parts = build_network(name), build_network(name)
-    for seed in range(3):
-        run_step(whole, seed)
+    uninterrupted, resumed = build_network(name), build_network(name)
     for seed in range(2):
-        run_step(parts, seed)
-    shapes = {n: (x.shape, x.dtype) for n, x in parts.get_optimizer_state().items()}
-    tensors = {name: value.clone() for name, value in parts.get_optimizer_state().items()}
-    third = build_network(name)
-    assert {
-        n: (x.shape, x.dtype) for n, x in third.allocate_optimizer_state(shapes).items()
-    } == shapes
-    third.module.load_state_dict(parts.module.state_dict())
-    third.load_optimizer_state(tensors)
-    run_step(third, 2)
-    for actual, expected in zip(third.module.parameters(), whole.module.parameters(), strict=True):
-        assert torch.equal(actual, expected)
+        run_step(uninterrupted, seed)
+    state = {name: x.clone() for name, x in uninterrupted.get_optimizer_state().items()}
+    shapes = {name: (x.shape, x.dtype) for name, x in state.items()}
+    allocated = resumed.allocate_optimizer_state(shapes)
+    assert {name: (x.shape, x.dtype) for name, x in allocated.items()} == shapes
+    resumed.module.load_state_dict(uninterrupted.module.state_dict())
+    resumed.load_optimizer_state(state)
+    for network in (uninterrupted, resumed):
+        run_step(network, 2)
+    weights = (network.module.parameters() for network in (uninterrupted, resumed))
+    assert all(torch.equal(actual, expected) for expected, actual in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("n", [3, 40, 1001, 4096])
-def test_a_weight_becomes_the_same_however_its_tensor_is_split(n: int) -> None:
-    """And equals torch's up to rounding: its loop rounds after every operation, the kernel once."""
-    whole, parts = run_adamw_steps([n], AdamW), run_adamw_steps([n // 3, n - n // 3], AdamW)
-    assert torch.equal(whole, parts)
-    plain = run_adamw_steps([n], torch.optim.AdamW)
-    torch.testing.assert_close(whole, plain, rtol=1e-6, atol=1e-6)
+def test_adamw_does_not_depend_on_how_a_tensor_is_split(n: int) -> None:
+    """It equals torch's up to rounding: torch rounds after each operation, our kernel once."""
+    unsplit, split = run_adamw_steps([n], AdamW), run_adamw_steps([n // 3, n - n // 3], AdamW)
+    assert torch.equal(unsplit, split)
+    expected = run_adamw_steps([n], torch.optim.AdamW)
+    torch.testing.assert_close(unsplit, expected, rtol=1e-6, atol=1e-6)
 
 
 def run_adamw_steps(sizes: list[int], optimizer_class: type[torch.optim.Optimizer]) -> Tensor:
-    rng = torch.Generator().manual_seed(0)
-    weights = [nn.Parameter(x) for x in torch.randn(sum(sizes), generator=rng).split(sizes)]
+    generator = torch.Generator().manual_seed(0)
+    initial = torch.randn(sum(sizes), generator=generator).split(sizes)
+    weights = [nn.Parameter(x) for x in initial]
     optimizer = optimizer_class(weights, lr=1e-2)
     for _ in range(3):
-        gradients = torch.randn(sum(sizes), generator=rng).split(sizes)
+        gradients = torch.randn(sum(sizes), generator=generator).split(sizes)
         for p, gradient in zip(weights, gradients, strict=True):
             p.grad = gradient
         optimizer.step()
     return torch.cat([p.detach() for p in weights])
 
 
-def test_adamw_keeps_weights_that_are_channels_last_in_their_order() -> None:
+def test_adamw_gives_the_same_for_channels_last_weights() -> None:
     weights = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
@@ -122,13 +120,13 @@ def test_adamw_keeps_weights_that_are_channels_last_in_their_order() -> None:
     torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
 
 
-def test_muon_does_the_same_with_sharded_weights(process_group: None) -> None:
-    alone, sharded = build_network("muon"), build_network("muon", is_sharded=True)
+def test_muon_gives_the_same_for_sharded_weights(process_group: None) -> None:
+    plain, sharded = build_network("muon"), build_network("muon", is_sharded=True)
     for seed in range(2):
-        run_step(alone, seed)
+        run_step(plain, seed)
         run_step(sharded, seed)
     for actual, expected in zip(
-        sharded.module.parameters(), alone.module.parameters(), strict=True
+        sharded.module.parameters(), plain.module.parameters(), strict=True
     ):
         assert isinstance(actual, DTensor)
         assert torch.equal(actual.full_tensor(), expected)
@@ -141,7 +139,7 @@ def skip_without_package(name: str) -> None:
 
 def build_network(name: str, is_sharded: bool = False) -> TrainedNetwork:
     torch.manual_seed(0)
-    layer = nn.Linear(80, 64)  # more than 4096 weights, fewer stay in 32 bits
+    layer = nn.Linear(80, 64)  # 8-bit optimizers need more than 4096 weights
     if is_sharded:
         fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
     return TrainedNetwork(layer, make_optimizer(layer, 1e-2, name=name), lambda *_: {})
@@ -154,7 +152,7 @@ def run_step(network: TrainedNetwork, seed: int) -> None:
     network.optimizer.step()
 
 
-def test_vectors_embeddings_and_narrow_matrices_are_left_to_adam() -> None:
+def test_vectors_embeddings_and_narrow_matrices_are_trained_by_adam() -> None:
     module = nn.ModuleDict({"embedding": nn.Embedding(40, 40), "wide": nn.Linear(40, 40)})
     module["narrow"] = nn.Linear(40, 4)
     optimizer = make_optimizer(module, 1.0, name="muon")
@@ -163,15 +161,15 @@ def test_vectors_embeddings_and_narrow_matrices_are_left_to_adam() -> None:
     assert len(groups[False]) == 4
 
 
-def test_the_rate_warms_up_and_decays_to_zero() -> None:
-    assert LearningRateSchedule(1.0, warmup_steps=10)(0, 0.0) == pytest.approx(0.1)
-    assert LearningRateSchedule(1.0, warmup_steps=10, scheduler="linear")(50, 0.5) == pytest.approx(
-        0.5
+def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
+    constant, linear, cosine = (
+        LearningRateSchedule(1.0, warmup_steps=10, scheduler=scheduler)
+        for scheduler in ("constant", "linear", "cosine")
     )
-    assert LearningRateSchedule(1.0, warmup_steps=10, scheduler="cosine")(99, 1.0) == pytest.approx(
-        0.0
-    )
-    assert LearningRateSchedule(1.0, warmup_steps=10)(99, 1.0) == 1.0
+    assert constant(0, 0.0) == pytest.approx(0.1)
+    assert constant(99, 1.0) == 1.0
+    assert linear(50, 0.5) == pytest.approx(0.5)
+    assert cosine(99, 1.0) == pytest.approx(0.0)
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Several processes train as one would, continue as more or fewer, and end together."""
+"""Several processes train as one does, resume with another number of them, and end together."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ from ldm.data.transforms import PhotoTransform
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.train.distributed import parallel
 from train.ranks import run_cases
+from train.tinyrun import EMOJI, ROOT
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/train/ranks.py"
 
 
@@ -35,20 +35,18 @@ def find_free_port() -> int:
 def make_environments(processes: int) -> list[dict[str, str]]:
     """Make the variables by which processes find each other, as torchrun and Slurm do."""
     shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(find_free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    shared |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    shared |= {"WORLD_SIZE": str(processes)}
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        "WORLD_SIZE": str(processes),
+    }  # fmt: skip
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def start_processes(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
+def start_processes(processes: int, *args: str) -> "list[subprocess.Popen[str]]":
     """Start ranks.py in several processes."""
     return [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), *words],
+            [sys.executable, str(SCRIPT), *args],
             env={**os.environ, **environment},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         )
@@ -57,17 +55,19 @@ def start_processes(processes: int, *words: str) -> "list[subprocess.Popen[str]]
 
 
 def run_ranks(processes: int, folder: Path, *cases: str) -> dict[str, tuple[str, str]]:
-    """Return the two hashes of each case; processes are forked from one that has imported all."""
+    """Return the two hashes of each case; processes are forked after all imports."""
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["train.ranks", "torch._dynamo"])
     with ProcessPoolExecutor(processes, context) as pool:
-        work = [pool.submit(run_cases, env, folder, cases) for env in make_environments(processes)]
-        return work[0].result(timeout=900)
+        futures = [
+            pool.submit(run_cases, env, folder, cases) for env in make_environments(processes)
+        ]
+        return futures[0].result(timeout=900)
 
 
 @pytest.mark.slow
-def test_a_process_ends_when_another_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_ends_if_another_sends_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     port = find_free_port()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
@@ -90,7 +90,7 @@ def test_restarted_processes_agree_on_a_new_session() -> None:
     sessions = []
     for _ in range(2):
         with ThreadPoolExecutor() as pool:
-            # It finds the entries of the last session.
+            # It finds the entries of the previous session.
             first = pool.submit(parallel.agree_on_session, store, 0, 3)
             time.sleep(0.2)
             others = [pool.submit(parallel.agree_on_session, store, rank, 3) for rank in (1, 2)]
@@ -106,24 +106,24 @@ def test_a_stopped_process_ends_the_others(tmp_path: Path) -> None:
     while len(list(tmp_path.glob("*.pid"))) < 2 and first.poll() is None:
         time.sleep(0.1)
     second.send_signal(signal.SIGSTOP)  # no connection breaks, but its heartbeat ends
-    since = time.monotonic()
+    start = time.monotonic()
     _, errors = first.communicate(timeout=120)
     second.kill()
     second.communicate()
     assert first.returncode == 1
-    assert time.monotonic() - since < 60
+    assert time.monotonic() - start < 60
     assert "process 1 has been silent for 5 s" in errors
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_process_again_and_nothing_is_lost(tmp_path: Path) -> None:
-    words = ["lightning.trainer.max_steps=12", "lightning.callbacks.save_steps=3"]
-    words += ["lightning.callbacks.images=0", "data.params.batch_size=2"]
-    words += ["-b", "configs/train/tiny.yaml", "-t", "-l"]
+def test_a_run_restarted_by_torchrun_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    args = ["lightning.trainer.max_steps=12", "lightning.callbacks.save_steps=3"]
+    args += ["lightning.callbacks.images=0", "data.params.batch_size=2"]
+    args += ["-b", "configs/train/tiny.yaml", "-t", "-l"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node=2", "--max-restarts=1", "scripts/train.py", *words]
+    torchrun += ["--nproc-per-node=2", "--max-restarts=1", "scripts/train.py", *args]
     weights = []
-    for name in ("whole", "killed"):
+    for name in ("uninterrupted", "killed"):
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         run = subprocess.Popen([*torchrun, str(tmp_path / name)], cwd=ROOT, env=env)
         if name == "killed":
@@ -143,11 +143,11 @@ def test_torchrun_starts_a_killed_process_again_and_nothing_is_lost(tmp_path: Pa
 @pytest.mark.parametrize(
     ("processes", "strategies"), [(1, ["auto"]), (2, ["ddp", "fsdp"]), (4, ["hsdp"])]
 )
-def test_every_way_of_training_is_resumed_bit_by_bit(
+def test_every_strategy_is_resumed_bit_by_bit(
     processes: int, strategies: list[str], tmp_path: Path
 ) -> None:
     shards = tmp_path / "shards"
-    folder = ImageFolder(root=ROOT / "tests/data/emoji", transform=PhotoTransform(size=32))
+    folder = ImageFolder(root=EMOJI, transform=PhotoTransform(size=32))
     assert len(list(write_shards(folder, f"{shards}/%03d.tar", count=5))) == 5
     variants = ("32-map", f"bf16-{shards}/*.tar")
     cases = [f"{strategy}-{variant}" for strategy in strategies for variant in variants]
@@ -156,14 +156,14 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
 
 
 @pytest.mark.slow
-def test_a_sharded_sdxl_continues_as_one_process(tmp_path: Path) -> None:
-    """Its optimizer has states for the UNet alone: both text encoders are frozen."""
+def test_a_sharded_sdxl_is_resumed_by_one_process(tmp_path: Path) -> None:
+    """Only the UNet has optimizer states: both text encoders are frozen."""
     save, resume = "save:fsdp-32-xl", "resume:fsdp-32-xl"
     hashes = run_ranks(2, tmp_path, save, resume)
     assert run_ranks(1, tmp_path, resume)[resume][0] == hashes[resume][0] == hashes[save][1]
     weights = [torch.load(tmp_path / f"resumed-{n}.pt")["weights"] for n in (2, 1)]
     assert {name.split(".")[0] for name in weights[0]} == {"unet", "conditioner"}
-    check_close(*weights)
+    assert_close(*weights)
 
 
 @pytest.mark.slow
@@ -174,21 +174,19 @@ def test_a_state_of_four_processes_is_the_same_on_two_and_one(
     """The second step continues from the state of the first with another strategy."""
     save, resume = f"save:{first}-32-map", f"resume:{second}-32-map"
     hashes = run_ranks(4, tmp_path, save, resume)
-    saved = hashes[save][1]
-    assert [hashes[resume][0], *(run_ranks(n, tmp_path, resume)[resume][0] for n in (2, 1))] == [
-        saved
-    ] * 3
-    of_four, *others = (torch.load(tmp_path / f"resumed-{n}.pt") for n in (4, 2, 1))
-    for result in others:
-        assert result["losses"] == pytest.approx(of_four["losses"], rel=1e-5)
-        check_close(of_four["weights"], result["weights"])
+    resumed = [hashes[resume][0], *(run_ranks(n, tmp_path, resume)[resume][0] for n in (2, 1))]
+    assert resumed == [hashes[save][1]] * 3
+    expected, *results = (torch.load(tmp_path / f"resumed-{n}.pt") for n in (4, 2, 1))
+    for result in results:
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert_close(expected["weights"], result["weights"])
 
 
-def check_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Compare weights whose gradients were summed in another order.
 
-    Adam divides by their size: where they are about 0, a weight may move by 0.002, the
-    learning rate, in either direction.
+    Adam divides by the size of gradients: where they are about 0, a weight may change by the
+    learning rate, 0.002, in either direction.
     """
     for name, value in actual.items():
         difference = (value.float() - expected[name].float()).abs()

@@ -1,4 +1,4 @@
-"""SDXL's base, refiner and inpainting model are trained by the same trainer, and read sizes."""
+"""Training of SDXL's base, refiner and inpainting model, with size conditioning."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ from loading.tinyfamilies import make_small_config, write_family
 from train.tinyrun import build_run_from
 
 pytestmark = pytest.mark.usefixtures("no_states")
-DATA = """
+CONFIG = """
 data:
   params:
     batch_size: 2
@@ -57,7 +57,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_config(family: str, photos: Path, folder: Path, *overrides: str) -> dict[str, Any]:
-    text = DATA.replace("PHOTOS", str(photos)).replace("CACHE", str(folder.parent))
+    text = CONFIG.replace("PHOTOS", str(photos)).replace("CACHE", str(folder.parent))
     model = make_small_config(family)["model"] | {"base_learning_rate": 1e-3}
     return {"model": model, **parse_yaml(text, overrides)}
 
@@ -87,7 +87,7 @@ def make_run(family: str, photos: Path, folder: Path, *overrides: str) -> Run:
         ),
     ],
 )
-def test_every_model_is_trained_sampled_and_exported(
+def test_a_model_is_trained_samples_and_is_exported(
     family: str, keys: set[str], overrides: list[str], photos: Path, tmp_path: Path
 ) -> None:
     run = make_run(family, photos, tmp_path / "run", *overrides)
@@ -107,41 +107,41 @@ def test_every_model_is_trained_sampled_and_exported(
     is_validated = "val/loss_ema" in (run.folder / "log.csv").read_text()
     assert is_validated == (run.validation_source is not None)
     model = ldm.load(None, run.checkpoints / "last.safetensors")
-    first = "unet.input_blocks.0.0.weight"
-    shadow = run.state.ema.shadow[first].half().float()
-    assert model.state_dict()[first].float().equal(shadow)
+    name = "unet.input_blocks.0.0.weight"
+    shadow = run.state.ema.shadow[name].half().float()
+    assert model.state_dict()[name].float().equal(shadow)
 
 
 @pytest.mark.parametrize("legacy", [[], ["zero-sizes-in-previews"]])
-def test_the_unconditional_half_of_a_grid_keeps_its_sizes(
+def test_the_unconditional_input_of_sample_grids_keeps_the_sizes(
     legacy: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objective = f"lightning.objective.legacy={legacy}"
     run = make_run("xl", photos, tmp_path / "run", "data.params.texts=null", objective)
     conds: list[Cond] = []
 
-    def sample(model: Any, *both: Cond, **_: Any) -> torch.Tensor:
-        conds.extend(both)
+    def sample(model: Any, cond: Cond, uncond: Cond, **_: Any) -> torch.Tensor:
+        conds.extend((cond, uncond))
         return torch.zeros(1, 4, 8, 8)
 
     monkeypatch.setattr("ldm.train.monitoring.samples.sample", sample)
     sample_images(run, run.model, run.source.load_fixed_samples(1))
-    (cond, uncond), pooled = [value.vector for value in conds], 40
-    assert not uncond[:, :pooled].any()
-    assert uncond[:, pooled:].equal(cond[:, pooled:]) == (not legacy)
-    assert uncond[:, pooled:].any() == (not legacy)
+    (cond, uncond), pooled_dim = [value.vector for value in conds], 40
+    assert not uncond[:, :pooled_dim].any()
+    assert uncond[:, pooled_dim:].equal(cond[:, pooled_dim:]) == (not legacy)
+    assert uncond[:, pooled_dim:].any() == (not legacy)
 
 
 @pytest.mark.parametrize(
-    ("family", "parts", "overrides"),
+    ("family", "components", "overrides"),
     [
         ("xl", {"unet", "te1", "te2"}, []),
         pytest.param("xl-refiner", {"unet", "te"}, [], marks=pytest.mark.slow),
         pytest.param("xl-inpainting", {"unet", "te1", "te2"}, [MASKS], marks=pytest.mark.slow),
     ],
 )
-def test_a_lora_and_a_token_of_all_text_encoders_are_trained_and_used(
-    family: str, parts: set[str], overrides: list[str], photos: Path, tmp_path: Path
+def test_a_lora_and_an_embedding_of_all_text_encoders_are_trained_and_loaded(
+    family: str, components: set[str], overrides: list[str], photos: Path, tmp_path: Path
 ) -> None:
     run = make_run(
         family,
@@ -171,7 +171,7 @@ def test_a_lora_and_a_token_of_all_text_encoders_are_trained_and_used(
         lora: Any = read_lora(run.checkpoints / f"{style}.safetensors", model)
         names = {f"lora.{name}" for name, _ in lora.named_parameters()}
         assert names == {name for name in trained if name.startswith("lora.")}
-        assert {name.split("_")[1] for name in lora} == parts
+        assert {name.split("_")[1] for name in lora} == components
 
 
 def list_prior_overrides(folder: Path) -> list[str]:
@@ -180,12 +180,12 @@ def list_prior_overrides(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_path: Path) -> None:
+def test_dreambooth_samples_missing_class_images(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "class"
     overrides = [*list_prior_overrides(folder), "lightning.callbacks.images=0"]
-    raw = make_config("xl", photos, tmp_path / "run", *overrides)
-    raw["model"]["params"]["image_size"] = 8
-    run = build_run_from(raw, tmp_path / "run")
+    config = make_config("xl", photos, tmp_path / "run", *overrides)
+    config["model"]["params"]["image_size"] = 8
+    run = build_run_from(config, tmp_path / "run")
     assert len(list(folder.glob("*.png"))) == 2
     source: Any = run.source
     prior_sample = source.dataset[0, 0]["prior"]
@@ -195,34 +195,30 @@ def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_
     assert "prior" in (run.folder / "log.csv").read_text().splitlines()[0].split(",")
 
 
-def test_class_images_that_a_refiner_cannot_sample_are_requested(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_a_refiner_requests_missing_class_images(photos: Path, tmp_path: Path) -> None:
     overrides = list_prior_overrides(tmp_path / "class")
     with pytest.raises(ArgumentError, match="2 class images are missing in .*: put class images"):
         make_run("xl-refiner", photos, tmp_path / "run", *overrides)
 
 
-def test_a_training_config_of_generative_models_is_run_unchanged(
-    photos: Path, tmp_path: Path
-) -> None:
-    """Without `lightning.optimizer`, so it is trained as by the original."""
-    raw = make_config("xl-v", photos, tmp_path / "run", "data.params.texts=null")
-    embedders = raw["model"]["params"]["conditioner_config"]["params"]["emb_models"]
+def test_a_training_config_of_generative_models_is_run(photos: Path, tmp_path: Path) -> None:
+    """Without `lightning.optimizer`, it is trained as by the original."""
+    config = make_config("xl-v", photos, tmp_path / "run", "data.params.texts=null")
+    embedders = config["model"]["params"]["conditioner_config"]["params"]["emb_models"]
     for embedder in embedders:
         embedder["ucg_rate"] = 0.5
     embedders[0]["legacy_ucg_value"] = ""
     package = "sgm.modules.diffusionmodules."
-    raw["model"]["params"]["loss_fn_config"] = {
+    config["model"]["params"]["loss_fn_config"] = {
         "target": f"{package}loss.StandardDiffusionLoss",
         "params": {
             "loss_weighting_config": {"target": f"{package}loss_weighting.VWeighting"},
             "sigma_sampler_config": {"target": f"{package}sigma_sampling.EDMSampling"},
         },
     }
-    raw["lightning"] = {"trainer": {"max_steps": 1, "sanity": False}}
-    raw["lightning"]["callbacks"] = {"images": 0, "loggers": ["csv"]}
-    run = build_run_from(raw, tmp_path / "run")
+    config["lightning"] = {"trainer": {"max_steps": 1, "sanity": False}}
+    config["lightning"]["callbacks"] = {"images": 0, "loggers": ["csv"]}
+    run = build_run_from(config, tmp_path / "run")
     assert isinstance(run.task, DiffusionTask)
     assert (run.task.conditioning_dropout_prob, run.task.sigma_distribution) == (None, LogNormal())
     assert run.state.ema.decay == 0

@@ -1,4 +1,4 @@
-"""Settings of a run: our keys, those of Lightning and the original, and mistakes."""
+"""Settings of a run: our keys, keys of Lightning and the original, and errors."""
 
 import math
 import re
@@ -25,14 +25,14 @@ from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.noise_levels import LogNormal
 from quick import slow_except
+from train.tinyrun import ROOT
 
-ROOT = Path(__file__).parents[2]
-FILES = sorted([*ROOT.glob("configs/demo/*.yaml"), *ROOT.glob("configs/train/*.yaml")])
+TRAIN_CONFIGS = sorted([*ROOT.glob("configs/demo/*.yaml"), *ROOT.glob("configs/train/*.yaml")])
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
-# The others are scaled as the original does it.
-RECIPES = [path for path in FILES if "optimizer" in read_yaml(path).get("lightning", {})]
+# Without `optimizer`, learning rates are scaled as in the original.
+RECIPES = [path for path in TRAIN_CONFIGS if "optimizer" in read_yaml(path).get("lightning", {})]
 # As published for the training of SD 2 inpainting.
-SD2 = """
+SD2_LIGHTNING = """
   find_unused_parameters: true
   modelcheckpoint: {params: {every_n_train_steps: 5000}}
   callbacks:
@@ -64,8 +64,8 @@ SD2 = """
 """
 
 
-def read(text: str = "", *, model: str = "{}") -> Settings:
-    return read_settings(parse_yaml(f"model: {model}\nlightning: {text}\n"))
+def read(lightning: str = "", *, model: str = "{}") -> Settings:
+    return read_settings(parse_yaml(f"model: {model}\nlightning: {lightning}\n"))
 
 
 def make_linear_config(**changes: Any) -> dict[str, Any]:
@@ -76,10 +76,10 @@ def make_linear_config(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_our_recipes_are_read_without_messages(path: Path) -> None:
-    raw = read_yaml(path)
-    trainer = raw.setdefault("lightning", {}).setdefault("trainer", {})
+    config = read_yaml(path)
+    trainer = config.setdefault("lightning", {}).setdefault("trainer", {})
     trainer.setdefault("max_steps", 1)
-    result, base = read_settings(raw), raw["model"]["base_learning_rate"]
+    result, base = read_settings(config), config["model"]["base_learning_rate"]
     assert result.messages == ()
     batches = result.data.batch_size * result.trainer.accumulate_grad_batches
     factor = batches if trainer.get("scale_lr") else 1
@@ -87,7 +87,7 @@ def test_our_recipes_are_read_without_messages(path: Path) -> None:
 
 
 def test_the_training_config_of_sd2_inpainting_is_translated() -> None:
-    result = read_settings(parse_yaml(f"model: {{params: {{use_ema: false}}}}\nlightning: {SD2}"))
+    result = read(SD2_LIGHTNING, model="{params: {use_ema: false}}")
     callbacks = result.callbacks
     assert callbacks.save_steps == 5000
     assert callbacks.export_steps == 10_000
@@ -144,31 +144,32 @@ def test_arguments_of_lightning_are_translated() -> None:
     assert callbacks.wandb == {"project": "p", "mode": "offline"}
 
 
-def test_a_config_of_the_original_scales_its_rate_by_the_whole_batch() -> None:
+def test_a_config_of_the_original_scales_the_learning_rate_by_the_total_batch_size() -> None:
     result = read_settings(parse_yaml("""
         model: {base_learning_rate: 1e-6}
         data: {params: {batch_size: 4}}
         lightning: {trainer: {accumulate_grad_batches: 2}}"""))  # fmt: skip
-    rate, line = result.build_lr_schedule(16)
-    assert rate(0, 0.0) == rate(10_000, 0.9) == pytest.approx(1.28e-4)
-    assert line == (
+    schedule, message = result.build_lr_schedule(16)
+    assert schedule(0, 0.0) == schedule(10_000, 0.9) == pytest.approx(1.28e-4)
+    assert message == (
         "learning rate 1.28e-04 = 2 (accumulate_grad_batches) x 16 (ranks) x 4 (batch_size) x "
         "1.00e-06 (base_learning_rate)"
     )
     assert result.replace(trainer={"scale_lr": False}).build_lr_schedule(16)[0].lr == 1e-6
 
 
-@pytest.mark.parametrize(("target", "warns"), [("LatentDiffusion", True), ("AutoencoderKL", False)])
-def test_a_rate_that_scaling_makes_too_high_is_a_warning(
-    caplog: pytest.LogCaptureFixture, target: str, warns: bool
+@pytest.mark.parametrize(
+    ("target", "is_warned"), [("LatentDiffusion", True), ("AutoencoderKL", False)]
+)
+def test_a_learning_rate_that_is_too_high_after_scaling_is_warned_of(
+    caplog: pytest.LogCaptureFixture, target: str, is_warned: bool
 ) -> None:
-    """Such as that of lsun_churches, whose comment says not to scale it."""
+    """As in the config lsun_churches, which says in a comment that it must not be scaled."""
     model = f"model: {{target: {target}, base_learning_rate: 5e-5}}"
     result = read_settings(parse_yaml(f"{{{model}, data: {{params: {{batch_size: 96}}}}}}"))
     result.build_lr_schedule()
-    assert (
-        "learning rate 4.80e-03: diffusion models often diverge above 3e-04" in caplog.text
-    ) == warns
+    message = "learning rate 4.80e-03: diffusion models often diverge above 3e-04"
+    assert (message in caplog.text) == is_warned
 
 
 def test_captions_are_dropped_as_the_model_config_says() -> None:
@@ -178,7 +179,7 @@ def test_captions_are_dropped_as_the_model_config_says() -> None:
     assert read("{optimizer: {}, trainer: {max_steps: 1}}", model=model).objective == {}
 
 
-def test_callbacks_are_recognised_by_their_class() -> None:
+def test_callbacks_are_recognized_by_their_class() -> None:
     result = read(
         "{callbacks: {grids: {target: main.ImageLogger, params: {batch_frequency: 7, "
         "max_images: null}}, "
@@ -208,12 +209,12 @@ def test_an_invalid_accumulation_is_refused_by_its_name(count: str) -> None:
 
 
 @pytest.mark.parametrize("interval", ["check_val_every_n_epoch: 1", "val_check_interval: 100"])
-def test_no_validation_batches_switch_validation_off(interval: str) -> None:
+def test_zero_validation_batches_disable_validation(interval: str) -> None:
     callbacks = read(f"{{trainer: {{limit_val_batches: 0, {interval}}}}}").callbacks
     assert (callbacks.validate_steps, callbacks.validate_epochs) == (None, None)
 
 
-def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
+def test_ignored_arguments_of_lightning_are_named() -> None:
     result = read("{trainer: {limit_val_batches: 0.5, profiler: simple, min_steps: 3}}")
     assert result.callbacks.validate_batches == 8
     ignored = [text.split()[0].rpartition(".")[2] for text in result.messages if "ignored" in text]
@@ -241,16 +242,16 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
 )  # fmt: skip
 def test_settings_without_effect_are_named(lightning: str, message: str) -> None:
     data = "validation: {root: x}, texts: {cache: x}"
-    raw = f"{{lightning: {{{lightning}}}, data: {{params: {{{data}}}}}}}"
-    assert [text for text in read_settings(parse_yaml(raw)).messages if message in text]
+    config = f"{{lightning: {{{lightning}}}, data: {{params: {{{data}}}}}}}"
+    assert [text for text in read_settings(parse_yaml(config)).messages if message in text]
 
 
-def test_a_fast_dev_run_has_as_many_steps_as_it_says() -> None:
+def test_fast_dev_run_sets_the_number_of_steps() -> None:
     limits = [read(f"{{trainer: {{fast_dev_run: {n}}}}}").trainer.max_steps for n in ("true", 5)]
     assert limits == [1, 5]
 
 
-def test_the_originals_monitor_is_used() -> None:
+def test_the_monitor_of_the_original_is_used() -> None:
     text = """
         {{model: {{params: {{unet_config: {{}}, monitor: val/loss_simple_ema}}}},
           data: {{params: {{train: {{}}, validation: {held_out}}}}}, lightning: {lightning}}}"""
@@ -267,36 +268,35 @@ def test_the_originals_monitor_is_used() -> None:
     assert read_monitoring() == [0, None, None]
     fewer = "{modelcheckpoint: {params: {save_top_k: 1, monitor: val/loss_simple}}}"
     assert read_monitoring("{root: x}", fewer) == [1, "val/loss_simple", 1]
-    best = (
+    best_only = (
         "{modelcheckpoint: {params: {monitor: val/loss}}, optimizer: {}, trainer: {max_steps: 1}}"
     )
-    assert read_monitoring("{root: x}", best) == [1, "val/loss", None]
+    assert read_monitoring("{root: x}", best_only) == [1, "val/loss", None]
     none = "{modelcheckpoint: {params: {save_top_k: 0}}}"
     assert read_monitoring("{root: x}", none) == [0, "val/loss_simple_ema", 1]
     highest = "{modelcheckpoint: {params: {mode: max, monitor: val/psnr}}}"
     assert read_monitoring("{}", highest) == [0, None, None]
 
 
-def test_a_schedule_stays_where_its_last_cycle_ends() -> None:
+def test_a_learning_rate_schedule_is_constant_after_its_last_cycle() -> None:
     multiplier = build_lr_multiplier(make_linear_config(verbosity_interval=0))
     assert [multiplier(n) for n in (0, 2, 10, 99)] == pytest.approx([0, 0.5, 0.2, 0.2])
 
 
 def test_the_scheduler_of_the_model_is_used_unless_the_optimizer_has_one() -> None:
     model = {"base_learning_rate": 1.0, "params": {"scheduler_config": make_linear_config()}}
-    raw = {"model": model, "data": {"params": {"batch_size": 2}}}
-    result = read_settings({**raw, "lightning": {"trainer": {"max_steps": 9}}})
-    rate, _ = result.build_lr_schedule()
-    assert rate(2, 0.5) == pytest.approx(1.0)  # 0.5 x batch 2
+    config = {"model": model, "data": {"params": {"batch_size": 2}}}
+    result = read_settings({**config, "lightning": {"trainer": {"max_steps": 9}}})
+    schedule, _ = result.build_lr_schedule()
+    assert schedule(2, 0.5) == pytest.approx(1.0)  # 0.5 x batch 2
     optimizer = {"lr_scheduler": "linear", "lr_warmup_steps": 0}
-    actual = read_settings(
-        {**raw, "lightning": {"trainer": {"max_steps": 9}, "optimizer": optimizer}}
-    )
-    assert actual.build_lr_schedule()[0](2, 0.5) == pytest.approx(0.5)
-    assert any("replaces" in message for message in actual.messages)
+    lightning = {"trainer": {"max_steps": 9}, "optimizer": optimizer}
+    result = read_settings({**config, "lightning": lightning})
+    assert result.build_lr_schedule()[0](2, 0.5) == pytest.approx(0.5)
+    assert any("replaces" in message for message in result.messages)
 
 
-SECTIONS = {
+SCHEMAS = {
     "trainer": schema.TrainerOptions,
     "callbacks": schema.CallbackOptions,
     "lora": schema.LoraOptions,
@@ -326,21 +326,21 @@ def test_lora_and_textual_inversion_of_an_autoencoder_are_refused(name: str) -> 
         read(f"{{{name}: {{rank: 2}}}}", model="{target: ldm.models.autoencoder.AutoencoderKL}")
 
 
-def test_a_key_under_both_names_is_refused() -> None:
+def test_a_key_with_both_names_is_refused() -> None:
     message = r"^lightning\.optimizer\.warm_up is the former name of `lr_warmup_steps`: give one .*"
     with pytest.raises(ValueError, match=message):
         read("{trainer: {max_steps: 1}, optimizer: {warm_up: 1, lr_warmup_steps: 1}}")
 
 
-def test_nonsense_is_refused_with_the_name_of_its_key() -> None:
-    for section, schema_class in SECTIONS.items():
+def test_invalid_values_are_refused_with_their_keys() -> None:
+    for section, schema_class in SCHEMAS.items():
         for key in schema_class.model_fields:
             message = rf"lightning\.{section}(\.{key}: `| needs)"
             with pytest.raises(ValueError, match=message):
                 read_settings({"lightning": {section: {key: [{}]}}})
 
 
-def test_the_schema_has_the_keywords_of_tasks() -> None:
+def test_the_schema_has_the_arguments_of_tasks() -> None:
     keywords = {*signature(ReconstructionTask).parameters, *signature(AdversarialTask).parameters}
     assert {*schema.list_keys(schema.AutoencoderObjective)} == keywords - {"model", "config"}
     keywords = {*signature(DiffusionTask).parameters, *signature(Criterion).parameters}
@@ -361,7 +361,7 @@ def test_the_schema_has_the_keywords_of_tasks() -> None:
         (schema.LogNormalOptions, LogNormal, set()),
     ],
 )
-def test_the_schema_has_the_keywords_of_data(
+def test_the_schema_has_the_arguments_of_datasets_and_transforms(
     section: type, constructor: Callable[..., object], difference: set[str]
 ) -> None:
     assert {*schema.list_keys(section)} ^ {*signature(constructor).parameters} == difference
@@ -433,12 +433,12 @@ def test_the_schema_has_the_keywords_of_data(
         ("lightning.logger.target=x.MLFlowLogger", "unknown logger `x.MLFlowLogger`"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_named_with_its_key(override: str, message: str) -> None:
+def test_errors_name_the_key_and_the_value(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read_settings(parse_yaml("{model: {}, data: {}, lightning: {}}", [override]))
 
 
-def test_one_text_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None:
+def test_one_text_stands_for_a_list_and_counts_may_have_exponents() -> None:
     result = read("{trainer: {max_steps: 1e6, nan_limit: .inf, gradient_clip_val: .inf}, "
                     "lora: {targets: text}, callbacks: {export: ckpt, loggers: csv, prompts: a cat,"
                     " save_steps: off, image_minutes: .inf}}")  # fmt: skip
@@ -451,24 +451,24 @@ def test_one_text_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None
     assert (callbacks.prompts, callbacks.save_steps) == (["a cat"], 0)
 
 
-def test_times_are_read_as_lightning_writes_them() -> None:
+def test_times_are_read_in_the_formats_of_lightning() -> None:
     times = {"01:10:00": 4200, "01:00:00:00": 86400, "90": 90, "90.5": 90.5}
     for text, seconds in times.items():
         assert read(f"{{trainer: {{max_time: '{text}'}}}}").trainer.max_time == seconds
         assert read(f"{{trainer: {{max_time: {seconds}}}}}").trainer.max_time == seconds
 
 
-@pytest.mark.parametrize("path", slow_except(CONFIGS, *FILES), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", slow_except(CONFIGS, *TRAIN_CONFIGS), ids=lambda path: path.stem)
 def test_a_printed_config_reads_back_the_same(path: Path) -> None:
     result = read_settings(read_yaml(path))
-    again = read_settings(parse_yaml(format_yaml(result.to_config())))
-    assert replace(again, config=result.config, messages=result.messages) == result
+    printed = read_settings(parse_yaml(format_yaml(result.to_config())))
+    assert replace(printed, config=result.config, messages=result.messages) == result
 
 
-def test_missing_keys_are_named_at_once() -> None:
-    raw = read_yaml(ROOT / "configs/stable-diffusion/v2-inference-v.yaml")
+def test_missing_keys_are_named_together() -> None:
+    config = read_yaml(ROOT / "configs/stable-diffusion/v2-inference-v.yaml")
     with pytest.raises(ValueError, match="missing in the config: `data.params.train`, `data"):
-        require_keys(raw, "model.target", "data.params.train", "data.params.batch_size")
+        require_keys(config, "model.target", "data.params.train", "data.params.batch_size")
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_missing_keys_are_named_at_once() -> None:
         ({"f_top": [1]}, "unknown parameter of LambdaLinearScheduler `f_top`"),
     ],
 )
-def test_a_wrong_schedule_is_named(changes: dict[str, Any], message: str) -> None:
-    raw = {"model": {"params": {"scheduler_config": make_linear_config(**changes)}}}
+def test_an_invalid_scheduler_config_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = {"model": {"params": {"scheduler_config": make_linear_config(**changes)}}}
     with pytest.raises(ValueError, match=f"^model.params.scheduler_config: .*{message}"):
-        read_settings(raw)
+        read_settings(config)

@@ -1,4 +1,4 @@
-"""Training by unchanged configs of generative-models."""
+"""Training with configs of generative-models, compared with the original."""
 
 import re
 from typing import Any
@@ -23,7 +23,7 @@ from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from recipe import fill
 
 SGM = "sgm.modules.diffusionmodules."
-# Training as in the examples of generative-models, in one line each.
+# As in the examples of generative-models.
 TRAINING = f"""
 model:
   base_learning_rate: 1.0e-4
@@ -84,8 +84,8 @@ def test_an_example_of_generative_models_is_translated() -> None:
         "sampler": "euler", "steps": 50, "scheduler": "sgm_uniform", "scale": 7.5,
     }  # fmt: skip
     assert (result.data.batch_size, result.data.num_workers) == (64, 6)
-    rate, _ = result.build_lr_schedule(8)
-    assert rate(10_000, 0.0) == pytest.approx(1e-4)  # not scaled
+    schedule, _ = result.build_lr_schedule(8)
+    assert schedule(10_000, 0.0) == pytest.approx(1e-4)  # not scaled
     assert (result.optimizer.name, result.optimizer.options) == ("adamw", {"weight_decay": 1e-2})
     assert result.optimizer.ema_decay == 0
     assert result.callbacks.export_steps == 25_000
@@ -150,9 +150,9 @@ def test_an_example_of_generative_models_is_translated() -> None:
 def test_training_settings_of_an_engine_are_translated(
     overrides: list[str], section: str, values: dict[str, Any]
 ) -> None:
-    result = getattr(read_training(*overrides), section)
-    result = result if isinstance(result, dict) else vars(result)
-    assert {key: result[key] for key in values} == values
+    settings = getattr(read_training(*overrides), section)
+    settings = settings if isinstance(settings, dict) else vars(settings)
+    assert {key: settings[key] for key in values} == values
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_training_settings_of_an_engine_are_translated(
          "unknown target `torch.optim.SGD`"),
     ],
 )  # fmt: skip
-def test_unsupported_settings_are_named(override: str, message: str) -> None:
+def test_unsupported_settings_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read_training(override)
 
@@ -177,47 +177,42 @@ def test_unsupported_settings_are_named(override: str, message: str) -> None:
     [("unit", ("unit",)), ("eps", ("eps",)), ("v", ("v",)), ("edm_05", ("edm",)),
      ("edm_1", ("edm", 1.0))],
 )  # fmt: skip
-def test_weights_of_the_denoised_latent_equal_the_originals(
-    name: str, options: tuple[Any, ...]
-) -> None:
+def test_loss_weights_of_x0_equal_the_originals(name: str, options: tuple[Any, ...]) -> None:
     golden = load_golden("sdxl_train")
     weights = compute_denoised_weights(
         options[0], golden.inputs(f"weighting_{name}")["sigma"], *options[1:]
     )
-    recorded = golden.outputs(f"weighting_{name}")["w"]
-    torch.testing.assert_close(weights, recorded, rtol=1e-6, atol=0)
+    expected = golden.outputs(f"weighting_{name}")["w"]
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
 
 
 def test_noise_levels_equal_the_originals() -> None:
-    """Ours are drawn by quantiles of the normal distribution that the original draws from."""
+    """We compute them from quantiles, the original from draws of a normal distribution."""
     golden = load_golden("sdxl_train")
     (index,) = golden.draws("sampling_discrete")
     sigma = SCHEDULE.t_to_sigma(index).float()
-    assert_close(sigma, golden.outputs("sampling_discrete")["sigma"])
+    expected = golden.outputs("sampling_discrete")["sigma"]
+    torch.testing.assert_close(sigma, expected, rtol=1e-5, atol=0)
     for levels, draw, name in zip(
         (LogNormal(), LogNormal(mean=0.4, std=1.7)), golden.draws("sampling_edm"),
         ("sigma", "other"),
         strict=True,
     ):  # fmt: skip
         sigma = levels.compute_sigmas(torch.special.ndtr(draw.double())).float()
-        assert_close(sigma, golden.outputs("sampling_edm")[name])
+        expected = golden.outputs("sampling_edm")[name]
+        torch.testing.assert_close(sigma, expected, rtol=1e-5, atol=0)
 
 
-def test_noise_levels_are_spread_over_their_distribution() -> None:
+def test_noise_levels_have_the_mean_and_deviation_of_their_distribution() -> None:
     levels = LogNormal(mean=-0.4, std=1.0)
     t = draw_timesteps(SCHEDULE, 200, torch.Generator().manual_seed(0), sigma_distribution=levels)
-    logarithm = SCHEDULE.t_to_sigma(t).log()
-    assert logarithm.mean() == pytest.approx(-0.4, abs=0.02)
-    assert logarithm.std() == pytest.approx(1.0, abs=0.03)
+    log_sigma = SCHEDULE.t_to_sigma(t).log()
+    assert log_sigma.mean() == pytest.approx(-0.4, abs=0.02)
+    assert log_sigma.std() == pytest.approx(1.0, abs=0.03)
 
 
-LR_CASES = [
-    "linear_example",
-    "cosine2_example",
-    "linear_two_cycles",
-    "cosine2_two_cycles",
-    "cosine",
-]
+LR_CASES = ["linear_example", "cosine2_example", "linear_two_cycles", "cosine2_two_cycles",
+            "cosine"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LR_CASES)
@@ -225,8 +220,8 @@ def test_learning_rates_equal_the_originals(name: str) -> None:
     golden = load_golden("sdxl_train")
     info = golden.case(f"lr_{name}")["info"]
     multiplier = build_lr_multiplier({"target": info["class"], "params": info["params"]})
-    recorded = golden.outputs(f"lr_{name}")["factor"].tolist()
-    assert [multiplier(step) for step in info["n"]] == pytest.approx(recorded, rel=1e-9)
+    expected = golden.outputs(f"lr_{name}")["factor"].tolist()
+    assert [multiplier(step) for step in info["n"]] == pytest.approx(expected, rel=1e-9)
 
 
 def build_engine(golden: GoldenFile, name: str) -> Any:
@@ -240,12 +235,13 @@ def compute_engine_loss(
     golden: GoldenFile, name: str, model: Any, draws: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Tensor]:
     """Compute the loss of a recorded case: dropout of conditions, noise levels, noise."""
-    *dropped, level, noise = draws
-    masks = iter(dropped)
+    *dropout_masks, level, noise = draws
+    masks = iter(dropout_masks)
     monkeypatch.setattr(torch, "bernoulli", lambda *_, **__: next(masks))
     params = golden.meta[f"config_{name}"]["params"]
     options = collect_diffusion_options(params, translate_training(params)["objective"])
-    levels, drop = options.pop("noise_levels"), options.pop("conditioning_dropout_prob", 0.0)
+    levels = options.pop("noise_levels")
+    dropout_prob = options.pop("conditioning_dropout_prob", 0.0)
     t = level
     if levels is not None:
         sigma = LogNormal(**levels).compute_sigmas(torch.special.ndtr(level.double()))
@@ -253,12 +249,12 @@ def compute_engine_loss(
     options.pop("disable_first_stage_autocast")
     criterion = Criterion(model.schedule, model.parameterization, **options)
     shared = golden.select("shared/")
-    cond = model.conditioner(shared, drop, legacy=("independent-dropout",))
+    cond = model.conditioner(shared, dropout_prob, legacy=("independent-dropout",))
     losses = criterion(model.denoiser.compute_error(shared["x"], cond, t, noise), t)
     return {**losses, "per_sample": criterion.compute_weights(t) * losses["loss_per_sample"]}
 
 
-def test_conditions_are_dropped_independently_by_a_legacy_name(
+def test_conditions_are_dropped_independently_with_legacy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     golden = load_golden("sdxl_train")
@@ -282,20 +278,20 @@ def test_losses_and_gradients_of_an_engine_equal_the_originals(
     model = build_engine(golden, name)
     losses = compute_engine_loss(golden, name, model, golden.draws(name), monkeypatch)
     losses["loss"].backward()
-    for key, recorded in golden.outputs(name).items():
+    for key, expected in golden.outputs(name).items():
         if key.startswith("grad/"):
-            weight = next(iter(rename_weights({key.removeprefix("grad/"): recorded})))
+            weight = next(iter(rename_weights({key.removeprefix("grad/"): expected})))
             value = model.get_parameter(weight).grad
         else:
             value = losses[key]
-        check_scaled(value, recorded, key)
+        assert_close(value, expected, key)
 
 
-def test_steps_of_adamw_with_an_average_equal_the_originals(
+def test_steps_of_adamw_with_ema_equal_the_originals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     golden, name = load_golden("sdxl_train"), "adamw_ema"
-    model, recorded = build_engine(golden, name), golden.outputs(name)
+    model, expected = build_engine(golden, name), golden.outputs(name)
     params = golden.meta[f"config_{name}"]["params"]
     multiplier = build_lr_multiplier(params["scheduler_config"])
     ema = EMA(model.unet, params["ema_decay_rate"])
@@ -304,30 +300,26 @@ def test_steps_of_adamw_with_an_average_equal_the_originals(
     for step in range(3):
         step_draws = draws[4 * step : 4 * step + 4]
         loss = compute_engine_loss(golden, name, model, step_draws, monkeypatch)["loss"]
-        check_scaled(loss, recorded["loss"][step], "loss")
+        assert_close(loss, expected["loss"][step], "loss")
         loss.backward()
         lr = 1e-3 * multiplier(step)
-        assert lr == pytest.approx(float(recorded["lr"][step]))
+        assert lr == pytest.approx(float(expected["lr"][step]))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         ema.update(model.unet)
-    for key, value in recorded.items():
-        kind, _, weight = key.partition("/")
+    for key, value in expected.items():
+        prefix, _, weight = key.partition("/")
         if weight:
             weight = next(iter(rename_weights({weight: value}))).removeprefix("unet.")
             average = ema.shadow[weight]
-            actual = model.unet.get_parameter(weight) if kind == "weight" else average
-            check_scaled(actual, value, key)
+            actual = model.unet.get_parameter(weight) if prefix == "weight" else average
+            assert_close(actual, value, key)
 
 
-def check_scaled(value: Tensor | None, recorded: Tensor, key: str) -> None:
-    """Compare relative to the largest recorded value; observed: 1.1e-5."""
+def assert_close(value: Tensor | None, expected: Tensor, key: str) -> None:
+    """Compare relative to the largest expected value; observed error: 1.1e-5."""
     assert value is not None
-    error = (value.detach() - recorded).abs().max() / recorded.abs().max()
+    error = (value.detach() - expected).abs().max() / expected.abs().max()
     assert error < 1e-4, key
-
-
-def assert_close(value: Tensor, recorded: Tensor) -> None:
-    torch.testing.assert_close(value, recorded, rtol=1e-5, atol=0)
