@@ -56,7 +56,8 @@ def test_tiles_of_a_short_context_equal_the_formula(tile_bytes, monkeypatch):
     q, k, v = make_qkv(24, 7, 3, 40)
     exact = attention(q.double(), k.double(), v.double(), backend="math")
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # is not called
-    monkeypatch.setattr(attention_module.cpu, "applies", lambda x: True)  # on every processor
+    # on every processor
+    monkeypatch.setattr(attention_module.cpu, "can_accelerate", lambda x: True)
     monkeypatch.setattr(attention_module, "TILE_BYTES", tile_bytes)
     assert (attention(q, k, v) - exact).abs().max() < 3e-6  # observed: 5.6e-7
 

@@ -32,7 +32,7 @@ def use_fast_paths_for_small_layers(monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["MKL", "oneDNN"])
 def matmul_library(request, monkeypatch):
-    if request.param and not products._onednn_works():
+    if request.param and not products._has_onednn():
         pytest.skip("this version of torch has another operator")
     monkeypatch.setattr(products, "is_onednn_faster", lambda rows: request.param)
 
@@ -113,7 +113,7 @@ def test_layers_equal_those_of_torch(case, layout, dtype):
 @pytest.mark.parametrize("chunk_bytes", [1, 4 << 10, 1 << 30])
 def test_winograd_in_chunks_gives_the_same(monkeypatch, chunk_bytes):
     monkeypatch.setattr(winograd, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(winograd, "MIN_TILES", 1)
+    monkeypatch.setattr(winograd, "MIN_CHUNK_TILES", 1)
     for layer_class in (Conv2d, UpsampleConv2d):
         layer, x = make_conv(layer_class, size=(12, 10))
         with torch.no_grad(), cpu.cache_weights():
@@ -253,7 +253,7 @@ def test_cached_weights_take_at_most_half_of_the_memory_that_was_free(monkeypatc
 
 def compute_gradients(layer, x, *, on):
     """Compute the output and its first and second derivatives by input, weight and bias."""
-    cpu.enable(on)
+    cpu.set_enabled(on)
     x, parameters = x.clone().requires_grad_(), list(layer.parameters())
     y = layer(x)
     first = torch.autograd.grad(y.square().sum(), [x, *parameters], create_graph=True)
