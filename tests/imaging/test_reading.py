@@ -73,7 +73,7 @@ def test_every_mode_becomes_the_same_rgb(mode, suffix, tolerance):
         encode(Image.fromarray(RAMP * np.uint16(257)), "pgm"),
         make_tiff((RAMP * np.uint16(257)).astype(">u2").tobytes(), 16, order=">"),
         make_tiff((65535 - RAMP * np.uint16(257)).tobytes(), 16, photometric=0),
-        make_tiff(pack_12_bits(RAMP * np.uint16(16) + 8), 12),
+        make_tiff(pack_12_bits(RAMP.astype(np.uint16) * 16 + 8), 12),
         make_tiff((RAMP.astype(np.uint32) * 257).tobytes(), 32),
         encode(Image.fromarray(RAMP.astype(np.float32) / 255), "tif"),
         encode(Image.fromarray(RAMP.astype(np.float32) / 255), "pfm"),
