@@ -36,8 +36,8 @@ UPDATE_INTERVAL = 0.2  # seconds between two updates of the page
 NO_RELIEF = "No relief: the server needs trimesh (pip install trimesh)"
 # Attributes of `Layout`: the components that `JobEvents.follow` updates.
 JOB_OUTPUTS = (
-    "progress", "preview", "gallery", "infos", "selected_info", "parameters", "queue", "clear",
-    "stop", "error",
+    "progress", "preview", "gallery", "infos", "selected_info", "parameters", "queue",
+    "clear_button", "stop_button", "error",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class JobEvents:
         """Remove the visitor's waiting jobs from the queue."""
         self.jobs.clear(visitor)
         updates = self._update_queue(visitor)
-        return [updates["queue"], updates["clear"]]
+        return [updates["queue"], updates["clear_button"]]
 
     def _update_queue(self, visitor: str) -> dict[str, Any]:
         """Return updates of the queue and the buttons Clear and Stop."""
@@ -193,8 +193,8 @@ class JobEvents:
         has_waiting = any(job.state == "queued" for job in jobs)
         return {
             "queue": render_queue(jobs),
-            "clear": gr.Button(visible=has_waiting),
-            "stop": gr.Button(interactive=can_stop),
+            "clear_button": gr.Button(visible=has_waiting),
+            "stop_button": gr.Button(interactive=can_stop),
         }
 
     def _update_gallery(self, visitor: str) -> dict[str, Any]:

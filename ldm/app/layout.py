@@ -98,7 +98,7 @@ class Layout:
                 elem_classes="title",
             )
             self.checkpoint = gr.Dropdown([], label="Checkpoint", scale=3, elem_id="checkpoint")
-            self.refresh = gr.Button("⟳", elem_classes="icon", elem_id="refresh")
+            self.refresh_button = gr.Button("⟳", elem_classes="icon", elem_id="refresh")
             self.vae = gr.Dropdown([MODEL_VAE], value="", label="VAE", scale=1, elem_id="vae")
         for field in (self.checkpoint, self.vae):
             _disable_checks(field)
@@ -118,7 +118,7 @@ class Layout:
             if "sketch" in form.image_fields:
                 self.fields[f"{name}.sketch"] = gr.Gallery(type="filepath", visible="hidden")
             if "depth_map" in form.image_fields:
-                self.estimate = gr.Button("Estimate depth", elem_id="estimate")
+                self.estimate_button = gr.Button("Estimate depth", elem_id="estimate")
         self._connect_tab(tab, name)
 
     def _build_replay(self) -> None:
@@ -133,7 +133,7 @@ class Layout:
                 self.file_send_buttons = {
                     name: _make_send_button(name, "file-send") for name in TASKS
                 }
-            self.replay = gr.Button(
+            self.replay_button = gr.Button(
                 "Reproduce", variant="primary", interactive=False, elem_id="go-replay"
             )
         self._connect_tab(tab, "replay")
@@ -141,7 +141,7 @@ class Layout:
     def _build_inspect(self) -> None:
         with gr.Tab(INFO_TABS["inspect"], id="inspect", elem_id="tab-inspect") as tab:
             self.file = _disable_checks(gr.Dropdown([], label="File", elem_id="file"))
-            self.inspect = gr.Button("Inspect", variant="primary", elem_id="go-inspect")
+            self.inspect_button = gr.Button("Inspect", variant="primary", elem_id="go-inspect")
             self.report = gr.Textbox(label="Report", lines=18, elem_id="report", buttons=["copy"])
             self.skipped = gr.Markdown()
         self._connect_tab(tab, "inspect")
@@ -155,10 +155,12 @@ class Layout:
                         self.fields[name] = _make_component(fields[name], elem_id=elem_id)
                         self.token_counts[name] = gr.HTML(elem_id=f"{elem_id}-tokens")
             with gr.Column(scale=1, min_width=180):
-                self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
+                self.generate_button = gr.Button("Generate", variant="primary", elem_id="generate")
                 with gr.Row(elem_classes="tools"):
-                    self.stop = gr.Button("Stop", size="sm", interactive=False, elem_id="stop")
-                    self.paste = gr.Button("↙ Paste", size="sm", elem_id="paste")
+                    self.stop_button = gr.Button(
+                        "Stop", size="sm", interactive=False, elem_id="stop"
+                    )
+                    self.paste_button = gr.Button("↙ Paste", size="sm", elem_id="paste")
                 self.fields["syntax"] = _make_component(fields["syntax"], elem_id="syntax")
 
     def _build_settings(self) -> None:
@@ -174,7 +176,7 @@ class Layout:
                     self._build_size(fields)
             with gr.Row(elem_classes="tools"):
                 self.fields["seed"] = _make_component(fields["seed"], min_width=120)
-                self.random_seed = gr.Button("⚂", elem_classes="icon", elem_id="random-seed")
+                self.random_seed_button = gr.Button("⚂", elem_classes="icon", elem_id="random-seed")
                 self.reuse_seed_icon = gr.Button(
                     "♻", elem_classes="icon", elem_id="reuse-seed-icon"
                 )
@@ -234,7 +236,9 @@ class Layout:
                 gr.HTML('<div id="browser-note" class="alert" role="alert"></div>')
                 self.progress = gr.HTML(render_progress(None), elem_id="progress")
                 self.queue = gr.HTML(elem_id="queue")
-                self.clear = gr.Button("Clear queue", size="sm", visible=False, elem_id="clear")
+                self.clear_button = gr.Button(
+                    "Clear queue", size="sm", visible=False, elem_id="clear"
+                )
             with gr.Column(elem_id="stage"):
                 self.gallery = gr.Gallery(
                     label="Output", columns=4, object_fit="contain", interactive=False,
@@ -255,9 +259,9 @@ class Layout:
                         name: _make_send_button(name) for name in self.tab_image_fields
                     }
                 with gr.Row(elem_classes="tools"):
-                    self.reuse_all = _make_button("Reuse all", "reuse-all")
-                    self.reuse_seed = _make_button("Reuse seed", "reuse-seed")
-                    self.download = _make_button("Download all", "download-all")
+                    self.reuse_all_button = _make_button("Reuse all", "reuse-all")
+                    self.reuse_seed_button = _make_button("Reuse seed", "reuse-seed")
+                    self.download_button = _make_button("Download all", "download-all")
                     self.archive = gr.DownloadButton(visible="hidden", elem_id="archive")
 
     def _connect_tab(self, tab: gr.Tab, name: str) -> None:

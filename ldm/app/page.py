@@ -105,7 +105,7 @@ class Page:
         ui, events = self.layout, self.job_events
         form = [ui.checkpoint, ui.vae, ui.loras, *ui.weights, *ui.fields.values()]
         triggers = [
-            ui.generate.click, ui.fields["prompt"].submit, ui.fields["negative_prompt"].submit,
+            ui.generate_button.click, ui.fields["prompt"].submit, ui.fields["negative_prompt"].submit,
         ]  # fmt: skip
         # gradio's editor sends all its layers with each event that has it as an input, and with
         # each answer afterwards. So it is an input of this event only, which runs in the browser.
@@ -120,19 +120,21 @@ class Page:
         submit = partial(events.submit_task, field_names)
         self._submit_and_follow(sketch.then, submit, [ui.task, *form])
         submit = partial(events.submit_depth, field_names)
-        self._submit_and_follow(ui.estimate.click, submit, form).then(
+        self._submit_and_follow(ui.estimate_button.click, submit, form).then(
             _get_last_path, ui.job, ui.fields["depth2img.depth_map"], **QUIET
         )
         self._submit_and_follow(
-            ui.replay.click, events.submit_replay, [ui.tab_image_fields["replay"]]
+            ui.replay_button.click, events.submit_replay, [ui.tab_image_fields["replay"]]
         )
-        ui.stop.click(events.stop_job, ui.visitor, [ui.progress, ui.stop, ui.queue], **QUIET)
-        ui.clear.click(events.clear_queue, ui.visitor, [ui.queue, ui.clear], **QUIET)
-        ui.inspect.click(self.backend.library.inspect, ui.file, ui.report)
+        ui.stop_button.click(
+            events.stop_job, ui.visitor, [ui.progress, ui.stop_button, ui.queue], **QUIET
+        )
+        ui.clear_button.click(events.clear_queue, ui.visitor, [ui.queue, ui.clear_button], **QUIET)
+        ui.inspect_button.click(self.backend.library.inspect, ui.file, ui.report)
 
     def _submit_and_follow(self, trigger: Any, submit: Any, inputs: list[Any]) -> Any:
         ui = self.layout
-        outputs = [ui.job, ui.error, ui.progress, ui.queue, ui.clear, ui.stop]
+        outputs = [ui.job, ui.error, ui.progress, ui.queue, ui.clear_button, ui.stop_button]
         event = trigger(submit, [ui.visitor, *inputs], outputs, **QUIET)
         return event.then(
             self.job_events.follow, [ui.visitor, ui.job], self._job_outputs, show_progress="hidden"
@@ -159,7 +161,7 @@ class Page:
         """Connect fields that update each other."""
         ui, events, fields = self.layout, self.form_events, self.layout.fields
         file_fields = self._file_fields
-        ui.refresh.click(
+        ui.refresh_button.click(
             events.refresh_files, file_fields, [*file_fields, *self._file_lists], **QUIET
         ).then(events.update_lora_list, [ui.checkpoint, ui.loras], ui.loras, **QUIET)
         defaulted = [fields[name] for name in DEFAULTED_FIELDS]
@@ -199,7 +201,7 @@ class Page:
         prompt = [fields["prompt"], ui.embedding_tokens]
         add_token = "(text, token) => [token ? (text + ' ' + token).trim() : text, null]"
         ui.embedding_tokens.change(None, prompt, prompt, js=add_token)
-        ui.random_seed.click(None, None, fields["seed"], js="() => '-1'")
+        ui.random_seed_button.click(None, None, fields["seed"], js="() => '-1'")
         size = [fields["width"], fields["height"]]
         for name in ("img2img", "depth2img"):
             field = ui.tab_image_fields[name]
@@ -214,24 +216,29 @@ class Page:
         ui, form, jobs = self.layout, self.form_events, self.job_events
         ui.gallery.select(jobs.select_image, ui.infos, [ui.selected_info, ui.parameters], **QUIET)
         seed = ui.fields["seed"]
-        for button in (ui.reuse_seed_icon, ui.reuse_seed):
+        for button in (ui.reuse_seed_icon, ui.reuse_seed_button):
             button.click(_get_seed, [ui.selected_info, seed], seed, **QUIET)
         selected = [ui.selected_info, ui.checkpoint, ui.defaults]
-        ui.reuse_all.click(form.fill_fields, selected, ui.filled_fields, **QUIET)
-        ui.paste.click(
+        ui.reuse_all_button.click(form.fill_fields, selected, ui.filled_fields, **QUIET)
+        ui.paste_button.click(
             form.paste_parameters, [ui.fields["prompt"], *selected], ui.filled_fields, **QUIET
         )
-        ui.download.click(jobs.pack_images, ui.infos, ui.archive, show_progress="hidden").then(
-            None, None, None, js="() => document.querySelector('#archive').click()"
-        )
+        ui.download_button.click(
+            jobs.pack_images, ui.infos, ui.archive, show_progress="hidden"
+        ).then(None, None, None, js="() => document.querySelector('#archive').click()")
         for name, button in ui.send_buttons.items():
             self._connect_send(button, name, ui.selected_info)
         for name, button in ui.file_send_buttons.items():
             self._connect_send(button, name, ui.file_info, ui.tab_image_fields["replay"])
-        buttons = [*ui.send_buttons.values(), ui.reuse_all, ui.reuse_seed, ui.download]
+        buttons = [
+            *ui.send_buttons.values(),
+            ui.reuse_all_button,
+            ui.reuse_seed_button,
+            ui.download_button,
+        ]
         self._enable_with(ui.selected_info, buttons)
         self._enable_with(
-            ui.tab_image_fields["replay"], [*ui.file_send_buttons.values(), ui.replay]
+            ui.tab_image_fields["replay"], [*ui.file_send_buttons.values(), ui.replay_button]
         )
         ui.selected_info.change(jobs.show_relief, ui.selected_info, ui.relief, **QUIET)
         ui.tab_image_fields["replay"].change(
