@@ -105,7 +105,8 @@ class Page:
         ui, events = self.layout, self.job_events
         form = [ui.checkpoint, ui.vae, ui.loras, *ui.weights, *ui.fields.values()]
         triggers = [
-            ui.generate_button.click, ui.fields["prompt"].submit, ui.fields["negative_prompt"].submit,
+            ui.generate_button.click,
+            ui.fields["prompt"].submit, ui.fields["negative_prompt"].submit,
         ]  # fmt: skip
         # gradio's editor sends all its layers with each event that has it as an input, and with
         # each answer afterwards. So it is an input of this event only, which runs in the browser.
@@ -230,13 +231,8 @@ class Page:
             self._connect_send(button, name, ui.selected_info)
         for name, button in ui.file_send_buttons.items():
             self._connect_send(button, name, ui.file_info, ui.tab_image_fields["replay"])
-        buttons = [
-            *ui.send_buttons.values(),
-            ui.reuse_all_button,
-            ui.reuse_seed_button,
-            ui.download_button,
-        ]
-        self._enable_with(ui.selected_info, buttons)
+        buttons = [ui.reuse_all_button, ui.reuse_seed_button, ui.download_button]
+        self._enable_with(ui.selected_info, [*ui.send_buttons.values(), *buttons])
         self._enable_with(
             ui.tab_image_fields["replay"], [*ui.file_send_buttons.values(), ui.replay_button]
         )
