@@ -133,5 +133,5 @@ def _has_much_color(image: Image.Image) -> bool:
 
 def _is_black_and_white(values: np.ndarray) -> bool:
     """Return whether 8-bit values are black and white, except for soft edges."""
-    black, white = (values < 26).sum(), (values > 229).sum()  # 10 % and 90 % of 255
-    return bool(black and white and black + white > 0.9 * values.size)
+    num_black, num_white = (values < 26).sum(), (values > 229).sum()  # 10 % and 90 % of 255
+    return bool(num_black and num_white and num_black + num_white > 0.9 * values.size)
