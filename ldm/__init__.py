@@ -37,24 +37,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "SAMPLERS",
-    "Upscaling",
-    "__version__",
-    "depth2img",
-    "img2img",
-    "inpaint",
-    "instantiate",
-    "load",
-    "load_preview",
-    "sample",
-    "set_loras",
-    "txt2img",
-    "unclip",
-    "upscale",
-    "upscale_latent",
-    "upscale_rgbd",
-    "vary",
-]
+    "SAMPLERS", "Upscaling", "__version__", "depth2img", "img2img", "inpaint", "instantiate",
+    "load", "load_preview", "sample", "set_loras", "txt2img", "unclip", "upscale", "upscale_latent",
+    "upscale_rgbd", "vary",
+]  # fmt: skip
 
 install_finder()  # of the original's module names; imports none of them
 

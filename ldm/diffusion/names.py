@@ -11,25 +11,10 @@ from dataclasses import Field, dataclass, fields
 from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = [
-    "APG",
-    "API_LEGACY",
-    "EXCLUSIVE_GUIDANCE",
-    "FREEU_PRESETS",
-    "FREEU_VERSIONS",
-    "HIGH_SIGMA",
-    "LEGACY",
-    "SAMPLERS",
-    "SCHEDULERS",
-    "SDXL_LEGACY",
-    "SLD",
-    "SLD_CONCEPTS",
-    "SLD_PRESETS",
-    "TILINGS",
-    "FreeUFactors",
-    "Sampler",
-    "Scheduler",
-    "check_guidance_options",
-]
+    "APG", "API_LEGACY", "EXCLUSIVE_GUIDANCE", "FREEU_PRESETS", "FREEU_VERSIONS", "HIGH_SIGMA",
+    "LEGACY", "SAMPLERS", "SCHEDULERS", "SDXL_LEGACY", "SLD", "SLD_CONCEPTS", "SLD_PRESETS",
+    "TILINGS", "FreeUFactors", "Sampler", "Scheduler", "check_guidance_options",
+]  # fmt: skip
 
 # Above this sigma, x is practically pure noise, as with zero terminal SNR and cosine schedules.
 # Samplers that extrapolate over a whole step, or take few levels up to it, return broken images if

@@ -28,13 +28,9 @@ from ldm.diffusion.schedulers import SCHEDULER_FUNCTIONS, linspace
 from ldm.runtime.errors import ArgumentError, check_name, make_unknown_name_error
 
 __all__ = [
-    "ContinuousSchedule",
-    "NoiseSchedule",
-    "Schedule",
-    "betas_from_sigmas",
-    "make_betas",
+    "ContinuousSchedule", "NoiseSchedule", "Schedule", "betas_from_sigmas", "make_betas",
     "rescale_zero_terminal_snr",
-]
+]  # fmt: skip
 
 # ᾱ of the last timestep, T-1, for zero terminal SNR. It is not 0, as samplers need a finite sigma,
 # which is 4096 then. √ᾱ is 2.4e-4, next to 0.068 in Stable Diffusion.

@@ -23,14 +23,9 @@ from ldm.nets.blocks import (
 )
 
 __all__ = [
-    "GEGLU",
-    "AttentionBlock",
-    "ContextLinear",
-    "CrossAttention",
-    "FeedForward",
-    "SpatialTransformer",
-    "TransformerBlock",
-]
+    "GEGLU", "AttentionBlock", "ContextLinear", "CrossAttention", "FeedForward",
+    "SpatialTransformer", "TransformerBlock",
+]  # fmt: skip
 
 
 class GEGLU(Layer):

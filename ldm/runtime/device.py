@@ -12,17 +12,9 @@ from ldm.runtime.errors import ArgumentError
 from ldm.runtime.ranks import get_local_rank, get_local_world_size
 
 __all__ = [
-    "get_free_memory",
-    "get_total_memory",
-    "has_amx",
-    "has_fast_bf16",
-    "is_intel",
-    "keep_freed_memory",
-    "pick_device",
-    "pick_dtype",
-    "pick_wide_range_dtype",
-    "set_threads",
-]
+    "get_free_memory", "get_total_memory", "has_amx", "has_fast_bf16", "is_intel",
+    "keep_freed_memory", "pick_device", "pick_dtype", "pick_wide_range_dtype", "set_threads",
+]  # fmt: skip
 
 PRECISIONS = {"full": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_MEMORY_BYTES = 16 << 30  # if the system does not report its memory

@@ -26,29 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "MALFORMED_DATA_ERRORS",
-    "ArgumentError",
-    "ConfigError",
-    "DownloadError",
-    "ExistingFile",
-    "FileFormatError",
-    "LdmError",
-    "MissingArgument",
-    "MissingFile",
-    "NonFinite",
-    "Stop",
-    "UnknownName",
-    "WeightsMismatch",
-    "WrongFamily",
-    "check_name",
-    "check_names",
-    "describe_error",
-    "errors_about",
-    "errors_as",
-    "find_nearest_name",
-    "is_out_of_memory",
-    "make_unknown_name_error",
-]
+    "MALFORMED_DATA_ERRORS", "ArgumentError", "ConfigError", "DownloadError", "ExistingFile",
+    "FileFormatError", "LdmError", "MissingArgument", "MissingFile", "NonFinite", "Stop",
+    "UnknownName", "WeightsMismatch", "WrongFamily", "check_name", "check_names", "describe_error",
+    "errors_about", "errors_as", "find_nearest_name", "is_out_of_memory", "make_unknown_name_error",
+]  # fmt: skip
 
 MAX_LISTED_NAMES = 32  # longest list of allowed names in a message
 # In the messages of torch for CUDA, MPS, and the CPU.

@@ -12,16 +12,9 @@ from pathlib import Path
 from ldm.runtime.errors import FileFormatError, MissingFile
 
 __all__ = [
-    "check_parent_folder",
-    "compute_sha256",
-    "decode_text",
-    "find_file",
-    "flush_to_disk",
-    "is_hidden",
-    "list_files",
-    "read_text",
-    "write_atomically",
-]
+    "check_parent_folder", "compute_sha256", "decode_text", "find_file", "flush_to_disk",
+    "is_hidden", "list_files", "read_text", "write_atomically",
+]  # fmt: skip
 
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 BLOCK_BYTES = 1 << 22  # read at once

@@ -15,13 +15,9 @@ from ldm.runtime.files import compute_sha256, write_atomically
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "JsonCache",
-    "cache_sha256",
-    "find_cached_sha256",
-    "find_paths_by_sha256",
-    "get_cache_folder",
+    "JsonCache", "cache_sha256", "find_cached_sha256", "find_paths_by_sha256", "get_cache_folder",
     "get_sha256",
-]
+]  # fmt: skip
 
 LARGE_FILE_BYTES = 50_000_000  # hashing larger files shows a progress bar, and is cached
 

@@ -9,20 +9,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Constrain",
-    "Denoise",
-    "IntervalNoise",
-    "NoiseSource",
-    "StepCallback",
-    "Steps",
-    "add_churn",
-    "choose_interval_noise",
-    "compute_log_ratio",
-    "compute_weighted_sum",
-    "get_ancestral_step",
-    "pair_sigmas",
-    "sampler",
-]
+    "Constrain", "Denoise", "IntervalNoise", "NoiseSource", "StepCallback", "Steps", "add_churn",
+    "choose_interval_noise", "compute_log_ratio", "compute_weighted_sum", "get_ancestral_step",
+    "pair_sigmas", "sampler",
+]  # fmt: skip
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> denoised x
 # like -> standard normal noise of its shape, regardless of the noise levels

@@ -25,15 +25,9 @@ from ldm.diffusion.samplers.common import (
 )
 
 __all__ = [
-    "ddim",
-    "dpm2",
-    "dpm2_ancestral",
-    "dpmpp_2s_ancestral",
-    "euler",
-    "euler_ancestral",
-    "heun",
+    "ddim", "dpm2", "dpm2_ancestral", "dpmpp_2s_ancestral", "euler", "euler_ancestral", "heun",
     "restart",
-]
+]  # fmt: skip
 
 Step = Callable[[Denoise, Tensor, float, float, Tensor], Tensor]
 

@@ -27,14 +27,6 @@ from ldm.nets.cpu.weight_cache import cache_weights
 from ldm.runtime.device import keep_freed_memory
 
 __all__ = [
-    "apply_in_blocks",
-    "cache_weights",
-    "can_accelerate",
-    "conv2d",
-    "group_norm",
-    "keep_freed_memory",
-    "linear",
-    "project_context",
-    "set_enabled",
-    "upsample_conv2d",
-]
+    "apply_in_blocks", "cache_weights", "can_accelerate", "conv2d", "group_norm",
+    "keep_freed_memory", "linear", "project_context", "set_enabled", "upsample_conv2d",
+]  # fmt: skip
