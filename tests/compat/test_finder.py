@@ -64,29 +64,33 @@ def vendored(tmp_path):
     return str(tmp_path)
 
 
-PRINT_OWNERS = """
+def find_owners(modules, vendored, before="", after="", **environment):
+    """Return whether a new process finds each module "vendored" or "ours"; run code around that."""
+    code = f"""
 import sys
+{before}
 from importlib.util import find_spec
-for name in sys.argv[1:]:
-    print("theirs" if (find_spec(name).origin or "").startswith({folder!r}) else "ours")
-"""
+for spec in map(find_spec, {modules}):
+    print("vendored" if (spec.origin or "").startswith({vendored!r}) else "ours")
+{after}"""
+    return run(code, **environment)
+
+
 MODULES = [
     "ldm.util", "ldm.modules.distributions.distributions", "ldm.modules.ema", "ldm.data.folder",
     "ldm.data.extra", "ldm.modules.extra", "ldm.thirdp.deep.extra",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("order", ["theirs first", "ours first", "added later"])
+@pytest.mark.parametrize("order", ["vendored first", "ours first", "added later"])
 @pytest.mark.parametrize("variable", ["", "1"])
 def test_a_vendored_folder_adds_its_own_modules(vendored, order, variable):
-    path = [vendored, str(ROOT)] if order == "theirs first" else [str(ROOT), vendored]
-    code = f"import sys; sys.argv[1:] = {MODULES};" + PRINT_OWNERS.format(folder=vendored)
+    before, path = "", f"{vendored}:{ROOT}" if order == "vendored first" else f"{ROOT}:{vendored}"
     if order == "added later":
-        code = f"import ldm, ldm.data; import sys; sys.path.append({vendored!r});" + code
-        path = [str(ROOT)]
-    owners = run(code, PYTHONPATH=":".join(path), LDM_VENDORED=variable)
-    preferred = "theirs" if variable else "ours"
-    assert owners == [preferred, preferred, "ours", "ours", "theirs", "theirs", "theirs"]
+        before, path = f"import ldm, ldm.data; sys.path.append({vendored!r})", str(ROOT)
+    owners = find_owners(MODULES, vendored, before, PYTHONPATH=path, LDM_VENDORED=variable)
+    preferred = "vendored" if variable else "ours"
+    assert owners == [preferred, preferred, "ours", "ours", "vendored", "vendored", "vendored"]
 
 
 def test_a_vendored_package_runs_its_own_init(vendored):
@@ -95,18 +99,17 @@ def test_a_vendored_package_runs_its_own_init(vendored):
     init.write_text("from ldm.modules.distributions import extra", "utf-8")
     (init.parent / "extra.py").write_text("value = 3", "utf-8")
     names = ["ldm.modules.distributions.distributions", "ldm.modules.distributions.extra"]
-    code = f"import sys; sys.argv[1:] = {names};" + PRINT_OWNERS.format(folder=vendored)
-    code += "print(sys.modules['ldm.modules.distributions'].extra.value)"
-    assert run(code, PYTHONPATH=f"{ROOT}:{vendored}") == ["ours", "theirs", "3"]
+    after = "print(sys.modules['ldm.modules.distributions'].extra.value)"
+    output = find_owners(names, vendored, after=after, PYTHONPATH=f"{ROOT}:{vendored}")
+    assert output == ["ours", "vendored", "3"]
 
 
 def test_a_fork_replaces_only_its_files_of_ldm_data(vendored):
     for name in ("ldm/data/__init__.py", "ldm/data/folder.py", "ldm/model.py"):
         Path(vendored, name).touch()
     names = ["ldm.data.folder", "ldm.data.hub", "ldm.model"]
-    code = f"import sys; sys.argv[1:] = {names};" + PRINT_OWNERS.format(folder=vendored)
-    path = f"{vendored}:{ROOT}"
-    assert run(code, PYTHONPATH=path, LDM_VENDORED="1") == ["theirs", "ours", "ours"]
+    environment = {"PYTHONPATH": f"{vendored}:{ROOT}", "LDM_VENDORED": "1"}
+    assert find_owners(names, vendored, **environment) == ["vendored", "ours", "ours"]
 
 
 def test_an_import_of_an_unsupported_name_suggests_an_alternative(vendored):
