@@ -64,11 +64,11 @@ def test_the_app_is_built_and_makes_an_image(tmp_path: Path) -> None:
     (tmp_path / "models/tiny.safetensors").write_bytes(MODEL.read_bytes())
     options = ModelOptions(device="cpu", precision="full")
     backend = Backend(Library(tmp_path / "models"), tmp_path / "out", options, Limits())
-    assert Page(backend, str).build().blocks
+    assert Page(backend).build().blocks
     gc.collect()
     values = {"prompt": "a cat", **FORM_VALUES}
     progress = Progress()
-    backend.generate(backend.make_request(TASKS["txt2img"], "tiny.safetensors", values), progress)
+    backend.generate(backend.build_request(TASKS["txt2img"], "tiny.safetensors", values), progress)
     assert [Path(info["path"]).name for info in progress.infos] == ["00000.png"]
 
 
