@@ -86,6 +86,16 @@ OUR_CLASSES = {
     IDENTITY: (LDM_LOSSES + "contperceptual.DummyLoss", IDENTITY),
 }  # fmt: skip
 TARGETS = {original: ours for ours, originals in OUR_CLASSES.items() for original in originals}
+# Former parameters of our classes, in configs that were written before 0.2.
+RENAMED_PARAMS = {
+    "ldm.diffusion.schedule.Schedule": {
+        "log_time": "uses_log_sigma",
+        "quantize_time": "quantize_c_noise",
+        "flip_time": "flip_timesteps",
+    },
+    "ldm.diffusion.schedule.ContinuousSchedule": {"log_time": "uses_log_sigma"},
+    LOWRES_MODULE + "PatchesToChannels": {"patch": "patches_per_side"},
+}
 # Defaults of encoders in `cond_stage_config` that differ from those of our class.
 COND_STAGE_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
 
@@ -183,7 +193,10 @@ def translate_config(
             translate = partial(translate_config, skipped=skipped)
             model_params = translate_engine(params, f"{where}.params", skipped, translate)
             return {"target": LATENT_DIFFUSION, "params": model_params, "where": where}
-    return {"target": TARGETS.get(target, target), "params": dict(params), "where": where}
+    target = TARGETS.get(target, target)
+    names = RENAMED_PARAMS.get(target, {})
+    params = {names.get(name, name): value for name, value in params.items()}
+    return {"target": target, "params": params, "where": where}
 
 
 @dataclass

@@ -234,6 +234,13 @@ def test_classes_that_are_not_supported_are_refused_by_name(target):
         translate_config({"target": target})
 
 
+def test_former_parameters_of_our_classes_are_read():
+    spec = {"target": "ldm.encoders.lowres.Folded", "params": {"patch": 2}}
+    assert instantiate(spec).patches_per_side == 2
+    target = "ldm.diffusion.schedule.ContinuousSchedule"
+    assert not instantiate({"target": target, "params": {"log_time": False}}).uses_log_sigma
+
+
 def test_low_scale_config_with_patches_is_refused():
     changes = {"conditioning_key": "hybrid", "low_scale_config": {}, "concat_keys": ["lr"]}
     spec = {
