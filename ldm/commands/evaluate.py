@@ -49,12 +49,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _build_parser(prog: str | None) -> CommandParser:
-    parser = CommandParser(
-        prog=prog,
-        description=__doc__,
-        usage="%(prog)s [flags] [key=value ...]",
-        takes_overrides=True,
-    )
+    usage = "%(prog)s [flags] [key=value ...]"
+    parser = CommandParser(prog=prog, description=__doc__, usage=usage, takes_overrides=True)
     add = parser.add_group("images")
     # fmt: off
     add("--generate", action="store_true", help="make the images that do not exist yet")

@@ -33,10 +33,8 @@ MODEL_OPTIONS = {
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = CommandParser(
-        prog=prog, description=__doc__, usage="%(prog)s [flags] [key=value ...] IMAGE",
-        takes_overrides=True,
-    )  # fmt: skip
+    usage = "%(prog)s [flags] [key=value ...] IMAGE"
+    parser = CommandParser(prog=prog, description=__doc__, usage=usage, takes_overrides=True)
     # No defaults, as options that are not given keep their recorded values.
     options = {
         name: replace(
