@@ -59,7 +59,7 @@ def list_checks(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
     training = ["benchmarks/train.py", "--device", device]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "tests"]
     trainer = ["scripts/train.py", "-t", "-l", folder, "--base", "configs/train/tiny.yaml"]
-    trainer += ["lightning.trainer.max_steps=2", "lightning.callbacks.images=0"]
+    trainer += ["lightning.trainer.max_steps=2", "lightning.callbacks.max_images=0"]
     if is_cpu:
         tests += ["--collect-only"]
         networks += ["--stage", "text", "--quick", "--rounds", "1", "--dtype", "bfloat16"]

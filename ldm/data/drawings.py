@@ -51,7 +51,7 @@ class EmojiTransform(Transform):
         shift: Maximum offset from the center, in pixels.
         flip: Probability of a mirrored drawing.
         crop: Side of a random crop, in pixels; None = the full image.
-        random_colour_probability: Probability of a random background color. Captions still name the
+        random_color_probability: Probability of a random background color. Captions still name the
             variant's, so this is for autoencoders only.
         drop: Probability of omitting the style, and that of the color, from the caption.
         drop_object: Probability of omitting the object.
@@ -60,7 +60,7 @@ class EmojiTransform(Transform):
     """
 
     NAME = "emoji"
-    IMAGE_OPTIONS = ("size", "scale", "shift", "flip", "crop", "random_colour_probability")
+    IMAGE_OPTIONS = ("size", "scale", "shift", "flip", "crop", "random_color_probability")
     variants = tuple(COLORS)
 
     def __init__(
@@ -71,7 +71,7 @@ class EmojiTransform(Transform):
         shift: int = 2,
         flip: float = 0.0,
         crop: int | None = None,
-        random_colour_probability: float = 0.0,
+        random_color_probability: float = 0.0,
         drop: float = 0.1,
         drop_object: float = 0.02,
         keyword_probability: float = 0.1,
@@ -81,7 +81,7 @@ class EmojiTransform(Transform):
         self.size, self.scale, self.shift = size, tuple(scale), shift
         self.flip, self.crop = flip, crop
         self.image_size = crop or size
-        self.random_colour_probability = random_colour_probability
+        self.random_color_probability = random_color_probability
         self.drop, self.drop_object = drop, drop_object
         self.keyword_probability = keyword_probability
 
@@ -89,7 +89,7 @@ class EmojiTransform(Transform):
         self, image: Image.Image, rng: Random, variant: str = ""
     ) -> dict[str, Tensor]:
         rgb = COLORS[variant]
-        if rng.random() < self.random_colour_probability:
+        if rng.random() < self.random_color_probability:
             rgb = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -4,10 +4,12 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["rename_options", "to_former_names"]
 
-# NAME of the class with the options -> {former name: name}
+# NAME of the class with the options -> {former name: name}; of several former names, the oldest,
+# which keys of latent caches have, is the last.
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
     "emoji": {
-        "any_colour": "random_colour_probability",
+        "random_colour_probability": "random_color_probability",
+        "any_colour": "random_color_probability",
         "keyword": "keyword_probability",
         "records": "conditions",
     },

@@ -70,14 +70,14 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     for line in (*settings.messages, explanation):
         log.info("%s", line)
 
-    if run.is_fine_tune and not state.step and settings.trainer.sanity:
+    if run.is_fine_tune and not state.step and settings.trainer.check_initial_loss:
         with run.autocast():
             check_initial_loss(
                 run.model,
                 run.source.load_fixed_samples(NUM_SAMPLES),
                 batch_size=run.batch_size,
                 seed=run.seed,
-                timesteps=run.timesteps,
+                timestep_range=run.timestep_range,
             )
 
     # Validate one batch: wrong data or a wrong `monitor` would end the run only later.
@@ -232,7 +232,7 @@ def _build_actions(run: Run, loggers: LoggerCollection, timestep_losses: Timeste
     if options.evaluation is not None:
         evaluator = Evaluator(run, options.evaluation)
         actions["evaluate"] = (
-            Trigger(steps=options.evaluation.steps),
+            Trigger(steps=options.evaluation.every_n_steps),
             lambda: _log_metrics(run, loggers, evaluator()),
         )
     return actions

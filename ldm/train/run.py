@@ -71,9 +71,9 @@ class Run:
         return int(self.state.batches_consumed // batches) if batches else 0
 
     @property
-    def timesteps(self) -> Sequence[int] | None:
+    def timestep_range(self) -> Sequence[int] | None:
         """Range [first, end) of timesteps to train on; None = all."""
-        return self.settings.objective.get("timesteps")
+        return self.settings.objective.get("timestep_range")
 
     @property
     def checkpoints(self) -> Path:

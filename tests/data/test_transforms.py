@@ -94,7 +94,7 @@ def test_tags_are_shuffled_and_dropped_but_for_the_first():
 
 
 def test_keys_of_latent_caches_are_those_of_version_0_1():
-    emoji = EmojiTransform(size=64, random_colour_probability=0.5, conditions={"lr": {"blur": 1.0}})
+    emoji = EmojiTransform(size=64, random_color_probability=0.5, conditions={"lr": {"blur": 1.0}})
     assert json.dumps(emoji.get_cache_key()) == (
         '["Emoji", {"size": 64, "scale": [0.79, 0.83], "shift": 2, "flip": 0.0, "crop": null, '
         '"any_colour": 0.5, "records": {"lr": "Small(factor=4, blur=1.0)"}}]'

@@ -25,7 +25,7 @@ from loading.lorahelp import read_lora
 from train.tinyrun import build_tiny_run, resume_newest
 
 # The check of the initial loss would refuse the base model, which is not trained.
-SHORT_RUN = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")
+SHORT_RUN = ("lightning.trainer.max_steps=2", "lightning.trainer.check_initial_loss=false")
 LORA = ["lightning.lora.rank=4", "lightning.lora.targets=[attention, text]"]
 TEXTUAL_INVERSION = [
     "lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.vectors=3",

@@ -168,7 +168,7 @@ def test_training_only_the_decoder_does_not_change_latents(is_adversarial: bool)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     z = model.encode(make_batch()["jpg"]).mode()
     config = {"target": LOSS_TARGET, "params": PIXELS} if is_adversarial else None
-    task = build_autoencoder_task(model, {"lossconfig": config}, {"trained": "decoder"})
+    task = build_autoencoder_task(model, {"lossconfig": config}, {"trainable_part": "decoder"})
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     for _ in range(2):
         optimizer.zero_grad()
@@ -181,7 +181,9 @@ def test_training_only_the_decoder_does_not_change_latents(is_adversarial: bool)
 
 
 def test_the_config_determines_the_losses() -> None:
-    assert isinstance(build_autoencoder_task(build_tiny_vae(), {}, {"l1": 2.0}), ReconstructionTask)
+    assert isinstance(
+        build_autoencoder_task(build_tiny_vae(), {}, {"l1_weight": 2.0}), ReconstructionTask
+    )
     spec = {"target": LOSS_TARGET, "params": {**PIXELS, "disc_start": 50001}}
     adversarial = build_autoencoder_task(build_tiny_vae(), {"lossconfig": spec}, {})
     assert isinstance(adversarial, AdversarialTask)
@@ -268,7 +270,7 @@ def test_a_resumed_discriminator_equals_an_uninterrupted_one(tmp_path: Path) -> 
         "model.params.ckpt_path=null", "model.params.ddconfig.ch_mult=[1,1]",
         "model.params.lossconfig.params.disc_start=1", "data.params.batch_size=2",
         "model.params.lossconfig.params.disc_num_layers=1", "lightning.trainer.max_time=null",
-        "lightning.callbacks.images=1", "lightning.trainer.precision=32",
+        "lightning.callbacks.max_images=1", "lightning.trainer.precision=32",
         "lightning.trainer.max_steps=3", "lightning.callbacks.save_steps=2",
     ])  # fmt: skip
     uninterrupted = build_run_from(config, tmp_path / "uninterrupted")
@@ -299,23 +301,23 @@ def test_reconstructions_improve() -> None:
 
 
 @torch.no_grad()
-def test_peak_weights_the_largest_errors_of_an_image() -> None:
+def test_top_errors_weight_is_of_the_largest_errors_of_an_image() -> None:
     batch, model = make_batch(), build_tiny_vae()
     plain, weighted = (
-        ReconstructionTask(model, peak=peak).loss(batch, make_generator())["loss"]
-        for peak in (0.0, 2.0)
+        ReconstructionTask(model, top_errors_weight=weight).loss(batch, make_generator())["loss"]
+        for weight in (0.0, 2.0)
     )
     decoded = model(batch["jpg"], make_generator())[0]
     largest = (decoded - batch["jpg"]).abs().flatten(1).sort().values[:, -6:]  # of 3,072
     torch.testing.assert_close(weighted - plain, 2 * largest.mean())
 
 
-def test_outlier_penalizes_a_spike_in_the_decoder() -> None:
+def test_outlier_weight_penalizes_a_spike_in_the_decoder() -> None:
     batch, model = make_batch(), build_tiny_vae()
 
     def compute_penalty() -> torch.Tensor:
         plain, weighted = (
-            ReconstructionTask(model, outlier=weight).loss(batch, make_generator())
+            ReconstructionTask(model, outlier_weight=weight).loss(batch, make_generator())
             for weight in (0.0, 1.0)
         )
         return weighted["loss"] - plain["loss"]

@@ -219,7 +219,7 @@ def test_a_run_is_trained_resumed_exported_and_validated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["-b", TINY_YAML, "-l", str(tmp_path)]
-    options = ["lightning.callbacks.images=0", "data.params.batch_size=2", HELD_OUT]
+    options = ["lightning.callbacks.max_images=0", "data.params.batch_size=2", HELD_OUT]
     assert main([*base, "-t", "--max_steps", "2", *options]) == 0
     weights = Path(capsys.readouterr().out.strip())
     assert weights == (tmp_path / "tiny").resolve() / "checkpoints" / "last.safetensors"

@@ -26,7 +26,7 @@ def overrides(tmp_path):
     return [
         "lightning.trainer.max_steps=2",
         "lightning.callbacks.sampling.steps=1",
-        PREFIX + "steps=2",
+        PREFIX + "every_n_steps=2",
         PREFIX + f"prompts={tmp_path / 'prompts.txt'}",
         PREFIX + "scales=[1,3]",
         PREFIX + f"clip={tmp_path / 'clip.pt'}",

@@ -51,14 +51,14 @@ def test_validation_is_reproducible_and_changes_nothing(run: Run) -> None:
 
 
 def test_sample_grids_are_named_by_step_and_reproducible(run: Run) -> None:
-    with_grids = change_callbacks(run, images=2, prompts=["a red cat"])
+    with_grids = change_callbacks(run, max_images=2, prompts=["a red cat"])
     train_path, val_path = draw_samples(with_grids)
     assert train_path == run.folder / "images/train/samples_gs-000002_e-000000_b-000002.png"
     assert val_path.parent.name == "val"
     assert train_path.with_suffix(".txt").read_text() == "a red cat\na red cat\n"
     content = train_path.read_bytes()
     assert draw_samples(with_grids)[0].read_bytes() == content
-    assert draw_samples(change_callbacks(run, images=0)) == []
+    assert draw_samples(change_callbacks(run, max_images=0)) == []
 
 
 def test_the_best_exports_are_kept(

@@ -84,7 +84,7 @@ CACHED_SHAPES: dict[str, dict[str, Any]] = {
 
 def make_config(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     class_name, in_channels, conditions, overrides = TASKS[task]
-    config = make_tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.images=2")
+    config = make_tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.max_images=2")
     model = config["model"]["params"] | overrides | params
     model["unet_config"]["params"]["in_channels"] = in_channels
     model["unet_config"]["params"] |= VECTOR_PARAMS.get(task, {})
@@ -135,7 +135,7 @@ def test_a_missing_conditioning_image_is_named(task: str, key: str, tmp_path: Pa
 
 
 def test_a_model_without_conditions_is_trained_and_draws_samples(tmp_path: Path) -> None:
-    config = make_tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.images=2")
+    config = make_tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.max_images=2")
     params = config["model"]["params"]
     params |= {"cond_stage_config": "__is_unconditional__", "cond_stage_trainable": False}
     params |= {"conditioning_key": None}

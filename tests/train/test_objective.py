@@ -156,11 +156,12 @@ def record_input_noise(task: DiffusionTask) -> tuple[Tensor, float]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"timesteps": (200, 0)}, r"`\[200, 0\]` should be a range \[first, end\) within 0 … 1000"),
-        ({"timesteps": (0, 1001)}, r"`\[0, 1001\]` should be a range"),
-        ({"timesteps": (0, 200), "noise_levels": {}},
-         "`timesteps` and `noise_bias` cannot be combined"),
-        ({"noise_bias": 2.0, "noise_levels": {}}, "`noise_bias` cannot be combined with"),
+        ({"timestep_range": (200, 0)},
+         r"`\[200, 0\]` should be a range \[first, end\) within 0 … 1000"),
+        ({"timestep_range": (0, 1001)}, r"`\[0, 1001\]` should be a range"),
+        ({"timestep_range": (0, 200), "noise_levels": {}},
+         "`timestep_range` and `timestep_bias` cannot be combined"),
+        ({"timestep_bias": 2.0, "noise_levels": {}}, "`timestep_bias` cannot be combined with"),
     ],
 )  # fmt: skip
 def test_invalid_ranges_of_timesteps_are_refused(options: dict[str, Any], message: str) -> None:

@@ -118,7 +118,7 @@ def test_a_stopped_process_ends_the_others(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_restarted_by_torchrun_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     args = ["lightning.trainer.max_steps=12", "lightning.callbacks.save_steps=3"]
-    args += ["lightning.callbacks.images=0", "data.params.batch_size=2"]
+    args += ["lightning.callbacks.max_images=0", "data.params.batch_size=2"]
     args += ["-b", "configs/train/tiny.yaml", "-t", "-l"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node=2", "--max-restarts=1", "scripts/train.py", *args]

@@ -34,9 +34,9 @@ data:
       root: PHOTOS
       transform: {name: photo, size: 64, flip: 0.0, buckets: {step: 32}}
 lightning:
-  trainer: {max_steps: 2, sanity: false}
+  trainer: {max_steps: 2, check_initial_loss: false}
   optimizer: {name: adamw, ema_decay: 0.9}
-  callbacks: {images: 2, loggers: [csv], sampling: {steps: 2}}
+  callbacks: {max_images: 2, loggers: [csv], sampling: {steps: 2}}
 """
 MASKS = "data.params.train.transform.conditions={mask: {}}"
 SIZES = {(64, 64): 3, (128, 32): 2}  # width, height
@@ -73,7 +73,7 @@ def make_run(family: str, photos: Path, folder: Path, *overrides: str) -> Run:
         pytest.param(
             "xl-refiner",
             {"txt", "aesthetic_score"},
-            ["lightning.objective.timesteps=[0,200]"],
+            ["lightning.objective.timestep_range=[0,200]"],
             marks=pytest.mark.slow,
         ),
         (
@@ -151,7 +151,7 @@ def test_a_lora_and_an_embedding_of_all_text_encoders_are_trained_and_loaded(
         "data.params.train.fields.text=a <thing>",
         "lightning.lora={rank: 2, targets: [attention, text]}",
         "lightning.textual_inversion={token: <thing>, vectors: 3, init: cat}",
-        "lightning.callbacks.images=0",
+        "lightning.callbacks.max_images=0",
         *overrides,
     )
     train(run)
@@ -182,7 +182,7 @@ def list_prior_overrides(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_dreambooth_samples_missing_class_images(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "class"
-    overrides = [*list_prior_overrides(folder), "lightning.callbacks.images=0"]
+    overrides = [*list_prior_overrides(folder), "lightning.callbacks.max_images=0"]
     config = make_config("xl", photos, tmp_path / "run", *overrides)
     config["model"]["params"]["image_size"] = 8
     run = build_run_from(config, tmp_path / "run")
@@ -216,8 +216,8 @@ def test_a_training_config_of_generative_models_is_run(photos: Path, tmp_path: P
             "sigma_sampler_config": {"target": f"{package}sigma_sampling.EDMSampling"},
         },
     }
-    config["lightning"] = {"trainer": {"max_steps": 1, "sanity": False}}
-    config["lightning"]["callbacks"] = {"images": 0, "loggers": ["csv"]}
+    config["lightning"] = {"trainer": {"max_steps": 1, "check_initial_loss": False}}
+    config["lightning"]["callbacks"] = {"max_images": 0, "loggers": ["csv"]}
     run = build_run_from(config, tmp_path / "run")
     assert isinstance(run.task, DiffusionTask)
     assert (run.task.conditioning_dropout_prob, run.task.sigma_distribution) == (None, LogNormal())

@@ -185,7 +185,7 @@ def test_callbacks_are_recognized_by_their_class() -> None:
         "max_images: null}}, "
         "lr: {target: pytorch_lightning.callbacks.LearningRateMonitor}}}"
     )
-    assert (result.callbacks.image_steps, result.callbacks.images) == (7, 4)
+    assert (result.callbacks.image_steps, result.callbacks.max_images) == (7, 4)
     assert any("lightning.callbacks.lr is ignored" in message for message in result.messages)
 
 
@@ -306,18 +306,36 @@ SCHEMAS = {
 
 def test_former_names_of_keys_are_read() -> None:
     trainer = {"max_steps": 1, "checkpoint_gradients": True, "broken_share": 0.5}
-    trainer |= {"strategy": "hsdp", "shard": 2}
-    callbacks = {"best": -1, "sampling": {"grid": "karras", "rescale": 0.5}}
-    lightning = {"trainer": trainer, "objective": {"offset_noise": 0.1}, "callbacks": callbacks}
+    trainer |= {"strategy": "hsdp", "shard": 2, "sanity": False}
+    callbacks = {"best": -1, "sampling": {"grid": "karras", "rescale": 0.5}, "images": 3}
+    callbacks |= {"evaluation": {"steps": 50, "prompts": "prompts.txt"}}
+    objective = {"offset_noise": 0.1, "timesteps": [0, 200], "noise_bias": 2.0}
+    lightning = {"trainer": trainer, "objective": objective, "callbacks": callbacks}
     latents = {"latents": {"cache": "cache", "variants": 3, "batch": 4}}
     result = read_settings({"lightning": lightning, "data": {"params": latents}})
     assert result.trainer.gradient_checkpointing is True
     assert (result.trainer.max_unreadable_fraction, result.trainer.shard_size) == (0.5, 2)
-    assert result.objective == {"noise_offset": 0.1}
-    assert result.callbacks.save_top_k == -1
+    assert result.trainer.check_initial_loss is False
+    renamed = {"noise_offset": 0.1, "timestep_range": (0, 200), "timestep_bias": 2.0}
+    assert result.objective == renamed
+    assert (result.callbacks.save_top_k, result.callbacks.max_images) == (-1, 3)
+    assert result.callbacks.evaluation is not None
+    assert result.callbacks.evaluation.every_n_steps == 50
     assert result.callbacks.sampling == {"scheduler": "karras", "guidance_rescale": 0.5}
     renamed = {"cache": "cache", "variants_per_image": 3, "batch_size": 4}
     assert result.config["data"]["params"]["latents"] == renamed
+
+
+def test_former_names_of_autoencoder_losses_are_read() -> None:
+    result = read(
+        "{trainer: {max_steps: 1}, objective: {l1: 1, l2: 2, gradient: 3, kl: 4, peak: 5, "
+        "outlier: 6, trained: decoder}}",
+        model="{target: ldm.models.autoencoder.AutoencoderKL}",
+    )
+    assert result.objective == {
+        "l1_weight": 1, "l2_weight": 2, "image_gradient_weight": 3, "kl_weight": 4,
+        "top_errors_weight": 5, "outlier_weight": 6, "trainable_part": "decoder",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["lora", "textual_inversion"])

@@ -18,7 +18,7 @@ QUICK = (
     "model.params.unet_config.params.attention_resolutions=[1]",
     f"data.params.train.root={EMOJI}",
     "data.params.batch_size=2",
-    "lightning.callbacks.images=0",
+    "lightning.callbacks.max_images=0",
     "lightning.callbacks.loggers=[csv]",
 )
 TRANSFORM = "{name: emoji, size: 32}"

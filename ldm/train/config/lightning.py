@@ -242,7 +242,7 @@ def _translate_image_logger(params: JsonObject, where: str, result: _Translation
     result.set_defaults(
         "callbacks",
         image_minutes=None,
-        images=min(max_images, num_images),
+        max_images=min(max_images, num_images),
         sampling=_pop_renamed(kwargs, SAMPLING_NAMES),
     )
     if not params.get("disabled"):

@@ -16,6 +16,7 @@ RENAMED_TRAINER_KEYS = {
     "keep": "keep_states",
     "broken_share": "max_unreadable_fraction",
     "shard": "shard_size",
+    "sanity": "check_initial_loss",
 }
 RENAMED_KEYS: Names = {
     "lightning": {
@@ -30,10 +31,21 @@ RENAMED_KEYS: Names = {
             "prior_weight": "prior_loss_weight",
             "offset_noise": "noise_offset",
             "offset_noise_by": "noise_offset_by",
+            "timesteps": "timestep_range",
+            "noise_bias": "timestep_bias",
+            "l1": "l1_weight",
+            "l2": "l2_weight",
+            "gradient": "image_gradient_weight",
+            "kl": "kl_weight",
+            "peak": "top_errors_weight",
+            "outlier": "outlier_weight",
+            "trained": "trainable_part",
         },
         "callbacks": {
             "best": "save_top_k",
+            "images": "max_images",
             "sampling": {"grid": "scheduler", "rescale": "guidance_rescale"},
+            "evaluation": {"steps": "every_n_steps"},
         },
     },
     "data": {

@@ -3,7 +3,7 @@
 Values may be written as is usual in YAML: `1.0e+6` for an integer, `off` for 0, a single name for a
 list. `validate_section` reports an error in one line:
 
-    lightning.callbacks.images: `-3` should be greater than or equal to 0
+    lightning.callbacks.max_images: `-3` should be greater than or equal to 0
 """
 
 from collections.abc import Collection, Mapping
@@ -178,8 +178,7 @@ class TrainerOptions(Section):
     nan_limit: CountOrInf = 10  # number of consecutive non-finite steps that ends the run
     max_unreadable_fraction: Probability = 0.01  # of the samples; above, the run ends
     timeout: Positive = 45  # seconds without a heartbeat after which a rank counts as lost
-    # check the initial loss of a fine-tune; not Lightning's `num_sanity_val_steps`
-    sanity: Bool = True
+    check_initial_loss: Bool = True  # of a fine-tune
 
 
 class OptimizerOptions(Section):
@@ -252,7 +251,7 @@ class GridSamplingOptions(TypedDict, total=False):
 class EvaluationOptions(Section):
     """Evaluation of generated images with metrics, with EMA weights; see docs/evaluation.md."""
 
-    steps: Steps  # interval of evaluations
+    every_n_steps: Steps
     prompts: NonEmptyStr  # a file, as for `ldm evaluate`
     count: Count | None = None  # number of prompts, drawn at random; null: all
     # guidance scales
@@ -278,7 +277,7 @@ class CallbackOptions(Section):
     image_minutes: NonnegativeOrInf | None = 10
     image_steps: Steps | None = None
     image_early: Bool = False  # also at steps 1, 2, 4, 8 …
-    images: Annotated[int, Field(ge=0), TO_INTEGER] = 16
+    max_images: Annotated[int, Field(ge=0), TO_INTEGER] = 16
     # prompts of the image grids; null: the first captions of the data
     prompts: Annotated[list[str], TO_LIST] | None = None
     sampling: GridSamplingOptions = {}
@@ -327,8 +326,8 @@ class DiffusionObjective(CriterionOptions, total=False):
     weighting: Annotated[str, _one_of(WEIGHTINGS)] | None
     sigma_data: Positive
     noise_levels: LogNormalOptions | None
-    timesteps: Annotated[tuple[int, int], TO_TUPLE] | None
-    noise_bias: Positive
+    timestep_range: Annotated[tuple[int, int], TO_TUPLE] | None
+    timestep_bias: Positive
     noise_offset: Nonnegative
     noise_offset_by: Literal["channel", "sample"]
     input_perturbation: Nonnegative
@@ -340,14 +339,13 @@ class DiffusionObjective(CriterionOptions, total=False):
 class AutoencoderObjective(TypedDict, total=False):
     """`lightning.objective` of an autoencoder: arguments of the tasks in `tasks.autoencoder`."""
 
-    # weights of the losses, see `tasks.autoencoder.ReconstructionTask`
-    l1: Nonnegative
-    l2: Nonnegative
-    gradient: Nonnegative
-    kl: Nonnegative
-    peak: Nonnegative
-    outlier: Nonnegative
-    trained: Literal["all", "decoder"]
+    l1_weight: Nonnegative
+    l2_weight: Nonnegative
+    image_gradient_weight: Nonnegative
+    kl_weight: Nonnegative
+    top_errors_weight: Nonnegative
+    outlier_weight: Nonnegative
+    trainable_part: Literal["all", "decoder"]
     learn_logvar: Bool
     export_losses: Bool
     perceptual: JsonObject | None
@@ -474,7 +472,7 @@ class EmojiOptions(TypedDict, total=False):
     shift: Annotated[int, Field(ge=0), TO_INTEGER]
     flip: Probability
     crop: Count
-    random_colour_probability: Probability
+    random_color_probability: Probability
     drop: Probability
     drop_object: Probability
     keyword_probability: Probability

@@ -33,7 +33,7 @@ NUM_SAMPLES = 16  # training samples that the training loop passes
 #     random weights              1.0
 MAX_LOSS_RATIO = 0.85
 STD_RANGE = (0.4, 2.5)  # standard deviation of latents with a plausible scale factor
-HINT = "\nhint: lightning.trainer.sanity=false skips this check"
+HINT = "\nhint: lightning.trainer.check_initial_loss=false skips this check"
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def check_initial_loss(
     *,
     batch_size: int,
     seed: int,
-    timesteps: Sequence[int] | None = None,
+    timestep_range: Sequence[int] | None = None,
 ) -> None:
     """Check on a few samples that the weights of a model fit its config.
 
     Args:
         samples: Samples of the training data with images ("jpg") of one size.
         batch_size: Number of samples that fit into memory.
-        timesteps: Range [first, end) of timesteps; None = all.
+        timestep_range: Range [first, end) of timesteps; None = all.
     Raises:
         ValueError: The weights do not fit the config; the message says what may be wrong.
     """
@@ -100,7 +100,7 @@ def check_initial_loss(
         else:
             generator = torch.Generator().manual_seed(seed)
             comparison = compare_with_baseline(
-                model, samples, generator, batch_size=batch_size, timesteps=timesteps
+                model, samples, generator, batch_size=batch_size, timestep_range=timestep_range
             )
             log.info(
                 "the model predicts %s: initial loss %.3f, trivial baseline %.3f",
@@ -120,10 +120,11 @@ def compare_with_baseline(
     generator: torch.Generator,
     *,
     batch_size: int = NUM_SAMPLES,
-    timesteps: Sequence[int] | None = None,
+    timestep_range: Sequence[int] | None = None,
 ) -> BaselineComparison:
     """Compare losses of a model and of the baseline; arguments as in `check_initial_loss`."""
-    t = draw_timesteps(model.schedule, len(samples), generator, timestep_range=timesteps)  # (B,)
+    n = len(samples)
+    t = draw_timesteps(model.schedule, n, generator, timestep_range=timestep_range)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
     outputs = [

@@ -42,14 +42,14 @@ def draw_samples(run: Run) -> list[Path]:
         The files; [] on other processes.
     """
     options = run.settings.callbacks
-    if not options.images or not (run.ranks.is_main_process or is_sharded(run.task.trainable)):
+    if not options.max_images or not (run.ranks.is_main_process or is_sharded(run.task.trainable)):
         return []
     sources = {"train": run.source}
     if run.validation_source is not None:
         sources["val"] = run.validation_source
     paths = []
     for split, source in sources.items():
-        samples = source.load_fixed_samples(options.images)
+        samples = source.load_fixed_samples(options.max_images)
         if options.prompts and split == "train" and isinstance(run.model, LatentDiffusion):
             for index, item in enumerate(samples):
                 item["txt"] = options.prompts[index % len(options.prompts)]
@@ -83,7 +83,7 @@ def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
         return pixels.make_grid(pixels.to_pil(torch.cat([images, *decoded])), columns=n)
     columns = max(1, round(n**0.5))
     cells = torch.cat([sample_images(run, model, samples[k : k + batch_size], k) for k in starts])
-    if run.timesteps is not None or model.conditioner.keys - NON_IMAGE_KEYS:
+    if run.timestep_range is not None or model.conditioner.keys - NON_IMAGE_KEYS:
         columns, cells = 2 * columns, torch.stack([images, cells], 1).flatten(0, 1)
     return pixels.make_grid(pixels.to_pil(cells), columns)
 
@@ -106,8 +106,8 @@ def sample_images(
         dropout = dict.fromkeys(model.conditioner.keys, 1.0)
     uncond = model.condition(batch, dropout)
     options: dict[str, Any] = {**DEFAULT_SAMPLING, **run.settings.callbacks.sampling}
-    if run.timesteps is not None:  # start at the highest noise level that is trained
-        strength = run.timesteps[1] / len(model.schedule)
+    if run.timestep_range is not None:  # start at the highest noise level that is trained
+        strength = run.timestep_range[1] / len(model.schedule)
         generator = torch.Generator().manual_seed(seed)
         options |= {"z": model.encode(batch["jpg"], generator), "strength": strength}
     with run.autocast():

@@ -41,7 +41,7 @@ __all__ = [
 # its denominator.
 MAX_D_WEIGHT = 1e4
 D_WEIGHT_EPS = 1e-4
-TOP_ERRORS_DIVISOR = 500  # `peak` is the weight of the mean of the largest 1 / 500 of the errors
+TOP_ERRORS_DIVISOR = 500  # the largest 1 / 500 of the errors have a loss of their own
 MAX_ACTIVATION = 6.0  # largest normalized activation without penalty
 # Penalties of logits that should be negative, by `disc_loss`.
 DISC_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -94,52 +94,53 @@ class ReconstructionTask(Task):
     """Training of an AutoencoderKL on pixel errors of images in [-1, 1].
 
     Args:
-        l1: Weight of the mean absolute error.
-        l2: Weight of the mean squared error.
-        gradient: Weight of the absolute error of the image gradient, i.e. of edges.
-        kl: Weight of the KL divergence from a standard normal distribution, in nats per image.
-        peak: Weight of the mean of the largest 1 / 500 of absolute errors.
-        outlier: Weight of a penalty on huge activations in the decoder.
-        trained: Part to train: "all", or "decoder", which does not change the latents.
+        l1_weight: Weight of the mean absolute error.
+        l2_weight: Weight of the mean squared error.
+        image_gradient_weight: Weight of the absolute error of the image gradient, i.e. of edges.
+        kl_weight: Weight of the KL divergence from a standard normal distribution, in nats per
+            image.
+        top_errors_weight: Weight of the mean of the largest 1 / 500 of absolute errors.
+        outlier_weight: Weight of a penalty on huge activations in the decoder.
+        trainable_part: Part to train: "all", or "decoder", which does not change the latents.
     """
 
     model: AutoencoderKL
     _: KW_ONLY
-    l1: float = 1.0
-    l2: float = 1.0
-    gradient: float = 0.5
-    kl: float = 1e-6
-    peak: float = 0.0
-    outlier: float = 0.0
-    trained: str = "all"
+    l1_weight: float = 1.0
+    l2_weight: float = 1.0
+    image_gradient_weight: float = 0.5
+    kl_weight: float = 1e-6
+    top_errors_weight: float = 0.0
+    outlier_weight: float = 0.0
+    trainable_part: str = "all"
 
     def __post_init__(self) -> None:
         self.trainable = self.model
-        _freeze_encoder(self.model, self.trained)
+        _freeze_encoder(self.model, self.trainable_part)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         image = batch["jpg"].to(self.model.quant_conv.weight.device)  # (B, 3, H, W)
-        layers = self.model.decoder.modules() if self.outlier else ()
+        layers = self.model.decoder.modules() if self.outlier_weight else ()
         with _record_maxima(layer for layer in layers if isinstance(layer, GroupNorm)) as maxima:
             reconstruction, posterior = self.model(image, generator)
         error = reconstruction.float() - image
         kl = posterior.kl().float().mean()
         edges = error.diff(dim=-2).abs().mean() + error.diff(dim=-1).abs().mean()
-        loss = self.l1 * error.abs().mean() + self.l2 * error.square().mean()
-        loss = loss + self.gradient * edges + self.kl * kl
-        if self.peak:
+        loss = self.l1_weight * error.abs().mean() + self.l2_weight * error.square().mean()
+        loss = loss + self.image_gradient_weight * edges + self.kl_weight * kl
+        if self.top_errors_weight:
             errors = error.abs().flatten(1)
             largest = errors.topk(max(1, errors.shape[1] // TOP_ERRORS_DIVISOR)).values
-            loss = loss + self.peak * largest.mean()
-        if self.outlier:
-            loss = loss + self.outlier * _compute_outlier_loss(maxima)
+            loss = loss + self.top_errors_weight * largest.mean()
+        if self.outlier_weight:
+            loss = loss + self.outlier_weight * _compute_outlier_loss(maxima)
         mean_psnr = compute_psnr(reconstruction.detach().float(), image).mean()
         return {"loss": loss, "psnr": mean_psnr, "kl": kl.detach()}
 
     @torch.inference_mode()
     def get_weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return the weights; unless only the decoder is trained, latents are normalized."""
-        if self.trained == "decoder":
+        if self.trainable_part == "decoder":
             return self.model.state_dict()
         device = self.model.quant_conv.weight.device
         z = [self.model.encode(image[None].to(device)).mode() for image in images]
@@ -193,7 +194,7 @@ class AdversarialTask(Task):
 
     Args:
         perceptual: LPIPS; None if its weight is 0.
-        trained: Part to train: "all", or "decoder", which does not change the latents.
+        trainable_part: Part to train: "all", or "decoder", which does not change the latents.
         learn_logvar: Whether to train the log variance of the error.
         export_losses: Whether to export discriminator, LPIPS and logvar, as `loss.*`.
     """
@@ -203,7 +204,7 @@ class AdversarialTask(Task):
     config: AdversarialLossConfig
     _: KW_ONLY
     perceptual: LPIPS | None = None
-    trained: str = "all"
+    trainable_part: str = "all"
     learn_logvar: bool = False
     export_losses: bool = False
 
@@ -215,7 +216,7 @@ class AdversarialTask(Task):
                 f"`lightning.objective.perceptual.ckpt_path` must name {LPIPS_FILES}; or set "
                 "`model.params.lossconfig.params.perceptual_weight=0`"
             )
-        _freeze_encoder(model, self.trained)
+        _freeze_encoder(model, self.trainable_part)
         device = model.quant_conv.weight.device
         if self.perceptual is not None:
             self.perceptual = _move(self.perceptual, device) if config.perceptual_weight else None
@@ -404,9 +405,9 @@ def _compute_outlier_loss(maxima: Iterable[Tensor]) -> Tensor:
     return torch.stack([F.relu(maximum / MAX_ACTIVATION - 1).mean() for maximum in maxima]).mean()
 
 
-def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
+def _freeze_encoder(model: AutoencoderKL, trainable_part: str) -> None:
     """Freeze the encoder if only the decoder is trained."""
-    if trained == "decoder":
+    if trainable_part == "decoder":
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
 

@@ -36,9 +36,9 @@ class DiffusionTask(Task):
             (arXiv:2208.12242).
         noise_levels: Keywords of `LogNormal`; None = uniform timesteps, or the defaults of
             `LogNormal` for continuous schedules.
-        timesteps: Range [first, end) to train on, (0, 200) for SDXL's refiner; None = all.
-        noise_bias: Timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 favors high
-            noise levels, where the caption matters most.
+        timestep_range: Range [first, end) to train on, (0, 200) for SDXL's refiner; None = all.
+        timestep_bias: Timesteps have the density t ** (timestep_bias - 1): 1 is uniform, 2 favors
+            high noise levels, where the caption matters most.
         noise_offset: Standard deviation of extra noise that is constant over each channel, so that
             the model learns to change the mean of an image; usually 0.1 (Guttenberg 2023).
         noise_offset_by: "channel", or "sample": the same constant in all channels.
@@ -49,8 +49,8 @@ class DiffusionTask(Task):
         disable_first_stage_autocast: Whether to encode images in full precision.
         criterion_options: Keywords of `Criterion`.
     Raises:
-        ArgumentError: `timesteps` are not a range of the schedule, or `timesteps` or `noise_bias`
-            are given although timesteps are not uniform.
+        ArgumentError: `timestep_range` is not a range of the schedule, or it or `timestep_bias` is
+            given although timesteps are not uniform.
     """
 
     model: LatentDiffusion
@@ -58,8 +58,8 @@ class DiffusionTask(Task):
     conditioning_dropout_prob: float | Mapping[str, float] | None = 0.1
     prior_loss_weight: float = 1.0
     noise_levels: Mapping[str, float] | None = None
-    timesteps: Sequence[int] | None = None
-    noise_bias: float = 1.0
+    timestep_range: Sequence[int] | None = None
+    timestep_bias: float = 1.0
     noise_offset: float = 0.0
     noise_offset_by: str = "channel"
     input_perturbation: float = 0.0
@@ -118,16 +118,17 @@ class DiffusionTask(Task):
         return state
 
     def _check_timesteps(self) -> None:
-        schedule, timesteps = self.model.schedule, self.timesteps
+        schedule, timestep_range = self.model.schedule, self.timestep_range
         is_uniform = self.noise_levels is None and isinstance(schedule, Schedule)
-        if not is_uniform and (timesteps is not None or self.noise_bias != 1):
+        if not is_uniform and (timestep_range is not None or self.timestep_bias != 1):
             raise ArgumentError(
-                "`timesteps` and `noise_bias` cannot be combined with `noise_levels` or a "
+                "`timestep_range` and `timestep_bias` cannot be combined with `noise_levels` or a "
                 "continuous noise schedule"
             )
-        if timesteps is not None and not 0 <= timesteps[0] < timesteps[1] <= len(schedule):
+        first, end = timestep_range or (0, len(schedule))
+        if not 0 <= first < end <= len(schedule):
             raise ArgumentError(
-                f"timesteps: `{list(timesteps)}` should be a range [first, end) within 0 … "
+                f"timestep_range: `[{first}, {end}]` should be a range [first, end) within 0 … "
                 f"{len(schedule)}"
             )
 
@@ -150,8 +151,8 @@ class DiffusionTask(Task):
             len(z),
             generator,
             sigma_distribution=self.sigma_distribution,
-            bias=self.noise_bias,
-            timestep_range=self.timesteps,
+            bias=self.timestep_bias,
+            timestep_range=self.timestep_range,
         )  # (B,)
         noise, input_noise = self._draw_noise(z, generator)  # (B, C, h, w) each
 

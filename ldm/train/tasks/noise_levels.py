@@ -43,7 +43,7 @@ def draw_timesteps(
     Args:
         sigma_distribution: None = uniform timesteps, or the default LogNormal if the schedule is
             continuous.
-        bias: See `noise_bias` of `DiffusionTask`; for discrete timesteps only.
+        bias: See `timestep_bias` of `DiffusionTask`; for discrete timesteps only.
         timestep_range: Range [first, end) of timesteps; None = all.
     """
     # In [0, 1), one from each n-quantile, in random order.
