@@ -1,4 +1,6 @@
-"""Former names of options in the `data:` section of configs, which are still accepted."""
+"""Former names and values of options in the `data:` section of configs: still accepted."""
+
+from collections.abc import Mapping
 
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -18,19 +20,31 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
     "depth": {"depth": "ramp_width"},
     "shards": {"least": "minimum", "most": "maximum", "lanes": "streams"},
 }
+RENAMED_VALUES = {"photo": {"centre": "center"}}  # former value -> value
 
 
 def rename_options(owner: str, options: JsonMapping) -> JsonObject:
-    """Return the options under their present names; the last of duplicates is used.
+    """Return options with present names and values; the last of duplicates is used.
 
     Args:
         owner: Key of RENAMED_OPTIONS.
     """
-    names = RENAMED_OPTIONS.get(owner, {})
-    return {names.get(name, name): value for name, value in options.items()}
+    return _rename(options, RENAMED_OPTIONS.get(owner, {}), RENAMED_VALUES.get(owner, {}))
 
 
 def to_former_names(owner: str, options: JsonMapping) -> JsonObject:
-    """Return the options under their former names, as keys of latent caches have them."""
-    names = {name: former for former, name in RENAMED_OPTIONS.get(owner, {}).items()}
-    return {names.get(name, name): value for name, value in options.items()}
+    """Return options with former names and values, as keys of latent caches have them."""
+    names, values = (
+        {new: former for former, new in renamed.get(owner, {}).items()}
+        for renamed in (RENAMED_OPTIONS, RENAMED_VALUES)
+    )
+    return _rename(options, names, values)
+
+
+def _rename(
+    options: JsonMapping, names: Mapping[str, str], values: Mapping[str, str]
+) -> JsonObject:
+    return {
+        names.get(name, name): values.get(value, value) if isinstance(value, str) else value
+        for name, value in options.items()
+    }

@@ -36,7 +36,7 @@ __all__ = [
     "CROP_POSITIONS", "SIZE_KEYS", "PhotoTransform", "TagShuffle", "Transform", "get_captions",
 ]  # fmt: skip
 
-CROP_POSITIONS = ("centre", "random")
+CROP_POSITIONS = ("center", "random")
 SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
 DEFAULT_AESTHETIC_SCORE = 6.0  # as in sampling
 
@@ -114,7 +114,7 @@ class Transform(ABC):
         return {"aesthetic_score": score, **size}
 
     def get_cache_key(self) -> tuple[str, JsonObject]:
-        """Return name and IMAGE_OPTIONS for keys of latent caches, with former names."""
+        """Return name and IMAGE_OPTIONS for keys of latent caches, with former names and values."""
         options = {name: getattr(self, name) for name in self.IMAGE_OPTIONS}
         conditions = {key: condition.get_cache_key() for key, condition in self.conditions.items()}
         options |= {"conditions": conditions}
@@ -145,7 +145,7 @@ class PhotoTransform(Transform):
     """Scale and crop an image to a square or the nearest bucket; its caption is the row's `text`.
 
     Args:
-        crop: Position of the crop if aspect ratios differ, "centre" or "random".
+        crop: Position of the crop if aspect ratios differ, "center" or "random".
         flip: Probability of a mirrored image.
         buckets: Options of `Buckets`, {} for their defaults; None = squares.
         tags: Options of `TagShuffle`, {} for their defaults; None = captions as they are.
@@ -159,7 +159,7 @@ class PhotoTransform(Transform):
         self,
         *,
         size: int = 512,
-        crop: str = "centre",
+        crop: str = "center",
         flip: float = 0.5,
         buckets: Mapping[str, int] | None = None,
         tags: JsonMapping | None = None,

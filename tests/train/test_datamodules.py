@@ -105,9 +105,9 @@ def test_our_data_section_is_read_without_translation(caplog: pytest.LogCaptureF
 
 
 def test_former_options_of_a_transform_are_read(caplog: pytest.LogCaptureFixture) -> None:
-    train = "{root: a, transform: {name: photo, flip: true, records: {mask: {}}}}"
+    train = "{root: a, transform: {name: photo, flip: true, crop: centre, records: {mask: {}}}}"
     data = read_data(parse(f"{{params: {{batch_size: 1, train: {train}}}}}"))
-    expected = {"name": "photo", "flip": 1.0, "conditions": {"mask": {}}}
+    expected = {"name": "photo", "flip": 1.0, "crop": "center", "conditions": {"mask": {}}}
     assert data.train["transform"] == expected
     assert "data.params.train.transform.flip: `true` mirrors every image" in caplog.text
 

@@ -235,7 +235,7 @@ def _pop_transform(params: JsonObject, where: str) -> JsonObject:
             size = options["size"]
             transform["size"] = size if isinstance(size, int) else min(size)
             if name != "Resize":
-                transform["crop"] = "random" if name == "RandomCrop" else "centre"
+                transform["crop"] = "random" if name == "RandomCrop" else "center"
         elif name == "RandomHorizontalFlip":
             transform["flip"] = options.get("p", 0.5)
     postprocess = params.pop("postprocess", None)
