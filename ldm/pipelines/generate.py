@@ -42,7 +42,7 @@ class RunOptions(SamplingOptions, total=False):
     strength: float
     size: tuple[int, int] | None
     end_step: int
-    step_offset: int
+    first_step_number: int
     guidance: Guidance | None
 
 
@@ -168,7 +168,7 @@ def _sample_with_refiner(
     refiner_options: RunOptions = {
         **options, "sigmas": sigmas[handover:], "steps": None, "z_t": z_t, "z": None, "x_T": None,
         "strength": 1.0, "callback": make_callback(handover - first_step),
-        "constrain": constrain_refiner, "step_offset": handover - first_step,
+        "constrain": constrain_refiner, "first_step_number": handover - first_step,
         "freeu": None, "freeu_version": None,  # its factors are for the base model
     }  # fmt: skip
     return _sample(refiner, refiner_conds, refiner_options)

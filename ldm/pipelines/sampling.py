@@ -97,7 +97,7 @@ def sample(
     noise_source: NoiseSource | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
-    step_offset: int = 0,
+    first_step_number: int = 0,
     unet_tile: int | None = None,
     tiling: str = "none",
     legacy: Iterable[str] = (),
@@ -153,8 +153,8 @@ def sample(
         callback: Called with (step, steps, x, denoised) after each step; may raise Stop with a
             latent, which tasks then decode. None = not called.
         constrain: (x, sigma) -> x, applied before every step; None = no constraint.
-        step_offset: Number of the run's first step, for conditions that depend on the step; no step
-            is skipped.
+        first_step_number: Number of the first step, for conditions that depend on the step: those
+            of a run that continues another begin later.
         unet_tile: Side in latent pixels of overlapping tiles that the network runs on; None = none.
         tiling: Axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
             "xy" for textures, or "none". Tasks also apply it to the autoencoder.
@@ -245,7 +245,7 @@ def sample(
     if model.guidance_embed_dim is not None:
         dim = model.guidance_embed_dim
         build_denoise = partial(embed_guidance, denoiser, scale=scale, dim=dim)
-    counter = StepCounter(step_offset)
+    counter = StepCounter(first_step_number)
     with circular_padding(tiling):
         x = SAMPLER_FUNCTIONS[sampler](
             switch_conditions(build_denoise, cond, uncond, counter),
