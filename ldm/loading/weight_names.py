@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "MARKERS", "NON_WEIGHTS", "SECOND_TEXT_PREFIX", "TEXT_2_PREFIX", "TEXT_PREFIX", "UNET_PREFIX",
-    "VAE_PREFIX", "has_prefix", "has_sgm_names", "normalize_layer_name", "pair_names",
-    "remove_wrappers", "rename_weights", "restore_names", "select_buffers", "select_loss_state",
-    "select_prefix", "to_original_name",
+    "AUXILIARY_TENSORS", "MARKERS", "SECOND_TEXT_PREFIX", "TEXT_2_PREFIX", "TEXT_PREFIX",
+    "UNET_PREFIX", "VAE_PREFIX", "has_prefix", "has_sgm_names", "normalize_layer_name",
+    "pair_names", "remove_wrappers", "rename_weights", "restore_names", "select_buffers",
+    "select_loss_state", "select_prefix", "to_original_name",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -82,9 +82,9 @@ LAYER_PREFIX = re.compile(
 # Older diffusers' names of a text encoder's attention.
 TEXT_ATTENTION = re.compile(r"(?<=self_attn_)to_([qkv]|out)$")
 
-# Tensors that are not weights of a model, under the original's names: noise schedule, constants,
-# markers, EMA, losses, and unused towers of CLIP.
-NON_WEIGHTS = re.compile(
+# Tensors of checkpoints that our models do not have, under the original's names: noise schedule,
+# constants, markers, EMA, losses, and unused towers of CLIP.
+AUXILIARY_TENSORS = re.compile(
     r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
     | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
     | logvar | scale_factor | noise_augmentor\.data_(mean|std) | cond_stage_model\.(mean|std)
@@ -103,7 +103,7 @@ UPSCALER_UNET_NAMES = frozenset({"time_proj.weight", "time_embedding.cond_proj.w
 # A CLIP whose vision tower is used, and whose text encoder is not.
 VISION_PROJECTION = "cond_stage_model.model.visual.proj"
 UNUSED_TEXT_PREFIX = "cond_stage_model.model.transformer."
-# NON_WEIGHTS that are buffers, see `select_buffers`.
+# AUXILIARY_TENSORS that are buffers, see `select_buffers`.
 BUFFER = re.compile(
     r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
     r"|denoiser\.sigmas|edm_mean|edm_std|edm_vpred\.sigma_(min|max)"
@@ -122,7 +122,7 @@ def remove_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (our name, name in the file) of weights, without NON_WEIGHTS."""
+    """Yield (our name, name in the file) of weights, without AUXILIARY_TENSORS."""
     names = list(names)
     if UPSCALER_UNET_NAMES.issubset(names):  # the UNet of a diffusers folder alone
         yield from ((f"unet.{name}", name) for name in names)
@@ -130,12 +130,12 @@ def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     file_names = _normalize_prefixes(names)
     unused = UNUSED_TEXT_PREFIX if VISION_PROJECTION in file_names else ()
     for original_name, file_name in file_names.items():
-        if not NON_WEIGHTS.fullmatch(original_name) and not original_name.startswith(unused):
+        if not AUXILIARY_TENSORS.fullmatch(original_name) and not original_name.startswith(unused):
             yield _to_our_name(original_name), file_name
 
 
 def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights under our names, without NON_WEIGHTS."""
+    """Return weights under our names, without AUXILIARY_TENSORS."""
     return {ours: state[name] for ours, name in pair_names(state)}
 
 

@@ -50,7 +50,7 @@ from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
 from ldm.loading.modelspec import MODELSPEC_PREFIX
 from ldm.loading.variants import SCHEDULER_KEY, detect_variant
 from ldm.loading.weight_names import (
-    NON_WEIGHTS,
+    AUXILIARY_TENSORS,
     has_sgm_names,
     rename_weights,
     restore_names,
@@ -105,19 +105,19 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
     """
     path = Path(path).expanduser()
     files = _read_configs(path)
-    extra_file = _read_extra_weights(path, files) or Checkpoint(path, "diffusers", {})
+    extra_checkpoint = _read_extra_weights(path, files) or Checkpoint(path, "diffusers", {})
     with errors_as(FileFormatError, f"`{path}` has a damaged config"):
         token_ids = {name: read_added_tokens(files, f) for name, f in TOKENIZERS.items()}
-        if CONFIG_KEY in extra_file.metadata:
-            config_dict = parse_yaml(extra_file.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+        if CONFIG_KEY in extra_checkpoint.metadata:
+            original_config = parse_yaml(extra_checkpoint.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
         else:
-            config_dict = make_original_config(files, str(path))
-    non_weights = _select_non_weights(extra_file.state)
-    model, _ = _build_model(config_dict, path.name, non_weights)
+            original_config = make_original_config(files, str(path))
+    auxiliary_tensors = _select_auxiliary_tensors(extra_checkpoint.state)
+    model, _ = _build_model(original_config, path.name, auxiliary_tensors)
     model_state, locations = model.state_dict(), locate_weights(model)
     prefixes = get_component_prefixes(model)
     added_tokens: dict[str, list[Tensor]] = {}
-    state = rename_weights(extra_file.state)
+    state = rename_weights(extra_checkpoint.state)
     folders = {name: path / name if MODEL_INDEX in files else path for name in locations}
     if file_variant and not any(file_variant in _find_weights_files(f) for f in folders.values()):
         message = f"no weights of variant `{file_variant}` in `{path}`: leave out `variant`"
@@ -145,14 +145,16 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
         folder = (path / NORMALIZER_CONFIG).parent
         with errors_as(FileFormatError, f"`{folder}` has damaged statistics"):
             buffers |= _convert_statistics(read_component_state(folder, file_variant))
-    config_text = format_yaml(config_dict)
+    config_text = format_yaml(original_config)
     return Checkpoint(
         path=path,
         format="diffusers",
-        state=restore_names({name: state[name] for name in model_state}, buffers | non_weights),
-        step=extra_file.step,
+        state=restore_names(
+            {name: state[name] for name in model_state}, buffers | auxiliary_tensors
+        ),
+        step=extra_checkpoint.step,
         memory_mapped=True,
-        metadata=extra_file.metadata | _collect_metadata(files) | {CONFIG_KEY: config_text},
+        metadata=extra_checkpoint.metadata | _collect_metadata(files) | {CONFIG_KEY: config_text},
         added_tokens=added_tokens,
     )
 
@@ -170,44 +172,44 @@ def read_folder_metadata(path: Path) -> tuple[dict[str, str], bool]:
 
 
 def build_folder(
-    file: Checkpoint, config_dict: JsonMapping, clip_stats: str | Path | None = None
+    checkpoint: Checkpoint, original_config: JsonMapping, clip_stats: str | Path | None = None
 ) -> tuple[FolderFiles, Components]:
     """Return (text files by path, tensors by component) of a folder to write.
 
     Tensors that diffusers does not have are in component "", under the original's names.
 
     Args:
-        file: Weights under the original's names.
-        config_dict: Config of the weights, with the original's keys.
+        checkpoint: Weights under the original's names.
+        original_config: Config of the weights, with the original's keys.
         clip_stats: See `load_clip_statistics`.
     """
-    non_weights = _select_non_weights(file.state)
-    model, spec = _build_model(config_dict, "config", non_weights)
-    state = match_weights(model, rename_weights(file.state), file.path)
-    variant = detect_variant(file.path, file.metadata, state)
+    auxiliary_tensors = _select_auxiliary_tensors(checkpoint.state)
+    model, config = _build_model(original_config, "config", auxiliary_tensors)
+    state = match_weights(model, rename_weights(checkpoint.state), checkpoint.path)
+    variant = detect_variant(checkpoint.path, checkpoint.metadata, state)
     if variant is not None and isinstance(model, LatentDiffusion):
         model.defaults = variant.defaults
-    files = make_folder_configs(model, spec)
+    files = make_folder_configs(model, config)
     if not isinstance(model, LatentDiffusion):
-        factor, _ = find_scale_factor(file, None)
+        factor, _ = find_scale_factor(checkpoint, None)
         files["config.json"] |= {"scaling_factor": factor} if factor is not None else {}
-    extra_state, components = dict(state), {}
+    remaining_state, components = dict(state), {}
     for component, locations in locate_weights(model).items():
         components[component] = convert_to_diffusers(locations, state)
-        extra_state = {name: v for name, v in extra_state.items() if name not in locations}
+        remaining_state = {name: v for name, v in remaining_state.items() if name not in locations}
     if TOKEN_IDS in state:
         text_state, name = components["text_encoder"], f"text_model.{TOKEN_EMBEDDING}"
         text_state[name] = _expand_vocabulary(text_state[name], state[TOKEN_IDS])
-        extra_state[TOKEN_TABLE] = state[TOKEN_TABLE]
+        remaining_state[TOKEN_TABLE] = state[TOKEN_TABLE]
     if not isinstance(model, LatentDiffusion):
-        return files, {**components, "": restore_names(extra_state, sgm=False)}
+        return files, {**components, "": restore_names(remaining_state, sgm=False)}
     if NORMALIZER_CONFIG in files:
-        buffers = select_buffers(file.state)
-        load_clip_statistics(model.conditioner, file.path, clip_stats, buffers)
+        buffers = select_buffers(checkpoint.state)
+        load_clip_statistics(model.conditioner, checkpoint.path, clip_stats, buffers)
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
         components[Path(NORMALIZER_CONFIG).parts[0]] = {"mean": mean, "std": std}
     is_sgm = has_sgm_names(state)
-    return files, {**components, "": restore_names(extra_state, non_weights, sgm=is_sgm)}
+    return files, {**components, "": restore_names(remaining_state, auxiliary_tensors, sgm=is_sgm)}
 
 
 def get_weights_path(component: str, files: FolderFiles, file_variant: str | None = None) -> str:
@@ -261,26 +263,26 @@ def _collect_metadata(files: FolderFiles) -> dict[str, str]:
 
 
 def _build_model(
-    config_dict: JsonMapping, where: str, non_weights: Mapping[str, Tensor]
+    original_config: JsonMapping, where: str, auxiliary_tensors: Mapping[str, Tensor]
 ) -> tuple[nn.Module, JsonObject]:
     """Return (model on the meta device, translated config).
 
     Args:
-        non_weights: Buffers; `scale_factor` among them replaces the config's.
+        auxiliary_tensors: `scale_factor` among them replaces the config's.
     """
-    spec = translate_config(config_dict, where=where, skipped=[])
-    model = build_on_meta(spec, where=where)
-    if "scale_factor" in non_weights and isinstance(model, LatentDiffusion):
-        model.scale_factor = float(non_weights["scale_factor"])
-    return model, spec
+    config = translate_config(original_config, where=where, skipped=[])
+    model = build_on_meta(config, where=where)
+    if "scale_factor" in auxiliary_tensors and isinstance(model, LatentDiffusion):
+        model.scale_factor = float(auxiliary_tensors["scale_factor"])
+    return model, config
 
 
-def _select_non_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return buffers and marker tensors: all NON_WEIGHTS except losses and position ids."""
+def _select_auxiliary_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all AUXILIARY_TENSORS except losses and position ids."""
     return {
         name: value
         for name, value in state.items()
-        if NON_WEIGHTS.fullmatch(name) and not re.search(r"(^|\.)loss\.|position_ids$", name)
+        if AUXILIARY_TENSORS.fullmatch(name) and not re.search(r"(^|\.)loss\.|position_ids$", name)
     }
 
 
@@ -288,20 +290,22 @@ def _read_extra_weights(path: Path, files: FolderFiles) -> Checkpoint | None:
     """Return `original.safetensors`, unless it is missing or belongs to another model."""
     if not (path / EXTRA_WEIGHTS).is_file():
         return None
-    extra_file = read_checkpoint(path / EXTRA_WEIGHTS)
-    if _has_same_config(extra_file, files):
-        return extra_file
+    extra_checkpoint = read_checkpoint(path / EXTRA_WEIGHTS)
+    if _has_same_config(extra_checkpoint, files):
+        return extra_checkpoint
     log.warning("`%s` is ignored: it belongs to another model", path / EXTRA_WEIGHTS)
     return None
 
 
-def _has_same_config(extra_file: Checkpoint, files: FolderFiles) -> bool:
+def _has_same_config(extra_checkpoint: Checkpoint, files: FolderFiles) -> bool:
     """Return whether the YAML in `original.safetensors` agrees with the folder's configs."""
-    if CONFIG_KEY not in extra_file.metadata:
+    if CONFIG_KEY not in extra_checkpoint.metadata:
         return False
-    config_dict = parse_yaml(extra_file.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
-    non_weights = _select_non_weights(extra_file.state)
-    expected_files = make_folder_configs(*_build_model(config_dict, EXTRA_WEIGHTS, non_weights))
+    original_config = parse_yaml(extra_checkpoint.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+    auxiliary_tensors = _select_auxiliary_tensors(extra_checkpoint.state)
+    expected_files = make_folder_configs(
+        *_build_model(original_config, EXTRA_WEIGHTS, auxiliary_tensors)
+    )
     for path, config in expected_files.items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
             continue
