@@ -130,11 +130,10 @@ class Backend:
         self.limits.check(request)
         progress.make_previewer = self.library.make_previewer
         start_time = time.monotonic()
-        load = partial(self._load_models, progress=progress)
         run_request(
             request,
             progress,
-            load=load,
+            load=partial(self._load_models, progress=progress),
             without_folders=True,
             list_loras=self.library.list_lora_files,
         )
@@ -201,11 +200,10 @@ class Backend:
 
     def _find_recorded_addon(self, addon_type: str, info: JsonMapping) -> str | None:
         """Find the file of an image's add-on by its hash; None if it was made without one."""
+        recorded, title = get_recorded_files(info, addon_type), ADDONS[addon_type]
         files = map(str, self.library.list_addons(addon_type).values())
-        source = "a file in the folder vae" if addon_type == "vae" else "a file in its folder"
-        return next(
-            iter(_find_by_hashes(get_recorded_files(info, addon_type), files, source)), None
-        )
+        folder = "vae" if addon_type == "vae" else ""
+        return next(iter(_find_by_hashes(recorded, files, title, folder)), None)
 
     def _set_model_files(
         self,
@@ -266,18 +264,21 @@ class Backend:
         """
         recorded = read_request(info, name).with_values(get_line_values(info))
         if recorded.model.overrides or info["overrides"]:
-            raise ArgumentError("it was made with overrides: use `ldm replay`")
+            raise ArgumentError("the image was made with overrides: use `ldm replay`")
         entry = self.library.find_recorded_model(info, recorded.task)
         request = recorded.task.build_request(self._find_recorded_values(info, recorded))
         names = {file: name for name, (file, _) in self.library.loras.items()}
         recorded_loras = info.get("loras", ())
-        files = _find_by_hashes(recorded_loras, names, "--lora")
+        files = _find_by_hashes(recorded_loras, names, "LoRA", "loras")
         weights = [lora.get("weight", 1.0) for lora in recorded_loras]
         loras = self.library.find_lora_files(
             zip((names[file] for file in files), weights, strict=True)
         )
         embeddings = _find_by_hashes(
-            info.get("embeddings", ()), self.library.list_embedding_paths(), "--embedding"
+            info.get("embeddings", ()),
+            self.library.list_embedding_paths(),
+            "embedding",
+            "embeddings",
         )
         return self._set_model_files(request, entry, loras, embeddings)
 
@@ -292,12 +293,12 @@ class Backend:
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
             option = input_options.get(key)
             if paths and not (option and option.is_input_file and option.label):
-                raise ArgumentError(f"it was made with a file as `{key}`: use `ldm replay`")
+                raise ArgumentError(f"the image was made with a file as `{key}`: use `ldm replay`")
             if paths and option:
                 values[key] = paths if option.is_list else paths[0]
         values |= {"prompt": info["prompt"], "negative_prompt": info["negative_prompt"]}
-        earlier = info.get("earlier", ())
-        values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
+        batch_sizes = [*info.get("earlier", ()), info["rows"]]  # of the image's run up to its batch
+        values |= {"n_samples": max(batch_sizes), "n_iter": len(batch_sizes)}
         values |= get_recorded_defaults(info, recorded)
         for addon_type in ("vae", "refiner", "upscaler"):
             if addon_type in recorded.task.options:
@@ -327,19 +328,21 @@ def _load_with_compatible_embeddings(
     return model
 
 
-def _find_by_hashes(recorded: Any, files: Iterable[str], source: str) -> list[str]:
+def _find_by_hashes(recorded: Any, files: Iterable[str], title: str, folder: str) -> list[str]:
     """Return the files with the hashes recorded in an image.
 
     Args:
-        source: Flag or folder that provides such files, for messages.
+        title: What the files are, for messages.
+        folder: Where they belong in the models folder, for messages; "" = anywhere.
     """
     if not all(isinstance(file, dict) and {"hash", "path"} <= file.keys() for file in recorded):
-        raise ArgumentError(f"its entry for {source} is damaged")
+        raise ArgumentError(f"the image's record of its {title} is damaged")
     by_hash = {compute_short_hash(file): file for file in files} if recorded else {}
     for file in recorded:
         if file["hash"] not in by_hash:
-            name = Path(file["path"]).name
+            place = f"the folder `{folder}` in the models folder" if folder else "the models folder"
             raise ArgumentError(
-                f"made with `{name}`, which is not here: start the app with {source}"
+                f"the image was made with the {title} `{Path(file['path']).name}`, "
+                f"which is not here: put it into {place}"
             )
     return [by_hash[file["hash"]] for file in recorded]

@@ -290,8 +290,15 @@ FORGERIES = [
     ({"checkpoint": "/etc/passwd"}, "no model `/etc/passwd`"),
     ({"inputs": {"init_img": [{"path": "/etc/passwd", "sha256": "0" * 64}]}}, "upload it"),
     ({"request": {"overrides": ["model.params.x=1"]}}, "use `ldm replay`"),
-    ({"loras": [{"path": "/etc/passwd", "weight": 1, "hash": ""}]}, "`passwd`, which is not here"),
+    (
+        {"loras": [{"path": "/etc/passwd", "weight": 1, "hash": ""}]},
+        "LoRA `passwd`, which is not here: put it into the folder `loras` in the models folder",
+    ),
     ({"embeddings": [{"path": "/etc/passwd", "hash": ""}]}, "`passwd`, which is not here"),
+    (
+        {"refiner": {"path": "/etc/passwd", "hash": ""}},
+        "refiner `passwd`, which is not here: put it into the models folder",
+    ),
     ({"request": {"steps": 10**9}}, "steps must be"),
     ({"request": {"seed": None}}, "seed: a value is missing"),
     ({"request": {"steps": None}, "steps": 10**9}, "steps must be"),
