@@ -151,7 +151,7 @@ def test_no_device_is_hard_coded_below_the_programs():
     assert violations == []
 
 
-def test_any_stands_for_foreign_data_only():
+def test_any_is_rare():
     # Most values in `ldm.compat` come from programs that were written for the original.
     for is_compat, limit in ((False, 8), (True, 32)):
         paths = [p for p in FILES if is_within(get_module_name(p), "ldm.compat") == is_compat]

@@ -8,18 +8,18 @@ from PIL import Image
 from ldm.imaging.depth import load_depth, save_depth
 from ldm.imaging.masks import load_mask, make_mask
 
-SHAPE = np.zeros((30, 40), bool)
-SHAPE[10:20, 10:30] = True
+REGION = np.zeros((30, 40), bool)
+REGION[10:20, 10:30] = True
 
 
 def make_layer(color, alpha):
     """Make a layer of one color, with the opacity `alpha` in the shape and 0 elsewhere."""
     image = Image.new("RGBA", (40, 30), color)
-    image.putalpha(Image.fromarray(SHAPE.astype(np.uint8) * alpha))
+    image.putalpha(Image.fromarray(REGION.astype(np.uint8) * alpha))
     return image
 
 
-def make_palette_image(*palette, indices=SHAPE):
+def make_palette_image(*palette, indices=REGION):
     image = Image.fromarray(indices.astype(np.uint8)).convert("P")
     image.putdata(indices.astype(np.uint8).ravel().tolist())
     image.putpalette([channel for color in palette for channel in color])
@@ -28,7 +28,7 @@ def make_palette_image(*palette, indices=SHAPE):
 
 def paint_shape(color, background="black"):
     image = Image.new("RGB", (40, 30), background)
-    image.paste(color, mask=Image.fromarray(SHAPE.astype(np.uint8) * 255))
+    image.paste(color, mask=Image.fromarray(REGION.astype(np.uint8) * 255))
     return image
 
 
@@ -36,21 +36,21 @@ NEARLY_OPAQUE = paint_shape("white").convert("RGBA")
 NEARLY_OPAQUE.putpixel((0, 0), (0, 0, 0, 254))
 TRANSPARENT_CORNER = paint_shape("white").convert("RGBA")
 TRANSPARENT_CORNER.putpixel((0, 0), (255, 255, 255, 0))
-LABELS = SHAPE.astype(int)
+LABELS = REGION.astype(int)
 LABELS[10, 10:30] = 2  # a second class within the shape
-FLOATS = np.where(SHAPE, np.float32(0.003), np.float32(0))
+FLOATS = np.where(REGION, np.float32(0.003), np.float32(0))
 FLOATS[0, 0] = np.nan
 
 
 @pytest.mark.parametrize(
     ("image", "suffix"),
     [
-        (Image.fromarray(SHAPE.astype(np.uint8)), "png"),
-        (Image.fromarray(SHAPE.astype(np.uint8) * 255), "bmp"),
-        (Image.fromarray(SHAPE), "png"),
-        (Image.fromarray(SHAPE.astype(np.uint16)), "png"),
-        (Image.fromarray(SHAPE.astype(np.uint16) * 65535), "tif"),
-        (Image.fromarray(SHAPE.astype(np.int32) * 7 - 3), "tif"),
+        (Image.fromarray(REGION.astype(np.uint8)), "png"),
+        (Image.fromarray(REGION.astype(np.uint8) * 255), "bmp"),
+        (Image.fromarray(REGION), "png"),
+        (Image.fromarray(REGION.astype(np.uint16)), "png"),
+        (Image.fromarray(REGION.astype(np.uint16) * 65535), "tif"),
+        (Image.fromarray(REGION.astype(np.int32) * 7 - 3), "tif"),
         (Image.fromarray(FLOATS), "tif"),
         (paint_shape("red"), "png"),
         (paint_shape("red"), "webp"),
@@ -63,7 +63,7 @@ FLOATS[0, 0] = np.nan
         (TRANSPARENT_CORNER, "png"),
         (make_palette_image((0, 0, 0), (128, 0, 0)), "png"),
         (make_palette_image((0, 0, 0), (0, 0, 128)), "gif"),
-        (make_palette_image((255, 255, 255), (0, 0, 0), indices=~SHAPE), "png"),
+        (make_palette_image((255, 255, 255), (0, 0, 0), indices=~REGION), "png"),
         (make_palette_image((0, 0, 0), (128, 0, 0), (0, 128, 0), indices=LABELS), "png"),
     ],
 )
@@ -71,13 +71,13 @@ def test_the_painted_shape_is_found(tmp_path, image, suffix):
     image.save(tmp_path / f"mask.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
     Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
     mask = make_mask(tmp_path / "x.png", tmp_path / f"mask.{suffix}")
-    assert (np.asarray(mask) == SHAPE * 255).all()
+    assert (np.asarray(mask) == REGION * 255).all()
 
 
 def test_a_color_key_is_transparency(tmp_path):
     paint_shape("white").save(tmp_path / "mask.png", transparency=(0, 0, 0))
     mask = load_mask(tmp_path / "mask.png", (40, 30))
-    assert (np.asarray(mask) == SHAPE * 255).all()
+    assert (np.asarray(mask) == REGION * 255).all()
 
 
 @pytest.mark.parametrize("factor", [1, 257])
@@ -89,9 +89,9 @@ def test_masks_of_more_than_two_values_are_not_changed(tmp_path, factor):
 
 
 def test_a_mask_of_another_size_is_fitted_or_refused(tmp_path, caplog):
-    Image.fromarray(SHAPE).resize((20, 15)).save(tmp_path / "mask.png")
+    Image.fromarray(REGION).resize((20, 15)).save(tmp_path / "mask.png")
     fit = np.asarray(load_mask(tmp_path / "mask.png", (40, 30)))
-    assert (fit == SHAPE * 255).all()
+    assert (fit == REGION * 255).all()
     assert "is resized to 40x30" in caplog.text
     with pytest.raises(ValueError, match="is 20x15, the image 40x40"):
         load_mask(tmp_path / "mask.png", (40, 40))
@@ -126,9 +126,9 @@ def test_an_empty_mask_is_refused(tmp_path, mask, reason):
 
 def test_without_a_mask_the_transparent_pixels_are_inpainted(tmp_path):
     make_layer("red", 255).save(tmp_path / "x.png")
-    assert (np.asarray(make_mask(tmp_path / "x.png")) == ~SHAPE * 255).all()
+    assert (np.asarray(make_mask(tmp_path / "x.png")) == ~REGION * 255).all()
     paint_shape("red").save(tmp_path / "x.png", transparency=(255, 0, 0))
-    assert (np.asarray(make_mask(tmp_path / "x.png")) == SHAPE * 255).all()
+    assert (np.asarray(make_mask(tmp_path / "x.png")) == REGION * 255).all()
     paint_shape("red").save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="has no transparency"):
         make_mask(tmp_path / "x.png")
@@ -167,7 +167,7 @@ def test_a_depth_map_of_any_bit_depth_is_normalized_to_0_1(tmp_path, image, suff
 
 def test_a_depth_map_with_colors_is_warned_of(tmp_path, caplog):
     paint_shape("red").save(tmp_path / "x.png")
-    assert (load_depth(tmp_path / "x.png")[0, 0].numpy() == SHAPE).all()
+    assert (load_depth(tmp_path / "x.png")[0, 0].numpy() == REGION).all()
     assert "x.png` has colors: their gray values are used as depth" in caplog.text
 
 
