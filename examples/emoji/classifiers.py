@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.data.drawings import COLORS
+from ldm.data.drawings import BACKGROUND_COLORS
 from ldm.data.folder import ImageFolder
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear
 from ldm.train.optim.optimizers import make_optimizer
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]  # metadata of an image: a line of `metadata.jsonl`
 
 WEIGHTS_PATH = Path("logs/classifiers.pt")
-PALETTE = torch.tensor(list(COLORS.values())) / 127.5 - 1  # backgrounds, (colors, 3) in [-1, 1]
+PALETTE = torch.tensor(list(BACKGROUND_COLORS.values())) / 127.5 - 1  # (colors, 3) in [-1, 1]
 # Height and width in pixels
 INPUT_SIDE = 64  # of the input of a classifier
 DRAWING_SIDE = 52  # of the drawing in the input, as in the training of the diffusion model
@@ -236,7 +236,8 @@ class Gallery:
         small = F.interpolate(image.float(), (INPUT_SIDE, INPUT_SIDE), mode="area")
         for color in sorted(set(colors)):
             indices = [k for k, name in enumerate(colors) if name == color]
-            background = torch.tensor(COLORS[color]).expand(len(self.drawings), 3) / 127.5 - 1
+            rgb = torch.tensor(BACKGROUND_COLORS[color])
+            background = rgb.expand(len(self.drawings), 3) / 127.5 - 1
             real = _composite(self.drawings, background).flatten(1)  # (drawings, 3 * 64 * 64)
             shifted = F.unfold(F.pad(small[indices], (1, 1, 1, 1), mode="replicate"), INPUT_SIDE)
             flat = shifted.mT.flatten(0, 1)  # (b * 9, 3 * 64 * 64)
@@ -272,7 +273,7 @@ def classify_background(image: Tensor) -> list[str]:
     mask[width:-width, width:-width] = False
     border = image[:, :, mask].median(dim=2).values  # (B, 3)
     nearest = torch.cdist(border, PALETTE).argmin(dim=1)
-    return [list(COLORS)[k] for k in nearest.tolist()]
+    return [list(BACKGROUND_COLORS)[k] for k in nearest.tolist()]
 
 
 def _load_drawings(folder: ImageFolder, indices: Sequence[int], side: int) -> Tensor:

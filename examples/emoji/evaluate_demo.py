@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from classifiers import WEIGHTS_PATH, EmojiClassifiers, Gallery
-from ldm.data.drawings import COLORS, EmojiTransform, format_caption
+from ldm.data.drawings import BACKGROUND_COLORS, EmojiTransform, format_caption
 from ldm.data.folder import ImageFolder
 from ldm.imaging import pixels
 from ldm.loading.load import load
@@ -143,7 +143,7 @@ def make_prompts(
         rows = rng.sample(rows, count)
     prompts = []
     for row in rows:
-        color = rng.choice(list(COLORS))
+        color = rng.choice(list(BACKGROUND_COLORS))
         text = format_caption(row["object"], row["style"], color)
         prompts.append({**row, "color": color, "prompt": text})
     return prompts

@@ -102,7 +102,7 @@ def _build_parser(prog: str | None) -> CommandParser:
 
 def _evaluate(args: Namespace) -> None:
     from ldm.evaluation.generate import generate_images, wait_for_images
-    from ldm.evaluation.load import find_clip, load_clip_scorer, load_extractor
+    from ldm.evaluation.load import find_clip_weights, load_clip_scorer, load_inception_extractor
     from ldm.evaluation.report import format_score_settings, format_table, save_figure, save_results
     from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
     from ldm.imaging.output import check_outdir
@@ -122,9 +122,9 @@ def _evaluate(args: Namespace) -> None:
     extractor = None
     if reference is not None:
         with errors_about("inception"):
-            extractor = load_extractor(args.inception, args.resize, device)
+            extractor = load_inception_extractor(args.inception, args.resize, device)
     with errors_about("clip"):
-        clip = find_clip(args.clip)
+        clip = find_clip_weights(args.clip)
     if args.generate:
         generate_images(settings, outdir)
         if rank > 0:

@@ -14,10 +14,13 @@ from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.pixels import to_tensor
 from ldm.runtime.errors import FileFormatError
 
-__all__ = ["COLORS", "TEMPLATES", "EmojiTransform", "format_caption", "list_caption_texts"]
+__all__ = [
+    "BACKGROUND_COLORS", "CAPTION_TEMPLATES", "EmojiTransform", "format_caption",
+    "list_vocabulary_texts",
+]  # fmt: skip
 
 # Background colors by name; far enough apart to be classified by the nearest color.
-COLORS = {
+BACKGROUND_COLORS = {
     "white": (255, 255, 255),
     "red": (220, 40, 40),
     "orange": (245, 140, 30),
@@ -30,9 +33,9 @@ COLORS = {
     "gray": (150, 150, 150),
     "sky blue": (135, 206, 235),
 }
-# (probability, caption template); a [group] is dropped if one of its fields is empty. Their words
-# are part of the vocabulary of trained models: see `list_caption_texts`.
-TEMPLATES = (
+# (probability, caption template); a [group] is dropped if one of its fields is empty. Their words,
+# `colour` included, are part of the vocabulary of trained models: see `list_vocabulary_texts`.
+CAPTION_TEMPLATES = (
     (0.55, "a [{style} ]emoji[ of {an object}][ on a {colour} background]"),
     (0.20, "{object}[, {style} style][, {colour} background]"),
     (0.15, "[{style} ]{object}[ on {colour}]"),
@@ -42,7 +45,7 @@ BRACKETS_TO_SPACES = str.maketrans(dict.fromkeys("[]{}", " "))
 
 
 class EmojiTransform(Transform):
-    """Place an RGBA drawing on one of COLORS, randomly scaled and shifted, with a caption.
+    """Place an RGBA drawing on a plain background, randomly scaled and shifted, with a caption.
 
     The metadata has `object` and `style`, and may have `keywords` of the object.
 
@@ -52,7 +55,7 @@ class EmojiTransform(Transform):
         flip: Probability of a mirrored drawing.
         crop: Side of a random crop, in pixels; None = the full image.
         random_color_probability: Probability of a random background color. Captions still name the
-            variant's, so this is for autoencoders only.
+            color of the variant, so this is for autoencoders only.
         drop: Probability of omitting the style, and that of the color, from the caption.
         drop_object: Probability of omitting the object.
         keyword_probability: Probability of replacing the object's name by one of its keywords.
@@ -61,7 +64,7 @@ class EmojiTransform(Transform):
 
     NAME = "emoji"
     IMAGE_OPTIONS = ("size", "scale", "shift", "flip", "crop", "random_color_probability")
-    variants = tuple(COLORS)
+    variants = tuple(BACKGROUND_COLORS)
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class EmojiTransform(Transform):
     def make_image_fields(
         self, image: Image.Image, rng: Random, variant: str = ""
     ) -> dict[str, Tensor]:
-        rgb = COLORS[variant]
+        rgb = BACKGROUND_COLORS[variant]
         if rng.random() < self.random_color_probability:
             rgb = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
         if rng.random() < self.flip:
@@ -118,8 +121,8 @@ class EmojiTransform(Transform):
         name = row["object"]
         if row.get("keywords") and rng.random() < self.keyword_probability:
             name = rng.choice(row["keywords"])
-        weights = [weight for weight, _ in TEMPLATES]
-        _, template = rng.choices(TEMPLATES, weights)[0]
+        weights = [weight for weight, _ in CAPTION_TEMPLATES]
+        _, template = rng.choices(CAPTION_TEMPLATES, weights)[0]
         return format_caption(
             "" if rng.random() < self.drop_object else name,
             "" if rng.random() < self.drop else row["style"],
@@ -128,13 +131,15 @@ class EmojiTransform(Transform):
         )
 
 
-def format_caption(name: str, style: str, color: str, template: str = TEMPLATES[0][1]) -> str:
-    """Fill in one of TEMPLATES; an empty field is omitted with its [group].
+def format_caption(
+    name: str, style: str, color: str, template: str = CAPTION_TEMPLATES[0][1]
+) -> str:
+    """Fill in one of CAPTION_TEMPLATES; an empty field is omitted with its [group].
 
     Example: format_caption("apple", "3d", "blue") = "a 3d emoji of an apple on a blue background".
     """
     if not name and "[ of {an object}]" not in template:
-        template = TEMPLATES[0][1]
+        template = CAPTION_TEMPLATES[0][1]
     values = {"{an object}": _add_article(name), "{object}": name}
     values |= {"{style}": style, "{colour}": color}
     text = ""
@@ -151,20 +156,20 @@ def format_caption(name: str, style: str, color: str, template: str = TEMPLATES[
     return " ".join(words)
 
 
-def list_caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def list_vocabulary_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return texts that together contain every word that captions of these rows may have."""
-    texts = [*COLORS, *(template for _, template in TEMPLATES), "an [ ] { }"]
+    texts = [*BACKGROUND_COLORS, *(template for _, template in CAPTION_TEMPLATES), "an [ ] { }"]
     for row in rows:
         texts += [*get_captions(row), row.get("object") or "", row.get("style") or ""]
         texts += row.get("keywords") or []
-    return [variant for text in texts for variant in (text, text.translate(BRACKETS_TO_SPACES))]
+    return [*texts, *(text.translate(BRACKETS_TO_SPACES) for text in texts)]
 
 
 def _paste_centered(
     image: Image.Image, *, size: int, side: int, shift: tuple[int, int]
 ) -> Image.Image:
     """Scale an RGBA image to `side` and paste it into a square, shifted (down, right)."""
-    # Scaled with premultiplied alpha, so that colors of hidden pixels do not bleed in at edges.
+    # Scaled with premultiplied alpha: colors of transparent pixels must not bleed in at edges.
     small = image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
     layer = Image.new("RGBA", (size, size))
     margin = (size - side) // 2

@@ -36,7 +36,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ldm.data.dataset import Sample, UnreadableSample
-from ldm.data.download import Download
+from ldm.data.http_stream import HTTPStream
 from ldm.data.source import Batch, BatchSource, collate
 from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.reading import IMAGE_SUFFIXES, decode_srgb, read_size
@@ -328,7 +328,7 @@ def _expand_pattern(pattern: str, allow_commands: bool) -> list[str]:
 @contextmanager
 def _open_shard(url: str) -> Iterator[IO[bytes]]:
     if url.startswith(("http://", "https://")):
-        with BufferedReader(Download(url), 2**20) as file:
+        with BufferedReader(HTTPStream(url), 2**20) as file:
             yield file
     elif url.startswith("pipe:"):
         command = url.removeprefix("pipe:")

@@ -176,8 +176,8 @@ def _describe_run(request: TrainRequest) -> Iterator[str]:
     from ldm.train import memory_estimate
 
     settings = _read_settings(request, run_folder.find_run(request))
-    processes = launch.count_processes(settings.devices, request.processes)
-    yield from memory_estimate.describe_run(settings, processes=processes)
+    world_size = launch.count_processes(settings.devices, request.processes)
+    yield from memory_estimate.describe_run(settings, world_size=world_size)
 
 
 def _train_or_export(

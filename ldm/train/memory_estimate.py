@@ -41,7 +41,7 @@ class TrainingMemory:
     Args:
         num_parameters: Number of parameters of all networks.
         num_trainable: Number of trainable parameters.
-        optimizer_step: Temporary memory of an optimizer step, when activations are freed.
+        optimizer_temporaries: Temporary memory of an optimizer step, after activations are freed.
     """
 
     num_parameters: int
@@ -51,25 +51,25 @@ class TrainingMemory:
     optimizer: int
     ema: int
     activations: int
-    optimizer_step: int
+    optimizer_temporaries: int
 
     @property
     def total(self) -> int:
         """Peak memory of a training step."""
         persistent = self.weights + self.gradients + self.optimizer + self.ema
-        return persistent + max(self.activations, self.optimizer_step)
+        return persistent + max(self.activations, self.optimizer_temporaries)
 
 
-def describe_run(settings: Settings, *, processes: int = 1) -> Iterator[str]:
+def describe_run(settings: Settings, *, world_size: int = 1) -> Iterator[str]:
     """Yield the config with all defaults, the memory of a run, and overrides that reduce it."""
     yield format_yaml(settings.to_config())
     yield from settings.messages
     cache: dict[Any, int] = {}
-    memory = estimate_training_memory(settings, processes, cache)
+    memory = estimate_training_memory(settings, world_size, cache)
     trainable, parameters = memory.num_trainable / 1e6, memory.num_parameters / 1e6
     batch_size, accumulation = settings.loader.batch_size, settings.trainer.accumulate_grad_batches
     yield f"parameters  {trainable:.2f} M trainable, {max(0, parameters - trainable):.2f} M frozen"
-    yield f"batch       {batch_size} x {accumulation} accumulated x {processes} ranks"
+    yield f"batch       {batch_size} x {accumulation} accumulated x {world_size} ranks"
     yield f"memory      about {_format_bytes(memory.total)} per process"
     bytes_by_name = {
         "weights": memory.weights,
@@ -81,24 +81,23 @@ def describe_run(settings: Settings, *, processes: int = 1) -> Iterator[str]:
     for name, num_bytes in bytes_by_name.items():
         yield f"  {name:11} {_format_bytes(num_bytes)}"
     yield "  plus PyTorch's own overhead (about 0.2 GiB on a CPU, 0.5 GiB on a GPU)"
-    for override, changed in _iter_savings(settings, processes):
-        saved = memory.total - estimate_training_memory(changed, processes, cache).total
+    for override, changed in _iter_savings(settings, world_size):
+        saved = memory.total - estimate_training_memory(changed, world_size, cache).total
         if saved > 0.01 * memory.total:
             yield f"saves {_format_bytes(saved):>9}  {override}"
 
 
 def estimate_training_memory(
-    settings: Settings, processes: int = 1, cache: dict[Any, int] | None = None
+    settings: Settings, world_size: int = 1, cache: dict[Any, int] | None = None
 ) -> TrainingMemory:
     """Estimate the memory of one process of a run.
 
     Args:
-        processes: Number of processes of the run, on all nodes.
-        cache: Activations that were measured before, to which new ones are added, as measuring is
-            slow; None = no cache.
+        cache: Bytes of activations by what they depend on, extended in place, as measuring is slow;
+            None = no cache.
     """
     trainer, optimizer = settings.trainer, settings.optimizer
-    task = _build_meta_task(settings)
+    task = _build_task_on_meta(settings)
     ema_parameters = [p for p in task.trainable.parameters() if p.requires_grad]
     trainable = list(ema_parameters)
     if task.discriminator is not None:
@@ -109,7 +108,7 @@ def estimate_training_memory(
     )
     # Weights, gradients and EMA are float32, 4 bytes each; each process holds a fraction of
     # them for trainable parameters.
-    fraction = _get_shard_fraction(settings, processes)
+    fraction = _get_shard_fraction(settings, world_size)
     shard_bytes = int(4 * num_trainable * fraction)
     optimizer_bytes = OPTIMIZER_BYTES[optimizer.name] * num_trainable
     if optimizer.name == "muon":  # vectors are updated by AdamW: 4 more bytes, for a second moment
@@ -127,11 +126,11 @@ def estimate_training_memory(
         optimizer=int(optimizer_bytes * fraction),
         ema=int(4 * sum(p.numel() for p in ema_parameters) * fraction) if has_ema else 0,
         activations=cache[key],
-        optimizer_step=shard_bytes if optimizer.name.startswith("adamw") else 0,
+        optimizer_temporaries=shard_bytes if optimizer.name.startswith("adamw") else 0,
     )
 
 
-def _iter_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
+def _iter_savings(settings: Settings, world_size: int) -> Iterator[tuple[str, Settings]]:
     """Yield overrides that may reduce memory, and the settings with each."""
     trainer, batch_size = settings.trainer, settings.loader.batch_size
     changes: list[tuple[str, str, str | bool]] = [
@@ -141,7 +140,7 @@ def _iter_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Set
     ]
     if trainer.strategy not in ("fsdp", "hsdp"):
         changes.append(("trainer", "ema_device", "cpu"))  # which FSDP does not support
-        if processes > 1 and settings.find_sharding_problem() is None:
+        if world_size > 1 and settings.find_sharding_problem() is None:
             changes.append(("trainer", "strategy", "fsdp"))
     for section, key, value in changes:
         override = f"lightning.{section}.{key}={str(value).lower()}"
@@ -157,7 +156,7 @@ def _iter_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Set
         )
 
 
-def _build_meta_task(settings: Settings) -> Task:
+def _build_task_on_meta(settings: Settings) -> Task:
     """Build the task of a run, with its networks on the meta device."""
     model = build_on_meta(settings.config["model"], where="model")
     if settings.trainer.gradient_checkpointing is not None:
@@ -236,12 +235,12 @@ def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
     return mode.peak
 
 
-def _get_shard_fraction(settings: Settings, processes: int) -> float:
+def _get_shard_fraction(settings: Settings, world_size: int) -> float:
     """Return the fraction of the trainable parameters that each process holds."""
     if settings.trainer.strategy == "fsdp":
-        return 1 / processes
+        return 1 / world_size
     if settings.trainer.strategy == "hsdp":
-        return 1 / (settings.trainer.shard_size or processes)
+        return 1 / (settings.trainer.shard_size or world_size)
     return 1.0
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from imaging.badimages import UNREADABLE_FILES
 from ldm.data.dataset import DreamBoothDataset, UnreadableSample
-from ldm.data.drawings import EmojiTransform, list_caption_texts
+from ldm.data.drawings import EmojiTransform, list_vocabulary_texts
 from ldm.data.folder import ImageFolder, read_metadata
 from ldm.data.pack import write_shards
 from ldm.data.shards import decode_sample, read_shard
@@ -136,7 +136,7 @@ def test_one_of_several_captions_is_drawn_at_random(tmp_path):
     texts = [folder[0, k]["txt"] for k in range(30)]
     assert set(texts) == {"one", "two"}
     assert texts == [folder[0, k]["txt"] for k in range(30)]
-    assert {"one", "two"} < set(list_caption_texts(read_metadata(tmp_path)))
+    assert {"one", "two"} < set(list_vocabulary_texts(read_metadata(tmp_path)))
     (shard,) = write_shards(folder, str(tmp_path / "%d.tar"))
     (sample,) = map(decode_sample, read_shard(str(shard)))
     assert sample["text"] == ["one", "two"]

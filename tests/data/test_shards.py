@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from ldm.data.dataset import UnreadableSample
-from ldm.data.download import Download
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import ImageFolder
+from ldm.data.http_stream import HTTPStream
 from ldm.data.pack import write_shards
 from ldm.data.shards import Shards, decode_sample, expand_patterns, read_shard
 from ldm.data.transforms import PhotoTransform
@@ -201,16 +201,16 @@ class FlakyHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def test_downloads_resume_after_lost_connections(folder):
+def test_streams_reconnect_after_lost_connections(folder):
     handler = partial(FlakyHandler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        with Download(f"{url}/002.tar", pause=0) as file:
+        with HTTPStream(f"{url}/002.tar", retry_delay=0) as file:
             assert file.readall() == (folder / "002.tar").read_bytes()
         assert FlakyHandler.num_requests["/002.tar"] == 2
         with pytest.raises(FileNotFoundError, match="404"):
-            Download(f"{url}/nothing.tar").read(1)
+            HTTPStream(f"{url}/nothing.tar").read(1)
         server.shutdown()
 
 

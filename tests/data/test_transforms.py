@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.drawings import COLORS, EmojiTransform, format_caption
+from ldm.data.drawings import BACKGROUND_COLORS, EmojiTransform, format_caption
 from ldm.data.transforms import SIZE_KEYS, PhotoTransform, TagShuffle
 
 
@@ -37,7 +37,7 @@ def test_a_drawing_is_composited_on_the_named_background():
     transform = EmojiTransform(size=64, scale=(0.5, 0.5))
     red = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
     image = transform.make_image_fields(red, Random(0), "blue")["jpg"]
-    assert torch.allclose(image[:, 0, 0], torch.tensor(COLORS["blue"]) / 127.5 - 1)
+    assert torch.allclose(image[:, 0, 0], torch.tensor(BACKGROUND_COLORS["blue"]) / 127.5 - 1)
     assert torch.allclose(image[:, 32, 32], torch.tensor([1.0, -1.0, -1.0]))
     clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))  # its hidden color must not bleed
     assert transform.make_image_fields(clear, Random(0), "white")["jpg"].min() == 1.0

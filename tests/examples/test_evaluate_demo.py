@@ -7,7 +7,7 @@ import torch
 
 import evaluate_demo
 from classifiers import EmojiClassifiers, Gallery, classify_background
-from ldm.data.drawings import COLORS, EmojiTransform
+from ldm.data.drawings import BACKGROUND_COLORS, EmojiTransform
 from ldm.data.folder import ImageFolder
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
@@ -29,11 +29,11 @@ def images(folder, prompts):
 
 
 def test_the_background_is_read_from_the_border():
-    colors = torch.tensor(list(COLORS.values()))[:, :, None, None] / 127.5 - 1
+    colors = torch.tensor(list(BACKGROUND_COLORS.values()))[:, :, None, None] / 127.5 - 1
     image = colors.repeat(1, 1, 64, 64)
     image += 0.05 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     image[..., 8:56, 8:56] = torch.rand(len(image), 3, 48, 48)
-    assert classify_background(image) == list(COLORS)
+    assert classify_background(image) == list(BACKGROUND_COLORS)
 
 
 def test_prompts_name_object_style_and_color(folder):

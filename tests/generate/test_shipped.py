@@ -9,7 +9,7 @@ from PIL import Image
 
 import ldm
 from ldm.commands.main import main
-from ldm.data.drawings import COLORS
+from ldm.data.drawings import BACKGROUND_COLORS
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
 from ldm.loading.config import read_yaml
@@ -70,7 +70,7 @@ def test_flat_colors_are_decoded_without_artifacts(task: str) -> None:
     """The largest errors are 0.27 and 0.43; the first decoders had 0.69 and 0.97, in a corner."""
     name = TASKS[task].demo_model
     autoencoder = ldm.load(ckpt=find_file(name) if name else None).autoencoder
-    colors = torch.tensor(list(COLORS.values())) / 127.5 - 1
+    colors = torch.tensor(list(BACKGROUND_COLORS.values())) / 127.5 - 1
     images = colors[:, :, None, None].expand(-1, -1, 128, 128)
     decoded = autoencoder.decode(autoencoder.encode(images).mode()).clamp(-1, 1)
     assert (decoded - images).abs().max() < 0.55

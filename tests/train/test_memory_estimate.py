@@ -15,9 +15,9 @@ from quick import slow_except
 from train.tinyrun import ROOT, TINY_YAML
 
 
-def estimate_tiny(*overrides: str, processes: int = 1) -> TrainingMemory:
+def estimate_tiny(*overrides: str, world_size: int = 1) -> TrainingMemory:
     config = read_yaml(TINY_YAML, overrides)
-    return memory_estimate.estimate_training_memory(read_settings(config), processes)
+    return memory_estimate.estimate_training_memory(read_settings(config), world_size)
 
 
 def test_the_peak_is_that_of_live_storages() -> None:
@@ -104,7 +104,7 @@ def fake_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_reduce_the_memory() -> None:
     replicated = estimate_tiny("lightning.optimizer.name=adamw")
     sharded = estimate_tiny(
-        "lightning.optimizer.name=adamw", "lightning.trainer.strategy=fsdp", processes=4
+        "lightning.optimizer.name=adamw", "lightning.trainer.strategy=fsdp", world_size=4
     )
     assert sharded.optimizer == replicated.optimizer // 4
     assert sharded.total < replicated.total
@@ -117,7 +117,7 @@ def test_settings_reduce_the_memory() -> None:
 @pytest.mark.usefixtures("fake_activations")
 def test_a_dry_run_prints_the_config_and_suggestions() -> None:
     config: Any = read_yaml(TINY_YAML, ["data.params.batch_size=2"])
-    lines = list(memory_estimate.describe_run(read_settings(config), processes=2))
+    lines = list(memory_estimate.describe_run(read_settings(config), world_size=2))
     assert parse_yaml(lines[0])["lightning"]["trainer"]["nan_limit"] == 10
     text = "\n".join(lines)
     assert "2 x 1 accumulated x 2 ranks" in text
@@ -136,5 +136,5 @@ def test_a_dry_run_prints_the_config_and_suggestions() -> None:
 )
 def test_a_dry_run_suggests_no_refused_settings(override: str, suggestion: str) -> None:
     config: Any = read_yaml(TINY_YAML, [override])
-    _, *lines = memory_estimate.describe_run(read_settings(config), processes=2)
+    _, *lines = memory_estimate.describe_run(read_settings(config), world_size=2)
     assert suggestion not in "\n".join(lines)

@@ -371,7 +371,7 @@ def test_the_schema_has_the_arguments_of_tasks() -> None:
     [
         (schema.FolderOptions, ImageFolder, {"seed"}),
         (schema.HubOptions, HubDataset, {"seed"}),
-        (schema.ShardOptions, Shards, {"seed", "allow_commands"}),
+        (schema.WebDatasetOptions, Shards, {"seed", "allow_commands"}),
         (schema.PhotoOptions, PhotoTransform, {"name"}),
         (schema.EmojiOptions, EmojiTransform, {"name"}),
         (schema.BucketOptions, Buckets, {"size"}),

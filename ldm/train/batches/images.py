@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 
 from ldm.data.dataset import ImageDataset
-from ldm.data.drawings import EmojiTransform, list_caption_texts
+from ldm.data.drawings import EmojiTransform, list_vocabulary_texts
 from ldm.data.folder import ImageFolder, read_metadata
 from ldm.data.hub import HubDataset
 from ldm.data.shards import Shards, expand_patterns
@@ -90,7 +90,7 @@ def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> No
                 if isinstance(images, ImageFolder)
                 else images.iter_metadata()
             )
-            ids.copy_(collect_vocabulary(list_caption_texts(rows), encoder))
+            ids.copy_(collect_vocabulary(list_vocabulary_texts(rows), encoder))
 
 
 def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shards) -> None:

@@ -21,7 +21,7 @@ from ldm.train.config.schema import (
     FolderOptions,
     HubOptions,
     PhotoOptions,
-    ShardOptions,
+    WebDatasetOptions,
     validate_section,
 )
 from ldm.train.config.specs import SPEC_KEYS, drop_nulls, get_section, read_spec
@@ -36,7 +36,7 @@ TRANSFORM_OPTIONS: dict[str, type] = {"emoji": EmojiOptions, "photo": PhotoOptio
 SPLITS = ("train", "validation")
 DATASET_OPTIONS: dict[str, type] = {
     "root": FolderOptions,
-    "shards": ShardOptions,
+    "shards": WebDatasetOptions,
     "hub": HubOptions,
 }
 # Ignored arguments of the original's data modules, and why.

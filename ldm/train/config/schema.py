@@ -38,8 +38,8 @@ __all__ = [
     "CriterionOptions", "DataOptions", "DiffusionObjective", "EmojiOptions", "EvaluationOptions",
     "FolderOptions", "HubOptions", "LatentCacheOptions", "LightningTrainerArguments",
     "LoaderOptions", "LoraOptions", "ModelConfig", "ModelParams", "OptimizerOptions",
-    "PhotoOptions", "ShardOptions", "TextCacheOptions", "TextualInversionOptions", "TrainerOptions",
-    "list_keys", "parse_duration", "validate_section",
+    "PhotoOptions", "TextCacheOptions", "TextualInversionOptions", "TrainerOptions",
+    "WebDatasetOptions", "list_keys", "parse_duration", "validate_section",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -77,14 +77,14 @@ def parse_duration(value: object) -> float:
         raise ValueError("should be a time (DD:HH:MM:SS or seconds)") from None
 
 
-def _to_integer(value: object) -> object:
+def _convert_integral(value: object) -> object:
     """Convert `1.0e+6` and `off` to integers; return other values unchanged."""
     if value is False or (isinstance(value, float) and value.is_integer()):
         return int(value)
     return value
 
 
-def _to_whole_number(value: float) -> float:
+def _check_integral_or_inf(value: float) -> float:
     """Return a whole number as int, infinity unchanged; raise for others."""
     if value.is_integer():
         return int(value)
@@ -114,26 +114,26 @@ def _one_of(names: Collection[str]) -> AfterValidator:
 PRECISION_ALIASES = {"32-true": "32", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's
 NORMALIZE_PRECISION = BeforeValidator(lambda value: PRECISION_ALIASES.get(str(value), str(value)))
 OFF_AS_ZERO = BeforeValidator(lambda value: 0 if value is False else value)
-TO_INTEGER = BeforeValidator(_to_integer)
+TO_INTEGER = BeforeValidator(_convert_integral)
 BOOL_TO_INTEGER = BeforeValidator(lambda value: int(value) if isinstance(value, bool) else value)
 TO_LIST = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 TO_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 Bool = Annotated[bool, BeforeValidator(lambda v: bool(v) if v is None or v in (0, 1) else v)]
-Count = Annotated[int, Field(ge=1), TO_INTEGER]
+PositiveInt = Annotated[int, Field(ge=1), TO_INTEGER]
 Number = Annotated[float, OFF_AS_ZERO]
 Nonnegative = Annotated[float, Field(ge=0), OFF_AS_ZERO]
 Positive = Annotated[float, Field(gt=0), OFF_AS_ZERO]
 Probability = Annotated[float, Field(ge=0, le=1), OFF_AS_ZERO]
-BelowOne = Annotated[float, Field(ge=0, lt=1), OFF_AS_ZERO]
+NonnegativeBelowOne = Annotated[float, Field(ge=0, lt=1), OFF_AS_ZERO]
 NonEmptyStr = Annotated[str, Field(pattern=r"\S")]
 ExpandedPath = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
-# An interval of 0 or infinity means never.
 NonnegativeOrInf = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF_AS_ZERO]
-CountOrInf = Annotated[
-    float, Field(ge=1, allow_inf_nan=True), OFF_AS_ZERO, AfterValidator(_to_whole_number)
+PositiveIntOrInf = Annotated[
+    float, Field(ge=1, allow_inf_nan=True), OFF_AS_ZERO, AfterValidator(_check_integral_or_inf)
 ]
-Steps = Annotated[NonnegativeOrInf, AfterValidator(_to_whole_number)]
+# As an interval, 0 or infinity means never.
+StepCount = Annotated[NonnegativeOrInf, AfterValidator(_check_integral_or_inf)]
 
 
 # Lightning's, with the strategies of its version 1; only cpu, gpu and cuda have an effect.
@@ -151,20 +151,20 @@ class TrainerOptions(Section):
 
     # The run ends after this many steps, epochs, or seconds of training (including those before it
     # was resumed), whichever comes first; null: no limit.
-    max_steps: Steps | None = None
+    max_steps: StepCount | None = None
     max_epochs: Positive | None = None
     max_time: Annotated[Nonnegative, BeforeValidator(parse_duration)] | None = None
     # maximum norm of the gradients; null or 0: no gradient clipping
     gradient_clip_val: Annotated[NonnegativeOrInf | None, BeforeValidator(lambda v: v or None)] = (
         1.0
     )
-    accumulate_grad_batches: Count = 1
+    accumulate_grad_batches: PositiveInt = 1
     scale_lr: Bool = False  # lr = accumulate_grad_batches x ranks x batch_size x base_learning_rate
     precision: Annotated[Literal["32", "bf16-mixed", "16-mixed"], NORMALIZE_PRECISION] = "32"
     strategy: Annotated[
         Literal["auto", "ddp", "fsdp", "hsdp"], BeforeValidator(_normalize_strategy)
     ] = "auto"
-    shard_size: Count | None = None  # ranks that share one copy of the weights; for hsdp only
+    shard_size: PositiveInt | None = None  # ranks that share one copy of the weights; for hsdp only
     attention: Annotated[str, _one_of(["auto", *BACKENDS])] | None = None  # see nets.attention
     seed: Annotated[int, Field(ge=-(10**12), le=10**12), TO_INTEGER] = (
         23  # within these bounds `ldm.data.source.derive_seed` fits 64 bits
@@ -174,8 +174,8 @@ class TrainerOptions(Section):
     channels_last: Bool = False
     gradient_checkpointing: Bool | None = None  # null: the model's `use_checkpoint`
     ema_device: Literal["cpu"] | None = None  # null: the device of the weights
-    keep_states: Count = 2  # number of newest resume states to keep
-    nan_limit: CountOrInf = 10  # number of consecutive non-finite steps that ends the run
+    keep_states: PositiveInt = 2  # number of newest resume states to keep
+    nan_limit: PositiveIntOrInf = 10  # number of consecutive non-finite steps that ends the run
     max_unreadable_fraction: Probability = 0.01  # of the samples; above, the run ends
     timeout: Positive = 45  # seconds without a heartbeat after which a rank counts as lost
     check_initial_loss: Bool = True  # of a fine-tune
@@ -188,7 +188,7 @@ class OptimizerOptions(Section):
     lr_warmup_steps: Nonnegative = 100
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     scheduler_config: JsonObject | None = None  # the original's, replaces the two above
-    ema_decay: BelowOne = 0.9999  # 0: no EMA
+    ema_decay: NonnegativeBelowOne = 0.9999  # 0: no EMA
     options: JsonObject = {}
 
 
@@ -196,7 +196,7 @@ class OptimizerOptions(Section):
 class AdamOptions(TypedDict, total=False):
     """Keywords of AdamW, in 32 or 8 bits."""
 
-    betas: Annotated[tuple[BelowOne, BelowOne], TO_TUPLE]
+    betas: Annotated[tuple[NonnegativeBelowOne, NonnegativeBelowOne], TO_TUPLE]
     eps: Nonnegative
     weight_decay: Nonnegative
 
@@ -215,8 +215,8 @@ class AdafactorOptions(TypedDict, total=False):
 class MuonOptions(TypedDict, total=False):
     """Keywords of Muon."""
 
-    momentum: BelowOne
-    betas: Annotated[tuple[BelowOne, BelowOne], TO_TUPLE]
+    momentum: NonnegativeBelowOne
+    betas: Annotated[tuple[NonnegativeBelowOne, NonnegativeBelowOne], TO_TUPLE]
     weight_decay: Nonnegative
 
 
@@ -232,7 +232,7 @@ OPTIMIZER_OPTIONS: dict[str, type] = {
 class GridSamplingOptions(TypedDict, total=False):
     """Sampling options of the image grids."""
 
-    steps: Count
+    steps: PositiveInt
     scale: Number
     eta: Nonnegative
     s_churn: Nonnegative
@@ -244,16 +244,16 @@ class GridSamplingOptions(TypedDict, total=False):
     scheduler: Annotated[str, _one_of(SCHEDULERS)] | None
     rho: Positive
     guidance_rescale: Probability
-    unet_tile: Count | None
+    unet_tile: PositiveInt | None
     legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], TO_LIST]
 
 
 class EvaluationOptions(Section):
     """Evaluation of generated images with metrics, with EMA weights; see docs/evaluation.md."""
 
-    every_n_steps: Steps
+    every_n_steps: StepCount
     prompts: NonEmptyStr  # a file, as for `ldm evaluate`
-    count: Count | None = None  # number of prompts, drawn at random; null: all
+    count: PositiveInt | None = None  # number of prompts, drawn at random; null: all
     # guidance scales
     scales: Annotated[list[Number], TO_LIST] = [3.0]
     reference: NonEmptyStr | None = None  # folder of real images
@@ -265,25 +265,25 @@ class EvaluationOptions(Section):
 class CallbackOptions(Section):
     """What a run logs, saves, samples, validates and exports, and how often."""
 
-    log_every: CountOrInf = 20  # interval of log lines, in steps
+    log_every: PositiveIntOrInf = 20  # interval of log lines, in steps
     loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], TO_LIST] = [
         "csv",
         "tensorboard",
     ]
     wandb: JsonObject = {}  # project, name, entity, tags, mode
     save_minutes: NonnegativeOrInf | None = 3
-    save_steps: Steps | None = None
+    save_steps: StepCount | None = None
     save_epochs: Positive | None = None
     image_minutes: NonnegativeOrInf | None = 10
-    image_steps: Steps | None = None
+    image_steps: StepCount | None = None
     image_early: Bool = False  # also at steps 1, 2, 4, 8 …
     max_images: Annotated[int, Field(ge=0), TO_INTEGER] = 16
     # prompts of the image grids; null: the first captions of the data
     prompts: Annotated[list[str], TO_LIST] | None = None
     sampling: GridSamplingOptions = {}
-    validate_steps: Steps | None = None
+    validate_steps: StepCount | None = None
     validate_epochs: Positive | None = None
-    validate_batches: Count = 8
+    validate_batches: PositiveInt = 8
     # number of exports with the lowest validation loss to keep; -1: all
     save_top_k: Annotated[int, Field(ge=-1), TO_INTEGER] = 0
     monitor: NonEmptyStr | None = (
@@ -291,7 +291,9 @@ class CallbackOptions(Section):
     )
     evaluation: EvaluationOptions | None = None
     export: Annotated[list[Literal["safetensors", "ckpt"]], TO_LIST] = ["safetensors"]
-    export_steps: Steps | None = None  # interval of checkpoints/trainstep_checkpoints/*, all kept
+    export_steps: StepCount | None = (
+        None  # interval of checkpoints/trainstep_checkpoints/*, all kept
+    )
     weights: Literal["ema", "raw", "both"] = "ema"
     dtype: Literal["half", "full"] = "half"  # of exports
 
@@ -354,7 +356,7 @@ class AutoencoderObjective(TypedDict, total=False):
 class LoraOptions(Section):
     """A LoRA to train for a frozen model."""
 
-    rank: Count = 8
+    rank: PositiveInt = 8
     alpha: Positive | None = None  # null: the rank
     targets: Annotated[
         list[Annotated[str, _one_of(TARGET_PATTERNS)]], Field(min_length=1), TO_LIST
@@ -365,11 +367,11 @@ class TextualInversionOptions(Section):
     """A token embedding to train for a frozen model."""
 
     token: NonEmptyStr
-    vectors: Count = 1  # number of vectors of the token
+    vectors: PositiveInt = 1  # number of vectors of the token
     init: NonEmptyStr | None = None  # words of the initial vectors; null: the mean of all tokens
 
 
-class DropoutOptions(BaseModel):
+class UcgTrainingOptions(BaseModel):
     """An entry of the original's `ucg_training`: probability of dropping a condition.
 
     `val`, which replaces the condition, can only be the empty text.
@@ -385,7 +387,7 @@ class ModelParams(CriterionOptions, total=False):
     """Training options that the original reads from `model.params`."""
 
     embedding_dropout: Probability
-    ucg_training: dict[str, DropoutOptions]
+    ucg_training: dict[str, UcgTrainingOptions]
     use_ema: Bool
     scheduler_config: JsonObject
     # The original's other values are not supported.
@@ -406,10 +408,10 @@ class ModelConfig(Section):
 
 
 class LoaderOptions(BaseModel):
-    """The keys of `data.params` that are read even if a config has no data."""
+    """The keys of `data.params` that apply without a dataset, too."""
 
     model_config = ALLOW_EXTRA
-    batch_size: Count = 1
+    batch_size: PositiveInt = 1
     num_workers: Annotated[int, Field(ge=0), TO_INTEGER] = 0
 
 
@@ -418,25 +420,25 @@ class LatentCacheOptions(Section):
 
     cache: ExpandedPath
     # null: all named variants of the transform, 1 if it has none
-    variants_per_image: Count | None = None
-    batch_size: Count = 32  # images encoded at once
+    variants_per_image: PositiveInt | None = None
+    batch_size: PositiveInt = 32  # images encoded at once
     precision: Annotated[Literal["16", "32"], BeforeValidator(str)] = "16"
 
 
 class TextCacheOptions(Section):
-    """Contexts of captions, encoded once before training."""
+    """Contexts (text embeddings) of captions, encoded once before training."""
 
     cache: ExpandedPath
-    batch_size: Count = 64  # captions encoded at once
+    batch_size: PositiveInt = 64  # captions encoded at once
 
 
 @with_config(STRICT)
 class BucketOptions(TypedDict, total=False):
     """`buckets` of the transform `photo`: keywords of `Buckets`."""
 
-    step: Count
-    shortest: Count | None
-    longest: Count | None
+    step: PositiveInt
+    shortest: PositiveInt | None
+    longest: PositiveInt | None
 
 
 @with_config(STRICT)
@@ -453,7 +455,7 @@ class PhotoOptions(TypedDict, total=False):
     """`transform: {name: photo}`: keywords of `PhotoTransform`."""
 
     name: str
-    size: Count
+    size: PositiveInt
     crop: Annotated[str, _one_of(CROP_POSITIONS)]
     flip: Probability
     buckets: BucketOptions
@@ -467,11 +469,11 @@ class EmojiOptions(TypedDict, total=False):
     """`transform: {name: emoji}`: keywords of `EmojiTransform`."""
 
     name: str
-    size: Count
+    size: PositiveInt
     scale: Annotated[tuple[Positive, Positive], TO_TUPLE]
     shift: Annotated[int, Field(ge=0), TO_INTEGER]
     flip: Probability
-    crop: Count
+    crop: PositiveInt
     random_color_probability: Probability
     drop: Probability
     drop_object: Probability
@@ -506,16 +508,16 @@ class HubOptions(TypedDict, total=False):
 
 
 @with_config(STRICT)
-class ShardOptions(TypedDict, total=False):
+class WebDatasetOptions(TypedDict, total=False):
     """`train` or `validation` with `shards`: keywords of `Shards`."""
 
     shards: Annotated[list[str], TO_LIST]
     transform: JsonObject
-    streams: Count
+    streams: PositiveInt
     shuffle: Annotated[int, Field(ge=0), TO_INTEGER]
     minimum: dict[str, Number]
     maximum: dict[str, Number]
-    length: Count
+    length: PositiveInt
 
 
 class ClassImageOptions(Section):
@@ -523,15 +525,15 @@ class ClassImageOptions(Section):
 
     root: ExpandedPath
     prompt: NonEmptyStr
-    count: Count
+    count: PositiveInt
     transform: JsonObject
 
 
 class DataOptions(LoaderOptions):
-    """`data.params`; `train` and `validation` are FolderOptions, HubOptions or ShardOptions."""
+    """`data.params`; `train`, `validation`: FolderOptions, HubOptions or WebDatasetOptions."""
 
     model_config = STRICT
-    batch_size: Count
+    batch_size: PositiveInt
     train: JsonObject
     validation: JsonObject | None = None
     latents: LatentCacheOptions | None = None
@@ -546,11 +548,11 @@ class LightningTrainerArguments(TypedDict, total=False):
     accelerator: Annotated[str, _one_of(ACCELERATORS)]
     gpus: object
     devices: object
-    num_nodes: Count
+    num_nodes: PositiveInt
     val_check_interval: Positive
     check_val_every_n_epoch: Positive
     limit_val_batches: Nonnegative
-    log_every_n_steps: CountOrInf
+    log_every_n_steps: PositiveIntOrInf
     terminate_on_nan: Bool
     fast_dev_run: Annotated[int, Field(ge=0), BOOL_TO_INTEGER]  # batches; true is 1
     gradient_clip_algorithm: Literal["norm"]
@@ -578,7 +580,8 @@ def validate_section(
         kind: What a key is called in messages.
         suggested_keys: More keys that messages may suggest instead of an unknown one.
     Raises:
-        ValueError: A key is unknown or a value is not allowed; for the first one, in one line.
+        ValueError: A key is unknown or a value is not allowed; the message, one line, is about the
+            first such key.
     """
     try:
         return TypeAdapter(section).validate_python(values)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ldm.evaluation.extractors import CLIPScorer, InceptionExtractor
-from ldm.evaluation.load import find_clip, load_clip_scorer, load_extractor
+from ldm.evaluation.load import find_clip_weights, load_clip_scorer, load_inception_extractor
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.score import ImageSet, compute_scores, read_features
 from ldm.generate.lora_tags import split_tags
@@ -58,8 +58,8 @@ class Evaluator:
         if options.reference is not None:
             side = model.image_size * model.downscale_factor
             self.reference = ImageSet("reference", list_images(options.reference), side=side)
-            self.extractor = load_extractor(options.inception, options.resize, run.device)
-        clip = find_clip(options.clip)
+            self.extractor = load_inception_extractor(options.inception, options.resize, run.device)
+        clip = find_clip_weights(options.clip)
         if clip is not None:
             self.prompt_scorer = load_clip_scorer(clip, run.device)
         if self.extractor is None and self.prompt_scorer is None:

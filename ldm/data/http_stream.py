@@ -9,24 +9,24 @@ from typing import Any
 
 from ldm.runtime.errors import MissingFile
 
-__all__ = ["Download"]
+__all__ = ["HTTPStream"]
 
 MAX_ATTEMPTS = 6  # connections per read
 TIMEOUT = 30  # seconds without a byte after which a connection counts as lost
 RETRYABLE_STATUS_CODES = (408, 429)  # request timeout, too many requests
 
 
-class Download(io.RawIOBase):
+class HTTPStream(io.RawIOBase):
     """The file at an http(s) URL, as a raw binary stream that cannot seek.
 
     Reading raises MissingFile for a client error (HTTP 4xx), OSError for other failures.
 
     Args:
-        pause: Seconds before the second attempt, doubled for each later attempt.
+        retry_delay: Seconds before the second attempt, doubled for each later attempt.
     """
 
-    def __init__(self, url: str, *, pause: float = 1.0) -> None:
-        self.url, self.pause = url, pause
+    def __init__(self, url: str, *, retry_delay: float = 1.0) -> None:
+        self.url, self.retry_delay = url, retry_delay
         self.position = 0  # bytes read
         self.length = -1  # bytes in total; -1 = unknown
         self.response: Any = None
@@ -51,7 +51,7 @@ class Download(io.RawIOBase):
                     raise MissingFile(f"`{self.url}`: {error}") from error
                 if attempt + 1 == MAX_ATTEMPTS:
                     raise OSError(f"`{self.url}`: {error}") from error
-                time.sleep(self.pause * 2**attempt)
+                time.sleep(self.retry_delay * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def close(self) -> None:
