@@ -52,7 +52,9 @@ def test_a_mapped_file_is_replaced_by_its_conversion(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(MODEL.read_bytes())
     assert main(["convert", str(file), str(file), "--dtype", "float16", "--force"]) == 0
-    assert read_checkpoint(file).state["model.diffusion_model.out.2.bias"].dtype == torch.float16
+    assert (
+        read_checkpoint(file).state_dict["model.diffusion_model.out.2.bias"].dtype == torch.float16
+    )
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # event loops of gradio

@@ -100,7 +100,7 @@ def ema_model(golden, tmp_path_factory) -> ModelFiles:
     config = json.loads(files.config.read_text())
     config["model"]["params"]["use_ema"] = True
     files.config.write_text(json.dumps(config))
-    state = read_checkpoint(files.ckpt).state
+    state = read_checkpoint(files.ckpt).state_dict
     ema = {to_ema_name(name): 1.1 * v for name, v in state.items() if name.startswith("model.")}
     write_checkpoint(files.ckpt, state | ema)
     return files

@@ -181,7 +181,7 @@ class CLIPTextModel(nn.Module):
         paths = [] if name is None else [Path(name, file_name) for file_name in WEIGHTS_NAMES]
         path = next((path for path in paths if path.is_file()), None)
         if path is not None:
-            state_dict, prefix = read_checkpoint(path).state, "text_model."
+            state_dict, prefix = read_checkpoint(path).state_dict, "text_model."
             if "final_layer_norm.weight" in state_dict:  # as transformers 5 names them
                 state_dict = {f"{prefix}{name}": value for name, value in state_dict.items()}
             model.load_state_dict({k: v for k, v in state_dict.items() if k.startswith(prefix)})

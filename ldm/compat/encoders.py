@@ -417,7 +417,7 @@ def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
     if "visual" in model._modules:
         del model.visual
     if Path(version).is_file():
-        weights = read_checkpoint(version).state
+        weights = read_checkpoint(version).state_dict
         model.load_state_dict(
             {name: value for name, value in weights.items() if not name.startswith("visual.")}
         )

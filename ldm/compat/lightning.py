@@ -101,6 +101,6 @@ def read_state_dict(path: str, ignore_keys: Sequence[str]) -> dict[str, Tensor]:
         ignore_keys: Prefixes of the names to leave out.
     """
     file = read_checkpoint(path)
-    weights = {**file.state, **file.ema_state}
+    weights = {**file.state_dict, **file.ema_state_dict}
     prefixes = tuple(ignore_keys)
     return {name: value for name, value in weights.items() if not name.startswith(prefixes)}

@@ -49,7 +49,7 @@ def load_model(model_type: str) -> tuple[nn.Module, Transform]:
     assert network is not None
     path = Path(ISL_PATHS[model_type])
     if path.is_file():
-        network.load_state_dict(read_checkpoint(path).state)
+        network.load_state_dict(read_checkpoint(path).state_dict)
     return network.eval(), load_midas_transform(model_type)
 
 

@@ -35,7 +35,7 @@ from ldm.loading.families import CONFIG_DIR, LATENT_UPSCALER
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
     Checkpoint,
-    ComputedTensor,
+    LazyTensor,
     cast_weight,
     use_ema_weights,
     write_checkpoint,
@@ -104,7 +104,7 @@ class Conversion:
 
     source: Checkpoint
     target: Path
-    weights: Mapping[str, Mapping[str, Tensor | ComputedTensor]]
+    weights: Mapping[str, Mapping[str, Tensor | LazyTensor]]
     text_files: JsonObject = field(default_factory=dict)
     metadata: dict[str, str | int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
@@ -193,26 +193,26 @@ def plan_conversion(
             raise ArgumentError(message, "clip_stats")
         if is_file:
             load_clip_statistics(model.conditioner, file.path, clip_stats)
-            file.state.update(get_clip_statistics(model.conditioner))
+            file.state_dict.update(get_clip_statistics(model.conditioner))
     source_metadata = filter_metadata(file.metadata, keep_author_fields=not loras)
     metadata = make_modelspec(model, target.stem, metadata={**source_metadata, **metadata})
-    ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
+    ema_state_dict = file.ema_state_dict if is_file and not (ema or prune or loras) else {}
     text_files: JsonObject = {}
     if suffix == K_DIFFUSION_SUFFIX:
         weights, metadata = {"": _select_upscaler_weights(file, target)}, {}
     elif is_file:
-        weights = {"": {**file.state, **ema_state}}
+        weights = {"": {**file.state_dict, **ema_state_dict}}
     else:
         if isinstance(model, LatentDiffusion) and isinstance(model.unet, LatentUpscalerUNet):
-            check_upscaler(rename_weights(file.state), file.path)
+            check_upscaler(rename_weights(file.state_dict), file.path)
         text_files, components = build_folder(file, config_dict, clip_stats)
         weights = {get_weights_path(c, text_files, variant): s for c, s in components.items() if s}
     for path, state in weights.items():
         size = _count_bytes(state, dtype) / 1e9
         summary.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
-    if file.ema_state and not ema_state:
+    if file.ema_state_dict and not ema_state_dict:
         result = "replaced the raw weights" if ema else "left out (`ema` converts these instead)"
-        summary.append(f"{'model_ema.*':60} {len(file.ema_state):>5} tensors {result}")
+        summary.append(f"{'model_ema.*':60} {len(file.ema_state_dict):>5} tensors {result}")
     return Conversion(file, target, weights, text_files, metadata, dtype, tuple(summary))
 
 
@@ -316,16 +316,18 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
     """
     if model is None:
         if ema:
-            use_ema_weights(file.state, file.ema_state, {n: n for n in file.state}, file.path)
+            use_ema_weights(
+                file.state_dict, file.ema_state_dict, {n: n for n in file.state_dict}, file.path
+            )
         return file
     weights, expected = identify_weights(file), model.state_dict()
     weights.select_ema(expected, ema)
-    weight_names = set(dict(pair_names(file.state)).values())
-    non_weights = {name: v for name, v in file.state.items() if name not in weight_names}
+    weight_names = set(dict(pair_names(file.state_dict)).values())
+    non_weights = {name: v for name, v in file.state_dict.items() if name not in weight_names}
     state = translate_names(model, weights.state, file.path)
     is_sgm = has_sgm_names(expected)
     renamed = {to_original_name(name, sgm=is_sgm): value for name, value in state.items()}
-    return replace(file, state=non_weights | renamed)
+    return replace(file, state_dict=non_weights | renamed)
 
 
 def fill_lora_components(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -347,7 +349,7 @@ def _merge_loras(
     """
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{file.path}` is not a whole model: LoRAs cannot be merged into it")
-    state = rename_weights(file.state)
+    state = rename_weights(file.state_dict)
     if dtype == torch.float32:
         state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
     fill_lora_components(model, state, file.path)
@@ -365,7 +367,7 @@ def _merge_loras(
     for encoder in model.conditioner.find_all(TextEncoder):
         for token, vectors in encoder.added_embeddings.items():
             tokens.setdefault(token, []).append(vectors)
-    file = replace(file, state={**file.state, **merged}, memory_mapped=False)
+    file = replace(file, state_dict={**file.state_dict, **merged}, memory_mapped=False)
     return file, json.dumps(all_loras), tokens
 
 
@@ -394,10 +396,10 @@ def _replace_autoencoder(
     # Scale factor and upcast are options of the old autoencoder.
     metadata = {k: v for k, v in file.metadata.items() if k not in (SCALE_KEY, UPCAST_KEY)}
     metadata |= {k: v for k, v in source.metadata.items() if k == SCALE_KEY}
-    file_names = dict(pair_names(file.state))
+    file_names = dict(pair_names(file.state_dict))
     for name in state.keys() & file_names.keys():
         file_name = file_names[name]
-        state[name] = cast_weight(file_name, state[name], file.state[file_name].dtype)
+        state[name] = cast_weight(file_name, state[name], file.state_dict[file_name].dtype)
     return _replace_component(replace(file, metadata=metadata), VAE_PREFIX, restore_names(state))
 
 
@@ -405,21 +407,23 @@ def _replace_text_encoder(
     file: Checkpoint, model: nn.Module | None, text_encoder: str | Path
 ) -> Checkpoint:
     """Return a checkpoint with another text encoder, and with its autoencoder if it had none."""
-    names = rename_weights(file.state).keys()
+    names = rename_weights(file.state_dict).keys()
     state = extract_text_encoder(open_checkpoint(text_encoder), model, names, file.path)
     return _replace_component(file, TEXT_PREFIX, restore_names(state, sgm=has_sgm_names(names)))
 
 
 def _replace_component(file: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> Checkpoint:
     """Return a checkpoint whose tensors under a prefix (of our names) are replaced by others."""
-    names = [file_name for name, file_name in pair_names(file.state) if name.startswith(prefix)]
-    state = {name: value for name, value in file.state.items() if name not in names}
-    return replace(file, state=state | tensors, memory_mapped=False)
+    names = [
+        file_name for name, file_name in pair_names(file.state_dict) if name.startswith(prefix)
+    ]
+    state = {name: value for name, value in file.state_dict.items() if name not in names}
+    return replace(file, state_dict=state | tensors, memory_mapped=False)
 
 
 def _select_upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:
     """Return the tensors that k-diffusion's file of the x2 latent upscaler contains."""
-    state = {n: value for n, value in file.state.items() if n.startswith(UPSCALER_PREFIXES)}
+    state = {n: value for n, value in file.state_dict.items() if n.startswith(UPSCALER_PREFIXES)}
     if not state:
         raise ArgumentError(
             f"`{target}`: only x2 latent upscalers are written as {K_DIFFUSION_SUFFIX}", "target"
@@ -437,7 +441,7 @@ def _make_metadata(file: Checkpoint, config_text: str | None, ema: bool) -> dict
     return metadata | ({"ldm.ema": "merged"} if ema else {})
 
 
-def _count_bytes(state: Mapping[str, Tensor | ComputedTensor], dtype: torch.dtype | None) -> int:
+def _count_bytes(state: Mapping[str, Tensor | LazyTensor], dtype: torch.dtype | None) -> int:
     """Return the size of tensors after casting floating-point ones to `dtype`."""
     return sum(
         value.numel() * (dtype if dtype and value.is_floating_point() else value.dtype).itemsize

@@ -193,19 +193,19 @@ class DetectedPredictionType:
 
 def detect_family(
     state: Mapping[str, Tensor],
-    ema_state: Mapping[str, Tensor] | None = None,
+    ema_state_dict: Mapping[str, Tensor] | None = None,
     markers: Collection[str] = (),
 ) -> Family | None:
     """Return the family of weights; None if no published family has these shapes.
 
     Args:
         state: Weights under our names, or under diffusers' names with our prefixes.
-        ema_state: `model_ema.*`, used if `state` has no UNet; None = no EMA weights.
+        ema_state_dict: `model_ema.*`, used if `state` has no UNet; None = no EMA weights.
         markers: Names of marker tensors in the file.
     """
     unet = select_prefix(state, UNET_PREFIX)
-    if not unet and ema_state:
-        unet = select_prefix(ema_state, to_ema_name(to_original_name(UNET_PREFIX)))
+    if not unet and ema_state_dict:
+        unet = select_prefix(ema_state_dict, to_ema_name(to_original_name(UNET_PREFIX)))
     shapes = {name.replace(".", ""): value.shape for name, value in unet.items()}
     if not UPSCALER_NAMES.isdisjoint(shapes):
         return LATENT_UPSCALER

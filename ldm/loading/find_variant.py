@@ -7,7 +7,7 @@ from pathlib import Path
 from ldm.loading.addons.lora_files import find_ranks, list_lora_files
 from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_metadata
-from ldm.loading.files.checkpoint import opens_quickly, read_checkpoint
+from ldm.loading.files.checkpoint import loads_lazily, read_checkpoint
 from ldm.loading.variants import (
     ARGUMENT_EVIDENCE,
     GUIDANCE_WEIGHT,
@@ -51,9 +51,11 @@ def find_variant_without_weights(
     if is_diffusers_folder(path):
         metadata, embeds_guidance = read_folder_metadata(path)
         detected = detect_variant(path, metadata, [GUIDANCE_WEIGHT] if embeds_guidance else [])
-    elif opens_quickly(path):
+    elif loads_lazily(path):
         file = read_checkpoint(path)
-        detected = detect_variant(path, file.metadata, [name for name, _ in pair_names(file.state)])
+        detected = detect_variant(
+            path, file.metadata, [name for name, _ in pair_names(file.state_dict)]
+        )
     else:
         detected = detect_variant(path, {})
         if "lcm" in (variant or "") or (detected is not None and detected.name == "lcm"):
@@ -96,7 +98,7 @@ def detect_first_lora_variant(
 def warn_if_distilled(loras: Iterable[tuple[str | Path, LoRAWeightLike]]) -> None:
     """Warn about LoRAs that look like few-step LoRAs, but do not show their variant."""
     for file in (read_checkpoint(file) for path, _ in loras for file in list_lora_files(path)):
-        if looks_distilled(file.state, find_ranks(file)):
+        if looks_distilled(file.state_dict, find_ranks(file)):
             log.warning(
                 "`%s` looks like a few-step LoRA, but neither its name nor its metadata names the "
                 "variant: pass `variant`, such as lcm",

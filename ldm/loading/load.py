@@ -364,7 +364,7 @@ def _match_and_fill(
     state = match_weights(model, weights.state, weights.path, error_prefix)
     if has_transposed_projection(state):
         warnings.warn(f"`{weights.path}`: {TRANSPOSED_WARNING}", stacklevel=3)
-    for source in (weights.state, weights.checkpoint.state, weights.checkpoint.ema_state):
+    for source in (weights.state, weights.checkpoint.state_dict, weights.checkpoint.ema_state_dict):
         source.clear()  # so that memory is freed while `state` is emptied
     fill_weights(
         model,

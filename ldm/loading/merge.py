@@ -23,7 +23,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import parse_yaml
 from ldm.loading.convert import LORA_PREFIXES, Conversion, find_config_text, to_original_names
 from ldm.loading.families import Family
-from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, ComputedTensor, release_pages
+from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, LazyTensor, release_pages
 from ldm.loading.modelspec import LICENSE_KEY, MERGED_FROM_KEY, filter_metadata, make_modelspec
 from ldm.loading.weight_names import TEXT_2_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, pair_names
 from ldm.loading.weights import identify_weights, open_checkpoint
@@ -69,7 +69,7 @@ class ModelFile:
         return name in self.names
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint.state[self.names[name]]
+        return self.checkpoint.state_dict[self.names[name]]
 
     def release(self, tensor: Tensor) -> None:
         """Release the pages of a tensor, if it is memory-mapped."""
@@ -122,13 +122,13 @@ def plan_merge(
     if block_weights is not None:
         weights = blocks.parse_weights(block_weights, weight, "block_weights")
     prefixes = (*LORA_PREFIXES, VAE_PREFIX) if merge_vae else LORA_PREFIXES
-    state: dict[str, Tensor | ComputedTensor] = dict(a.checkpoint.state)
+    state: dict[str, Tensor | LazyTensor] = dict(a.checkpoint.state_dict)
     candidates = [n for n in a.names if n.startswith(prefixes) and a[n].is_floating_point()]
     merged = [name for name in candidates if all(name in m for m in others)]
     for name in merged:
         if w := weights[blocks.get_block(name)]:  # 0: A's tensor, not copied
             compute = partial(_merge_weight, name, a, b, c, w)
-            state[a.names[name]] = ComputedTensor(a[name].shape, a[name].dtype, compute)
+            state[a.names[name]] = LazyTensor(a[name].shape, a[name].dtype, compute)
     names = [m.checkpoint.path.name for m in (a, *others)]
     summary = [_format_formula(names, subtract is not None, weight, block_weights)]
     summary += _describe_missing(candidates, prefixes, others)
@@ -155,7 +155,7 @@ def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{checkpoint.path}` is not a whole model: it cannot be merged")
     checkpoint = to_original_names(checkpoint, model, ema=ema and checkpoint.has_ema)
-    return ModelFile(checkpoint, dict(pair_names(checkpoint.state)), model, family, text)
+    return ModelFile(checkpoint, dict(pair_names(checkpoint.state_dict)), model, family, text)
 
 
 def check_compatible(a: ModelFile, b: ModelFile) -> None:

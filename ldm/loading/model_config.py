@@ -15,7 +15,7 @@ from ldm.loading.families import (
     DetectedPredictionType,
     probe_prediction_type,
 )
-from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
+from ldm.loading.files.checkpoint import CONFIG_KEY, loads_lazily
 from ldm.loading.latent_upscaler import build_upscaler_config, find_config_json, find_unet_params
 from ldm.loading.legacy import LATENT_DIFFUSION, MODEL_CLASSES, translate_config
 from ldm.loading.matching import guess_file_type, match_weights
@@ -52,7 +52,7 @@ def choose_config(weights: Weights) -> str:
         return CONFIG_KEY
     family = weights.family
     if family is None or not family.config:
-        if family is None and (file_type := guess_file_type(weights.checkpoint.state)):
+        if family is None and (file_type := guess_file_type(weights.checkpoint.state_dict)):
             raise MissingArgument(f"`{weights.path}` is {file_type}")
         message = f"the family of `{weights.path}` is unknown"
         if family is not None:
@@ -107,7 +107,7 @@ def find_schedule_without_weights(
         path: Path of the checkpoint.
         config: See `read_config`.
     """
-    if not is_diffusers_folder(path) and not opens_quickly(path):
+    if not is_diffusers_folder(path) and not loads_lazily(path):
         return None
     config_path, config_dict = read_config(
         identify_weights(open_checkpoint(path)), config, overrides

@@ -82,7 +82,7 @@ def extract_autoencoder(
     if not isinstance(autoencoder, AutoencoderKL):
         raise WeightsMismatch(f"`{path}` has no autoencoder to replace")
     error_prefix = f"the autoencoder of `{source.path}` does not fit `{path}`"
-    state = match_weights(autoencoder, rename_weights(source.state), source.path, error_prefix)
+    state = match_weights(autoencoder, rename_weights(source.state_dict), source.path, error_prefix)
     return {f"{VAE_PREFIX}{name}": value for name, value in state.items()}
 
 
@@ -103,7 +103,7 @@ def extract_text_encoder(
         raise ArgumentError(f"`{path}` has no text encoder to replace", "text_encoder")
     prefix = "text_model."  # of transformers' CLIPTextModel
     all_weights = {
-        f"{TEXT_PREFIX}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()
+        f"{TEXT_PREFIX}{n}" if n.startswith(prefix) else n: v for n, v in source.state_dict.items()
     }
     all_weights = rename_weights(all_weights)
     error_prefix = f"the text encoder of `{source.path}` does not fit `{path}`"

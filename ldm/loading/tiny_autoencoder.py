@@ -72,7 +72,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
             return None
         state = read_component_state(path, None)
     else:
-        state = read_checkpoint(path).state
+        state = read_checkpoint(path).state_dict
     if not all(map(LAYER_NAME.fullmatch, state)) or not any(".conv.0." in name for name in state):
         return None
     network = "encoder" if "0.weight" in state else "decoder"

@@ -104,7 +104,9 @@ class Weights:
             all_names = (*names, *self.state)
             is_sgm = has_sgm_names(all_names)
             names_by_original = {to_original_name(name, sgm=is_sgm): name for name in all_names}
-            use_ema_weights(self.state, self.checkpoint.ema_state, names_by_original, self.path)
+            use_ema_weights(
+                self.state, self.checkpoint.ema_state_dict, names_by_original, self.path
+            )
             self.update_prediction_type()
         elif (
             self.checkpoint.has_ema
@@ -157,10 +159,10 @@ def list_weight_files(path: Path) -> list[Path]:
 
 def identify_weights(checkpoint: Checkpoint) -> Weights:
     """Return weights under our names, with their family and prediction type."""
-    state, buffers = rename_weights(checkpoint.state), select_buffers(checkpoint.state)
-    metadata = checkpoint.metadata | {name: "" for name in MARKERS if name in checkpoint.state}
+    state, buffers = rename_weights(checkpoint.state_dict), select_buffers(checkpoint.state_dict)
+    metadata = checkpoint.metadata | {name: "" for name in MARKERS if name in checkpoint.state_dict}
     with errors_as(FileFormatError, f"`{checkpoint.path}` has weights of invalid shapes"):
-        family = detect_family(state, checkpoint.ema_state, metadata)
+        family = detect_family(state, checkpoint.ema_state_dict, metadata)
     return Weights(checkpoint, state, buffers, metadata, family, checkpoint.memory_mapped)
 
 

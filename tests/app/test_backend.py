@@ -167,7 +167,7 @@ def test_large_seeds_are_exact_and_a_truncated_prompt_is_in_the_message(backend,
 def test_a_selected_vae_decodes_and_is_found_by_its_hash_on_replay(families, run, tmp_path):
     (tmp_path / "vae").mkdir()
     copy_model(families["base_v"], tmp_path)
-    state = read_checkpoint(families["base_v"].ckpt).state
+    state = read_checkpoint(families["base_v"].ckpt).state_dict
     write_checkpoint(tmp_path / "vae/other.ckpt", {name: v + 0.1 for name, v in state.items()})
     backend = Backend(Library(tmp_path), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     plain, other = (run(backend, "txt2img", vae=vae).infos[0] for vae in ("", "other"))

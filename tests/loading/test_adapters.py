@@ -75,7 +75,7 @@ def test_diffusers_computes_the_same_with_our_file(family, style, path):
 
 def add_magnitudes(path, model):
     """Turn the layers of attention into DoRA, as peft writes it."""
-    state = {n: v for n, v in read_checkpoint(path).state.items() if "attn" in n}
+    state = {n: v for n, v in read_checkpoint(path).state_dict.items() if "attn" in n}
     torch.manual_seed(2)
     for layer in list_lora_targets(model):
         if "attn" in layer.diffusers_name:
@@ -166,7 +166,7 @@ REPLACEMENTS = [
 def test_names_in_files_of_other_programs_are_read(path):
     model = build_tiny_model()
     write_lora(make_random_lora(model), path, model, "diffusers")
-    state = read_checkpoint(path).state
+    state = read_checkpoint(path).state_dict
     state = {name: v for name, v in state.items() if "conv_in" in name or ".0." in name}
     write_checkpoint(path, state)
     ours = read_lora(path, model).state_dict()
@@ -207,7 +207,7 @@ def test_names_in_sdxl_files_of_other_programs_are_read(style, path):
     model = build_tiny_model("sdxl")
     write_lora(make_random_lora(model), path, model, "diffusers")
     ours = read_lora(path, model).state_dict()
-    state = read_checkpoint(path).state
+    state = read_checkpoint(path).state_dict
     renamed = rename_keys(state, *SDXL_NAMING_STYLES[style])
     assert renamed.keys() != state.keys()
     write_checkpoint(path, renamed)
@@ -221,18 +221,18 @@ def test_the_text_encoder_of_the_refiner_may_have_any_name(prefix, path):
     model = build_tiny_model("refiner")
     lora = make_random_lora(model)
     write_lora(lora, path, model)
-    write_checkpoint(path, rename_keys(read_checkpoint(path).state, ("^lora_te_", prefix)))
+    write_checkpoint(path, rename_keys(read_checkpoint(path).state_dict, ("^lora_te_", prefix)))
     assert are_equal(read_lora(path, model).state_dict(), lora.state_dict())
 
 
 def test_of_two_names_for_a_layer_the_one_of_diffusers_is_read(path, caplog):
     model = build_tiny_model("sdxl")
     write_lora(make_random_lora(model, seed=1), path, model, "diffusers")
-    state = read_checkpoint(path).state
+    state = read_checkpoint(path).state_dict
     removed = {name for name in state if name.startswith("unet.up_blocks")}
     expected = read_lora(path, model)
     write_lora(make_random_lora(model, seed=2), path, model)
-    original_state = read_checkpoint(path).state
+    original_state = read_checkpoint(path).state_dict
     blocks = {n: v for n, v in original_state.items() if "put_blocks" in n or "middle" in n}
     for first, second in ((state, blocks), (blocks, state)):
         merged = {n: v for n, v in (first | second).items() if n not in removed}
@@ -471,7 +471,7 @@ def test_alpha_is_read_from_metadata(path):
     write_lora(make_random_lora(model), path, model, "diffusers")
     alphas = {"unet.lora_alpha": 6, "unet.alpha_pattern": {"mid_block.attentions.0.proj_in": 12}}
     metadata = {lora_files.ADAPTER_METADATA_KEY: json.dumps(alphas)}
-    write_checkpoint(path, read_checkpoint(path).state, metadata)
+    write_checkpoint(path, read_checkpoint(path).state_dict, metadata)
     lora = read_lora(path, model)
     assert lora["lora_unet_conv_in"].alpha == 6
     assert lora["lora_unet_mid_block_attentions_0_proj_in"].alpha == 12

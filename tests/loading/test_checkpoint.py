@@ -36,7 +36,7 @@ def test_written_weights_are_read_back(tmp_path, suffix, dtype):
     path = tmp_path / f"x{suffix}"
     write_checkpoint(path, state, {"global_step": 12, "author": "me"})
     file = read_checkpoint(path)
-    torch.testing.assert_close(file.state, state, rtol=0, atol=0)  # dtypes, too
+    torch.testing.assert_close(file.state_dict, state, rtol=0, atol=0)  # dtypes, too
     assert file.step == 12
     assert file.memory_mapped
     assert os.listdir(tmp_path) == [path.name]
@@ -49,7 +49,7 @@ def test_tensors_that_share_memory_are_written_separately(tmp_path):
     state = {"a": storage[:10], "b": storage[5:15], "c": storage.view(10, 100).T}
     for suffix in (".ckpt", ".safetensors"):
         write_checkpoint(tmp_path / f"x{suffix}", state)
-        read = read_checkpoint(tmp_path / f"x{suffix}").state
+        read = read_checkpoint(tmp_path / f"x{suffix}").state_dict
         assert all(torch.equal(read[name], state[name]) for name in state)
         assert (tmp_path / f"x{suffix}").stat().st_size < 8000
 
@@ -88,7 +88,9 @@ def test_missing_or_unknown_ema_weights_are_an_error(tmp_path, ema, message):
     file = read_checkpoint(tmp_path / "x.ckpt")
     assert file.has_ema == (len(ema) > 2)
     with pytest.raises(ValueError, match=message):
-        use_ema_weights(file.state, file.ema_state, {name: name for name in STATE}, file.path)
+        use_ema_weights(
+            file.state_dict, file.ema_state_dict, {name: name for name in STATE}, file.path
+        )
 
 
 def test_the_format_is_recognized_by_content_not_by_suffix(tmp_path):

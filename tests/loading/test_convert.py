@@ -42,7 +42,7 @@ def tiny(root):
 
 @pytest.fixture(scope="module")
 def state(tiny):
-    return read_checkpoint(tiny).state
+    return read_checkpoint(tiny).state_dict
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_file_is_converted_between_ckpt_and_safetensors(tiny, state, tmp_path,
     run_convert(tmp_path / "x.ckpt", tmp_path / "y.safetensors")
     for name in ("x.ckpt", "y.safetensors"):
         file = read_checkpoint(tmp_path / name)
-        assert are_equal(file.state, state)
+        assert are_equal(file.state_dict, state)
         assert file.step == 7
         assert file.metadata["modelspec.prediction_type"] == "v"
         assert ldm.load(tmp_path / name).parameterization == "v"  # by the YAML inside
@@ -95,7 +95,7 @@ def test_a_file_is_converted_between_ckpt_and_safetensors(tiny, state, tmp_path,
 def test_a_folder_loads_like_its_file_and_converts_back_to_it(tiny, state, folder, tmp_path):
     for name in ("x.ckpt", "y.safetensors"):
         run_convert(folder, tmp_path / name)
-        assert are_equal(read_checkpoint(tmp_path / name).state, state)
+        assert are_equal(read_checkpoint(tmp_path / name).state_dict, state)
     ours, theirs = ldm.load(folder), ldm.load(tiny)
     assert have_equal_weights(ours, theirs)
     assert have_equal_weights(ldm.load(ckpt=folder), theirs)
@@ -135,14 +135,14 @@ def test_unused_weights_may_be_missing(tiny, state, config_text, tmp_path):
 def test_half_precision_is_written_and_read_as_a_variant(tiny, state, tmp_path):
     half = tmp_path / "half"
     run_convert(tiny, half, "--variant", "fp16")
-    weights = read_checkpoint(half / "unet/diffusion_pytorch_model.fp16.safetensors").state
+    weights = read_checkpoint(half / "unet/diffusion_pytorch_model.fp16.safetensors").state_dict
     assert {v.dtype for v in weights.values()} == {torch.float16}
-    back = open_checkpoint(half).state  # the only variant there is
+    back = open_checkpoint(half).state_dict  # the only variant there is
     assert torch.equal(back[CONV_IN], state[CONV_IN].half())
     with pytest.raises(FileNotFoundError, match="of variant `bf16`"):
         open_checkpoint(half, file_variant="bf16")
     run_convert(tiny, tmp_path / "b.safetensors", "--dtype", "bfloat16")
-    weights = read_checkpoint(tmp_path / "b.safetensors").state
+    weights = read_checkpoint(tmp_path / "b.safetensors").state_dict
     assert torch.equal(weights[CONV_IN], state[CONV_IN].bfloat16())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # about the schedule, which was rounded
@@ -181,15 +181,15 @@ def test_ema_weights_are_kept_used_or_left_out(
     run_convert(ema_file, tmp_path / target, *flags)
     file = open_checkpoint(tmp_path / target)
     unet = [k for k in state if k.startswith("model.")]
-    assert all(torch.equal(file.state[k], state[k] + (not is_raw)) for k in unet)
-    assert bool(file.ema_state) == keeps_ema
+    assert all(torch.equal(file.state_dict[k], state[k] + (not is_raw)) for k in unet)
+    assert bool(file.ema_state_dict) == keeps_ema
     if "--ema" in flags:  # also where the file has no raw weights
         file = read_checkpoint(ema_file)
-        partial = {k: v for k, v in file.state.items() if k not in unet}
-        ema = {"state_dict": partial | file.ema_state, **file.metadata}
+        partial = {k: v for k, v in file.state_dict.items() if k not in unet}
+        ema = {"state_dict": partial | file.ema_state_dict, **file.metadata}
         torch.save(ema, tmp_path / "ema.ckpt")
         run_convert(tmp_path / "ema.ckpt", tmp_path / target, *flags, "--force")
-        converted = open_checkpoint(tmp_path / target).state
+        converted = open_checkpoint(tmp_path / target).state_dict
         assert all(torch.equal(converted[k], state[k] + 1) for k in unet)
     assert ("model_ema.*" in capsys.readouterr().err) == (not keeps_ema)
 
@@ -252,7 +252,7 @@ def test_the_folder_of_a_training_run_is_converted(state, config_text, tmp_path)
     (tmp_path / "run/configs/2026-01-project.yaml").write_text(config_text)
     run_convert(tmp_path / "run", tmp_path / "out")
     file = open_checkpoint(tmp_path / "out")
-    assert are_equal(file.state, state)
+    assert are_equal(file.state_dict, state)
     assert file.step == 9
 
 
@@ -267,10 +267,12 @@ def test_an_autoencoder_alone_is_converted_both_ways(tmp_path, state, config_tex
     run_convert(tmp_path / "kl.ckpt", tmp_path / "kl", "--config", tmp_path / "kl.yaml")
     weights = tmp_path / "kl/diffusion_pytorch_model.safetensors"
     run_convert(weights, tmp_path / "original.ckpt", "--config", tmp_path / "kl.yaml")
-    assert are_equal(read_checkpoint(tmp_path / "original.ckpt").state, select_prefix(state, VAE))
+    assert are_equal(
+        read_checkpoint(tmp_path / "original.ckpt").state_dict, select_prefix(state, VAE)
+    )
     written = read_json(tmp_path / "kl/config.json")
     assert written["block_out_channels"] == [32, 64]
-    assert are_equal(open_checkpoint(tmp_path / "kl").state, select_prefix(state, VAE))
+    assert are_equal(open_checkpoint(tmp_path / "kl").state_dict, select_prefix(state, VAE))
     assert are_equal(ldm.load(tmp_path / "kl").state_dict(), select_prefix(state, VAE))
 
 
@@ -281,18 +283,18 @@ def test_the_autoencoder_of_the_model_is_replaced(tiny, state, config_text, tmp_
     write_checkpoint(vae, other)
     run_convert(tiny, x, "--vae", vae)
     expected = state | {VAE + name: value.float() for name, value in other.items()}
-    assert are_equal(read_checkpoint(x).state, expected)
+    assert are_equal(read_checkpoint(x).state_dict, expected)
     assert ldm.load(x).autoencoder is not None
     run_convert(tiny, y, "--vae", x)
-    assert are_equal(read_checkpoint(y).state, expected)
+    assert are_equal(read_checkpoint(y).state_dict, expected)
     partial = {name: value for name, value in expected.items() if not name.startswith(VAE)}
     torch.save({"state_dict": partial, "ldm.config": config_text}, tmp_path / "partial.ckpt")
     run_convert(tmp_path / "partial.ckpt", tmp_path / "z.ckpt", "--vae", x)
-    assert are_equal(read_checkpoint(tmp_path / "z.ckpt").state, expected)
+    assert are_equal(read_checkpoint(tmp_path / "z.ckpt").state_dict, expected)
     run_convert(x, tmp_path / "folder")
     weights = tmp_path / "folder/vae/diffusion_pytorch_model.safetensors"
     run_convert(tiny, tmp_path / "z.ckpt", "--vae", weights, "--force")
-    assert are_equal(read_checkpoint(tmp_path / "z.ckpt").state, expected)
+    assert are_equal(read_checkpoint(tmp_path / "z.ckpt").state_dict, expected)
     (tmp_path / "z.ckpt").unlink()
     write_checkpoint(tmp_path / "no.ckpt", {"decoder.conv_in.bias": torch.ones(1)})
     error = get_error(capsys, tiny, tmp_path / "z.ckpt", "--vae", tmp_path / "no.ckpt")
@@ -306,7 +308,7 @@ def test_given_clip_statistics_are_written_to_the_file(tmp_path):
     torch.save([state[name] for name in names], stats)
     write_checkpoint(source, {n: v for n, v in state.items() if n not in names}, file.metadata)
     run_convert(source, tmp_path / "y.safetensors", "--clip-stats", stats)
-    written = read_checkpoint(tmp_path / "y.safetensors").state
+    written = read_checkpoint(tmp_path / "y.safetensors").state_dict
     assert all(torch.equal(written[name].flatten(), state[name]) for name in names)
 
 
@@ -322,7 +324,7 @@ def test_missing_clip_statistics_of_a_folder_are_reported(tmp_path):
 def test_a_missing_token_embedding_of_a_folder_is_reported(tmp_path):
     run_convert(COMPACT_VOCAB_RUN, tmp_path / "x")
     path = tmp_path / "x/text_encoder/model.safetensors"
-    state = read_checkpoint(path).state
+    state = read_checkpoint(path).state_dict
     write_checkpoint(path, {n: v.clone() for n, v in state.items() if "token_embedding" not in n})
     with pytest.raises(WeightsMismatch, match="\nmissing: .*token_embedding.weight"):
         open_checkpoint(tmp_path / "x")
@@ -363,7 +365,7 @@ def test_extra_weights_of_another_model_are_left_out(tiny, tmp_path, caplog):
     file = open_checkpoint(tmp_path / "x")
     assert "belongs to another model" in caplog.text
     assert parse_yaml(file.metadata["ldm.config"])["model"]["params"]["parameterization"] == "eps"
-    last = [value for name, value in file.state.items() if ".resblocks.2." in name]
+    last = [value for name, value in file.state_dict.items() if ".resblocks.2." in name]
     assert last
     assert not any(value.any() for value in last)  # unused weights are zero
 
@@ -373,18 +375,18 @@ def test_folders_of_older_versions_are_read(tiny, state, tmp_path):
     copy = tmp_path / "old"
     run_convert(tiny, copy)
     vae = copy / "vae/diffusion_pytorch_model.safetensors"
-    content = read_checkpoint(vae).state
+    content = read_checkpoint(vae).state_dict
     for name, former in OLD_VAE_NAMES.items():
         content = {k.replace(f".{name}.", f".{former}."): v for k, v in content.items()}
     torch.save(content, vae.with_suffix(".bin"))
     text_encoder = copy / "text_encoder/model.safetensors"
-    content = read_checkpoint(text_encoder).state
+    content = read_checkpoint(text_encoder).state_dict
     content = {k.removeprefix("text_model."): v for k, v in content.items()}
     write_checkpoint(text_encoder, content | {"embeddings.position_ids": torch.arange(77)[None]})
     unused_keys = {"length_penalty": 1.0, "top_k": 50, "id2label": {"0": "x"}}
     change_json(copy / "text_encoder/config.json", **unused_keys)
     unet = copy / "unet/diffusion_pytorch_model.safetensors"
-    content, weight_map = read_checkpoint(unet).state, {}
+    content, weight_map = read_checkpoint(unet).state_dict, {}
     for i in range(2):
         name, names = f"part-{i}.safetensors", list(content)[i::2]
         write_checkpoint(unet.with_name(name), {k: content[k] for k in names})
@@ -393,12 +395,12 @@ def test_folders_of_older_versions_are_read(tiny, state, tmp_path):
     index.write_text(json.dumps({"weight_map": weight_map}))
     vae.unlink()
     unet.unlink()
-    assert are_equal(open_checkpoint(copy).state, state)
+    assert are_equal(open_checkpoint(copy).state_dict, state)
     index.unlink()
     for i in range(2):
         shard = unet.with_name(f"part-{i}.safetensors")
         shard.rename(unet.with_stem(f"{unet.stem}-0000{i}-of-00002"))
-    assert are_equal(open_checkpoint(copy).state, state)
+    assert are_equal(open_checkpoint(copy).state_dict, state)
     for shard in (copy / "unet").glob("*-of-*"):
         shard.unlink()
     with pytest.raises(FileNotFoundError, match="no weights in `.*unet`, only config.json"):
@@ -409,7 +411,7 @@ def test_folders_of_older_versions_are_read(tiny, state, tmp_path):
 def test_a_variant_is_selected_in_either_format(folder, state, tmp_path, suffix):
     copy = shutil.copytree(folder, tmp_path / "x")
     for path in copy.glob("*/*.safetensors"):
-        content = read_checkpoint(path).state
+        content = read_checkpoint(path).state_dict
         stem = "pytorch_model" if suffix == ".fp16.bin" and path.stem == "model" else path.stem
         if suffix == ".fp16.bin":
             torch.save(content, path.with_name(stem + suffix))
@@ -418,7 +420,7 @@ def test_a_variant_is_selected_in_either_format(folder, state, tmp_path, suffix)
         for variant in ("non_ema", "bf16"):
             (path.parent / f"{stem}.{variant}{suffix[5:]}").touch()
         path.unlink()
-    assert are_equal(open_checkpoint(copy).state, state)
+    assert are_equal(open_checkpoint(copy).state_dict, state)
 
 
 def test_sizes_in_the_configs_of_a_folder_may_be_lists(folder, tmp_path):
@@ -449,13 +451,13 @@ TOKEN_FILES = {
 def test_added_tokens_of_a_folder_are_read(folder, state, tmp_path, capsys, caplog):
     copy = shutil.copytree(folder, tmp_path / "x")
     path = copy / "text_encoder/model.safetensors"
-    content, name = read_checkpoint(path).state, "text_model.embeddings.token_embedding.weight"
+    content, name = read_checkpoint(path).state_dict, "text_model.embeddings.token_embedding.weight"
     vectors = torch.randn(2, content[name].shape[1])
     content[name] = torch.cat([content[name], vectors])
     path.unlink()
     write_checkpoint(path, content)
     change_json(copy / "text_encoder/config.json", vocab_size=49410)
-    assert are_equal(open_checkpoint(copy).state, state)
+    assert are_equal(open_checkpoint(copy).state_dict, state)
     assert "has 2 rows without a token" in caplog.text
     for file, tokens in TOKEN_FILES.items():
         edited = tmp_path / file
@@ -478,7 +480,7 @@ def test_added_tokens_of_both_tokenizers_of_sdxl_are_read(tmp_path):
     name = "text_model.embeddings.token_embedding.weight"
     for suffix in ("", "_2"):
         path = copy / f"text_encoder{suffix}/model.safetensors"
-        content = read_checkpoint(path).state
+        content = read_checkpoint(path).state_dict
         content[name] = torch.cat([content[name], content[name][:2]])
         path.unlink()
         write_checkpoint(path, content)

@@ -277,7 +277,7 @@ def test_variations_equal_diffusers(convert_family):
 @pytest.mark.parametrize("family", slow_except(FAMILIES, "unclip-l", "xl", "ldm3d-sr"))
 def test_a_folder_converts_back_without_loss(convert_family, family):
     _, state, folder = convert_family(family)
-    back = open_checkpoint(folder).state
+    back = open_checkpoint(folder).state_dict
     assert back.keys() == state.keys()
     assert [k for k in state if not torch.equal(state[k], back[k])] == []
     assert open_checkpoint(folder).step == 7
@@ -289,8 +289,8 @@ def test_folders_saved_by_diffusers_are_read(convert_family, family, tmp_path):
     _, state, folder = convert_family(family)
     open_pipeline(folder).save_pretrained(tmp_path)
     assert not (tmp_path / EXTRA_WEIGHTS).exists()
-    back = open_checkpoint(tmp_path).state
+    back = open_checkpoint(tmp_path).state_dict
     extra = folder / EXTRA_WEIGHTS
-    extra_names = open_checkpoint(extra).state.keys() if extra.exists() else ()
+    extra_names = open_checkpoint(extra).state_dict.keys() if extra.exists() else ()
     assert [k for k in state if k not in extra_names and not torch.equal(state[k], back[k])] == []
     assert all(not back[k].any() for k in back if k in extra_names and ".resblocks." in k)

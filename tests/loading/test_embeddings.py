@@ -140,7 +140,7 @@ def test_diffusers_computes_the_same_for_a_token_of_sdxl(layout, tmp_path):
         paths.append(tmp_path / "cat_2.safetensors")
         for path, vectors in zip(paths, SDXL_VECTORS, strict=True):
             write_embeddings(path, {"sks": vectors})
-    states = [read_checkpoint(path).state for path in paths]
+    states = [read_checkpoint(path).state_dict for path in paths]
     for key, suffix, vectors in (("clip_l", "", states[0]), ("clip_g", "_2", states[-1])):
         pipeline.load_textual_inversion(
             vectors if layout == "two files" else vectors[key],

@@ -102,7 +102,7 @@ def test_a_lora_is_named_and_converted_unchanged(tmp_path):
     write_checkpoint(path, {"lora_unet_x.lora_down.weight": torch.ones(1, 1)})
     assert "is a LoRA, which is merged into a model" in inspect_checkpoint(path).note
     convert(plan_conversion(path, tmp_path / "y.ckpt"))
-    assert list(read_checkpoint(tmp_path / "y.ckpt").state) == ["lora_unet_x.lora_down.weight"]
+    assert list(read_checkpoint(tmp_path / "y.ckpt").state_dict) == ["lora_unet_x.lora_down.weight"]
 
 
 def test_a_file_with_its_own_yaml_is_compared_with_it(tmp_path, tiny_yaml, tiny_state):

@@ -153,8 +153,8 @@ def test_released_pages_are_read_again_on_access(tmp_path, tiny_state):
     state["cond_stage_model.model.token_embedding.weight"] = shared = torch.randn(49408, 16)
     torch.save({**state, "again": shared}, tmp_path / "x.ckpt")
     file = read_checkpoint(tmp_path / "x.ckpt")
-    release_pages(file.state["again"])
-    assert torch.equal(file.state["again"], shared)
+    release_pages(file.state_dict["again"])
+    assert torch.equal(file.state_dict["again"], shared)
 
 
 def test_releasing_pages_keeps_weights_that_are_computed_from_a_folder(convert_family):
@@ -162,7 +162,7 @@ def test_releasing_pages_keeps_weights_that_are_computed_from_a_folder(convert_f
     _, expected, folder = convert_family("sd2")
     file = read_folder(folder)
     assert file.memory_mapped
-    for name, value in file.state.items():
+    for name, value in file.state_dict.items():
         release_pages(value)
         assert torch.equal(value, expected[name]), name
 
@@ -172,7 +172,7 @@ def test_a_saved_model_loads_with_the_same_weights(tmp_path, tiny_yaml, tiny_fil
     for suffix in (".ckpt", ".safetensors"):
         path = tmp_path / f"saved{suffix}"
         save_model(model, path, {"global_step": 7, CONFIG_KEY: tiny_yaml.read_text()})
-        assert read_checkpoint(path).state.keys() == tiny_state.keys()
+        assert read_checkpoint(path).state_dict.keys() == tiny_state.keys()
         assert has_weights(ldm.load(tiny_yaml, path), tiny_state)
     loaded = ldm.load(ckpt=tmp_path / "saved.safetensors")
     assert has_weights(loaded, tiny_state)

@@ -62,7 +62,7 @@ def test_a_lora_of_full_rank_turns_the_base_into_the_tuned_model(folder, family)
     assert result.retained_fraction == pytest.approx(1)
     assert all("embedding" in name or "projection" in name for name in result.other_weights)
     merge_changes(result.lora.layers.values())
-    target = read_checkpoint(tuned).state
+    target = read_checkpoint(tuned).state_dict
     left_out = {to_original_name(name, sgm=family == "xl") for name in result.other_weights}
     for name, value in restore_names(result.model.state_dict()).items():
         if is_tuned(name, value) and name not in left_out:
@@ -76,7 +76,7 @@ def test_extraction_equals_that_of_kohya(folder):
     assert 0.1 < result.retained_fraction < 0.5
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     weight = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    tuned, base = (read_checkpoint(path).state for path in paths)
+    tuned, base = (read_checkpoint(path).state_dict for path in paths)
     u, s, v = torch.linalg.svd(tuned[weight] - base[weight])
     up, down = u[:, :4] * s[:4], v[:4]
     layer = result.lora.layers[name]
@@ -202,7 +202,7 @@ def test_textual_inversions_are_kept_in_a_joined_file(tmp_path):
     source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     write_lycoris(source, "LoHa")
     bundle = {"bundle_emb.cat.emb_params": torch.ones(2, 24)}
-    write_checkpoint(source, read_checkpoint(source).state | bundle)
+    write_checkpoint(source, read_checkpoint(source).state_dict | bundle)
     joined = join_loras([(source, 1.0)], model)
     write_lora(joined.lora, target, model, other_tensors=joined.other_tensors)
     load_loras(model, [(target, 1.0)])

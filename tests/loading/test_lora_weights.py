@@ -145,7 +145,7 @@ def test_set_loras_gives_the_same_weights_as_loading_with_them(path, tmp_path):
     write_lora(make_random_lora(build_tiny_model(), seed=3), other, build_tiny_model())
     model = build_tiny_model()
     vectors = torch.ones(1, model.conditioner.text.width)
-    state = read_checkpoint(other).state | {"bundle_emb.cat.string_to_param.*": vectors}
+    state = read_checkpoint(other).state_dict | {"bundle_emb.cat.string_to_param.*": vectors}
     save_file({name: value.contiguous() for name, value in state.items()}, other)
     base, loras = collect_weights(model), [(path, 0.3), (other, "0.5:1")]
     parameters = dict(model.named_parameters())

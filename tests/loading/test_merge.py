@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     for name, family, seed in (("b", "sd1", 1), ("c", "sd1", 2), ("xl-b", "xl", 3)):
         file = read_checkpoint(folder / f"{family}.safetensors")
         torch.manual_seed(seed)
-        state = {n: add_noise(v) if v.dim() else v for n, v in file.state.items()}
+        state = {n: add_noise(v) if v.dim() else v for n, v in file.state_dict.items()}
         metadata = file.metadata | {"modelspec.license": "MIT", "modelspec.title": name}
         write_checkpoint(folder / f"{name}.safetensors", state, metadata)
     return folder
@@ -37,7 +37,7 @@ def add_noise(value):
 
 
 def read_state(folder, name):
-    return read_checkpoint(folder / f"{name}.safetensors").state
+    return read_checkpoint(folder / f"{name}.safetensors").state_dict
 
 
 def merge(folder, target, a, b, c=None, **options):
@@ -53,8 +53,8 @@ def merge(folder, target, a, b, c=None, **options):
 def test_unet_and_text_encoders_are_merged_and_other_weights_stay(folder, a, b, tmp_path):
     ours, theirs = read_state(folder, a), read_state(folder, b)
     file = merge(folder, tmp_path / "x.safetensors", a, b, weight=0.3)
-    assert file.state.keys() == ours.keys()
-    for name, value in file.state.items():
+    assert file.state_dict.keys() == ours.keys()
+    for name, value in file.state_dict.items():
         expected = ours[name]
         if name.startswith((UNET, TEXT[a])) and expected.is_floating_point():
             expected = 0.7 * ours[name] + 0.3 * theirs[name]
@@ -66,19 +66,21 @@ def test_adding_a_difference_keeps_the_additional_channels_of_inpainting(folder,
     a, b, c = (read_state(folder, name) for name in ("sd1-inpainting", "b", "c"))
     options = {"weight": 0.8, "merge_vae": True, "dtype": torch.float16}
     file = merge(folder, tmp_path / "x.ckpt", "sd1-inpainting", "b", "c", **options)
-    weight = file.state[INPUT_CONV]
+    weight = file.state_dict[INPUT_CONV]
     assert torch.equal(weight[:, 4:], a[INPUT_CONV][:, 4:].half())
     expected = a[INPUT_CONV][:, :4] + 0.8 * (b[INPUT_CONV] - c[INPUT_CONV])
     assert torch.equal(weight[:, :4], expected.half())
     for name in (f"{UNET}out.2.weight", f"{VAE}decoder.conv_in.weight"):
-        assert torch.equal(file.state[name], (a[name] + 0.8 * (b[name] - c[name])).half())
-    assert torch.equal(file.state["alphas_cumprod"], a["alphas_cumprod"].half())
+        assert torch.equal(file.state_dict[name], (a[name] + 0.8 * (b[name] - c[name])).half())
+    assert torch.equal(file.state_dict["alphas_cumprod"], a["alphas_cumprod"].half())
 
 
 def test_channels_that_the_subtracted_model_does_not_have_are_kept(folder, tmp_path):
     a, c = (read_state(folder, name)[INPUT_CONV] for name in ("sd1-inpainting", "c"))
     file = merge(folder, tmp_path / "x.ckpt", "sd1-inpainting", "sd1-inpainting", "c")
-    assert torch.equal(file.state[INPUT_CONV], torch.cat([a[:, :4] + (a[:, :4] - c), a[:, 4:]], 1))
+    assert torch.equal(
+        file.state_dict[INPUT_CONV], torch.cat([a[:, :4] + (a[:, :4] - c), a[:, 4:]], 1)
+    )
 
 
 def test_each_block_has_its_own_weight(folder, tmp_path):
@@ -94,21 +96,23 @@ def test_each_block_has_its_own_weight(folder, tmp_path):
     }
     for name, weight in expected.items():
         value = (1 - weight) * ours[name] + weight * theirs[name]
-        assert torch.equal(file.state[name], value), name
+        assert torch.equal(file.state_dict[name], value), name
 
 
 def test_ema_weights_are_merged_only_if_asked_for(folder, tmp_path):
     file = read_checkpoint(folder / "sd1.safetensors")
-    ema_state = {to_ema_name(n): v + 1 for n, v in file.state.items() if n.startswith(UNET)}
+    ema_state_dict = {
+        to_ema_name(n): v + 1 for n, v in file.state_dict.items() if n.startswith(UNET)
+    }
     path, other = tmp_path / "a.safetensors", folder / "b.safetensors"
-    write_checkpoint(path, file.state | ema_state, file.metadata)
-    name, theirs = f"{UNET}out.2.weight", read_checkpoint(other).state
+    write_checkpoint(path, file.state_dict | ema_state_dict, file.metadata)
+    name, theirs = f"{UNET}out.2.weight", read_checkpoint(other).state_dict
     for ema in (False, True):
         plan = plan_merge(path, other, tmp_path / f"{ema}.ckpt", ema=ema)
         merged = read_checkpoint(convert(plan))
         assert not merged.has_ema
-        expected = 0.5 * (file.state[name] + ema) + 0.5 * theirs[name]
-        assert torch.equal(merged.state[name], expected)
+        expected = 0.5 * (file.state_dict[name] + ema) + 0.5 * theirs[name]
+        assert torch.equal(merged.state_dict[name], expected)
     with pytest.raises(LdmError, match="no model has EMA weights"):
         plan_merge(other, other, tmp_path / "x.ckpt", ema=True)
 

@@ -35,7 +35,7 @@ def model_file(tmp_path_factory):
     write_family("sd2-v", path)
     file = read_checkpoint(path)
     old_hashes = {"modelspec.hash_sha256": "0x12", "sshs_model_hash": "12"}
-    write_checkpoint(path, file.state, {**file.metadata, **AUTHOR_DATA, **old_hashes})
+    write_checkpoint(path, file.state_dict, {**file.metadata, **AUTHOR_DATA, **old_hashes})
     return path
 
 

@@ -115,7 +115,7 @@ def test_lightning_files_load_without_lightning(tmp_path, make_importable, packa
     file = read_checkpoint(path)
     assert file.step == 470000
     assert file.format == ("legacy" if is_legacy else "zip")
-    assert torch.equal(file.state["model.a.weight"], STATE["model.a.weight"])
+    assert torch.equal(file.state_dict["model.a.weight"], STATE["model.a.weight"])
     assert "callbacks" in file.extras
 
 
@@ -131,14 +131,14 @@ def test_other_objects_of_old_trainers_are_ignored(tmp_path, make_importable):
         scalar = make_importable(module, "scalar")
         content[module] = ForeignCall(scalar, np.dtype("f8"), b"12345678")
     torch.save(content, tmp_path / "x.ckpt")
-    assert set(read_checkpoint(tmp_path / "x.ckpt").state) == set(STATE)
+    assert set(read_checkpoint(tmp_path / "x.ckpt").state_dict) == set(STATE)
     assert list_foreign_imports(tmp_path / "x.ckpt", "zip") == []
 
 
 def test_parameters_and_nested_tensors_load(tmp_path):
     nested = {768: [{"w": torch.nn.Parameter(torch.ones(2))}, {"w": torch.ones(3)}]}
     torch.save(nested, tmp_path / "hypernetwork.pt")
-    state = read_checkpoint(tmp_path / "hypernetwork.pt").state
+    state = read_checkpoint(tmp_path / "hypernetwork.pt").state_dict
     assert set(state) == {"768.0.w", "768.1.w"}
     assert not state["768.0.w"].requires_grad
 

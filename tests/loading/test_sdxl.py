@@ -238,10 +238,10 @@ def test_models_that_are_not_supported_are_refused_by_name(build_model, channels
     file = make_checkpoint(build_model, "sd_xl_base")
     first = "model.diffusion_model.input_blocks.0.0.weight"
     if channels == 8:
-        file.state[first] = torch.zeros(1).expand(320, 8, 3, 3)
+        file.state_dict[first] = torch.zeros(1).expand(320, 8, 3, 3)
     else:
-        for key in [key for key in file.state if ".transformer_blocks.9." in key]:
-            del file.state[key]
+        for key in [key for key in file.state_dict if ".transformer_blocks.9." in key]:
+            del file.state_dict[key]
     with pytest.raises(MissingArgument, match=name):
         read_config(identify_weights(file))
 
@@ -270,7 +270,7 @@ def tiny(tmp_path_factory):
 
 
 def write_vae(path, tiny):
-    write_checkpoint(path, select_prefix(read_checkpoint(tiny).state, "first_stage_model."))
+    write_checkpoint(path, select_prefix(read_checkpoint(tiny).state_dict, "first_stage_model."))
     return path
 
 
@@ -349,7 +349,7 @@ def rename_as_merged(model, state):
 def test_files_of_other_programs_are_read(tmp_path, tiny, rename):
     file, model = read_checkpoint(tiny), ldm.load(tiny)
     path = tmp_path / "other.safetensors"
-    state = {name: value.contiguous() for name, value in rename(model, file.state).items()}
+    state = {name: value.contiguous() for name, value in rename(model, file.state_dict).items()}
     write_checkpoint(path, state, {"ldm.config": file.metadata["ldm.config"]})
     loaded, state = ldm.load(path).state_dict(), model.state_dict()
     differing = {name for name in state if not torch.equal(state[name], loaded[name])}

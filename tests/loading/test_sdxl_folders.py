@@ -81,7 +81,7 @@ def test_noise_levels_that_diffusers_does_not_have_survive_a_round_trip(convert_
     target = "sgm.modules.diffusionmodules.discretizer.EDMDiscretization"
     denoiser["discretization_config"] = {"target": target}
     source = tmp_path / "edm.safetensors"
-    write_checkpoint(source, file.state, {"ldm.config": format_yaml(config)})
+    write_checkpoint(source, file.state_dict, {"ldm.config": format_yaml(config)})
     folder = convert(plan_conversion(source, tmp_path / "edm"))
     for path in (folder, convert(plan_conversion(folder, tmp_path / "back.safetensors"))):
         assert torch.equal(ldm.load(path).schedule.sigmas, ldm.load(source).schedule.sigmas)
@@ -163,7 +163,7 @@ def test_a_missing_variant_is_refused(convert_family, folder):
 
 def test_a_component_without_the_variant_is_read_from_the_file_without_suffix(folder, caplog):
     unet = folder / "unet/diffusion_pytorch_model.safetensors"
-    state = {name: value + 1 for name, value in read_checkpoint(unet).state.items()}
+    state = {name: value + 1 for name, value in read_checkpoint(unet).state_dict.items()}
     write_checkpoint(unet.with_suffix(".fp16.safetensors"), state)
     plain, model = ldm.load(folder), ldm.load(folder, variant="fp16")
     assert "has no variant fp16, using none" in caplog.text
@@ -173,7 +173,7 @@ def test_a_component_without_the_variant_is_read_from_the_file_without_suffix(fo
 
 def test_half_precision_files_and_shards_are_read(folder):
     path = folder / "text_encoder_2/model.safetensors"
-    state = {name: value.half() for name, value in read_checkpoint(path).state.items()}
+    state = {name: value.half() for name, value in read_checkpoint(path).state_dict.items()}
     names = sorted(state)
     shards = {f"model.fp16-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
     for file, shard in shards.items():

@@ -79,7 +79,7 @@ def test_a_model_that_embeds_the_guidance_scale_is_recognized_by_a_weight(tmp_pa
     write_family("sd1", path)
     file, width = read_checkpoint(path), ldm.load(path).unet.model_channels
     name = "model.diffusion_model.time_embedding.cond_proj.weight"
-    state = file.state | {name: 0.1 * torch.randn(width, 256)}
+    state = file.state_dict | {name: 0.1 * torch.randn(width, 256)}
     write_checkpoint(tmp_path / "other.safetensors", state, file.metadata)
     model = ldm.load(tmp_path / "other.safetensors", variant="lcm")
     assert GUIDANCE_WEIGHT in model.state_dict()

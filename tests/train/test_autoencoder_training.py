@@ -231,7 +231,9 @@ def test_a_training_checkpoint_of_the_original_initializes_losses(tmp_path, gold
         expected = dict(saved.state_dict())
         torch.testing.assert_close(dict(loaded.state_dict()), expected, rtol=0, atol=0)
     assert float(task.logvar) == pytest.approx(0.4)
-    assert set(rename_weights(read_checkpoint(path).state)) == set(build_tiny_vae().state_dict())
+    assert set(rename_weights(read_checkpoint(path).state_dict)) == set(
+        build_tiny_vae().state_dict()
+    )
 
 
 @pytest.mark.parametrize(

@@ -108,11 +108,11 @@ def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weig
         if weights == "both":
             averaged: Any = load(None, path, ema=True)
             assert averaged.state_dict()[name].equal(ema)
-            assert float(file.ema_state["model_ema.decay"]) == pytest.approx(0.9)
-            assert int(file.ema_state["model_ema.num_updates"]) == 2
-            assert "model_ema.diffusion_modelout2weight" in file.ema_state
-        assert "model.diffusion_model.out.2.weight" in file.state
-        assert file.state["alphas_cumprod"].dtype == torch.float32
+            assert float(file.ema_state_dict["model_ema.decay"]) == pytest.approx(0.9)
+            assert int(file.ema_state_dict["model_ema.num_updates"]) == 2
+            assert "model_ema.diffusion_modelout2weight" in file.ema_state_dict
+        assert "model.diffusion_model.out.2.weight" in file.state_dict
+        assert file.state_dict["alphas_cumprod"].dtype == torch.float32
 
 
 def test_an_export_in_half_precision_keeps_large_weights_in_float32(
@@ -124,11 +124,11 @@ def test_an_export_in_half_precision_keeps_large_weights_in_float32(
     (path,) = export(change_callbacks(run, weights="both", dtype="half"), tmp_path / "last")
     bias.data[0] = value
     file = read_checkpoint(path)
-    assert float(file.state["model.diffusion_model.out.0.bias"][0]) == 1e6
+    assert float(file.state_dict["model.diffusion_model.out.0.bias"][0]) == 1e6
     assert "1 tensors stay in float32" in caplog.text
     assert "half precision: `model.diffusion_model.out.0.bias`" in caplog.text
-    assert file.state["model.diffusion_model.out.2.weight"].dtype == torch.float16
-    assert file.ema_state["model_ema.decay"].dtype == torch.float32
+    assert file.state_dict["model.diffusion_model.out.2.weight"].dtype == torch.float16
+    assert file.ema_state_dict["model_ema.decay"].dtype == torch.float32
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ def test_load_only_unet_takes_the_unet_and_the_scale_factor(tmp_path: Path) -> N
     text_run = build_tiny_run(tmp_path / "text")
     export(text_run)
     weights = str(tmp_path / "measured.ckpt")
-    measured = read_checkpoint(text_run.checkpoints / "last.safetensors").state | {
+    measured = read_checkpoint(text_run.checkpoints / "last.safetensors").state_dict | {
         "scale_factor": torch.tensor(0.3)
     }
     torch.save({"state_dict": measured}, weights)

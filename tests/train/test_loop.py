@@ -229,7 +229,7 @@ def test_an_exported_autoencoder_has_standard_latents(tmp_path: Path) -> None:
     train(run)
     model = run.model
     assert isinstance(model, AutoencoderKL)
-    model.load_state_dict(read_checkpoint(run.checkpoints / "last.safetensors").state)
+    model.load_state_dict(read_checkpoint(run.checkpoints / "last.safetensors").state_dict)
     samples = run.source.load_fixed_samples(23)
     with torch.no_grad():
         z = torch.cat([model.encode(sample["jpg"][None]).mode() for sample in samples])

@@ -134,7 +134,7 @@ def test_a_run_restarted_by_torchrun_equals_an_uninterrupted_one(tmp_path: Path)
             os.kill(int(workers[1]), signal.SIGKILL)
         assert run.wait(timeout=300) == 0
         (last,) = tmp_path.glob(f"{name}/*_tiny/checkpoints/last.safetensors")
-        weights.append(read_checkpoint(last).state)
+        weights.append(read_checkpoint(last).state_dict)
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
 

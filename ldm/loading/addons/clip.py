@@ -87,7 +87,7 @@ def _build_clip(path: str | Path) -> tuple[CLIP, dict[str, Tensor], bool]:
     """Return a CLIP on the meta device, its weights, and whether these are memory-mapped."""
     path = resolve_checkpoint(path)
     file, config_path = read_network_checkpoint(path), path / "config.json"
-    state, is_unclip = file.state, False
+    state, is_unclip = file.state_dict, False
     if TRANSFORMERS_IMAGE_PROJECTION in state:
         state = _to_open_clip_names(state)
     elif OPEN_CLIP_IMAGE_PROJECTION not in state:

@@ -178,7 +178,7 @@ def read_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
     if path.suffix.lower() == PNG_SUFFIX:
         return _read_png(path)
     checkpoint = read_checkpoint(path)
-    return _parse_tokens(checkpoint.state, checkpoint.metadata.get(TOKEN_KEY, path.stem), path)
+    return _parse_tokens(checkpoint.state_dict, checkpoint.metadata.get(TOKEN_KEY, path.stem), path)
 
 
 def _read_png(path: Path) -> dict[str, list[Tensor]]:
@@ -211,7 +211,7 @@ def _read_png_text(path: Path) -> str:
 def read_bundle(path: Path) -> dict[str, list[Tensor]]:
     """Return the tokens in a LoRA file with their vectors, as `read_embeddings` does."""
     bundles: dict[str, dict[str, Tensor]] = {}
-    for name, value in read_checkpoint(path).state.items():
+    for name, value in read_checkpoint(path).state_dict.items():
         if match := BUNDLE_KEY.fullmatch(name):
             bundles.setdefault(match["token"] or match["key"], {})[match["key"]] = value
     return {

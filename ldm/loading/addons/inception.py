@@ -24,8 +24,8 @@ def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> I
         FileFormatError: The file contains another network, such as torchvision's Inception.
     """
     file = read_checkpoint(resolve_checkpoint(path))
-    fc_weight = file.state.get("fc.weight")
-    if "Mixed_7c.branch_pool.conv.weight" not in file.state or fc_weight is None:
+    fc_weight = file.state_dict.get("fc.weight")
+    if "Mixed_7c.branch_pool.conv.weight" not in file.state_dict or fc_weight is None:
         raise FileFormatError(f"`{path}` is not an Inception network: {REMEDY}")
     if len(fc_weight) != NUM_CLASSES:
         raise FileFormatError(f"`{path}` is an Inception of {len(fc_weight)} classes: {REMEDY}")
@@ -33,7 +33,7 @@ def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> I
         net = Inception()
     expected = net.state_dict()
     counters = {name for name in expected if name.endswith("num_batches_tracked")}
-    state = {name: value for name, value in file.state.items() if not name.startswith("fc.")}
+    state = {name: value for name, value in file.state_dict.items() if not name.startswith("fc.")}
     state |= {name: torch.zeros((), dtype=torch.int64) for name in counters}
     check_weights(expected, state, f"`{path}` does not fit Inception")
     fill_weights(net, state, device=device, memory_mapped=file.memory_mapped)

@@ -24,7 +24,7 @@ def load_prior(
 ) -> Prior:
     """Load the Karlo prior; its config, except for `heads`, is inferred from the weights."""
     file = read_checkpoint(path)
-    state = {name.removeprefix("model."): value for name, value in file.state.items()}
+    state = {name.removeprefix("model."): value for name, value in file.state_dict.items()}
     if TEXT_PROJECTION not in state or "positional_embedding" not in state:
         raise FileFormatError(f"`{path}` is not the file of a Karlo prior")
     width, clip_dim = state[TEXT_PROJECTION].shape

@@ -114,9 +114,9 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Layer
     unknown = []
     # In a peft folder, the folder of a file has the name of the component, and layers do not.
     prefix = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
-    for key, value in file.state.items():
+    for key, value in file.state_dict.items():
         match = LORA_KEY.fullmatch(key)
-        if match is None and f"{key.removesuffix('.weight')}.on_input" in file.state:
+        if match is None and f"{key.removesuffix('.weight')}.on_input" in file.state_dict:
             match = IA3_KEY.fullmatch(key)
         if match is not None:
             name = aliases.get(normalize_layer_name(prefix + match[1]), match[1])
@@ -203,7 +203,7 @@ def _match_pattern(config: JsonMapping, key: str, name: str, default: Any) -> An
 
 def find_ranks(file: Checkpoint) -> set[int]:
     """Return the ranks of the layers of a plain LoRA."""
-    matches = ((LORA_KEY.fullmatch(name), value) for name, value in file.state.items())
+    matches = ((LORA_KEY.fullmatch(name), value) for name, value in file.state_dict.items())
     return {len(value) for match, value in matches if match and match[2] in DOWN_NAMES}
 
 
@@ -230,7 +230,9 @@ def guess_family_of_layers(layers: Mapping[str, LayerTensors]) -> str | None:
 def read_bundled_embeddings(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of textual inversions in a LoRA file or folder, by name in the file."""
     files = map(read_checkpoint, list_lora_files(path))
-    return {k: v for file in files for k, v in file.state.items() if k.startswith(BUNDLE_PREFIX)}
+    return {
+        k: v for file in files for k, v in file.state_dict.items() if k.startswith(BUNDLE_PREFIX)
+    }
 
 
 def compute_a1111_hash(path: Path) -> str:
@@ -301,7 +303,7 @@ def _check_keys(file: Checkpoint, layers: Mapping[str, LayerTensors], unknown: l
         examples = ", ".join(f"`{key}`" for key in unknown[:3])
         problem = "is an unsupported type of LoRA" if layers else "is not a LoRA file"
         verb = "is" if len(unknown) == 1 else "are"
-        count = f"{len(unknown)} of its {len(file.state)} keys {verb}"
+        count = f"{len(unknown)} of its {len(file.state_dict)} keys {verb}"
         raise FileFormatError(f"`{file.path}` {problem}: {count} not recognized: {examples}")
 
 

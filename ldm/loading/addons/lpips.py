@@ -37,7 +37,7 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     state: dict[str, Tensor] = {}
     for path in paths:
-        content = read_checkpoint(find_file(path)).state
+        content = read_checkpoint(find_file(path)).state_dict
         state |= select_loss_state(content) or {LPIPS_PREFIX + n: v for n, v in content.items()}
     if (net := build_lpips(state)) is None:
         names = ", ".join(f"`{path}`" for path in paths)

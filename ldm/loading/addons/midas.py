@@ -60,7 +60,7 @@ def add_depth_network(
 def read_midas(path: str | Path) -> dict[str, Tensor]:
     """Read the depth network from a file of MiDaS or of a depth model, under our names."""
     depth_state = {}
-    for name, value in read_checkpoint(path).state.items():
+    for name, value in read_checkpoint(path).state_dict.items():
         name = name.removeprefix("depth_model.").removeprefix("model.")
         if name.startswith(NETWORK_PREFIXES):
             depth_state[f"{DEPTH_PREFIX}model.{name}"] = value

@@ -60,7 +60,7 @@ def load_safety_checker(
     if heads is None and config_path.is_file():
         config = get_tower_config(read_json(config_path), "vision")
         heads = config.get("num_attention_heads")
-    state = {_to_current_name(name): value for name, value in file.state.items()}
+    state = {_to_current_name(name): value for name, value in file.state_dict.items()}
     state.pop("vision_model.embeddings.position_ids", None)
     error_prefix = f"`{path}` is not a complete safety checker"
     with meta_device():
@@ -77,10 +77,10 @@ def load_safety_checker(
 
 def _check_is_safety_checker(file: Checkpoint) -> None:
     """Raise FileFormatError if a file is not a safety checker."""
-    if any(name.endswith(CONCEPT_EMBEDS) for name in file.state):
+    if any(name.endswith(CONCEPT_EMBEDS) for name in file.state_dict):
         return
     family = identify_weights(file).family
-    title = family.title if family else guess_file_type(file.state) or "another model"
+    title = family.title if family else guess_file_type(file.state_dict) or "another model"
     raise FileFormatError(f"`{file.path}` is {title}, not a safety checker")
 
 

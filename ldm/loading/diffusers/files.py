@@ -112,12 +112,12 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
             original_config = parse_yaml(extra_checkpoint.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
         else:
             original_config = make_original_config(files, str(path))
-    auxiliary_tensors = _select_auxiliary_tensors(extra_checkpoint.state)
+    auxiliary_tensors = _select_auxiliary_tensors(extra_checkpoint.state_dict)
     model, _ = _build_model(original_config, path.name, auxiliary_tensors)
     model_state, locations = model.state_dict(), locate_weights(model)
     prefixes = get_component_prefixes(model)
     added_tokens: dict[str, list[Tensor]] = {}
-    state = rename_weights(extra_checkpoint.state)
+    state = rename_weights(extra_checkpoint.state_dict)
     folders = {name: path / name if MODEL_INDEX in files else path for name in locations}
     if file_variant and not any(file_variant in _find_weights_files(f) for f in folders.values()):
         message = f"no weights of variant `{file_variant}` in `{path}`: leave out `variant`"
@@ -149,7 +149,7 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
     return Checkpoint(
         path=path,
         format="diffusers",
-        state=restore_names(
+        state_dict=restore_names(
             {name: state[name] for name in model_state}, buffers | auxiliary_tensors
         ),
         step=extra_checkpoint.step,
@@ -183,9 +183,9 @@ def build_folder(
         original_config: Config of the weights, with the original's keys.
         clip_stats: See `load_clip_statistics`.
     """
-    auxiliary_tensors = _select_auxiliary_tensors(checkpoint.state)
+    auxiliary_tensors = _select_auxiliary_tensors(checkpoint.state_dict)
     model, config = _build_model(original_config, "config", auxiliary_tensors)
-    state = match_weights(model, rename_weights(checkpoint.state), checkpoint.path)
+    state = match_weights(model, rename_weights(checkpoint.state_dict), checkpoint.path)
     variant = detect_variant(checkpoint.path, checkpoint.metadata, state)
     if variant is not None and isinstance(model, LatentDiffusion):
         model.defaults = variant.defaults
@@ -204,7 +204,7 @@ def build_folder(
     if not isinstance(model, LatentDiffusion):
         return files, {**components, "": restore_names(remaining_state, sgm=False)}
     if NORMALIZER_CONFIG in files:
-        buffers = select_buffers(checkpoint.state)
+        buffers = select_buffers(checkpoint.state_dict)
         load_clip_statistics(model.conditioner, checkpoint.path, clip_stats, buffers)
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
         components[Path(NORMALIZER_CONFIG).parts[0]] = {"mean": mean, "std": std}
@@ -302,7 +302,7 @@ def _has_same_config(extra_checkpoint: Checkpoint, files: FolderFiles) -> bool:
     if CONFIG_KEY not in extra_checkpoint.metadata:
         return False
     original_config = parse_yaml(extra_checkpoint.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
-    auxiliary_tensors = _select_auxiliary_tensors(extra_checkpoint.state)
+    auxiliary_tensors = _select_auxiliary_tensors(extra_checkpoint.state_dict)
     expected_files = make_folder_configs(
         *_build_model(original_config, EXTRA_WEIGHTS, auxiliary_tensors)
     )
@@ -349,7 +349,7 @@ def read_component_state(folder: Path, file_variant: str | None = None) -> dict[
             names = sorted({Path(name).name for name in read_json(path)["weight_map"].values()})
     elif best["shard"]:
         names = [match.string for match in variants[selected] if match["shard"]]
-    return {k: v for name in names for k, v in read_checkpoint(folder / name).state.items()}
+    return {k: v for name in names for k, v in read_checkpoint(folder / name).state_dict.items()}
 
 
 def _find_weights_files(folder: Path) -> dict[str, list[re.Match[str]]]:

@@ -4,7 +4,7 @@ Pickled code is never executed, see `pickles`. Files are memory-mapped: a tensor
 when it is used.
 
     Lightning dict {"state_dict": {…}, "global_step": …, "callbacks": …}  |  bare {name: tensor}
-        -> Checkpoint(state, step, ema_state, …), names as in the file, without wrappers
+        -> Checkpoint(state_dict, step, ema_state_dict, …), names as in the file, without wrappers
 """
 
 import ctypes
@@ -31,8 +31,8 @@ from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "CONFIG_KEY", "TENSOR_HASH_KEY", "Checkpoint", "ComputedTensor", "cast_weight",
-    "compute_short_hash", "detect_format", "has_overflow", "opens_quickly", "read_checkpoint",
+    "CONFIG_KEY", "TENSOR_HASH_KEY", "Checkpoint", "LazyTensor", "cast_weight",
+    "compute_short_hash", "detect_format", "has_overflow", "loads_lazily", "read_checkpoint",
     "release_pages", "to_ema_name", "use_ema_weights", "write_checkpoint",
 ]  # fmt: skip
 
@@ -76,29 +76,29 @@ class Checkpoint:
 
     Args:
         format: "zip", "legacy" or "safetensors"; "diffusers" for a folder.
-        state: Weights by name in the file, without EMA weights.
+        state_dict: Weights by name in the file, without EMA weights.
         step: Training step; None = unknown.
         memory_mapped: Whether tensors are memory-mapped from the file.
         extras: Names of entries beside the weights (`global_step` …).
-        ema_state: EMA weights, `model_ema.*`.
+        ema_state_dict: EMA weights, `model_ema.*`.
         added_tokens: Tokens added to the tokenizers of a folder, with vectors (n, D) for each text
             encoder.
     """
 
     path: Path
     format: str
-    state: dict[str, Tensor]
+    state_dict: dict[str, Tensor]
     step: int | None = None
     memory_mapped: bool = False
     extras: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
-    ema_state: dict[str, Tensor] = field(default_factory=dict)
+    ema_state_dict: dict[str, Tensor] = field(default_factory=dict)
     added_tokens: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
     def has_ema(self) -> bool:
         """Whether the file has EMA weights, not just their counters."""
-        return not self.ema_state.keys() <= EMA_COUNTERS
+        return not self.ema_state_dict.keys() <= EMA_COUNTERS
 
     @property
     def has_original_ema(self) -> bool:
@@ -107,7 +107,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class ComputedTensor:
+class LazyTensor:
     """A tensor that is computed when it is written, so that only one at a time is in memory.
 
     Args:
@@ -145,20 +145,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             raise FileFormatError(f"`{path}` contains a {content_type}, not weights by name")
         metadata = {}
     weights, entries = _unwrap(content, path)
-    state = _check_tensors(weights, path)
+    state_dict = _check_tensors(weights, path)
     metadata |= {key: value for key, value in entries.items() if isinstance(value, str)}
     step = entries.get("global_step", metadata.get("global_step"))
     if isinstance(step, str) and step.isdigit():
         step = int(step)
     # torch.compile's wrapper `_orig_mod.` has lost its dot, as LitEma removes all dots.
-    ema_names = [name for name in state if name.startswith("model_ema.")]
-    ema_state = {name.replace("_orig_mod", ""): state.pop(name) for name in ema_names}
+    ema_names = [name for name in state_dict if name.startswith("model_ema.")]
+    ema_state_dict = {name.replace("_orig_mod", ""): state_dict.pop(name) for name in ema_names}
     for entry in EMA_ENTRIES:
         ema_weights = remove_wrappers(dict(_flatten(entries.get(entry), path)))
-        ema_state |= {to_ema_name(name): value for name, value in ema_weights.items()}
+        ema_state_dict |= {to_ema_name(name): value for name, value in ema_weights.items()}
     step = step if isinstance(step, int) else None
     return Checkpoint(
-        path, file_format, state, step, memory_mapped, tuple(entries), metadata, ema_state
+        path, file_format, state_dict, step, memory_mapped, tuple(entries), metadata, ema_state_dict
     )
 
 
@@ -168,21 +168,24 @@ def to_ema_name(name: str) -> str:
 
 
 def use_ema_weights(
-    state: dict[str, Tensor], ema_state: Mapping[str, Tensor], names: Mapping[str, str], path: Path
+    state_dict: dict[str, Tensor],
+    ema_state_dict: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    path: Path,
 ) -> None:
-    """Replace weights of `state`, in place, by EMA weights; add EMA weights of missing ones.
+    """Replace weights of `state_dict`, in place, by EMA weights; add EMA weights of missing ones.
 
     Args:
-        names: Original name of a weight -> its name in `state`.
+        names: Original name of a weight -> its name in `state_dict`.
     """
-    unused = ema_state.keys() - EMA_COUNTERS
+    unused = ema_state_dict.keys() - EMA_COUNTERS
     if not unused:
         message = f"`{path}` has no EMA weights\nhint: load it without `ema`"
         raise ArgumentError(message, "ema")
     for original_name, name in names.items():
         key = to_ema_name(original_name)
-        if key in ema_state:
-            state[name] = ema_state[key]
+        if key in ema_state_dict:
+            state_dict[name] = ema_state_dict[key]
             unused.discard(key)
     if unused:
         examples = ", ".join(f"`{key}`" for key in sorted(unused)[:10])
@@ -192,7 +195,7 @@ def use_ema_weights(
 
 def write_checkpoint(
     path: str | Path,
-    state: Mapping[str, Tensor | ComputedTensor],
+    state_dict: Mapping[str, Tensor | LazyTensor],
     metadata: Mapping[str, str | int] | None = None,
     *,
     dtype: torch.dtype | None = None,
@@ -204,7 +207,7 @@ def write_checkpoint(
     A `.pth` has them in the entry `model_ema`, as the file of k-diffusion's upscaler.
 
     Args:
-        state: Tensors by name in the file; see `weight_names.restore_names`.
+        state_dict: Tensors by name in the file; see `weight_names.restore_names`.
         metadata: Read back as `Checkpoint.metadata`. If it has TENSOR_HASH_KEY, with any value, the
             hash of the tensors is written there, in a `.safetensors`. None = no metadata.
         dtype: Dtype of floating-point tensors in the file; None = unchanged.
@@ -219,7 +222,7 @@ def write_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: _TensorToWrite(value, dtype, memory_mapped and isinstance(value, Tensor))
-        for name, value in state.items()
+        for name, value in state_dict.items()
     }
     with write_atomically(path, sync=True) as temporary:
         try:
@@ -229,7 +232,7 @@ def write_checkpoint(
             else:
                 weights = {}
                 for name, tensor in tensors.items():
-                    weights[name] = tensor.make_contiguous()
+                    weights[name] = tensor.materialize()
                     progress(weights[name].nbytes)
                 entry = K_DIFFUSION_ENTRY if suffix == ".pth" else "state_dict"
                 torch.save({entry: weights, **metadata}, temporary)
@@ -279,8 +282,8 @@ def detect_format(path: Path) -> str:
     raise FileFormatError(f"`{path}` is {problem}")
 
 
-def opens_quickly(path: Path) -> bool:
-    """Return whether a file opens without reading its weights, unlike pickles before torch 1.6."""
+def loads_lazily(path: Path) -> bool:
+    """Return whether opening a file reads no weights, unlike pickles written before torch 1.6."""
     return path.is_file() and detect_format(path) != "legacy"
 
 
@@ -417,13 +420,13 @@ def _make_overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> Arg
 class _TensorToWrite:
     """A tensor that is computed, cast and copied when it is written."""
 
-    source: Tensor | ComputedTensor
+    source: Tensor | LazyTensor
     target_dtype: torch.dtype | None  # None = the dtype of the source
     memory_mapped: bool
 
     @property
     def value(self) -> Tensor:
-        return self.source.compute() if isinstance(self.source, ComputedTensor) else self.source
+        return self.source.compute() if isinstance(self.source, LazyTensor) else self.source
 
     @property
     def dtype(self) -> torch.dtype:
@@ -435,10 +438,14 @@ class _TensorToWrite:
     def has_overflow(self) -> bool:
         return has_overflow(self.value, self.dtype)
 
-    def make_contiguous(self) -> Tensor:
-        """Return the tensor contiguous, and alone in its storage.
+    def materialize(self) -> Tensor:
+        """Compute the tensor, cast to its dtype on the CPU, contiguous and alone in its storage.
 
-        torch.save would write the whole storage of a view.
+        torch.save would write the whole storage of a view. Pages of a source that is copied are
+        released.
+
+        Raises:
+            OverflowError: The cast overflows.
         """
         old = self.value.detach()
         new = old.to("cpu", self.dtype).contiguous()
@@ -478,7 +485,7 @@ def _write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            value = tensors[name].make_contiguous()
+            value = tensors[name].materialize()
             data = value.reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
             if writes_hash:

@@ -73,7 +73,7 @@ def save_latent(
 def load_latent(path: str | Path) -> StoredLatent:
     """Read a latent from a file."""
     checkpoint = read_checkpoint(path)
-    latent = checkpoint.state.get(LATENT_KEY)
+    latent = checkpoint.state_dict.get(LATENT_KEY)
     if latent is None:
         raise FileFormatError(f"`{path}` is not a latent: it has no `{LATENT_KEY}`")
     if latent.dim() != 4 or latent.shape[0] != 1 or not latent.numel():
@@ -81,7 +81,7 @@ def load_latent(path: str | Path) -> StoredLatent:
     if not latent.isfinite().all():
         raise FileFormatError(f"`{path}` has values that are NaN or infinite")
     latent = latent.float().clone()
-    if VERSION_KEY not in checkpoint.state:
+    if VERSION_KEY not in checkpoint.state_dict:
         latent = latent / UNVERSIONED_SCALE_FACTOR
     try:
         fields: Any = json.loads(checkpoint.metadata[SPACE_KEY])

@@ -417,7 +417,7 @@ def _read_loss_state(params: JsonMapping) -> dict[str, Tensor]:
     if not params.get("ckpt_path"):
         return {}
     ignored = tuple(params.get("ignore_keys") or ())
-    state = read_checkpoint(find_file(resolve_checkpoint(params["ckpt_path"]))).state
+    state = read_checkpoint(find_file(resolve_checkpoint(params["ckpt_path"]))).state_dict
     return select_loss_state({n: v for n, v in state.items() if not n.startswith(ignored)})
 
 
