@@ -16,14 +16,14 @@ from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.samplers.common import Denoise
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["embed_guidance", "embed_scale"]
+__all__ = ["add_embedded_guidance", "embed_guidance_scale"]
 
 # As in diffusers' `get_guidance_scale_embedding`.
 EMBEDDING_FACTOR = 1000
 MAX_PERIOD = 1e4
 
 
-def embed_scale(scale: float, dim: int) -> Tensor:
+def embed_guidance_scale(scale: float, dim: int) -> Tensor:
     """Embed a guidance scale s as [sin(1000 (s - 1) f_k) … | cos …], (1, dim), for even dim.
 
     f_k = MAX_PERIOD ** (-k / (dim / 2 - 1)).
@@ -34,7 +34,7 @@ def embed_scale(scale: float, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()])[None]
 
 
-def embed_guidance(
+def add_embedded_guidance(
     denoiser: Denoiser,
     cond: Cond | Composition,
     uncond: Cond | None = None,
@@ -42,10 +42,12 @@ def embed_guidance(
     scale: GuidanceScale,
     dim: int,
 ) -> Denoise:
-    """Build `denoise(x, sigma)` for a network that takes the guidance scale; it runs once per call.
+    """Build `denoise(x, sigma)` for a network that takes the guidance scale.
+
+    The network runs once per call.
 
     Args:
-        uncond: Ignored; there for the signature of `add_guidance`.
+        uncond: Unused, so that the signature is that of `add_guidance`.
         scale: Guidance scale, or a function of sigma.
         dim: Number of features of the embedding.
     """
@@ -56,7 +58,7 @@ def embed_guidance(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         current_scale = scale(sigma) if callable(scale) else scale
-        embedding = embed_scale(current_scale, dim).to(x.device)
+        embedding = embed_guidance_scale(current_scale, dim).to(x.device)
         network = partial(denoiser.network, guidance_embedding=embedding)
         return replace(denoiser, network=network)(x, sigma, cond)
 

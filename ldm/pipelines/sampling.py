@@ -23,7 +23,7 @@ from ldm.diffusion.guidance import (
     add_guidance,
     switch_conditions,
 )
-from ldm.diffusion.guidance_embedding import embed_guidance
+from ldm.diffusion.guidance_embedding import add_embedded_guidance
 from ldm.diffusion.names import SAMPLERS, FreeUFactors
 from ldm.diffusion.samplers import SAMPLERS as SAMPLER_FUNCTIONS
 from ldm.diffusion.samplers.common import Constrain, Denoise, IntervalNoise, NoiseSource
@@ -244,7 +244,7 @@ def sample(
     )
     if model.guidance_embed_dim is not None:
         dim = model.guidance_embed_dim
-        build_denoise = partial(embed_guidance, denoiser, scale=scale, dim=dim)
+        build_denoise = partial(add_embedded_guidance, denoiser, scale=scale, dim=dim)
     counter = StepCounter(first_step_number)
     with circular_padding(tiling):
         x = SAMPLER_FUNCTIONS[sampler](
