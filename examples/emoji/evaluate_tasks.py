@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import ImageFolder
-from ldm.encoders.lowres import mask_image
+from ldm.encoders.concat_images import mask_image
 from ldm.imaging import pixels
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion

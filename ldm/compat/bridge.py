@@ -33,9 +33,9 @@ from ldm.compat.upscaling import (
 )
 from ldm.conditioning import Conditioner, Encoder
 from ldm.diffusion.schedule import Schedule
+from ldm.encoders.concat_images import LowRes, MaskedImage, NoiseLevel
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.image import CLIPImage, CLIPVision, EmbeddingNoise, ImageEmbedding, OpenCLIPImage
-from ldm.encoders.lowres import LowRes, MaskedImage, NoiseLevel
 from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.encoders.towers import quick_gelu
 from ldm.loading.build import meta_device

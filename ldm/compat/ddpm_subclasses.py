@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ldm.compat.ddpm_base import DDPM, Batch, Config
 from ldm.compat.latent_diffusion import LatentDiffusion, freeze
 from ldm.compat.util import instantiate_from_config
+from ldm.encoders.concat_images import PatchesToChannels
 from ldm.encoders.depth import normalize_depth, resize_depth
-from ldm.encoders.lowres import PatchesToChannels
 
 # The weight of the first convolution, and its EMA
 FINETUNE_KEYS = (

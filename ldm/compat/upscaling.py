@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.encoders.lowres import register_schedule
+from ldm.encoders.concat_images import register_schedule
 
 
 class AbstractLowScaleModel(nn.Module):

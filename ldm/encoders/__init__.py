@@ -7,7 +7,8 @@ Reading order:
     chunks, weighting         long and weighted prompts
     text                      text encoders
     image                     image encoders, noise augmentation of embeddings
-    lowres, depth, dpt        images concatenated to the latent
+    concat_images             images concatenated to the latent, noise levels as conditions
+    depth, dpt                depth maps concatenated to the latent
     sizes, labels             numbers, class labels, tensors as they are
     safety                    the safety checker, which does not condition anything
 

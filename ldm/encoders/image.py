@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
-from ldm.encoders.lowres import register_schedule
+from ldm.encoders.concat_images import register_schedule
 from ldm.encoders.text import get_open_clip_kwargs
 from ldm.encoders.towers import CLIP
 from ldm.nets.blocks import timestep_embedding

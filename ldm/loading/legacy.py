@@ -27,7 +27,7 @@ LATENT_DIFFUSION = "ldm.model.LatentDiffusion"
 AUTOENCODER = "ldm.nets.autoencoder.AutoencoderKL"
 CLIP_IMAGE = "ldm.encoders.image.CLIPImage"
 IDENTITY = "torch.nn.Identity"
-IMAGE_MODULE, LOWRES_MODULE = "ldm.encoders.image.", "ldm.encoders.lowres."
+IMAGE_MODULE, CONCAT_MODULE = "ldm.encoders.image.", "ldm.encoders.concat_images."
 SCHEDULE = "ldm.diffusion.schedule."
 LDM_DDPM, LDM_UPSCALING = "ldm.models.diffusion.ddpm.", "ldm.modules.diffusionmodules.upscaling."
 LDM_ENCODERS, LDM_LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses."
@@ -72,13 +72,13 @@ OUR_CLASSES = {
     IMAGE_MODULE + "ImageEmbedding": (),
     IMAGE_MODULE + "EmbeddingNoise": (LDM_ENCODERS + "CLIPEmbeddingNoiseAugmentation",),
     "ldm.encoders.depth.MiDaSDepth": ("ldm.modules.midas.api.MiDaSInference",),
-    LOWRES_MODULE + "LowRes": (LDM_UPSCALING + "ImageConcatWithNoiseAugmentation",),
-    LOWRES_MODULE + "NoiseLevel": (),
-    LOWRES_MODULE + "RGBDLatent": (),
-    LOWRES_MODULE + "LowResLatent": (),
-    LOWRES_MODULE + "NoiseSigma": (),
-    LOWRES_MODULE + "MaskedImage": (),
-    LOWRES_MODULE + "PatchesToChannels": (LOWRES_MODULE + "Folded",),  # our name before 0.2
+    CONCAT_MODULE + "LowRes": (LDM_UPSCALING + "ImageConcatWithNoiseAugmentation",),
+    CONCAT_MODULE + "NoiseLevel": (),
+    CONCAT_MODULE + "RGBDLatent": (),
+    CONCAT_MODULE + "LowResLatent": (),
+    CONCAT_MODULE + "NoiseSigma": (),
+    CONCAT_MODULE + "MaskedImage": (),
+    CONCAT_MODULE + "PatchesToChannels": ("ldm.encoders.lowres.Folded",),  # our name before 0.2
     "ldm.train.tasks.autoencoder.AdversarialLossConfig": (
         LDM_LOSSES + "LPIPSWithDiscriminator", LDM_LOSSES + "contperceptual.LPIPSWithDiscriminator",
         "ldm.train.tasks.autoencoder.LossConfig",  # our name before 0.2
@@ -86,6 +86,11 @@ OUR_CLASSES = {
     IDENTITY: (LDM_LOSSES + "contperceptual.DummyLoss", IDENTITY),
 }  # fmt: skip
 TARGETS = {original: ours for ours, originals in OUR_CLASSES.items() for original in originals}
+TARGETS |= {  # our name of the module before 0.2
+    name.replace(CONCAT_MODULE, "ldm.encoders.lowres."): name
+    for name in OUR_CLASSES
+    if name.startswith(CONCAT_MODULE)
+}
 # Former parameters of our classes, in configs that were written before 0.2.
 RENAMED_PARAMS = {
     "ldm.diffusion.schedule.Schedule": {
@@ -94,7 +99,7 @@ RENAMED_PARAMS = {
         "flip_time": "flip_timesteps",
     },
     "ldm.diffusion.schedule.ContinuousSchedule": {"log_time": "uses_log_sigma"},
-    LOWRES_MODULE + "PatchesToChannels": {"patch": "patches_per_side"},
+    CONCAT_MODULE + "PatchesToChannels": {"patch": "patches_per_side"},
 }
 # Defaults of encoders in `cond_stage_config` that differ from those of our class.
 COND_STAGE_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
@@ -281,7 +286,7 @@ class _ModelTranslator:
 
 
 Encoders = dict[str, JsonObject]  # specs of encoders by name in the conditioner
-NOISE_LEVEL: Encoders = {"level": {"target": LOWRES_MODULE + "NoiseLevel", "params": {}}}
+NOISE_LEVEL: Encoders = {"level": {"target": CONCAT_MODULE + "NoiseLevel", "params": {}}}
 
 
 @dataclass(frozen=True)
@@ -302,7 +307,7 @@ class _ModelClass:
 
 
 def _make_masked_image(translator: _ModelTranslator) -> Encoders:
-    return {"masked": {"target": LOWRES_MODULE + "MaskedImage", "params": {}}}
+    return {"masked": {"target": CONCAT_MODULE + "MaskedImage", "params": {}}}
 
 
 def _make_depth(translator: _ModelTranslator) -> Encoders:
@@ -311,7 +316,7 @@ def _make_depth(translator: _ModelTranslator) -> Encoders:
 
 def _make_low_res(translator: _ModelTranslator) -> Encoders:
     low_res = translator.translate_component("low_scale_config")
-    if low_res["target"] == LOWRES_MODULE + "RGBDLatent":  # of a diffusers folder
+    if low_res["target"] == CONCAT_MODULE + "RGBDLatent":  # of a diffusers folder
         unet_params = translator.translate_component("unet_config")["params"]
         has_level = unet_params.get("num_classes") is not None
         return {"rgbd": low_res} | (NOISE_LEVEL if has_level else {})
@@ -326,7 +331,7 @@ def _make_patches(translator: _ModelTranslator) -> Encoders:
     # The original's name is wrong: it is not the size of the patches.
     patches_per_side = translator.params.get("reshuffle_patch_size") or 1
     params = {"key": key, "patches_per_side": patches_per_side}
-    return {"folded": {"target": LOWRES_MODULE + "PatchesToChannels", "params": params}}
+    return {"folded": {"target": CONCAT_MODULE + "PatchesToChannels", "params": params}}
 
 
 def _make_image_embedding(translator: _ModelTranslator) -> Encoders:

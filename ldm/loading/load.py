@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.schedule import Schedule
+from ldm.encoders.concat_images import LowRes
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.image import ImageEmbedding
-from ldm.encoders.lowres import LowRes
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
 from ldm.loading.addons.lora import add_loras, parse_loras, read_loras
 from ldm.loading.addons.lora_weights import LoRAWeightLike

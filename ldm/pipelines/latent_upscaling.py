@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.samplers.common import NoiseSource
-from ldm.encoders.lowres import LowResLatent
+from ldm.encoders.concat_images import LowResLatent
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import get_circular_axes
 from ldm.nets.latent_upscaler import LatentUpscalerUNet

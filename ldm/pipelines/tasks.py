@@ -31,8 +31,8 @@ from typing_extensions import Unpack
 
 from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.samplers.common import Constrain, NoiseSource
+from ldm.encoders.concat_images import LowRes, RGBDLatent, concat_mask, mask_image
 from ldm.encoders.depth import MiDaSDepth
-from ldm.encoders.lowres import LowRes, RGBDLatent, concat_mask, mask_image
 from ldm.model import LatentDiffusion
 from ldm.pipelines.conditions import encode_prompts
 from ldm.pipelines.generate import generate, make_task_noise_source

@@ -234,6 +234,13 @@ def test_classes_that_are_not_supported_are_refused_by_name(target):
         translate_config({"target": target})
 
 
+@pytest.mark.parametrize("name", ["LowRes", "LowResLatent", "MaskedImage", "RGBDLatent"])
+def test_former_module_of_encoders_is_read(name):
+    target = f"ldm.encoders.concat_images.{name}"
+    assert translate_config({"target": f"ldm.encoders.lowres.{name}"})["target"] == target
+    assert type(instantiate({"target": f"ldm.encoders.lowres.{name}"})).__name__ == name
+
+
 def test_former_parameters_of_our_classes_are_read():
     spec = {"target": "ldm.encoders.lowres.Folded", "params": {"patch": 2}}
     assert instantiate(spec).patches_per_side == 2

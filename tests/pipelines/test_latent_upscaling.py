@@ -9,7 +9,7 @@ from PIL import Image
 import ldm
 from goldfile import load_golden
 from ldm.diffusion.schedule import Schedule, make_betas
-from ldm.encoders.lowres import LowResLatent
+from ldm.encoders.concat_images import LowResLatent
 from ldm.imaging.pixels import to_tensor
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.pipelines.latent_upscaling import sample_upscaled_latent

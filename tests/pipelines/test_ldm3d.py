@@ -117,7 +117,7 @@ def test_latents_equal_diffusers(golden, name):
 def run_upscaling(sr_golden, name):
     info, inputs = sr_golden.case(name)["info"], sr_golden.inputs(name)
     unet = "unet_with_level" if info["class_embedding"] else "unet"
-    encoder = {"target": "ldm.encoders.lowres.RGBDLatent"}
+    encoder = {"target": "ldm.encoders.concat_images.RGBDLatent"}
     model = build_ldm3d_model(
         sr_golden, unet, "vae", "LatentUpscaleDiffusion", low_scale_config=encoder
     )

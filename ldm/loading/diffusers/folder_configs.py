@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ldm.encoders.concat_images import LowRes, RGBDLatent
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.image import CLIPImage, ImageEmbedding
-from ldm.encoders.lowres import LowRes, RGBDLatent
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, layout, networks, schedulers

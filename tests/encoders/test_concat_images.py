@@ -6,7 +6,7 @@ from encoderhelp import assert_close, make_options
 
 from goldfile import load_golden
 from ldm.conditioning import Conditioner
-from ldm.encoders.lowres import (
+from ldm.encoders.concat_images import (
     LowRes,
     MaskedImage,
     NoiseLevel,
