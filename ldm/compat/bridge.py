@@ -33,7 +33,7 @@ from ldm.compat.upscaling import (
 )
 from ldm.conditioning import Conditioner, Encoder
 from ldm.diffusion.schedule import Schedule
-from ldm.encoders.concat_images import LowRes, MaskedImage, NoiseLevel
+from ldm.encoders.concat_images import LowResImage, MaskedImage, NoiseLevel
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.image import CLIPImage, CLIPVision, EmbeddingNoise, ImageEmbedding, OpenCLIPImage
 from ldm.encoders.text import CLIPText, OpenCLIPText
@@ -308,7 +308,7 @@ def _build_depth_encoders(model: LatentDepth2ImageDiffusion) -> dict[str, Encode
 
 
 def _add_low_scale_model(model: LatentUpscaleDiffusion, conditioner: Conditioner) -> None:
-    lowres = conditioner.get(LowRes)
+    lowres = conditioner.get(LowResImage)
     model.low_scale_key = lowres.low_scale_key
     low_scale: AbstractLowScaleModel = SimpleImageConcat()
     if lowres.schedule is not None:
@@ -319,7 +319,9 @@ def _add_low_scale_model(model: LatentUpscaleDiffusion, conditioner: Conditioner
 
 def _build_low_scale_encoders(model: LatentUpscaleDiffusion) -> dict[str, Encoder]:
     low_scale = model.low_scale_model
-    lowres = LowRes(max_noise_level=low_scale.max_noise_level, low_scale_key=model.low_scale_key)
+    lowres = LowResImage(
+        max_noise_level=low_scale.max_noise_level, low_scale_key=model.low_scale_key
+    )
     if isinstance(low_scale, ImageConcatWithNoiseAugmentation):
         _copy_schedule(lowres, low_scale, low_scale.schedule)
     return {"lowres": lowres, "level": NoiseLevel()}

@@ -1,6 +1,6 @@
 """Images concatenated to the latent: a low-resolution image, or a masked image with its mask.
 
-    lr, level, noise          --LowRes.add_noise-->           concat (B, 3, h, w), vector (B,)
+    lr, level, noise          --LowResImage.add_noise-->           concat (B, 3, h, w), vector (B,)
     latent, sigma, noise      --LowResLatent.add_noise-->     concat (B, C, 2h, 2w), vector (B, 1)
     image, mask --mask_image, autoencoder, concat_mask-->     concat (B, 1 + C, h, w)
 
@@ -19,23 +19,23 @@ from ldm.runtime.errors import ArgumentError
 
 
 def register_schedule(module: nn.Module, config: Config) -> Schedule:
-    """Build a noise schedule, and register its tables as buffers with the names in checkpoints.
+    """Build a noise schedule, and register its buffers with the names in checkpoints.
 
     Args:
         config: Keyword arguments of `make_betas`, with `beta_schedule` for `name`.
     """
     options = dict(config)
-    name = options.pop("beta_schedule", "linear")
-    with torch.device("cpu"):  # tables need values even if the weights are on the meta device
-        schedule = Schedule(make_betas(name, **options))
-        tables = schedule.compute_buffers()
-    for name, table in tables.items():
+    beta_schedule = options.pop("beta_schedule", "linear")
+    with torch.device("cpu"):  # buffers need values even if the weights are on the meta device
+        schedule = Schedule(make_betas(beta_schedule, **options))
+        buffers = schedule.compute_buffers()
+    for name, buffer in buffers.items():
         if not name.startswith("posterior"):
-            module.register_buffer(name, table)
+            module.register_buffer(name, buffer)
     return schedule
 
 
-class LowRes(Encoder):
+class LowResImage(Encoder):
     """A low-resolution image with noise, as channels (B, 3, h, w) of the latent's size.
 
     Its noise level is another condition, see `NoiseLevel`.
@@ -127,8 +127,8 @@ class LowResLatent(Encoder):
         """Add noise to a latent (B, C, h, w), and divide by sqrt(1 + sigma²) to keep the variance.
 
         Args:
-            noise: Standard normal noise; None leaves the latent unchanged, for "fake" noise, of
-                which the network only gets the sigma.
+            noise: Standard normal noise; None ("fake" noise) = the latent is unchanged, although
+                the network is given sigma.
         """
         return latent if noise is None else (latent + sigma * noise) / (1 + sigma**2) ** 0.5
 

@@ -72,7 +72,10 @@ OUR_CLASSES = {
     IMAGE_MODULE + "ImageEmbedding": (),
     IMAGE_MODULE + "EmbeddingNoise": (LDM_ENCODERS + "CLIPEmbeddingNoiseAugmentation",),
     "ldm.encoders.depth.MiDaSDepth": ("ldm.modules.midas.api.MiDaSInference",),
-    CONCAT_MODULE + "LowRes": (LDM_UPSCALING + "ImageConcatWithNoiseAugmentation",),
+    CONCAT_MODULE + "LowResImage": (
+        LDM_UPSCALING + "ImageConcatWithNoiseAugmentation",
+        "ldm.encoders.lowres.LowRes",  # our name before 0.2
+    ),
     CONCAT_MODULE + "NoiseLevel": (),
     CONCAT_MODULE + "RGBDLatent": (),
     CONCAT_MODULE + "LowResLatent": (),

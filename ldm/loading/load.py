@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.schedule import Schedule
-from ldm.encoders.concat_images import LowRes
+from ldm.encoders.concat_images import LowResImage
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.image import ImageEmbedding
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
@@ -343,7 +343,9 @@ def _choose_autoencoder_dtype(
     """Return the dtype of a model's autoencoder: one of wider range if it overflows in float16."""
     if dtype != torch.float16:
         return dtype
-    if model.conditioner.find(LowRes) is not None:  # the autoencoder of the x4 upscaler overflows
+    if (
+        model.conditioner.find(LowResImage) is not None
+    ):  # the autoencoder of the x4 upscaler overflows
         return torch.float32
     return pick_wide_range_dtype(device) if model.upcast_autoencoder else dtype
 

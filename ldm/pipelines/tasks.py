@@ -31,7 +31,7 @@ from typing_extensions import Unpack
 
 from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.samplers.common import Constrain, NoiseSource
-from ldm.encoders.concat_images import LowRes, RGBDLatent, concat_mask, mask_image
+from ldm.encoders.concat_images import LowResImage, RGBDLatent, concat_mask, mask_image
 from ldm.encoders.depth import MiDaSDepth
 from ldm.model import LatentDiffusion
 from ldm.pipelines.conditions import encode_prompts
@@ -288,7 +288,7 @@ def upscale(
     """
     noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
-    encoder = model.conditioner.get(LowRes)
+    encoder = model.conditioner.get(LowResImage)
     _check_noise_level(noise_level, encoder.max_noise_level)
     low_res = image.to(model.device, torch.float32).expand(n, -1, -1, -1)
     # The original draws its noise in this memory format.

@@ -7,7 +7,7 @@ from encoderhelp import assert_close, make_options
 from goldfile import load_golden
 from ldm.conditioning import Conditioner
 from ldm.encoders.concat_images import (
-    LowRes,
+    LowResImage,
     MaskedImage,
     NoiseLevel,
     PatchesToChannels,
@@ -26,7 +26,7 @@ def to_nchw(images):
 
 def test_buffers_of_the_schedule_equal_the_recorded_ones():
     expected = load_golden("low_scale_model").select("state_dict/low_scale/")
-    state = LowRes(**X4).state_dict()
+    state = LowResImage(**X4).state_dict()
     assert len(state) == 8
     for name, value in state.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=0)
@@ -35,7 +35,7 @@ def test_buffers_of_the_schedule_equal_the_recorded_ones():
 def test_noised_images_equal_the_recorded_ones():
     golden = load_golden("low_scale_model")
     inputs, expected = golden.inputs("image"), golden.outputs("image")
-    encoder, lr = LowRes(**X4), inputs["x"]
+    encoder, lr = LowResImage(**X4), inputs["x"]
     noise, *_ = golden.draws("image")
     assert_close(encoder.add_noise(lr, inputs["noise_level"], noise), expected["z"], 1e-6)
     _, seed = golden.info("image")["seeds"]  # of the noise level and then the noise
@@ -46,7 +46,7 @@ def test_noised_images_equal_the_recorded_ones():
 
 def test_without_a_schedule_no_noise_is_added():
     expected = load_golden("low_scale_model").outputs("simple")
-    encoder = LowRes(max_noise_level=0, low_scale_key="LR")
+    encoder = LowResImage(max_noise_level=0, low_scale_key="LR")
     prepared = encoder.prepare({"LR": expected["x"]}, make_options())
     assert torch.equal(prepared["lowres"], expected["x"])
     assert torch.equal(prepared["noise_level"], expected["level"])
@@ -58,7 +58,7 @@ def test_upscaling_conditions_equal_the_recorded_ones():
     expected = golden.outputs("upscale")
     torch.manual_seed(golden.info("upscale")["seed"])
     torch.randn(golden.draws("upscale")[0].shape)  # the original draws it for the posterior first
-    conditioner = Conditioner(lowres=LowRes(**X4), level=NoiseLevel())
+    conditioner = Conditioner(lowres=LowResImage(**X4), level=NoiseLevel())
     batch = {"lr": to_nchw(golden.inputs("upscale")["lr"])}
     cond = conditioner(conditioner.lowres.prepare(batch, make_options()))
     assert_close(cond.concat, expected["c_concat"], 1e-6)
@@ -66,7 +66,7 @@ def test_upscaling_conditions_equal_the_recorded_ones():
 
 
 def test_one_noise_level_is_used_for_the_whole_batch():
-    encoder, lr = LowRes(**X4), torch.rand(2, 3, 4, 4)
+    encoder, lr = LowResImage(**X4), torch.rand(2, 3, 4, 4)
     prepared = encoder.prepare({"lr": lr, "noise_level": 20}, make_options(seed=0))
     noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(0))
     assert prepared["noise_level"].tolist() == [20, 20]
@@ -76,17 +76,19 @@ def test_one_noise_level_is_used_for_the_whole_batch():
 @pytest.mark.parametrize("level", [-1, 1000])
 def test_a_level_outside_the_schedule_is_refused(level):
     with pytest.raises(ValueError, match="timesteps must be in 0 … 999, got"):
-        LowRes(**X4).prepare({"lr": torch.zeros(1, 3, 4, 4), "noise_level": level}, make_options())
+        LowResImage(**X4).prepare(
+            {"lr": torch.zeros(1, 3, 4, 4), "noise_level": level}, make_options()
+        )
 
 
 def test_prepared_batches_are_not_prepared_again():
-    assert LowRes(**X4).prepare({"lowres": torch.zeros(1, 3, 4, 4)}, make_options()) == {}
+    assert LowResImage(**X4).prepare({"lowres": torch.zeros(1, 3, 4, 4)}, make_options()) == {}
     assert MaskedImage().prepare({"masked": torch.zeros(1, 5, 4, 4)}, make_options()) == {}
 
 
 def test_a_model_built_on_the_meta_device_has_a_schedule():
     with torch.device("meta"):
-        encoder = LowRes(**X4)
+        encoder = LowResImage(**X4)
     lr, level = torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64)
     noised = encoder.add_noise(lr, level, torch.ones_like(lr))
     assert_close(noised, torch.full_like(lr, 0.01), 1e-6)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ldm.encoders.concat_images import LowRes, RGBDLatent
+from ldm.encoders.concat_images import LowResImage, RGBDLatent
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.image import CLIPImage, ImageEmbedding
 from ldm.encoders.text import TextEncoder
@@ -130,7 +130,7 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> FolderFiles:
         class_name = files[PROCESSOR_CONFIG]["image_processor_type"]
         extras["feature_extractor"] = ("transformers", class_name)
     if pipeline_key in ("lowres", "rgbd"):
-        encoder = model.conditioner.get(LowRes if pipeline_key == "lowres" else RGBDLatent)
+        encoder = model.conditioner.get(LowResImage if pipeline_key == "lowres" else RGBDLatent)
         extras["max_noise_level"] = encoder.max_noise_level
     return files | {layout.MODEL_INDEX: layout.make_index(pipeline.name, files, extras)}
 
