@@ -1,11 +1,11 @@
-"""DPM-Solver (arXiv:2206.00927) of mixed orders, which chooses its own levels between two sigmas.
+"""DPM-Solver (arXiv:2206.00927) of mixed orders, which chooses its own sigmas between two.
 
 These are the first and the last of `sigmas`; if the last is 0, the one before it, as in A1111, so
 that the result keeps that noise. A single step to 0 is Euler's; A1111 would return x unchanged.
 `callback` is called once for each step of `sigmas`, several times for a step of higher order.
 
 In terms of sigma, DPM-Solver's steps are those of Euler's method with corrected slopes: its lambda
-is -ln sigma, and its eps the slope (x - D) / sigma.
+is -ln sigma, and its eps the slope (x - denoised) / sigma.
 """
 
 import math
@@ -49,9 +49,9 @@ def dpm_fast(
     log_sigmas = torch.linspace(
         math.log(sigma_start), math.log(sigma_end), len(orders) + 1, dtype=torch.float64
     )
-    levels = [sigma_start, *log_sigmas[1:-1].exp().tolist(), sigma_end]
+    step_sigmas = [sigma_start, *log_sigmas[1:-1].exp().tolist(), sigma_end]
     for i, order in enumerate(orders):
-        sigma, sigma_next = levels[i], levels[i + 1]
+        sigma, sigma_next = step_sigmas[i], step_sigmas[i + 1]
         x = constrain(x, sigma) if constrain else x
         sigma_down, sigma_up = _get_bounded_ancestral_step(sigma, sigma_next, sigma_end, eta)
         denoised = denoise(x, sigma)
@@ -93,9 +93,9 @@ def dpm_adaptive(
 
     Args:
         rtol, atol: Relative and absolute tolerance.
-        h_init: Length of the first step, in log sigma.
-        pcoeff, icoeff, dcoeff: Coefficients of the PID controller of the step length.
-        accept_safety: A step is rejected if the factor to the next step length is lower than this.
+        h_init: Initial step size, in log sigma.
+        pcoeff, icoeff, dcoeff: Coefficients of the PID controller of the step size.
+        accept_safety: A step is rejected if the step size would be multiplied by less than this.
     """
     sigma_start, sigma_end = _get_sigma_range(sigmas)
     if sigma_start == sigma_end:
@@ -114,7 +114,7 @@ def dpm_adaptive(
         x_low, x_high = _step_orders_2_and_3(denoise, x, sigma, sigma_down, slope)
         tolerance = (rtol * torch.maximum(x_low.abs(), x_prev.abs())).clamp(min=atol)
         error = float(((x_low - x_high) / tolerance).square().mean().sqrt())
-        if not math.isfinite(error):  # shorter steps would not help
+        if not math.isfinite(error):  # smaller steps would not help
             return x_high
         inverse_errors = [1 / (error + 1e-8), *(inverse_errors or [1 / (error + 1e-8)] * 2)]
         h_factor = math.prod(
@@ -142,8 +142,8 @@ def dpm_adaptive(
 
 
 def _get_sigma_range(sigmas: Tensor) -> tuple[float, float]:
-    levels = sigmas.tolist()
-    return levels[0], levels[-1] or levels[-2]
+    values = sigmas.tolist()
+    return values[0], values[-1] or values[-2]
 
 
 def _get_bounded_ancestral_step(
@@ -166,9 +166,9 @@ def _step_order_2(
     h = compute_log_ratio(sigma, sigma_next)
     sigma_mid = sigma * math.exp(-fraction * h)
     x_mid = x + slope * (sigma_mid - sigma)
-    change = (x_mid - denoise(x_mid, sigma_mid)) / sigma_mid - slope
-    x = x + (slope + change / (2 * fraction)) * (sigma_next - sigma)
-    return x, change
+    slope_change = (x_mid - denoise(x_mid, sigma_mid)) / sigma_mid - slope
+    x = x + (slope + slope_change / (2 * fraction)) * (sigma_next - sigma)
+    return x, slope_change
 
 
 def _step_orders_2_and_3(
@@ -179,10 +179,10 @@ def _step_orders_2_and_3(
     DPM-Solver-3 with r_1 = 1/3 and r_2 = 2/3, and DPM-Solver-2 with r_1.
     """
     h = compute_log_ratio(sigma, sigma_next)
-    x_second, change = _step_order_2(denoise, x, sigma, sigma_next, slope, 1 / 3)
+    x_low, slope_change_1 = _step_order_2(denoise, x, sigma, sigma_next, slope, 1 / 3)
     sigma_mid = sigma * math.exp(-2 / 3 * h)
     phi_2 = math.expm1(2 / 3 * h) / (2 / 3 * h) - 1
-    x_mid = x + slope * (sigma_mid - sigma) - 2 * (sigma_mid * phi_2) * change
-    change = (x_mid - denoise(x_mid, sigma_mid)) / sigma_mid - slope
+    x_mid = x + slope * (sigma_mid - sigma) - 2 * (sigma_mid * phi_2) * slope_change_1
+    slope_change_2 = (x_mid - denoise(x_mid, sigma_mid)) / sigma_mid - slope
     phi_2 = math.expm1(h) / h - 1
-    return x_second, x + slope * (sigma_next - sigma) - 3 / 2 * (sigma_next * phi_2) * change
+    return x_low, x + slope * (sigma_next - sigma) - 3 / 2 * (sigma_next * phi_2) * slope_change_2
