@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.loading.config import instantiate
-from ldm.loading.files.checkpoint import has_overflow, release_pages
+from ldm.loading.files.checkpoint import release_pages, would_overflow
 from ldm.loading.legacy import LATENT_DIFFUSION, translate_config
 from ldm.loading.weight_names import VAE_PREFIX
 from ldm.runtime.types import JsonMapping
@@ -78,7 +78,7 @@ def fill_weights(
             is_autoencoder = name.startswith(VAE_PREFIX)
             target_dtype = (autoencoder_dtype if is_autoencoder else None) or dtype
             if overflowing_name is None and _may_overflow(old, target_dtype):
-                overflowing_name = name if has_overflow(old, target_dtype) else None
+                overflowing_name = name if would_overflow(old, target_dtype) else None
         new = old.to(device, target_dtype)
         weights[name] = new
         if memory_mapped and new.data_ptr() != old.data_ptr():
@@ -89,7 +89,7 @@ def fill_weights(
 
 
 def _may_overflow(value: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a tensor's range exceeds that of a dtype: faster than `has_overflow`."""
+    """Return whether a tensor's range exceeds that of a dtype: faster than `would_overflow`."""
     limit = torch.finfo(dtype).max
     if limit >= torch.finfo(value.dtype).max or value.numel() == 0:
         return False

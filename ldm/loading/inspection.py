@@ -210,7 +210,7 @@ def inspect_checkpoint(
     report.parts = list(_list_tensor_groups(weights.state))
     report.has_ema = weights.checkpoint.has_ema
     report.step = weights.checkpoint.step
-    report.extras = list(weights.checkpoint.extras)
+    report.extras = list(weights.checkpoint.other_keys)
     report.metadata = weights.checkpoint.metadata
     if has_transposed_projection(weights.state):
         report.note = TRANSPOSED_WARNING
@@ -268,6 +268,6 @@ def _compare_with_config(
             report.note = f"needs {titles} from another file, such as Stable Diffusion 1"
         expected = {n: v for n, v in expected.items() if not n.startswith(tuple(missing))}
     is_sgm = has_sgm_names(expected)
-    report.uses_ema = weights.checkpoint.has_original_ema and asks_for_ema(config_dict)
+    report.uses_ema = weights.checkpoint.has_litema_weights and asks_for_ema(config_dict)
     report.missing = [to_original_name(n, sgm=is_sgm) for n in expected if n not in state]
     report.unexpected = [to_original_name(n, sgm=is_sgm) for n in state if n not in expected]

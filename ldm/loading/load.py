@@ -179,7 +179,7 @@ def load(
     skipped: list[str] = []
     model = build_on_meta(config_dict, allow=allow, where=where, skipped=skipped)
     if ema is None:
-        ema = weights.checkpoint.has_original_ema and asks_for_ema(config_dict)
+        ema = weights.checkpoint.has_litema_weights and asks_for_ema(config_dict)
     _log_unused_keys(weights, ema, skipped)
     _check_family_options(model, weights, clip_stats=clip_stats, midas=midas, base=base)
     if base is not None:
@@ -343,9 +343,7 @@ def _choose_autoencoder_dtype(
     """Return the dtype of a model's autoencoder: one of wider range if it overflows in float16."""
     if dtype != torch.float16:
         return dtype
-    if (
-        model.conditioner.find(LowResImage) is not None
-    ):  # the autoencoder of the x4 upscaler overflows
+    if model.conditioner.find(LowResImage) is not None:  # the x4 upscaler's autoencoder overflows
         return torch.float32
     return pick_wide_range_dtype(device) if model.upcast_autoencoder else dtype
 

@@ -80,7 +80,7 @@ def test_another_suffix_is_refused(tmp_path):
         ({}, "no EMA weights"),
         (COUNTERS, "no EMA weights"),
         (EMA | {"model_ema.what": torch.ones(1)},
-         "(?s)1 EMA weights are not of this model: `model_ema.*load it with `ema=False`"),
+         "(?s)1 EMA weights do not belong to the model: `model_ema.*load it with `ema=False`"),
     ],
 )  # fmt: skip
 def test_missing_or_unknown_ema_weights_are_an_error(tmp_path, ema, message):
@@ -106,7 +106,7 @@ def test_the_format_is_recognized_by_content_not_by_suffix(tmp_path):
     [
         ({"epoch": 3}, "contains no weights"),
         ([torch.ones(2)], "contains a list, not weights by name"),
-        ({"a": torch.eye(3).to_sparse()}, "`a` is not a plain tensor"),
+        ({"a": torch.eye(3).to_sparse()}, "`a` is quantized, nested, sparse or complex"),
     ],
 )
 def test_a_file_without_plain_weights_is_refused(tmp_path, content, message):
@@ -189,7 +189,7 @@ MALFORMED = {
 def test_malformed_safetensors_files_are_refused(tmp_path, name):
     path = tmp_path / "x.safetensors"
     path.write_bytes(MALFORMED[name])
-    with pytest.raises(ValueError, match=r"damaged|refused|not a checkpoint|no weights"):
+    with pytest.raises(ValueError, match=r"damaged|too large|too many|not a checkpoint|no weights"):
         read_checkpoint(path)
 
 

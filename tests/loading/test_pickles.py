@@ -116,7 +116,7 @@ def test_lightning_files_load_without_lightning(tmp_path, make_importable, packa
     assert file.step == 470000
     assert file.format == ("legacy" if is_legacy else "zip")
     assert torch.equal(file.state_dict["model.a.weight"], STATE["model.a.weight"])
-    assert "callbacks" in file.extras
+    assert "callbacks" in file.other_keys
 
 
 def test_other_objects_of_old_trainers_are_ignored(tmp_path, make_importable):

@@ -32,8 +32,8 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "CONFIG_KEY", "TENSOR_HASH_KEY", "Checkpoint", "LazyTensor", "cast_weight",
-    "compute_short_hash", "detect_format", "has_overflow", "loads_lazily", "read_checkpoint",
-    "release_pages", "to_ema_name", "use_ema_weights", "write_checkpoint",
+    "compute_short_hash", "detect_format", "loads_lazily", "read_checkpoint", "release_pages",
+    "to_ema_name", "use_ema_weights", "would_overflow", "write_checkpoint",
 ]  # fmt: skip
 
 CONFIG_KEY = "ldm.config"  # metadata key of the text of the model's YAML
@@ -47,18 +47,18 @@ MAX_HEADER_BYTES = 100_000_000  # of a .safetensors
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 UNSUPPORTED_FORMATS = {  # description -> first bytes of the file, in lower case
     "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
-    "a pickle that `torch.save` did not write, refused": (b"\x80",),
-    "a GGUF file, quantized weights are not supported": (b"gguf",),
+    "a pickle not written by `torch.save`, which is refused": (b"\x80",),
+    "a GGUF file, whose quantized weights are not supported": (b"gguf",),
     "an HDF5 file, perhaps of Keras, which is not supported": (b"\x89hdf",),
     "an image, not weights": (b"\x89png", b"\xff\xd8\xff", b"riff"),
     "an archive, which must be unpacked first": (b"7z\xbc\xaf", b"rar!", b"\x1f\x8b"),
     "a JSON text, not weights: an index of shards, or a failed download": (b"{", b"[", b'"'),
 }
-# Names of entries that contain the weights of a model, possibly nested.
-WEIGHT_ENTRIES = ("state_dict", "model_state_dict", "model", "module", "weights")
-EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")
-# Of k-diffusion's upscaler: the entry with its weights, which are EMA weights, and one of them.
-K_DIFFUSION_ENTRY, K_DIFFUSION_NAME = "model_ema", "inner_model.mapping_cond.weight"
+# Keys of the weights of a model in a file, possibly nested.
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "weights")
+EMA_KEYS = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")
+# Of k-diffusion's upscaler: the key of its weights, which are EMA weights, and one of them.
+K_DIFFUSION_KEY, K_DIFFUSION_WEIGHT = "model_ema", "inner_model.mapping_cond.weight"
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 # Patterns of weights files in a folder (pipeline or component); the first with a match is used.
 FOLDER_PATTERNS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
@@ -79,7 +79,7 @@ class Checkpoint:
         state_dict: Weights by name in the file, without EMA weights.
         step: Training step; None = unknown.
         memory_mapped: Whether tensors are memory-mapped from the file.
-        extras: Names of entries beside the weights (`global_step` …).
+        other_keys: Keys beside those of the weights (`global_step` …).
         ema_state_dict: EMA weights, `model_ema.*`.
         added_tokens: Tokens added to the tokenizers of a folder, with vectors (n, D) for each text
             encoder.
@@ -90,7 +90,7 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     step: int | None = None
     memory_mapped: bool = False
-    extras: tuple[str, ...] = ()
+    other_keys: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     ema_state_dict: dict[str, Tensor] = field(default_factory=dict)
     added_tokens: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -101,9 +101,9 @@ class Checkpoint:
         return not self.ema_state_dict.keys() <= EMA_COUNTERS
 
     @property
-    def has_original_ema(self) -> bool:
-        """Whether EMA weights are in the state dict, as the original's, not in a separate entry."""
-        return self.has_ema and not {*EMA_ENTRIES}.intersection(self.extras)
+    def has_litema_weights(self) -> bool:
+        """Whether EMA weights are in the state dict, where the original's LitEma writes them."""
+        return self.has_ema and not {*EMA_KEYS}.intersection(self.other_keys)
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     # torch.compile's wrapper `_orig_mod.` has lost its dot, as LitEma removes all dots.
     ema_names = [name for name in state_dict if name.startswith("model_ema.")]
     ema_state_dict = {name.replace("_orig_mod", ""): state_dict.pop(name) for name in ema_names}
-    for entry in EMA_ENTRIES:
-        ema_weights = remove_wrappers(dict(_flatten(entries.get(entry), path)))
+    for key in EMA_KEYS:
+        ema_weights = remove_wrappers(dict(_flatten(entries.get(key), path)))
         ema_state_dict |= {to_ema_name(name): value for name, value in ema_weights.items()}
     step = step if isinstance(step, int) else None
     return Checkpoint(
@@ -189,7 +189,7 @@ def use_ema_weights(
             unused.discard(key)
     if unused:
         examples = ", ".join(f"`{key}`" for key in sorted(unused)[:10])
-        message = f"`{path}`: {len(unused)} EMA weights are not of this model: {examples}"
+        message = f"`{path}`: {len(unused)} EMA weights do not belong to the model: {examples}"
         raise FileFormatError(f"{message}\nhint: load it with `ema=False`", "ema")
 
 
@@ -216,7 +216,7 @@ def write_checkpoint(
     """
     path, metadata = Path(path), dict(metadata or {})
     suffix = path.suffix.lower()
-    writes_hash = metadata.pop(TENSOR_HASH_KEY, None) is not None
+    write_hash = metadata.pop(TENSOR_HASH_KEY, None) is not None
     if suffix not in (".safetensors", ".ckpt", ".pth"):
         raise ArgumentError(f"`{path}`: the name must end in `.safetensors`, `.ckpt` or `.pth`")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,23 +227,23 @@ def write_checkpoint(
     with write_atomically(path, sync=True) as temporary:
         try:
             if suffix == ".safetensors":
-                texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
-                _write_safetensors(temporary, tensors, texts, progress, writes_hash)
+                string_metadata = {"format": "pt"} | {k: str(v) for k, v in metadata.items()}
+                _write_safetensors(temporary, tensors, string_metadata, progress, write_hash)
             else:
                 weights = {}
                 for name, tensor in tensors.items():
                     weights[name] = tensor.materialize()
                     progress(weights[name].nbytes)
-                entry = K_DIFFUSION_ENTRY if suffix == ".pth" else "state_dict"
-                torch.save({entry: weights, **metadata}, temporary)
+                key = K_DIFFUSION_KEY if suffix == ".pth" else "state_dict"
+                torch.save({key: weights, **metadata}, temporary)
         except OverflowError as error:
-            names = [name for name, tensor in tensors.items() if tensor.has_overflow]
+            names = [name for name, tensor in tensors.items() if tensor.would_overflow]
             raise _make_overflow_error(names, dtype) from error
 
 
 def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a weight cast to a dtype; raise ArgumentError if it overflows."""
-    if has_overflow(value, dtype):
+    if would_overflow(value, dtype):
         raise _make_overflow_error([name], dtype)
     return value.to(dtype)
 
@@ -317,11 +317,11 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
-            raise FileFormatError(f"`{path}`: a header of {length} bytes is refused")
+            message = f"header too large: {length} bytes, at most {MAX_HEADER_BYTES} are allowed"
+            raise FileFormatError(f"`{path}`: {message}")
         # One for each tensor; counted before safetensors builds objects for all of them.
         count = file.read(length).count(b'"data_offsets"')
-    if count > MAX_TENSORS:
-        raise FileFormatError(f"`{path}`: {count} tensors are refused, at most {MAX_TENSORS}")
+    _check_count(count, path)
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
@@ -334,12 +334,12 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
 def _unwrap(content: JsonMapping, path: Path) -> tuple[JsonMapping, JsonObject]:
     """Return (mapping with the weights of a file, entries beside the weights)."""
     entries: JsonObject = {}
-    ema = content.get(K_DIFFUSION_ENTRY)
-    if isinstance(ema, Mapping) and K_DIFFUSION_NAME in ema:
-        weight_entries = (*WEIGHT_ENTRIES, *EMA_ENTRIES)
-        return ema, {str(k): v for k, v in content.items() if k not in weight_entries}
+    ema = content.get(K_DIFFUSION_KEY)
+    if isinstance(ema, Mapping) and K_DIFFUSION_WEIGHT in ema:
+        weights_keys = (*STATE_DICT_KEYS, *EMA_KEYS)
+        return ema, {str(k): v for k, v in content.items() if k not in weights_keys}
     for _ in range(MAX_DEPTH):  # a malicious mapping may contain itself
-        weights_key = next((key for key in WEIGHT_ENTRIES if _has_weights(content.get(key))), None)
+        weights_key = next((key for key in STATE_DICT_KEYS if _has_weights(content.get(key))), None)
         if weights_key is None:
             break
         entries |= {str(key): value for key, value in content.items() if key != weights_key}
@@ -359,23 +359,27 @@ def _has_weights(node: Any, depth: int = 0, seen: frozenset[int] = frozenset()) 
         return False
     is_flat = any(isinstance(value, Tensor) for value in node.values())
     seen |= {id(node)}
-    return is_flat or any(_has_weights(node.get(key), depth + 1, seen) for key in WEIGHT_ENTRIES)
+    return is_flat or any(_has_weights(node.get(key), depth + 1, seen) for key in STATE_DICT_KEYS)
 
 
 def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
     """Return weights by name; raise FileFormatError unless they are dense and real."""
     tensors = dict(_flatten(content, path))
     for name, value in tensors.items():
-        is_special = value.is_quantized or value.is_nested or value.is_complex()
-        if value.layout is not torch.strided or is_special:
-            raise FileFormatError(f"`{path}`: `{name}` is not a plain tensor")
+        is_sparse = value.layout is not torch.strided
+        if is_sparse or value.is_quantized or value.is_nested or value.is_complex():
+            message = "is quantized, nested, sparse or complex, which is not supported"
+            raise FileFormatError(f"`{path}`: `{name}` {message}")
     if not tensors:
         raise FileFormatError(f"`{path}` contains no weights")
-    if len(tensors) > MAX_TENSORS:
-        raise FileFormatError(
-            f"`{path}`: {len(tensors)} tensors are refused, at most {MAX_TENSORS}"
-        )
+    _check_count(len(tensors), path)
     return remove_wrappers(tensors)
+
+
+def _check_count(count: int, path: Path) -> None:
+    if count > MAX_TENSORS:
+        message = f"too many tensors: {count}, at most {MAX_TENSORS} are allowed"
+        raise FileFormatError(f"`{path}`: {message}")
 
 
 def _flatten(
@@ -401,7 +405,7 @@ def _flatten(
             yield from _flatten(value, path, f"{prefix}{key}.", depth + 1, counter)
 
 
-def has_overflow(value: Tensor, dtype: torch.dtype) -> bool:
+def would_overflow(value: Tensor, dtype: torch.dtype) -> bool:
     """Return whether any finite value of a tensor is too large for another dtype."""
     return bool((_is_finite(value) & ~_is_finite(value.to(dtype))).any())
 
@@ -435,8 +439,8 @@ class _TensorToWrite:
         return self.source.dtype
 
     @property
-    def has_overflow(self) -> bool:
-        return has_overflow(self.value, self.dtype)
+    def would_overflow(self) -> bool:
+        return would_overflow(self.value, self.dtype)
 
     def materialize(self) -> Tensor:
         """Compute the tensor, cast to its dtype on the CPU, contiguous and alone in its storage.
@@ -449,7 +453,7 @@ class _TensorToWrite:
         """
         old = self.value.detach()
         new = old.to("cpu", self.dtype).contiguous()
-        if new.dtype != old.dtype and not _is_finite(new).all() and self.has_overflow:
+        if new.dtype != old.dtype and not _is_finite(new).all() and self.would_overflow:
             raise OverflowError
         if new.untyped_storage().nbytes() != new.nbytes:
             new = new.clone()
@@ -463,12 +467,12 @@ def _write_safetensors(
     tensors: Mapping[str, _TensorToWrite],
     metadata: Mapping[str, str],
     progress: Callable[[int], object],
-    writes_hash: bool,
+    write_hash: bool,
 ) -> None:
     """Write length of the header, header, and one tensor after the other."""
     # The widest dtypes first, so that each tensor is aligned to its element size.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    placeholder = {TENSOR_HASH_KEY: _format_hash(b"")} if writes_hash else {}
+    placeholder = {TENSOR_HASH_KEY: _format_hash(b"")} if write_hash else {}
     header: JsonObject = {"__metadata__": placeholder | dict(metadata)}
     end = 0
     for name in names:
@@ -479,22 +483,22 @@ def _write_safetensors(
         header[name] = {
             "dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]
         }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned to 8 bytes
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)  # so that the tensors are aligned to 8 bytes
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
         for name in names:
             value = tensors[name].materialize()
             data = value.reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
-            if writes_hash:
+            if write_hash:
                 digest.update(data)
             progress(value.nbytes)
             if tensors[name].memory_mapped:
                 release_pages(value)
-        if writes_hash:  # replaces the placeholder of the same length
-            file.seek(8 + text.index(_format_hash(b"").encode()))
+        if write_hash:  # replaces the placeholder of the same length
+            file.seek(8 + header_bytes.index(_format_hash(b"").encode()))
             file.write(_format_hash(digest.digest()).encode())
 
 
