@@ -18,6 +18,7 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
     "photo": {"records": "conditions"},
     "mask": {"whole": "full_probability", "boxes": "box_probability"},
     "depth": {"depth": "ramp_width"},
+    "hub": {"cache": "cache_dir"},
     "shards": {"least": "minimum", "most": "maximum", "lanes": "streams"},
 }
 RENAMED_VALUES = {"photo": {"centre": "center"}}  # former value -> value

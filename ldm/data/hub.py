@@ -26,7 +26,7 @@ class HubDataset(ImageDataset):
         image: The column of images.
         text: The column of captions.
         fields: Values that override the metadata, {"text": "a photo of a sks dog"}.
-        cache: Folder for downloads; None = the default of `datasets`.
+        cache_dir: Folder for downloads; None = the default of `datasets`.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class HubDataset(ImageDataset):
         image: str = "image",
         text: str = "text",
         fields: Mapping[str, Any] | None = None,
-        cache: str | Path | None = None,
+        cache_dir: str | Path | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(transform, seed)
         hub = str(Path(hub).expanduser()) if str(hub).startswith("~") else str(hub)
         self.dataset_name, self.image, self.text = Path(hub).name, image, text
         self.fields = dict(fields or {})
-        self.table = _load_table(hub, name, split, image, cache)
+        self.table = _load_table(hub, name, split, image, cache_dir)
         self.metadata = self.table.remove_columns(image)
         if text not in self.table.column_names and "text" not in self.fields:
             raise _make_missing_error(hub, f"column `{text}`", self.table.column_names)
@@ -75,7 +75,7 @@ class HubDataset(ImageDataset):
 
 
 def _load_table(
-    hub: str, name: str | None, split: str | None, image: str, cache: str | Path | None
+    hub: str, name: str | None, split: str | None, image: str, cache_dir: str | Path | None
 ) -> Any:
     """Load a table with the package `datasets`; its images stay encoded."""
     try:
@@ -85,7 +85,7 @@ def _load_table(
             f"`{hub}` needs the package `datasets`: pip install 'ldm-revived[hub]'"
         ) from error
     path = Path(hub)
-    options = {"cache_dir": None if cache is None else str(Path(cache).expanduser())}
+    options = {"cache_dir": None if cache_dir is None else str(Path(cache_dir).expanduser())}
     table: Any
     if any((path / file).exists() for file in ("dataset_dict.json", "dataset_info.json")):
         table = datasets.load_from_disk(hub)

@@ -48,7 +48,7 @@ FOREIGN_OPTIONS = {
         "model.params.ckpt_path",
     ),
     **dict.fromkeys(("data_root", "train_data_dir"), "data.params.train.root"),
-    "init_word": "lightning.textual_inversion.init",
+    "init_word": "lightning.textual_inversion.initializer_words",
     "learning_rate": "model.base_learning_rate",
     "train_batch_size": "data.params.batch_size",
     "max_train_steps": "lightning.trainer.max_steps",

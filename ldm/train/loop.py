@@ -122,7 +122,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         run.device,
         start_step=state.step,
         max_steps=settings.trainer.max_steps,
-        log_every=callbacks.log_every,
+        log_steps=callbacks.log_steps,
     )
     with (
         SignalHandler() as signals,

@@ -74,6 +74,7 @@ def test_options_are_read_under_their_former_names():
         "mask": RandomMask(full_probability=0.1, box_probability=0.2),
         "depth": PseudoDepth(ramp_width=3),
     }
+    assert rename_options("hub", {"hub": "x", "cache": "y"}) == {"hub": "x", "cache_dir": "y"}
     former = {"lanes": 4, "least": {"width": 8}, "shuffle": 9, "streams": 5}
     assert rename_options("shards", former) == {
         "streams": 5, "minimum": {"width": 8}, "shuffle": 9,

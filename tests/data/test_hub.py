@@ -46,7 +46,7 @@ def test_a_dataset_saved_to_disk_is_read(dataset, tmp_path):
 def test_parquet_is_read_into_buckets_by_a_worker(dataset, tmp_path):
     dataset.to_parquet(tmp_path / "a.parquet")
     transform = PhotoTransform(size=16, buckets={"step": 8})
-    hub = HubDataset(hub=tmp_path / "a.parquet", transform=transform, cache=tmp_path / "cache")
+    hub = HubDataset(hub=tmp_path / "a.parquet", transform=transform, cache_dir=tmp_path / "cache")
     batches = DatasetSource(hub).iter_batches(4, workers=1)
     shapes = {batch["jpg"].shape for batch in (next(batches), next(batches))}
     assert shapes == {(2, 3, 16, 16), (4, 3, 8, 32)}  # the damaged one is in the larger bucket
@@ -61,7 +61,7 @@ def test_a_folder_of_images_is_read(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # `datasets` leaves the .csv open
         transform, cache = PhotoTransform(size=8), tmp_path / "cache"
-        hub = HubDataset(hub=tmp_path / "images", transform=transform, cache=cache)
+        hub = HubDataset(hub=tmp_path / "images", transform=transform, cache_dir=cache)
         gc.collect()
     assert [hub[0, index]["txt"] for index in range(2)] == ["a", "b"]
 

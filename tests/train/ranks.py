@@ -44,7 +44,7 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
         "optimizer.lr_warmup_steps": 0,
         "callbacks.validate_batches": 1,
         "callbacks.export": "[]",
-        "callbacks.log_every": 1,
+        "callbacks.log_steps": 1,
     }
     lightning = [f"lightning.{key}={value}" for key, value in options.items()]
     config = make_tiny_config(f"data.params.train={train_data}", *lightning, *overrides)

@@ -25,10 +25,11 @@ from loading.lorahelp import read_lora
 from train.tinyrun import build_tiny_run, resume_newest
 
 # The check of the initial loss would refuse the base model, which is not trained.
+INITIALIZER_WORDS = "lightning.textual_inversion.initializer_words"
 SHORT_RUN = ("lightning.trainer.max_steps=2", "lightning.trainer.check_initial_loss=false")
 LORA = ["lightning.lora.rank=4", "lightning.lora.targets=[attention, text]"]
 TEXTUAL_INVERSION = [
-    "lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.vectors=3",
+    "lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.num_vectors=3",
     "data.params.train.fields.object=a <thing>", "data.params.train.transform.keyword=0",
     "data.params.train.transform.drop_object=0", "lightning.objective.conditioning_dropout_prob=0",
 ]  # fmt: skip
@@ -69,7 +70,7 @@ def test_a_lora_is_trained_exported_and_loaded(base: Path, tmp_path: Path) -> No
 @pytest.mark.usefixtures("no_states")
 def test_an_embedding_is_trained_exported_and_loaded(base: Path, tmp_path: Path) -> None:
     run = build_adapter_run(
-        tmp_path / "word", base, *TEXTUAL_INVERSION, "lightning.textual_inversion.init=a cat"
+        tmp_path / "word", base, *TEXTUAL_INVERSION, INITIALIZER_WORDS + "=a cat"
     )
     text: Any = run.model.conditioner.text
     initial = text.get_token_embeddings("a cat")
@@ -99,9 +100,9 @@ def test_a_state_of_a_larger_lora_is_refused(base: Path, tmp_path: Path) -> None
         (["lightning.lora.ranks=4"], "lightning.lora: unknown key `ranks`, did you mean `rank`"),
         (["lightning.lora.targets=[texts]"], "targets: `texts` should be one of attention"),
         (["lightning.textual_inversion.tokens=x"], "unknown key `tokens`, did you mean `token`"),
-        ([*TEXTUAL_INVERSION, "lightning.textual_inversion.init=a qwertyuiop"],
+        ([*TEXTUAL_INVERSION, INITIALIZER_WORDS + "=a qwertyuiop"],
          "not in the model's vocabulary: `qwertyuiop`"),
-        ([*TEXTUAL_INVERSION, "lightning.textual_inversion.init='&#7;'"], "has no words"),
+        ([*TEXTUAL_INVERSION, INITIALIZER_WORDS + "='&#7;'"], "has no words"),
         (["lightning.textual_inversion.token=<x>"], "token `<x>` appears in no caption"),
     ],
 )  # fmt: skip

@@ -338,7 +338,7 @@ def test_a_config_enables_both_caches(model: Any, photos: Path, tmp_path: Path, 
     model.conditioner.text.requires_grad_(False)
     value = str(photos) if key == "root" else pack_photos(photos, tmp_path)
     train: Any = {key: value, "transform": {"name": "photo", "size": 16}}
-    caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
+    caches = {key: {"cache_dir": str(tmp_path / key)} for key in ("latents", "texts")}
     data = DataOptions(batch_size=3, train=train, **caches)
     source, _ = open_batches(model, data, 0)
     batch = next(source.iter_batches(3, workers=1))

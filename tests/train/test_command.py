@@ -121,10 +121,10 @@ def test_a_tilde_in_paths_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path:
         monkeypatch.setenv(name, str(tmp_path))
     assert parse(["-b", "a.yaml", "-l=~/logs"]).logdir == tmp_path / "logs"
     train = {"root": "x", "transform": {"name": "photo", "size": 64}}
-    params = {"batch_size": 1, "train": train, "latents": {"cache": "~/cache"}}
+    params = {"batch_size": 1, "train": train, "latents": {"cache_dir": "~/cache"}}
     data = read_data({"params": params})
     assert data.latents is not None
-    assert data.latents.cache == tmp_path / "cache"
+    assert data.latents.cache_dir == tmp_path / "cache"
 
 
 @pytest.mark.parametrize(

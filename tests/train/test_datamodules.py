@@ -166,11 +166,11 @@ def test_simple_datasets_are_translated(spec: str, translation: str) -> None:
          "`prior` needs a folder or a hub"),
         (f"train: {FOLDER}, prior: {{counts: 1}}",
          "data.params.prior: unknown key `counts`, did you mean `count`"),
-        (f"train: {FOLDER}, texts: {{batch_size: 1}}", "data.params.texts needs `cache`"),
+        (f"train: {FOLDER}, texts: {{batch_size: 1}}", "data.params.texts needs `cache_dir`"),
         ("train: {target: ldm.data.simple.FolderData, params: "
          "{root_dir: x, postprocess: {target: ldm.data.simple.AddLR}}}",
          "data.params.train.postprocess: AddLR needs `factor`"),
-        (f"train: {FOLDER}, latents: {{cache: x, variant: 2}}",
+        (f"train: {FOLDER}, latents: {{cache_dir: x, variant: 2}}",
          "data.params.latents: unknown key `variant`, did you mean `variants_per_image`"),
     ],
 )  # fmt: skip

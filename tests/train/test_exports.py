@@ -92,7 +92,7 @@ def test_the_export_of_a_step_is_named_by_epoch_and_step(run: Run) -> None:
 @pytest.mark.parametrize("weights", ["ema", "raw", "both"])
 def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weights: str) -> None:
     formats = ["safetensors", "ckpt"] if weights == "both" else ["safetensors"]
-    exporting = change_callbacks(run, weights=weights, export=formats, dtype="full")
+    exporting = change_callbacks(run, export_weights=weights, export=formats, export_dtype="full")
     name = "unet.out.2.weight"
     raw, ema = run.model.state_dict()[name].clone(), run.state.ema.shadow[name]
     assert not raw.equal(ema)
@@ -121,7 +121,9 @@ def test_an_export_in_half_precision_keeps_large_weights_in_float32(
     bias = run.model.get_parameter("unet.out.0.bias")
     value = bias.data[0].clone()
     bias.data[0] = 1e6
-    (path,) = export(change_callbacks(run, weights="both", dtype="half"), tmp_path / "last")
+    (path,) = export(
+        change_callbacks(run, export_weights="both", export_dtype="half"), tmp_path / "last"
+    )
     bias.data[0] = value
     file = read_checkpoint(path)
     assert float(file.state_dict["model.diffusion_model.out.0.bias"][0]) == 1e6

@@ -91,7 +91,7 @@ def make_config(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     config["model"] |= {"target": DDPM_PREFIX + class_name, "params": model}
     train = config["data"]["params"]["train"]
     train["transform"]["conditions"] = conditions
-    config["data"]["params"]["latents"] = {"cache": folder / "latents", "variants_per_image": 1}
+    config["data"]["params"]["latents"] = {"cache_dir": folder / "latents", "variants_per_image": 1}
     return config
 
 

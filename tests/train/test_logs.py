@@ -43,7 +43,7 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
 
 def test_a_row_of_the_log_has_the_mean_since_the_last_row(tmp_path: Path) -> None:
     loggers = LoggerCollection(tmp_path, ["csv"])
-    options = {"start_step": 3, "max_steps": 8, "log_every": 4}
+    options = {"start_step": 3, "max_steps": 8, "log_steps": 4}
     progress = ProgressBar(loggers, Ranks(), torch.device("cpu"), **options)
     for step, loss in enumerate((7.0, 1.0, 2.0, 3.0, 6.0), start=4):
         losses = {"loss": torch.tensor(loss), "loss_per_sample": torch.ones(2)}

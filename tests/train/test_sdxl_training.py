@@ -28,8 +28,8 @@ CONFIG = """
 data:
   params:
     batch_size: 2
-    latents: {cache: CACHE/latents}
-    texts: {cache: CACHE/texts}
+    latents: {cache_dir: CACHE/latents}
+    texts: {cache_dir: CACHE/texts}
     train:
       root: PHOTOS
       transform: {name: photo, size: 64, flip: 0.0, buckets: {step: 32}}
@@ -150,7 +150,7 @@ def test_a_lora_and_an_embedding_of_all_text_encoders_are_trained_and_loaded(
         "data.params.texts=null",
         "data.params.train.fields.text=a <thing>",
         "lightning.lora={rank: 2, targets: [attention, text]}",
-        "lightning.textual_inversion={token: <thing>, vectors: 3, init: cat}",
+        "lightning.textual_inversion={token: <thing>, num_vectors: 3, initializer_words: cat}",
         "lightning.callbacks.max_images=0",
         *overrides,
     )

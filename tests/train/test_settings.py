@@ -114,7 +114,7 @@ def test_an_autoencoder_has_the_ema_that_its_config_asks_for(
     params: str, decay: float, weights: str
 ) -> None:
     result = read(model=f"{{target: ldm.models.autoencoder.AutoencoderKL, params: {params}}}")
-    assert (result.optimizer.ema_decay, result.callbacks.weights) == (decay, weights)
+    assert (result.optimizer.ema_decay, result.callbacks.export_weights) == (decay, weights)
 
 
 def test_captions_for_validation_are_prompts_of_the_image_grids() -> None:
@@ -139,7 +139,7 @@ def test_arguments_of_lightning_are_translated() -> None:
     assert trainer.max_time == 7200
     assert trainer.gradient_clip_val is None
     assert (callbacks.validate_steps, callbacks.validate_batches) == (25, 5)
-    assert callbacks.log_every == 7
+    assert callbacks.log_steps == 7
     assert callbacks.loggers == ["csv", "wandb"]
     assert callbacks.wandb == {"project": "p", "mode": "offline"}
 
@@ -241,7 +241,7 @@ def test_ignored_arguments_of_lightning_are_named() -> None:
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_named(lightning: str, message: str) -> None:
-    data = "validation: {root: x}, texts: {cache: x}"
+    data = "validation: {root: x}, texts: {cache_dir: x}"
     config = f"{{lightning: {{{lightning}}}, data: {{params: {{{data}}}}}}}"
     assert [text for text in read_settings(parse_yaml(config)).messages if message in text]
 
@@ -308,9 +308,12 @@ def test_former_names_of_keys_are_read() -> None:
     trainer = {"max_steps": 1, "checkpoint_gradients": True, "broken_share": 0.5}
     trainer |= {"strategy": "hsdp", "shard": 2, "sanity": False}
     callbacks = {"best": -1, "sampling": {"grid": "karras", "rescale": 0.5}, "images": 3}
+    callbacks |= {"log_every": 7, "weights": "raw", "dtype": "full"}
     callbacks |= {"evaluation": {"steps": 50, "prompts": "prompts.txt"}}
     objective = {"offset_noise": 0.1, "timesteps": [0, 200], "noise_bias": 2.0}
+    inversion = {"token": "x", "vectors": 2, "init": "cat"}
     lightning = {"trainer": trainer, "objective": objective, "callbacks": callbacks}
+    lightning["textual_inversion"] = inversion
     latents = {"latents": {"cache": "cache", "variants": 3, "batch": 4}}
     result = read_settings({"lightning": lightning, "data": {"params": latents}})
     assert result.trainer.gradient_checkpointing is True
@@ -319,10 +322,15 @@ def test_former_names_of_keys_are_read() -> None:
     renamed = {"noise_offset": 0.1, "timestep_range": (0, 200), "timestep_bias": 2.0}
     assert result.objective == renamed
     assert (result.callbacks.save_top_k, result.callbacks.max_images) == (-1, 3)
+    assert (result.callbacks.export_weights, result.callbacks.export_dtype) == ("raw", "full")
+    assert result.callbacks.log_steps == 7
+    assert result.textual_inversion is not None
+    renamed = {"token": "x", "num_vectors": 2, "initializer_words": "cat"}
+    assert result.textual_inversion.model_dump() == renamed
     assert result.callbacks.evaluation is not None
     assert result.callbacks.evaluation.every_n_steps == 50
     assert result.callbacks.sampling == {"scheduler": "karras", "guidance_rescale": 0.5}
-    renamed = {"cache": "cache", "variants_per_image": 3, "batch_size": 4}
+    renamed = {"cache_dir": "cache", "variants_per_image": 3, "batch_size": 4}
     assert result.config["data"]["params"]["latents"] == renamed
 
 
@@ -433,7 +441,7 @@ def test_the_schema_has_the_arguments_of_datasets_and_transforms(
         ("lightning.callbacks.sampling.steps=0", "callbacks.sampling.steps: `0` should be greater"),
         ("lightning.callbacks.image_logger=true", "image_logger: `True` should be a mapping"),
         ("lightning.callbacks.image_logger.params=5", "params: `5` should be a mapping"),
-        ("lightning.textual_inversion.vectors=2", "textual_inversion needs `token`"),
+        ("lightning.textual_inversion.num_vectors=2", "textual_inversion needs `token`"),
         ("lightning.trainer.max_step=3", "lightning.trainer: unknown key `max_step`, did you mean"),
         ("lightning.trainers.max_steps=3", "unknown section `trainers`, did you mean `trainer`"),
         ("lightning.trainer.max_steps=null", "needs `max_steps` or `max_time`"),

@@ -59,7 +59,7 @@ def test_the_transform_of_class_images_is_checked_before_they_are_sampled() -> N
 
 
 def test_an_autoencoder_cannot_use_caches(tmp_path: Path) -> None:
-    data = make_data(latents={"cache": tmp_path}, texts={"cache": tmp_path})
+    data = make_data(latents={"cache_dir": tmp_path}, texts={"cache_dir": tmp_path})
     with pytest.raises(ValueError, match="`latents`, `texts` are for diffusion models only"):
         open_batches(nn.Identity(), data, 23)
 
@@ -100,7 +100,7 @@ def test_an_unreadable_caption_is_skipped_like_a_damaged_image(tmp_path: Path) -
     model = build_tiny_model()
     model.conditioner.text.requires_grad_(False)
     train = {"root": tmp_path, "transform": {"name": "photo", "size": 16}}
-    caches = {key: {"cache": str(tmp_path / key)} for key in ("latents", "texts")}
+    caches = {key: {"cache_dir": str(tmp_path / key)} for key in ("latents", "texts")}
     for params in ({}, {"latents": caches["latents"]}, caches):
         source, _ = open_batches(model, make_data(train=train, **params), 23)
         batch = next(source.iter_batches(3))

@@ -29,8 +29,8 @@ FORMER_CLASSES = {"FunctionalLinear": "Product"}
 class CachedContexts:
     """Cached outputs of a text encoder by caption; a `ContextCache` for `TextEncoder.cache`."""
 
-    def __init__(self, encoder: TextEncoder, cache: Path) -> None:
-        self.store = TensorStore(cache, "contexts")
+    def __init__(self, encoder: TextEncoder, cache_dir: Path) -> None:
+        self.store = TensorStore(cache_dir, "contexts")
         self.encoder_digest = digest_encoder(encoder)
 
     def __contains__(self, caption: object) -> bool:
@@ -59,7 +59,7 @@ class CachedContexts:
 def cache_contexts(
     model: LatentDiffusion,
     datasets: Iterable[ImageDataset | Shards],
-    cache: Path,
+    cache_dir: Path,
     *,
     batch_size: int = 64,
 ) -> None:
@@ -72,7 +72,7 @@ def cache_contexts(
     if not encoders or any(p.requires_grad for encoder in encoders for p in encoder.parameters()):
         raise ValueError("data.params.texts: only contexts of a frozen text encoder can be cached")
     for encoder in encoders:
-        contexts = CachedContexts(encoder, cache)
+        contexts = CachedContexts(encoder, cache_dir)
         for dataset in datasets:
             transform = dataset.transform
             if not isinstance(transform, PhotoTransform) or transform.tags is not None:

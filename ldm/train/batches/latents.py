@@ -205,7 +205,7 @@ class LatentDataset(SampleDataset):
 def cache_latents(
     model: LatentDiffusion,
     images: ImageDataset | Shards,
-    cache: Path,
+    cache_dir: Path,
     *,
     variants_per_image: int | None = None,
     batch_size: int = 32,
@@ -216,7 +216,7 @@ def cache_latents(
     Shards are read only if they have changed since they were cached.
 
     Args:
-        cache: Folder of the cache files.
+        cache_dir: Folder of the cache files.
         variants_per_image: None = all named variants of the transform, else one.
         precision: See `LatentCache`.
     """
@@ -229,7 +229,7 @@ def cache_latents(
             ", ".join(f"`{name}`" for name in transform.list_random_options()),
         )
     latents = LatentCache(
-        TensorStore(cache, "latents"),
+        TensorStore(cache_dir, "latents"),
         transform,
         digest_model(model, transform, precision),
         num_variants,

@@ -3,8 +3,8 @@
 params:
     train: {root: DIR, split: train, transform: {name: photo, size: 512}}   a folder
     validation: …                                                           as `train`
-    latents: {cache: DIR, variants_per_image: 5}    encode images once, before training
-    texts: {cache: DIR}                             encode captions once, before training
+    latents: {cache_dir: DIR, variants_per_image: 5}    encode images once, before training
+    texts: {cache_dir: DIR}                             encode captions once, before training
     prior: {root: DIR, prompt: a dog, count: 200, …}    class images of DreamBooth
 """
 

@@ -170,8 +170,7 @@ def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
         raise ValueError(f"{where} needs one of `root` (a folder), `shards` or `hub`")
     if not isinstance(spec.get("transform"), Mapping):
         raise ValueError(f"{where} needs `transform`, {{name: photo, size: 512, …}}")
-    if "shards" in spec:
-        spec = rename_options("shards", spec)
+    spec = rename_options(keys[0], spec)
     options: JsonObject = validate_section(DATASET_OPTIONS[keys[0]], spec, where)
     return {**options, "transform": _read_transform(spec["transform"], where)}
 

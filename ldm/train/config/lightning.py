@@ -180,7 +180,7 @@ def _translate_trainer(result: _Translation) -> None:
     if arguments["terminate_on_nan"]:
         trainer.setdefault("nan_limit", 1)
     if arguments["log_every_n_steps"] is not None:
-        result.set_defaults("callbacks", log_every=arguments["log_every_n_steps"])
+        result.set_defaults("callbacks", log_steps=arguments["log_every_n_steps"])
 
     # An integer counts batches, a float is a fraction of an epoch.
     val_interval, val_batches = arguments["val_check_interval"], arguments["limit_val_batches"]
@@ -309,7 +309,7 @@ def _translate_model(config: JsonMapping, result: _Translation) -> None:
     elif is_autoencoder or not params.get("use_ema", not is_sgm):
         reason = "ema_decay is missing" if is_autoencoder else "use_ema is false"
         result.set_defaults("optimizer", ema_decay=0.0)
-        result.set_defaults("callbacks", weights="raw")
+        result.set_defaults("callbacks", export_weights="raw")
         result.messages.append(f"model.params.{reason}: no EMA of the weights")
     _set_validation_defaults(config, result)
     if is_sgm:

@@ -44,14 +44,22 @@ RENAMED_KEYS: Names = {
         "callbacks": {
             "best": "save_top_k",
             "images": "max_images",
+            "log_every": "log_steps",
+            "weights": "export_weights",
+            "dtype": "export_dtype",
             "sampling": {"grid": "scheduler", "rescale": "guidance_rescale"},
             "evaluation": {"steps": "every_n_steps"},
         },
+        "textual_inversion": {"vectors": "num_vectors", "init": "initializer_words"},
     },
     "data": {
         "params": {
-            "latents": {"variants": "variants_per_image", "batch": "batch_size"},
-            "texts": {"batch": "batch_size"},
+            "latents": {
+                "cache": "cache_dir",
+                "variants": "variants_per_image",
+                "batch": "batch_size",
+            },
+            "texts": {"cache": "cache_dir", "batch": "batch_size"},
         }
     },
 }

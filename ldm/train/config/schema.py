@@ -265,7 +265,7 @@ class EvaluationOptions(Section):
 class CallbackOptions(Section):
     """What a run logs, saves, samples, validates and exports, and how often."""
 
-    log_every: PositiveIntOrInf = 20  # interval of log lines, in steps
+    log_steps: PositiveIntOrInf = 20  # interval of log lines
     loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], TO_LIST] = [
         "csv",
         "tensorboard",
@@ -294,8 +294,8 @@ class CallbackOptions(Section):
     export_steps: StepCount | None = (
         None  # interval of checkpoints/trainstep_checkpoints/*, all kept
     )
-    weights: Literal["ema", "raw", "both"] = "ema"
-    dtype: Literal["half", "full"] = "half"  # of exports
+    export_weights: Literal["ema", "raw", "both"] = "ema"
+    export_dtype: Literal["half", "full"] = "half"
 
 
 class CriterionOptions(TypedDict, total=False):
@@ -367,8 +367,9 @@ class TextualInversionOptions(Section):
     """A token embedding to train for a frozen model."""
 
     token: NonEmptyStr
-    vectors: PositiveInt = 1  # number of vectors of the token
-    init: NonEmptyStr | None = None  # words of the initial vectors; null: the mean of all tokens
+    num_vectors: PositiveInt = 1
+    # whose embeddings are the initial vectors; null: the mean of all tokens
+    initializer_words: NonEmptyStr | None = None
 
 
 class UcgTrainingOptions(BaseModel):
@@ -418,7 +419,7 @@ class LoaderOptions(BaseModel):
 class LatentCacheOptions(Section):
     """Latents of images, encoded once before training."""
 
-    cache: ExpandedPath
+    cache_dir: ExpandedPath
     # null: all named variants of the transform, 1 if it has none
     variants_per_image: PositiveInt | None = None
     batch_size: PositiveInt = 32  # images encoded at once
@@ -428,7 +429,7 @@ class LatentCacheOptions(Section):
 class TextCacheOptions(Section):
     """Contexts (text embeddings) of captions, encoded once before training."""
 
-    cache: ExpandedPath
+    cache_dir: ExpandedPath
     batch_size: PositiveInt = 64  # captions encoded at once
 
 
@@ -504,7 +505,7 @@ class HubOptions(TypedDict, total=False):
     image: str
     text: str
     fields: JsonObject
-    cache: str
+    cache_dir: str
 
 
 @with_config(STRICT)

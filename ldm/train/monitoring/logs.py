@@ -170,7 +170,7 @@ class ProgressBar:
 
     Args:
         max_steps: Number of steps of the whole run; None = unknown, as it ends by time.
-        log_every: Interval of logging, in steps; in between, losses stay on their device, so that
+        log_steps: Interval of logging, in steps; in between, losses stay on their device, so that
             the CPU does not wait for a GPU.
     """
 
@@ -182,12 +182,12 @@ class ProgressBar:
         *,
         start_step: int,
         max_steps: float | None,
-        log_every: float = 20,
+        log_steps: float = 20,
     ) -> None:
         self.loggers = loggers
         self.ranks = ranks
         self.device = device
-        self.log_every = log_every
+        self.log_steps = log_steps
         self.bar = tqdm(
             total=max_steps,
             initial=start_step,
@@ -211,7 +211,7 @@ class ProgressBar:
                 self.sums[name] = self.sums.get(name, torch.zeros(())) + value.detach()
         self.num_images += num_images
         self.num_steps += 1
-        if step % self.log_every and step != self.bar.total:
+        if step % self.log_steps and step != self.bar.total:
             return
         means = {name: float(v) / self.num_steps for name, v in self.sums.items()}
         means = self.ranks.all_reduce_mean(means)

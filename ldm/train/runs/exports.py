@@ -57,20 +57,20 @@ def export(run: Run, base_path: Path | None = None) -> list[Path]:
         return []
     options = run.settings.callbacks
     base_path = base_path or run.checkpoints / "last"
-    has_ema = options.weights != "raw" and bool(run.state.ema.decay)
+    has_ema = options.export_weights != "raw" and bool(run.state.ema.decay)
     if isinstance(run.task, AdaptationTask):
         path = base_path.with_name(f"{base_path.name}.safetensors")
         if run.ranks.is_main_process:
             with run.state.ema.apply_to(run.task.trainable, enabled=has_ema):
                 run.task.write(path, _make_metadata(run))
         return [path] if run.ranks.is_main_process else []
-    state = _gather_weights(run, ema=has_ema and options.weights == "ema")
-    if has_ema and options.weights == "both":
+    state = _gather_weights(run, ema=has_ema and options.export_weights == "ema")
+    if has_ema and options.export_weights == "both":
         state |= _gather_ema_weights(run)
     if not run.ranks.is_main_process:
         return []
     float32_names = [n for n, v in state.items() if v.dtype == torch.float32 and v.ndim]
-    if float32_names and options.dtype == "half":
+    if float32_names and options.export_dtype == "half":
         names = ", ".join(f"`{name}`" for name in float32_names[:3])
         message = "%d tensors stay in float32, their values are too large for half precision: %s"
         log.warning(message, len(float32_names), names)
@@ -152,7 +152,7 @@ def _list_best_exports(folder: Path, loss_name: str) -> list[tuple[float, Path]]
 
 def _gather_weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
     """Copy the weights of the whole model to the CPU, under the original's names."""
-    dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
+    dtype = torch.float16 if run.settings.callbacks.export_dtype == "half" else torch.float32
     with run.state.ema.apply_to(run.task.trainable, enabled=ema):
         weights = run.task.get_weights_to_export(_load_statistics_images(run))
         weights = gather_shards(weights, keep=run.ranks.is_main_process)
@@ -208,7 +208,7 @@ def _make_metadata(run: Run) -> dict[str, str | int]:
         "batches_per_step": state.batches_per_step,
         "batch_size": run.batch_size,
         "seconds": round(state.seconds),
-        "weights": run.settings.callbacks.weights if state.ema.decay else "raw",
+        "weights": run.settings.callbacks.export_weights if state.ema.decay else "raw",
         "torch": torch.__version__,
     }
     metadata: dict[str, str | int] = {

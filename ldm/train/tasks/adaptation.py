@@ -2,7 +2,7 @@
 
     lightning:
       lora: {rank: 8, alpha: 8, targets: [transformer, text]}             see TARGET_PATTERNS
-      textual_inversion: {token: <cat>, vectors: 2, init: cat}
+      textual_inversion: {token: <cat>, num_vectors: 2, initializer_words: cat}
 
 Hu et al. 2021 (arXiv:2106.09685); Gal et al. 2022 (arXiv:2208.01618).
 """
@@ -34,7 +34,7 @@ TARGET_PATTERNS = {
     "convolutions": r"unet\..*(resnets|samplers)\.\d+\.conv.*",
     "text": r"text_encoder(_2)?\.text_model\.encoder\..*",
 }
-INIT_KEY = "lightning.textual_inversion.init"
+INITIALIZER_KEY = "lightning.textual_inversion.initializer_words"
 
 
 class AdaptationTask(Task):
@@ -45,7 +45,7 @@ class AdaptationTask(Task):
         lora: Fields of `config.schema.LoraOptions`; None = no LoRA.
         textual_inversion: Fields of `config.schema.TextualInversionOptions`; None = no textual
             inversion. Each text encoder has its own vectors, initially the embeddings of the words
-            `init`, or the mean of all token embeddings.
+            `initializer_words`, or the mean of all token embeddings.
     """
 
     def __init__(
@@ -70,8 +70,9 @@ class AdaptationTask(Task):
                 raise ValueError("lightning.textual_inversion: the model has no text encoder")
             self.token = textual_inversion["token"].lower()
             for index, encoder in enumerate(encoders):
-                initial = _make_initial_vectors(encoder, textual_inversion["init"])  # (k, D)
-                indices = torch.arange(textual_inversion["vectors"]) % len(initial)
+                words = textual_inversion["initializer_words"]
+                initial = _make_initial_vectors(encoder, words)  # (k, D)
+                indices = torch.arange(textual_inversion["num_vectors"]) % len(initial)
                 name = f"vectors_{index + 1}" if index else "vectors"
                 self.vectors[name] = nn.Parameter(initial[indices])
             self.trainable["word"] = self.vectors  # its name in state files
@@ -128,22 +129,23 @@ def _build_lora(
     return LoRA(layers)
 
 
-def _make_initial_vectors(encoder: TextEncoder, init: str | None) -> Tensor:
-    """Return the vectors (k, D) of the tokens of `init`, or (1, D), the mean of all tokens."""
-    if init is None:
+def _make_initial_vectors(encoder: TextEncoder, words: str | None) -> Tensor:
+    """Return the vectors (k, D) of the tokens of `words`, or (1, D), the mean of all tokens."""
+    if words is None:
         return encoder.get_token_embeddings().mean(0, keepdim=True)
-    if not tokenizer.encode(init, tokenizer.OPEN_CLIP):
-        raise ValueError(f"{INIT_KEY}: `{init}` has no words")
+    if not tokenizer.encode(words, tokenizer.OPEN_CLIP):
+        raise ValueError(f"{INITIALIZER_KEY}: `{words}` has no words")
     if encoder.token_ids is not None and not encoder.token_ids.is_meta:
         vocabulary = set(encoder.token_ids.tolist())
         missing = [
             f"`{word}`"
-            for word in init.split()
+            for word in words.split()
             if not vocabulary.issuperset(tokenizer.encode(word, tokenizer.OPEN_CLIP))
         ]
         if missing:
-            raise ValueError(f"{INIT_KEY}: not in the model's vocabulary: {', '.join(missing)}")
-    return encoder.get_token_embeddings(init)
+            names = ", ".join(missing)
+            raise ValueError(f"{INITIALIZER_KEY}: not in the model's vocabulary: {names}")
+    return encoder.get_token_embeddings(words)
 
 
 def _add_to_stem(path: Path, name: str) -> Path:
