@@ -48,7 +48,7 @@ class ClassifierFeatures:
         sha256: SHA-256 of the weights file of the classifiers, for the report.
     """
 
-    dimensions = 2 * NUM_COMPONENTS
+    num_features = 2 * NUM_COMPONENTS
 
     def __init__(
         self, classifiers: EmojiClassifiers, real_images: Sequence[Image.Image], sha256: str

@@ -1,4 +1,4 @@
-"""Networks for scores: Inception for features of images, CLIP for how well images match prompts.
+"""Networks of metrics: Inception for features, CLIP for how well images match prompts.
 
 Any object with the methods of `FeatureExtractor` or `PromptScorer`, such as a classifier trained on
 your own dataset, can replace Inception or CLIP.
@@ -18,7 +18,7 @@ from ldm.encoders import tokenizer
 from ldm.encoders.image import normalize_pixels
 from ldm.encoders.towers import CLIP
 from ldm.evaluation.metrics import cosine_similarity
-from ldm.nets.inception import INCEPTION_FEATURES, INCEPTION_IMAGE_SIZE, Inception
+from ldm.nets.inception import INCEPTION_IMAGE_SIZE, INCEPTION_NUM_FEATURES, Inception
 from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonObject
 
@@ -35,7 +35,7 @@ class FeatureExtractor(Protocol):
     """Computes features of images, whose distributions are compared."""
 
     @property
-    def dimensions(self) -> int:
+    def num_features(self) -> int:
         """Number of features, d."""
         ...
 
@@ -65,14 +65,14 @@ class PromptScorer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class InceptionExtractor:
-    """The 2,048 features of FID.
+    """The 2,048 features of Inception's last pooling layer, which FID compares.
 
     Args:
         resize: "clean" or "pytorch-fid", see `preprocess_for_inception`.
         sha256: SHA-256 of the weights file, for reports; None = unknown, features are not cached.
     """
 
-    dimensions: ClassVar[int] = INCEPTION_FEATURES
+    num_features: ClassVar[int] = INCEPTION_NUM_FEATURES
     net: Inception
     resize: str = "clean"
     sha256: str | None = None
@@ -120,8 +120,8 @@ class CLIPScorer:
     @torch.inference_mode()
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
         """Return embeddings (N, D), not normalized, of prompts truncated to 77 tokens."""
-        length = len(self.clip.positional_embedding)
-        tokens = tokenizer.tokenize(prompts, tokenizer.OPEN_CLIP, length)
+        context_length = len(self.clip.positional_embedding)
+        tokens = tokenizer.tokenize(prompts, tokenizer.OPEN_CLIP, context_length)
         tokens = tokens.to(self.clip.text_projection.device)
         eos_positions = (tokens == tokenizer.EOS_ID).int().argmax(dim=1)
         _, pooled = self.clip(tokens, len(self.clip.blocks), eos_positions=eos_positions)

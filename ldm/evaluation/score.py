@@ -170,7 +170,7 @@ def score_sets(
     reference_features: Tensor | None = None
     shared_settings: JsonObject = {}
     if extractor is not None and reference is not None:
-        count, d = len(sets[0].files), extractor.dimensions
+        count, d = len(sets[0].files), extractor.num_features
         for name, n in (("N", count), ("the number of reference images", len(reference.files))):
             if n <= d:
                 log.warning("%s = %d is not above the %d features: FID is unreliable", name, n, d)

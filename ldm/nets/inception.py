@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ldm.nets.blocks import Layer
 
-__all__ = ["INCEPTION_FEATURES", "INCEPTION_IMAGE_SIZE", "Inception"]
+__all__ = ["INCEPTION_IMAGE_SIZE", "INCEPTION_NUM_FEATURES", "Inception"]
 
-INCEPTION_FEATURES = 2048  # number of features
+INCEPTION_NUM_FEATURES = 2048
 INCEPTION_IMAGE_SIZE = 299  # side of the input images, in pixels
 EPS = 1e-3  # of batch norms, as in TensorFlow
 AVERAGE_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)

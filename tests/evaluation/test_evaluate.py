@@ -45,7 +45,7 @@ def run(tiny_model, tmp_path, prompts, run_ldm):
 class MeanColors:
     """The mean color of an image as features and as a score, in place of networks."""
 
-    dimensions = 3
+    num_features = 3
 
     def describe(self):
         return {"name": "mean color"}
