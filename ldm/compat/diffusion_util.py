@@ -44,7 +44,7 @@ def make_beta_schedule(
 def make_ddim_timesteps(
     ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
 ) -> NDArray[np.int64]:
-    """Choose the timesteps of a run, int64, ascending.
+    """Choose the timesteps of DDIM sampling, int64, ascending.
 
     Args:
         ddim_discr_method: "uniform" takes every c-th, c = num_ddpm_timesteps // num_ddim_timesteps,
@@ -53,11 +53,12 @@ def make_ddim_timesteps(
     """
     if ddim_discr_method == "uniform":
         if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
-            raise ValueError(f"steps must be in 1 … {num_ddpm_timesteps}, got {num_ddim_timesteps}")
+            allowed = f"1 … {num_ddpm_timesteps}"
+            raise ValueError(f"num_ddim_timesteps must be in {allowed}, got {num_ddim_timesteps}")
         # With 3, 9, 27 … of 1000 steps, the last is 1000, which is out of range: an IndexError
         # later, as in the original.
-        step = num_ddpm_timesteps // num_ddim_timesteps
-        return np.arange(1, num_ddpm_timesteps + 1, step, dtype=np.int64)
+        stride = num_ddpm_timesteps // num_ddim_timesteps
+        return np.arange(1, num_ddpm_timesteps + 1, stride, dtype=np.int64)
     if ddim_discr_method == "quad":
         square_roots = np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps)
         timesteps: NDArray[np.int64] = (square_roots**2).astype(np.int64) + 1
@@ -70,7 +71,7 @@ def make_ddim_timesteps(
 def make_ddim_sampling_parameters(
     alphacums: Tensor | Array, ddim_timesteps: NDArray[np.int64], eta: float, verbose: bool = True
 ) -> tuple[Tensor | Array, Tensor | Array, Array]:
-    """Compute the parameters of DDIM (arXiv:2010.02502, eq. 12) at the timesteps of a run.
+    """Compute the parameters of DDIM (arXiv:2010.02502, eq. 12) at its timesteps.
 
     Args:
         alphacums: ᾱ at each timestep of the model.
@@ -130,7 +131,7 @@ def timestep_embedding(
 def checkpoint(
     func: Callable[..., Result], inputs: Sequence[object], params: Iterable[Tensor], flag: bool
 ) -> Result:
-    """Call a function; if `flag`, recompute its activations in the backward pass.
+    """Call a function; if `flag`, with gradient checkpointing.
 
     Args:
         params: Ignored, as torch finds the parameters itself.

@@ -36,7 +36,7 @@ def test_ddim_timesteps_equal_the_recorded_ones(schedules):
         np.testing.assert_array_equal(steps, schedules.outputs(name)["timesteps"])
     with pytest.raises(NotImplementedError):
         util.make_ddim_timesteps("other", 10, 1000)
-    with pytest.raises(ValueError, match="steps must be in 1 … 1000, got 1001"):
+    with pytest.raises(ValueError, match="num_ddim_timesteps must be in 1 … 1000, got 1001"):
         util.make_ddim_timesteps("uniform", 1001, 1000)
 
 
