@@ -1,4 +1,4 @@
-"""Layers, importers of third-party packages, and the light import; see CONTRIBUTING.md."""
+"""Layers, imports of third-party packages, and what `import ldm` imports; see CONTRIBUTING.md."""
 
 import ast
 import subprocess
@@ -25,8 +25,8 @@ LAYERS = {
     "scripts": 7,
 }  # fmt: skip
 
-# Third-party packages, modules that open connections, and the only modules that may import them.
-IMPORTERS = {
+# Third-party packages, and those that open connections -> the only modules that may import them.
+ALLOWED_IMPORTERS = {
     "gradio": ["scripts.app", "ldm.app"],
     "open_clip": ["ldm.encoders", "ldm.compat.encoders"],
     "timm": ["ldm.encoders.depth"],
@@ -69,7 +69,7 @@ def get_module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def list_imports(path: Path) -> Iterator[str]:
+def iter_imports(path: Path) -> Iterator[str]:
     for node in ast.walk(parse_file(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -95,7 +95,7 @@ def test_imports_go_down_the_layers():
         f"{get_module_name(path)} imports {imported}"
         for path in FILES
         if get_module_name(path) != "ldm"
-        for imported in list_imports(path)
+        for imported in iter_imports(path)
         if imported.split(".")[0] in ("ldm", "scripts")
         and find_layer(imported) > find_layer(get_module_name(path))
     ]
@@ -106,10 +106,10 @@ def test_third_party_packages_are_imported_only_where_allowed():
     violations = [
         f"{get_module_name(path)} imports {imported}"
         for path in FILES
-        for imported in list_imports(path)
+        for imported in iter_imports(path)
         if not any(
             is_within(get_module_name(path), importer)
-            for importer in IMPORTERS.get(imported.split(".")[0], [get_module_name(path)])
+            for importer in ALLOWED_IMPORTERS.get(imported.split(".")[0], [get_module_name(path)])
         )
     ]
     assert violations == []
@@ -133,14 +133,14 @@ def test_no_other_package_uses_compat():
         (get_module_name(path), imported)
         for path in FILES
         if not is_within(get_module_name(path), "ldm.compat")
-        for imported in list_imports(path)
+        for imported in iter_imports(path)
         if is_within(imported, "ldm.compat")
     }
-    # and `ldm.models` by a string: the one file on disk that a web UI looks for
+    # `ldm.models`, a file that web UIs look for, also does, by a string that is not seen here.
     assert violations == {("ldm", "ldm.compat.finder.install_finder")}
 
 
-def test_no_device_is_hard_coded_below_the_programs():
+def test_cuda_is_not_hard_coded_below_the_programs():
     violations = [
         get_module_name(path)
         for path in FILES
@@ -153,17 +153,17 @@ def test_no_device_is_hard_coded_below_the_programs():
 
 def test_any_is_rare():
     # Most values in `ldm.compat` come from programs that were written for the original.
-    for is_compat, limit in ((False, 8), (True, 32)):
+    for is_compat, max_per_1000_lines in ((False, 8), (True, 32)):
         paths = [p for p in FILES if is_within(get_module_name(p), "ldm.compat") == is_compat]
         names = [n for p in paths for n in ast.walk(parse_file(p)) if isinstance(n, ast.Name)]
         lines = sum(path.read_text("utf-8").count("\n") for path in paths)
-        assert sum(name.id == "Any" for name in names) < limit * lines / 1000
+        assert sum(name.id == "Any" for name in names) < max_per_1000_lines * lines / 1000
 
 
 def test_samplers_need_only_math_and_torch():
     allowed = {"math", "torch", "collections", "functools", "itertools"}
     files = ROOT.glob("ldm/diffusion/samplers/*.py")
-    others = {n for f in files for n in list_imports(f) if n.split(".")[0] not in allowed}
+    others = {n for f in files for n in iter_imports(f) if n.split(".")[0] not in allowed}
     assert {n for n in others if not is_within(n, "ldm.diffusion.samplers")} == {
         "ldm.diffusion.names"
     }
@@ -183,7 +183,7 @@ def test_every_public_name_resolves():
     assert set(ldm.__all__) <= set(dir(ldm))
 
 
-def test_test_files_have_names_of_their_own():
-    """Pytest imports test files by name, so two files of one name stop the whole run."""
+def test_names_of_test_files_are_unique():
+    """Pytest imports test files by name, so two files with one name stop the whole run."""
     names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
     assert {name for name in names if names.count(name) > 1} == set()
