@@ -1,6 +1,6 @@
 """Make masks for inpainting: from a file, a box, or the transparent parts of an image.
 
-The painted area of a mask file is determined by the first of these rules that applies:
+The area that a mask file selects is determined by the first of these rules that applies:
 
     partly transparent              opaque pixels; if these are black and white, the white ones
     two values                      the higher value
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 THRESHOLD = 128  # pixels with at least this value are inpainted
 MAX_LABEL = 32  # maximum class label (VOC has 20); 255 means "ignored" in such masks
-MAX_GRAY_RANGE = 48  # maximum difference of the channels of a gray pixel
+MAX_GRAY_DIFFERENCE = 48  # maximum difference of the channels of a gray pixel
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
@@ -37,7 +37,7 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
         ArgumentError: Aspect ratios of mask and image differ.
     """
     stored = load_stored(path)
-    mask = _find_painted_area(stored)
+    mask = _find_masked_area(stored)
     stored.log_warnings()
     if mask.size == size:
         return mask
@@ -93,8 +93,8 @@ def make_mask(
     return result.filter(ImageFilter.GaussianBlur(blur)) if blur else result
 
 
-def _find_painted_area(stored: StoredImage) -> Image.Image:
-    """Return the painted area of a mask, "L", by the rules at the top of this file."""
+def _find_masked_area(stored: StoredImage) -> Image.Image:
+    """Return the masked area, "L", white = inpaint, by the rules at the top of this file."""
     alpha = stored.get_alpha()
     if alpha is not None:
         opacity = np.asarray(alpha)
@@ -113,11 +113,11 @@ def _find_painted_area(stored: StoredImage) -> Image.Image:
     num_labeled, num_ignored = histogram[1 : MAX_LABEL + 1].sum(), histogram[255]
     if num_labeled > num_ignored > 0 and not histogram[MAX_LABEL + 1 : 255].any():
         log.warning(
-            "the mask `%s` has small values and 255, like labels of a dataset: labels are "
-            "inpainted, 255 (ignored) is not", stored.name,
+            "the mask `%s` looks like class labels with 255 for ignored pixels: "
+            "labels are inpainted, 255 is not", stored.name,
         )  # fmt: skip
         return gray.point(lambda value: 255 * (0 < value <= MAX_LABEL))
-    if stored.image.mode != "F" and _has_much_color(stored.image):
+    if stored.image.mode != "F" and _is_color_image(stored.image):
         log.warning(
             "the mask `%s` is a color image: bright areas are inpainted; use a black and white "
             "mask if you do not want that", stored.name,
@@ -125,10 +125,10 @@ def _find_painted_area(stored: StoredImage) -> Image.Image:
     return gray
 
 
-def _has_much_color(image: Image.Image) -> bool:
+def _is_color_image(image: Image.Image) -> bool:
     """Return whether over 2 % of the pixels are colored, more than after JPEG on gray images."""
     rgb = np.asarray(image.convert("RGB"), np.int16)
-    return bool((np.ptp(rgb, axis=-1) > MAX_GRAY_RANGE).mean() > 0.02)
+    return bool((np.ptp(rgb, axis=-1) > MAX_GRAY_DIFFERENCE).mean() > 0.02)
 
 
 def _is_black_and_white(values: np.ndarray) -> bool:

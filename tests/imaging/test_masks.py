@@ -67,7 +67,7 @@ FLOATS[0, 0] = np.nan
         (make_palette_image((0, 0, 0), (128, 0, 0), (0, 128, 0), indices=LABELS), "png"),
     ],
 )
-def test_the_painted_shape_is_found(tmp_path, image, suffix):
+def test_the_masked_area_is_found(tmp_path, image, suffix):
     image.save(tmp_path / f"mask.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
     Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
     mask = make_mask(tmp_path / "x.png", tmp_path / f"mask.{suffix}")
@@ -88,10 +88,10 @@ def test_masks_of_more_than_two_values_are_not_changed(tmp_path, factor):
     assert (np.asarray(load_mask(tmp_path / "mask.png", (40, 30))) == soft).all()
 
 
-def test_a_mask_of_another_size_is_fitted_or_refused(tmp_path, caplog):
+def test_a_mask_of_another_size_is_resized_or_refused(tmp_path, caplog):
     Image.fromarray(REGION).resize((20, 15)).save(tmp_path / "mask.png")
-    fit = np.asarray(load_mask(tmp_path / "mask.png", (40, 30)))
-    assert (fit == REGION * 255).all()
+    resized = np.asarray(load_mask(tmp_path / "mask.png", (40, 30)))
+    assert (resized == REGION * 255).all()
     assert "is resized to 40x30" in caplog.text
     with pytest.raises(ValueError, match="is 20x15, the image 40x40"):
         load_mask(tmp_path / "mask.png", (40, 40))
@@ -165,7 +165,7 @@ def test_a_depth_map_of_any_bit_depth_is_normalized_to_0_1(tmp_path, image, suff
     torch.testing.assert_close(load_depth(tmp_path / f"x.{suffix}"), expected, rtol=0, atol=1e-4)
 
 
-def test_a_depth_map_with_colors_is_warned_of(tmp_path, caplog):
+def test_a_depth_map_with_colors_logs_a_warning(tmp_path, caplog):
     paint_shape("red").save(tmp_path / "x.png")
     assert (load_depth(tmp_path / "x.png")[0, 0].numpy() == REGION).all()
     assert "x.png` has colors: their gray values are used as depth" in caplog.text
@@ -189,17 +189,17 @@ def test_depth_maps_of_eight_bits_and_of_one_value_are_read(tmp_path):
     assert not load_depth(tmp_path / "flat.png").any()
 
 
-def test_labels_with_255_for_ignored_pixels_are_warned_of(tmp_path, caplog):
+def test_labels_with_255_for_ignored_pixels_log_a_warning(tmp_path, caplog):
     """COCO and VOC label ignored pixels with 255, in a thin border."""
     values = np.zeros((8, 8), np.uint8)
     values[2:6, 2:6], values[1, 2:6] = 1, 255
     Image.fromarray(values).save(tmp_path / "mask.png")
     mask = np.asarray(load_mask(tmp_path / "mask.png", (8, 8)))
     assert (mask == np.where(values == 1, 255, 0)).all()
-    assert "like labels of a dataset" in caplog.text
+    assert "looks like class labels with 255" in caplog.text
 
 
-def test_a_photo_given_as_mask_is_warned_of(tmp_path, caplog):
+def test_a_photo_given_as_mask_logs_a_warning(tmp_path, caplog):
     noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
     load_mask(tmp_path / "photo.png", (8, 8))
