@@ -34,7 +34,7 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
 
 __all__ = [
-    "TOKEN_IDS", "TOKEN_TABLE", "check_weights", "drop_1x1", "guess_file_type", "match_weights",
+    "TOKEN_EMBEDDING", "TOKEN_IDS", "check_weights", "drop_1x1", "guess_file_type", "match_weights",
     "translate_names",
 ]  # fmt: skip
 
@@ -49,7 +49,7 @@ SEPARABLE_COMPONENTS = {
 OBSOLETE_SUFFIXES = ("position_ids", "text_projection.weight", "logit_scale")
 TEXT_BLOCKS = f"{TEXT_PREFIX}model.transformer.resblocks."
 # Of a compact vocabulary: the ids of its tokens in CLIP's vocabulary, and their embeddings.
-TOKEN_IDS, TOKEN_TABLE = f"{TEXT_PREFIX}token_ids", f"{TEXT_PREFIX}model.token_embedding.weight"
+TOKEN_IDS, TOKEN_EMBEDDING = f"{TEXT_PREFIX}token_ids", f"{TEXT_PREFIX}model.token_embedding.weight"
 # In names of tensors that accompany the weights of quantized layers.
 QUANTIZED_LAYER = re.compile(
     r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$"
@@ -239,15 +239,15 @@ def _adapt_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str,
     blocks = [n for n in state if n.startswith(TEXT_BLOCKS) and n not in expected]
     if not any(state[name].any() for name in blocks):
         state = {name: value for name, value in state.items() if name not in blocks}
-    if TOKEN_IDS in expected and TOKEN_IDS not in state and TOKEN_TABLE in state:
-        table = state[TOKEN_TABLE]
+    if TOKEN_IDS in expected and TOKEN_IDS not in state and TOKEN_EMBEDDING in state:
+        table = state[TOKEN_EMBEDDING]
         unknown = table.mode(dim=0).values  # the row of tokens that are not in the vocabulary
         ids = (table != unknown).any(dim=1).nonzero().flatten()
         num_unused = len(expected[TOKEN_IDS]) - len(ids)  # rows of the model without a token
         if num_unused >= 0:
             state[TOKEN_IDS] = torch.cat([ids, len(table) + torch.arange(num_unused)])
             rows = [unknown[None], table[ids], unknown.expand(num_unused, -1)]
-            state[TOKEN_TABLE] = torch.cat(rows)
+            state[TOKEN_EMBEDDING] = torch.cat(rows)
     return state
 
 

@@ -317,7 +317,7 @@ def test_missing_clip_statistics_of_a_folder_are_reported(tmp_path):
     run_convert(tmp_path / "x.ckpt", tmp_path / "y")
     path = tmp_path / "y/image_normalizer/diffusion_pytorch_model.safetensors"
     write_checkpoint(path, {"mean": torch.ones(1)})
-    with pytest.raises(FileFormatError, match="image_normalizer` has damaged statistics: .*'std'"):
+    with pytest.raises(FileFormatError, match="image_normalizer` has invalid statistics: .*'std'"):
         open_checkpoint(tmp_path / "y")
 
 
@@ -513,7 +513,7 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys):
             "unet/config.json: `addition_embed_type: text_image` is not supported",
         ),
         ('cross_attention_dim": 32', 'cross_attention_dim": 48', "does not fit its own configs"),
-        ('"in_channels"', '"_in_channels"', "has a damaged config: KeyError: 'in_channels'"),
+        ('"in_channels"', '"_in_channels"', "has an invalid config: KeyError: 'in_channels'"),
         (text, "{", "is damaged"),
     ):
         unet.write_text(text.replace(old, new))

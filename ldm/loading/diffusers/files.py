@@ -46,7 +46,7 @@ from ldm.loading.diffusers.locations import (
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
-from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
+from ldm.loading.matching import TOKEN_EMBEDDING, TOKEN_IDS, match_weights
 from ldm.loading.modelspec import MODELSPEC_PREFIX
 from ldm.loading.variants import SCHEDULER_KEY, detect_variant
 from ldm.loading.weight_names import (
@@ -68,7 +68,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PIPELINE_KEY = "ldm.pipeline"  # metadata key of the class of a folder's pipeline
+PIPELINE_KEY = "ldm.pipeline"  # metadata key of the pipeline's class name
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"  # of weights files
 WEIGHTS_STEMS = (DIFFUSERS_STEM, TRANSFORMERS_STEM, "pytorch_model")  # the last: a .bin
 # Names of the JSON files that are read of a component.
@@ -78,7 +78,7 @@ CONFIG_NAMES = (
 )  # fmt: skip
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TRANSFORMERS_COMPONENTS = (*TOKENIZERS, "image_encoder", "depth_estimator")
-TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
+TOKEN_EMBEDDING_SUFFIX = "embeddings.token_embedding.weight"
 # A weights file, one shard of several, or the index of the shards.
 WEIGHTS_FILE = re.compile(
     rf"(?P<stem>{'|'.join(WEIGHTS_STEMS)})(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?"
@@ -106,8 +106,8 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
     path = Path(path).expanduser()
     files = _read_configs(path)
     extra_checkpoint = _read_extra_weights(path, files) or Checkpoint(path, "diffusers", {})
-    with errors_as(FileFormatError, f"`{path}` has a damaged config"):
-        token_ids = {name: read_added_tokens(files, f) for name, f in TOKENIZERS.items()}
+    with errors_as(FileFormatError, f"`{path}` has an invalid config"):
+        token_ids = {name: read_added_tokens(files, folder) for name, folder in TOKENIZERS.items()}
         if CONFIG_KEY in extra_checkpoint.metadata:
             original_config = parse_yaml(extra_checkpoint.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
         else:
@@ -119,7 +119,9 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
     added_tokens: dict[str, list[Tensor]] = {}
     state = rename_weights(extra_checkpoint.state_dict)
     folders = {name: path / name if MODEL_INDEX in files else path for name in locations}
-    if file_variant and not any(file_variant in _find_weights_files(f) for f in folders.values()):
+    if file_variant and not any(
+        file_variant in _find_weights_files(folder) for folder in folders.values()
+    ):
         message = f"no weights of variant `{file_variant}` in `{path}`: leave out `variant`"
         raise MissingFile(message, "variant")
     for component, folder in folders.items():
@@ -129,9 +131,9 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
             for token, vectors in added.items():
                 added_tokens.setdefault(token, []).append(vectors)
         if component == "text_encoder" and TOKEN_IDS in state:
-            ids, table = state[TOKEN_IDS], state.pop(TOKEN_TABLE)
+            ids, table = state[TOKEN_IDS], state.pop(TOKEN_EMBEDDING)
             for name in component_state:
-                if name.endswith(TOKEN_EMBEDDING):
+                if name.endswith(TOKEN_EMBEDDING_SUFFIX):
                     component_state[name] = _compact_vocabulary(component_state[name], ids, table)
         state |= {f"{prefixes[component]}{name}": v for name, v in component_state.items()}
     dtype = next((v.dtype for v in component_state.values() if v.is_floating_point()), None)
@@ -143,7 +145,7 @@ def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint
     buffers = make_buffers(model) if isinstance(model, LatentDiffusion) else {}
     if NORMALIZER_CONFIG in files:
         folder = (path / NORMALIZER_CONFIG).parent
-        with errors_as(FileFormatError, f"`{folder}` has damaged statistics"):
+        with errors_as(FileFormatError, f"`{folder}` has invalid statistics"):
             buffers |= _convert_statistics(read_component_state(folder, file_variant))
     config_text = format_yaml(original_config)
     return Checkpoint(
@@ -198,9 +200,9 @@ def build_folder(
         components[component] = convert_to_diffusers(locations, state)
         remaining_state = {name: v for name, v in remaining_state.items() if name not in locations}
     if TOKEN_IDS in state:
-        text_state, name = components["text_encoder"], f"text_model.{TOKEN_EMBEDDING}"
+        text_state, name = components["text_encoder"], f"text_model.{TOKEN_EMBEDDING_SUFFIX}"
         text_state[name] = _expand_vocabulary(text_state[name], state[TOKEN_IDS])
-        remaining_state[TOKEN_TABLE] = state[TOKEN_TABLE]
+        remaining_state[TOKEN_EMBEDDING] = state[TOKEN_EMBEDDING]
     if not isinstance(model, LatentDiffusion):
         return files, {**components, "": restore_names(remaining_state, sgm=False)}
     if NORMALIZER_CONFIG in files:
@@ -376,7 +378,7 @@ def read_network_checkpoint(path: Path) -> Checkpoint:
 
 def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[str, Tensor]:
     """Remove added tokens from a text encoder's table; return their vectors (n, D) by token."""
-    name = next((name for name in state if name.endswith(TOKEN_EMBEDDING)), None)
+    name = next((name for name in state if name.endswith(TOKEN_EMBEDDING_SUFFIX)), None)
     if name is None or len(state[name]) <= VOCAB_SIZE:
         return {}
     table = state[name]
@@ -408,16 +410,16 @@ def _expand_vocabulary(table: Tensor, ids: Tensor) -> Tensor:
         (VOCAB_SIZE, D).
     """
     rows = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
-    is_token = ids < VOCAB_SIZE
-    rows[ids[is_token]] = torch.arange(1, len(table))[is_token]
+    is_used = ids < VOCAB_SIZE
+    rows[ids[is_used]] = torch.arange(1, len(table))[is_used]
     return table[rows]
 
 
 def _compact_vocabulary(embedding: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     """Invert `_expand_vocabulary`; `table` (n + 1, D) has the values of unused rows."""
-    is_token, is_unknown = ids < VOCAB_SIZE, torch.ones(VOCAB_SIZE, dtype=torch.bool)
-    is_unknown[ids[is_token]] = False
+    is_used, is_unused = ids < VOCAB_SIZE, torch.ones(VOCAB_SIZE, dtype=torch.bool)
+    is_unused[ids[is_used]] = False
     compact = table.clone()
-    compact[0] = embedding[is_unknown.nonzero()[0, 0]]
-    compact[1:][is_token] = embedding[ids[is_token]]
+    compact[0] = embedding[is_unused.nonzero()[0, 0]]
+    compact[1:][is_used] = embedding[ids[is_used]]
     return compact
