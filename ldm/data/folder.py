@@ -79,7 +79,7 @@ class ImageFolder(ImageDataset):
         ]
         for row in self.rows:
             get_captions(row)  # both raise FileFormatError
-            transform.parse_numbers(row)
+            transform.parse_score_and_size(row)
         if not self.rows:
             reason = ", ".join(f"{key} `{value}`" for key, value in filters.items())
             raise ArgumentError(f"`{root}` has no images" + (f" with {reason}" if reason else ""))

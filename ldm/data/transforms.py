@@ -87,11 +87,11 @@ class Transform(ABC):
 
     def make_row_fields(self, row: JsonMapping, rng: Random, variant: str = "") -> JsonObject:
         """Make caption, aesthetic score and original size from a row of metadata."""
-        fields = {key: torch.tensor(value) for key, value in self.parse_numbers(row).items()}
+        fields = {key: torch.tensor(value) for key, value in self.parse_score_and_size(row).items()}
         return {**fields, "txt": self.make_caption(row, rng, variant)}
 
-    def parse_numbers(self, row: JsonMapping) -> dict[str, list[float] | list[int]]:
-        """Parse aesthetic score and original size of a row of metadata; empty cells are missing.
+    def parse_score_and_size(self, row: JsonMapping) -> dict[str, list[float] | list[int]]:
+        """Parse aesthetic score and original size of a row; empty cells count as missing.
 
         Raises:
             FileFormatError: One of them is not a number, or a side is not positive.
@@ -135,7 +135,9 @@ class Transform(ABC):
             original_size: (height, width) of the image file; None = that of `image`.
             crop: (top, left) of the crop.
         """
-        conditions = {name: make(image, opacity, rng) for name, make in self.conditions.items()}
+        conditions = {
+            name: condition(image, opacity, rng) for name, condition in self.conditions.items()
+        }
         target_size = image.shape[-2:]
         sizes = zip(SIZE_KEYS, (original_size or target_size, crop, target_size), strict=True)
         return {"jpg": image, **conditions} | {key: torch.tensor(size) for key, size in sizes}
@@ -178,10 +180,10 @@ class PhotoTransform(Transform):
         self, image: Image.Image, rng: Random, variant: str = ""
     ) -> dict[str, Tensor]:
         original_size = image.size
-        image, scale, (left, top) = self._crop_and_resize(flatten_on_white(image), rng)
+        image, factor, (left, top) = self._crop_and_resize(flatten_on_white(image), rng)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            left = original_size[0] / scale - image.width - left  # of the mirrored image
+            left = original_size[0] / factor - image.width - left  # of the mirrored image
         tensor = to_tensor(image)[0]  # (3, H, W)
         return self._make_fields(
             tensor,
@@ -206,21 +208,21 @@ class PhotoTransform(Transform):
         """Crop an image and resize the crop.
 
         Returns:
-            The resized crop, the factor by which it was scaled down, and its (left, top) in pixels
-            of the resized image.
+            The resized crop, its downscale factor, and its (left, top) in pixels of the resized
+            image.
         """
         size = (self.size, self.size)
         if self.buckets is not None:
             size = self.buckets.sizes[self.buckets.find_nearest(*image.size)]
-        scale = min(side / target for side, target in zip(image.size, size, strict=True))
-        crop_size = [target * scale for target in size]
+        factor = min(side / target for side, target in zip(image.size, size, strict=True))
+        crop_size = [target * factor for target in size]
         left, top = (
             (side - crop_side) * (rng.random() if self.crop == "random" else 0.5)
             for side, crop_side in zip(image.size, crop_size, strict=True)
         )
         box = (left, top, left + crop_size[0], top + crop_size[1])
         resized = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-        return resized, scale, (left / scale, top / scale)
+        return resized, factor, (left / factor, top / factor)
 
 
 def get_captions(row: JsonMapping) -> list[str]:
