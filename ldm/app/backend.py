@@ -69,10 +69,10 @@ class Backend:
 
     Args:
         library: The files that runs may use.
-        outdir: Folder for `samples`, `uploads` and `replays`.
+        outdir: Folder for `samples`, `uploads`, `replays`, and `served`: files for browsers.
         model_options: Device, precision and attention of all runs.
         limits: Limits of each run.
-        max_model_bytes: Maximum of all loaded models; None = half of the device's memory.
+        max_model_bytes: Maximum size of all cached models; None = half of the device's memory.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Backend:
         self.limits = limits
         self.max_model_bytes = max_model_bytes
         self.uploads = Uploads(self.outdir / "uploads")
-        self._models: ModelCache | None = None
+        self._model_cache: ModelCache | None = None
 
     @property
     def device(self) -> str:
@@ -231,10 +231,10 @@ class Backend:
         progress: Progress,
         threads: int | None = None,
     ) -> Models:
-        if self._models is None:
+        if self._model_cache is None:
             default = get_total_memory(pick_device(request.model.device)) / 2
             max_bytes = self.max_model_bytes or default
-            self._models = ModelCache(max_bytes, _load_with_compatible_embeddings)
+            self._model_cache = ModelCache(max_bytes, _load_with_compatible_embeddings)
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
         # The recorded number gives the same rounding, but an image may record any number.
         threads = threads and min(threads, os.cpu_count() or 1)
@@ -242,7 +242,7 @@ class Backend:
             for lora, _ in request.model.lora:
                 check_lora(lora, Path(request.model.ckpt or ""))
             models = load_models(
-                request, threads=threads, load=self._models, load_checker=_load_checker
+                request, threads=threads, load=self._model_cache, load_checker=_load_safety_checker
             )
         except ValueError as error:
             files = [file for file, _ in request.model.lora]
@@ -307,7 +307,7 @@ class Backend:
 
 
 @lru_cache(maxsize=1)
-def _load_checker(path: Path, *, device: torch.device) -> SafetyChecker:
+def _load_safety_checker(path: Path, *, device: torch.device) -> SafetyChecker:
     """Load a safety checker and keep it for the next run."""
     return load_safety_checker(path, device=device)
 
@@ -315,7 +315,7 @@ def _load_checker(path: Path, *, device: torch.device) -> SafetyChecker:
 def _read_info_with_path(path: Path) -> Info:
     try:
         return read_info(path) | {"path": str(path)}
-    except OSError:  # deleted meanwhile
+    except OSError:  # deleted in the meantime
         return {}
 
 
