@@ -24,8 +24,9 @@ from ldm.diffusion.samplers.common import Denoise
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "Denoise", "Evaluation", "Guidance", "GuidanceScale", "PerpNeg", "PerturbedAttention",
-    "ProjectedGuidance", "SafeGuidance", "StepCounter", "add_guidance", "switch_conditions",
+    "CurrentStep", "Denoise", "Evaluation", "Guidance", "GuidanceScale", "PerpNeg",
+    "PerturbedAttention", "ProjectedGuidance", "SafeGuidance", "add_guidance",
+    "build_scheduled_denoise",
 ]  # fmt: skip
 
 GuidanceScale = float | Callable[[float], float]
@@ -240,8 +241,8 @@ class PerturbedAttention(Guidance):
         self.base.count_evaluation(is_guided=is_guided)
 
 
-class StepCounter:
-    """Holds the current step of a sampler, for conditions that depend on it.
+class CurrentStep:
+    """The current step of a sampler, for conditions that depend on it.
 
     Attributes:
         step: Counted from 0; the same for all evaluations of the network in a step.
@@ -251,13 +252,13 @@ class StepCounter:
         self.step = step
 
 
-def switch_conditions(
+def build_scheduled_denoise(
     build_denoise: Callable[[Cond | Composition, Cond | None], Denoise],
     cond: AnyCond,
     uncond: Cond | ScheduledCond | None,
-    counter: StepCounter,
+    current_step: CurrentStep,
 ) -> Denoise:
-    """Build `denoise(x, sigma)` with the conditions of the step of `counter`.
+    """Build `denoise(x, sigma)` with the conditions of the current step.
 
     Args:
         build_denoise: Builds it for conditions that do not depend on the step, see `add_guidance`.
@@ -268,8 +269,8 @@ def switch_conditions(
     cache: dict[tuple[int, int], Denoise] = {}
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        step_cond = cond.at(counter.step) if isinstance(cond, ScheduledCond) else cond
-        step_uncond = uncond.at(counter.step) if isinstance(uncond, ScheduledCond) else uncond
+        step_cond = cond.at(current_step.step) if isinstance(cond, ScheduledCond) else cond
+        step_uncond = uncond.at(current_step.step) if isinstance(uncond, ScheduledCond) else uncond
         assert not isinstance(step_uncond, Composition)
         key = (id(step_cond), id(step_uncond))
         if key not in cache:

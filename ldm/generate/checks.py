@@ -39,8 +39,8 @@ from ldm.pipelines.families import (
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import (
     SamplingOptions,
+    get_few_step_warning,
     get_high_sigma_warning,
-    get_limit_warning,
     get_sigmas,
 )
 from ldm.pipelines.sdxl import REFINER_FILE
@@ -99,7 +99,7 @@ def _get_few_step_warning(request: Request) -> str | None:
     if variant is None:
         return None
     resolved, name = resolve_sampling(request, variant.defaults), f"`{variant.path.name}`"
-    return get_limit_warning(variant.defaults, name, resolved.steps, resolved.scale)
+    return get_few_step_warning(variant.defaults, name, resolved.steps, resolved.scale)
 
 
 def check_steps(request: Request) -> None:

@@ -17,11 +17,11 @@ from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.diffusion.brownian import BrownianPaths
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import (
+    CurrentStep,
     Guidance,
     GuidanceScale,
-    StepCounter,
     add_guidance,
-    switch_conditions,
+    build_scheduled_denoise,
 )
 from ldm.diffusion.guidance_embedding import add_embedded_guidance
 from ldm.diffusion.names import SAMPLERS, FreeUFactors
@@ -46,9 +46,9 @@ from ldm.pipelines.sampling_options import (
     check_sampling,
     check_tiles,
     get_default_scale,
+    get_few_step_warning,
     get_high_sigma_warning,
     get_latent_shape,
-    get_limit_warning,
     get_sigmas,
 )
 from ldm.runtime.arguments import as_list
@@ -109,8 +109,8 @@ def sample(
         cond: The condition, which may compose prompts and depend on the step. For a model without
             conditions, `model.condition({})`, it has no rows: there are then as many latents as
             rows of z_t, x_T, z or `seeds`, else one.
-        uncond: The unconditional or negative condition of guidance; None = no guidance; `scale` is
-            then refused, unless the model embeds it.
+        uncond: The unconditional or negative condition of guidance; None = no guidance; `scale`
+            then raises ArgumentError, unless the model embeds it.
         z: (1 | B, C, h, w), the latent to add noise to and start from; None = start from pure
             noise.
         strength: Fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
@@ -191,7 +191,7 @@ def sample(
         }  # fmt: skip
         sigmas = get_sigmas(model, quirks, options)
     elif not len(sigmas) or (sigmas.diff() > 0).any():  # tasks check them before, as a whole run
-        raise ArgumentError("sigmas must be one or more, and descend", "sigmas")
+        raise ArgumentError("sigmas must be one or more, in descending order", "sigmas")
     else:
         # The quirk `strength` counts the requested steps, not the steps of the run.
         requested_steps = None if "strength" in quirks else steps
@@ -199,13 +199,13 @@ def sample(
     check_embedded_guidance(model, guidance, guidance_rescale, guidance_interval)
     variant = model.provenance.get("variant")  # of a LoRA that makes the model few-step
     model_name = f"`{variant['file']}`" if variant else quote_name(model)
-    if warning := get_limit_warning(model.defaults, model_name, steps, scale):
+    if warning := get_few_step_warning(model.defaults, model_name, steps, scale):
         warn_caller(warning)
     n = len(cond) or _count_rows(z_t, x_T, z, seeds)
     noise_source = noise_source or make_noise_source(seeds, n, quirks.names)
     shape = get_latent_shape(model, n, size, z=z, x_T=x_T, z_t=z_t)
     if z_t is not None:
-        x, first_step = z_t.to(model.device, torch.float32) * _compute_std(sigmas[0]), 0
+        x, first_step = z_t.to(model.device, torch.float32) * _compute_ve_factor(sigmas[0]), 0
     else:
         if x_T is None:
             x_T = noise_source(torch.empty(shape, device=model.device))
@@ -245,18 +245,18 @@ def sample(
     if model.guidance_embed_dim is not None:
         dim = model.guidance_embed_dim
         build_denoise = partial(add_embedded_guidance, denoiser, scale=scale, dim=dim)
-    counter = StepCounter(first_step_number)
+    current_step = CurrentStep(first_step_number)
     with circular_padding(tiling):
         x = SAMPLER_FUNCTIONS[sampler](
-            switch_conditions(build_denoise, cond, uncond, counter),
+            build_scheduled_denoise(build_denoise, cond, uncond, current_step),
             x,
             sigmas,
-            callback=_wrap_callback(callback, len(sigmas) - 1, counter),
+            callback=_wrap_callback(callback, len(sigmas) - 1, current_step),
             constrain=constrain,
             **sampler_options,
         )
     quirks.draw_unused_noise(sampler, sigmas, x)
-    return x / _compute_std(sigmas[-1])
+    return x / _compute_ve_factor(sigmas[-1])
 
 
 @torch.no_grad()
@@ -285,16 +285,17 @@ def invert(
     sigmas = sigmas.flip(0).clamp(min=float(model.schedule.sigmas[0]))  # Euler divides by sigma
     names: list[str] = as_list(legacy)
     denoise = Quirks(frozenset(names)).build_inversion_denoise(model, sigmas, cond, uncond, scale)
-    x = euler(denoise, z.float() * _compute_std(sigmas[0]), sigmas)
-    return x / _compute_std(sigmas[-1])
+    x = euler(denoise, z.float() * _compute_ve_factor(sigmas[0]), sigmas)
+    return x / _compute_ve_factor(sigmas[-1])
 
 
 def _check_combinations(arguments: Mapping[str, object]) -> None:
     """Raise ArgumentError for an argument of `sample` that others leave without effect."""
     given_names = {name for name, value in arguments.items() if value is not None}
-    unset = {"strength": arguments["strength"] == 1, "extra_conds": not arguments["extra_conds"],
-             "seeds": arguments["brownian"]}  # fmt: skip
-    given_names -= {name for name, is_unset in unset.items() if is_unset}
+    is_allowed = {"strength": arguments["strength"] == 1,
+                  "extra_conds": not arguments["extra_conds"],
+                  "seeds": arguments["brownian"]}  # fmt: skip
+    given_names -= {name for name in is_allowed if is_allowed[name]}
     for name, other in REQUIRES.items():
         if name in given_names and other not in given_names:
             raise ArgumentError(f"{name} needs {other}", name)
@@ -315,10 +316,12 @@ def _check_guidance(
     if model.guidance_embed_dim is not None:
         return  # see `check_embedded_guidance`
     guidance = arguments["guidance"]
-    perturbs = isinstance(guidance, Guidance) and guidance.needs_perturbed  # it needs no `uncond`
-    names = ["scale"] if perturbs else ["scale", "guidance", "guidance_interval"]
+    # Guidance that perturbs the network works without `uncond`.
+    needs_perturbed = isinstance(guidance, Guidance) and guidance.needs_perturbed
+    names = ["scale"] if needs_perturbed else ["scale", "guidance", "guidance_interval"]
     given_names = [name for name in names if arguments[name] is not None]
-    given_names += ["guidance_rescale"] if arguments["guidance_rescale"] and not perturbs else []
+    if arguments["guidance_rescale"] and not needs_perturbed:
+        given_names.append("guidance_rescale")
     has_uncond = arguments["uncond"] is not None
     if given_names and scale != 1 and not has_uncond:
         raise ArgumentError(f"{given_names[0]} needs uncond", given_names[0])
@@ -346,12 +349,12 @@ def _add_initial_noise(
         steps: Requested number of steps.
     """
     if z is None:
-        return x_T * _compute_std(sigmas[0]), 0
+        return x_T * _compute_ve_factor(sigmas[0]), 0
     first_step, noise_index = quirks.find_first_step(strength, steps, len(sigmas) - 1)
-    sigma, std = float(sigmas[noise_index]), _compute_std(sigmas[noise_index])
+    sigma, std = float(sigmas[noise_index]), _compute_ve_factor(sigmas[noise_index])
     x = x_T * std if quirks.starts_from_noise(strength) else z.to(x_T) + sigma * x_T
     # With a quirk, noise_index is not first_step: the VP-scaled latent is used as is at first_step.
-    return x * (_compute_std(sigmas[first_step]) / std), first_step
+    return x * (_compute_ve_factor(sigmas[first_step]) / std), first_step
 
 
 def _tile_network(denoiser: Denoiser, tile: int | None) -> Denoiser:
@@ -371,13 +374,13 @@ def _get_sampler_options(
     step_noise: StepNoise,
     noise_source: NoiseSource,
     always_draws: bool,
-    is_continued: bool,
+    ends_early: bool,
 ) -> dict[str, object]:
     """Return the keyword arguments of the sampler's function.
 
     Args:
         always_draws: Whether to draw noise even where eta is 0, as the original did.
-        is_continued: Whether another model continues from the result.
+        ends_early: Whether the result is noisy, for another model to continue from.
     """
     spec, s_noise, s_tmax = SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
     scaled_noise = noise_source if s_noise == 1 else lambda like: s_noise * noise_source(like)
@@ -393,7 +396,7 @@ def _get_sampler_options(
             options["noise_source"] = None  # nothing is drawn; the original drew noise, times 0
     if spec.scales_timesteps:
         options["scale_timestep"] = schedule.scale_timestep
-    if spec.function_name == "dpmpp_2m" and is_continued:
+    if spec.function_name == "dpmpp_2m" and ends_early:
         options["lower_order_final"] = False  # as its last step is not the last of the run
     return options
 
@@ -409,19 +412,19 @@ def _make_interval_noise(
 
 
 def _wrap_callback(
-    callback: Callback | None, steps: int, counter: StepCounter
+    callback: Callback | None, steps: int, current_step: CurrentStep
 ) -> Callable[[int, Tensor, Tensor], None]:
-    """Add the number of steps to the callback's arguments, and advance the counter."""
-    first = counter.step
+    """Add the number of steps to the callback's arguments, and update the current step."""
+    first = current_step.step
 
     def after_step(step: int, x: Tensor, denoised: Tensor) -> None:
-        counter.step = first + step + 1
+        current_step.step = first + step + 1
         if callback:
             callback(step, steps, x, denoised)
 
     return after_step
 
 
-def _compute_std(sigma: Tensor) -> float:
-    """Return the standard deviation of x at `sigma` for a z of standard deviation 1."""
+def _compute_ve_factor(sigma: Tensor) -> float:
+    """Return x / z_t at `sigma`, also the standard deviation of x if z has one of 1."""
     return math.sqrt(1 + float(sigma) ** 2)

@@ -20,7 +20,7 @@ from ldm.runtime.errors import ArgumentError, check_name
 __all__ = [
     "Callback", "SamplingOptions", "check_embedded_guidance", "check_no_conflict_with_sigmas",
     "check_sampling", "check_tiles", "get_default_scale", "get_default_scheduler",
-    "get_high_sigma_warning", "get_latent_shape", "get_limit_warning", "get_sigmas",
+    "get_few_step_warning", "get_high_sigma_warning", "get_latent_shape", "get_sigmas",
     "needs_uncond",
 ]  # fmt: skip
 
@@ -145,7 +145,7 @@ def needs_uncond(model: LatentDiffusion, sampler: str | None, scale: GuidanceSca
     return scale != 1 or SAMPLERS[sampler or model.defaults.sampler].is_cfg_pp
 
 
-def get_limit_warning(
+def get_few_step_warning(
     defaults: Defaults, name: str, steps: int | None, scale: GuidanceScale | None
 ) -> str | None:
     """Return a warning if a few-step model gets too many steps or too high a scale, else None.

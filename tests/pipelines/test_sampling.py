@@ -203,7 +203,7 @@ def test_values_of_a_wrong_type_or_shape_are_refused_before_a_network_runs(
     ({"strength": None}, "strength must be a finite number, got None"),
     ({"unet_tile": 0}, "unet_tile must be 1 or more, got 0"),
     ({"freeu_version": "2"}, "freeu_version needs freeu"),
-    ({"sigmas": torch.zeros(0)}, "sigmas must be one or more, and descend"),
+    ({"sigmas": torch.zeros(0)}, "sigmas must be one or more, in descending"),
     ({"scale": 7}, "scale needs uncond"),
     ({"guidance_rescale": 0.7}, "guidance_rescale needs uncond"),
     ({"guidance_interval": (0, 5)}, "guidance_interval needs uncond"),
