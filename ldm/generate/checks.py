@@ -262,7 +262,7 @@ def _find_image_channels(path: Path, weights: Weights | None) -> int | None:
     if config.is_file():
         channels = read_json(config).get("in_channels")
         return channels if isinstance(channels, int) else None
-    weight = None if weights is None else weights.state.get(VAE_CONV_IN)
+    weight = None if weights is None else weights.state_dict.get(VAE_CONV_IN)
     return None if weight is None else weight.shape[1]
 
 

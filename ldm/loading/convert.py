@@ -284,8 +284,8 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     For an autoencoder alone, it has only `first_stage_config`; for an unknown family it is None.
     """
     weights = identify_weights(file)
-    is_model = file.has_ema or has_prefix(weights.state, UNET_PREFIX)
-    is_autoencoder = any(n.removeprefix(VAE_PREFIX) == ENCODER_CONV_IN for n in weights.state)
+    is_model = file.has_ema or has_prefix(weights.state_dict, UNET_PREFIX)
+    is_autoencoder = any(n.removeprefix(VAE_PREFIX) == ENCODER_CONV_IN for n in weights.state_dict)
     if config is None and CONFIG_KEY in file.metadata:
         config_text = file.metadata[CONFIG_KEY]
     elif config is None and is_autoencoder and not is_model:
@@ -324,7 +324,7 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
     weights.select_ema(expected, ema)
     weight_names = set(dict(pair_names(file.state_dict)).values())
     non_weights = {name: v for name, v in file.state_dict.items() if name not in weight_names}
-    state = translate_names(model, weights.state, file.path)
+    state = translate_names(model, weights.state_dict, file.path)
     is_sgm = has_sgm_names(expected)
     renamed = {to_original_name(name, sgm=is_sgm): value for name, value in state.items()}
     return replace(file, state_dict=non_weights | renamed)

@@ -192,18 +192,18 @@ class DetectedPredictionType:
 
 
 def detect_family(
-    state: Mapping[str, Tensor],
+    state_dict: Mapping[str, Tensor],
     ema_state_dict: Mapping[str, Tensor] | None = None,
     markers: Collection[str] = (),
 ) -> Family | None:
     """Return the family of weights; None if no published family has these shapes.
 
     Args:
-        state: Weights under our names, or under diffusers' names with our prefixes.
-        ema_state_dict: `model_ema.*`, used if `state` has no UNet; None = no EMA weights.
+        state_dict: Weights under our names, or under diffusers' names with our prefixes.
+        ema_state_dict: `model_ema.*`, used if `state_dict` has no UNet; None = no EMA weights.
         markers: Names of marker tensors in the file.
     """
-    unet = select_prefix(state, UNET_PREFIX)
+    unet = select_prefix(state_dict, UNET_PREFIX)
     if not unet and ema_state_dict:
         unet = select_prefix(ema_state_dict, to_ema_name(to_original_name(UNET_PREFIX)))
     shapes = {name.replace(".", ""): value.shape for name, value in unet.items()}
@@ -216,11 +216,11 @@ def detect_family(
     context_dim = key_shapes[0][1] if key_shapes else None
     vector_dim = next((shapes[n][axis] for n, axis in VECTOR_AXES.items() if n in shapes), None)
     dims = (conv_shape[1], context_dim, vector_dim)
-    image_channels = state[VAE_CONV_IN].shape[1] if VAE_CONV_IN in state else 3
+    image_channels = state_dict[VAE_CONV_IN].shape[1] if VAE_CONV_IN in state_dict else 3
     for family in FAMILIES:
         if (
             (family.in_channels, family.context_dim, family.vector_dim) == dims
-            and family.has_vision_tower == (VISION_PROJECTION in state)
+            and family.has_vision_tower == (VISION_PROJECTION in state_dict)
             and family.image_channels == image_channels
             and family.num_blocks in (None, len(key_shapes))
             and (not family.marker or family.marker in markers)

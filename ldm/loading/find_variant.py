@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def detect_model_variant(weights: Weights) -> DetectedVariant | None:
     """Return the variant by weights, metadata and path; None for an ordinary model."""
-    return detect_variant(weights.path, weights.metadata, weights.state)
+    return detect_variant(weights.path, weights.metadata, weights.state_dict)
 
 
 def find_variant_without_weights(

@@ -207,12 +207,12 @@ def inspect_checkpoint(
         report.task = weights.family.task or None
         if variant := detect_model_variant(weights):
             report.variant = f"{variant.name}, by {variant.evidence}"
-    report.parts = list(_list_tensor_groups(weights.state))
+    report.parts = list(_list_tensor_groups(weights.state_dict))
     report.has_ema = weights.checkpoint.has_ema
     report.step = weights.checkpoint.step
     report.extras = list(weights.checkpoint.other_keys)
     report.metadata = weights.checkpoint.metadata
-    if has_transposed_projection(weights.state):
+    if has_transposed_projection(weights.state_dict):
         report.note = TRANSPOSED_WARNING
     _compare_with_config(report, weights, config)
     return report
@@ -260,7 +260,7 @@ def _compare_with_config(
     family = find_family(model.conditioner) if isinstance(model, LatentDiffusion) else None
     if report.family is None and family is not None:
         report.title, report.task = FAMILIES[family].title, FAMILIES[family].function
-    expected, state = model.state_dict(), translate_names(model, weights.state, weights.path)
+    expected, state = model.state_dict(), translate_names(model, weights.state_dict, weights.path)
     if weights.family is LATENT_UPSCALER:
         missing = [prefix for prefix in UPSCALER_COMPONENTS if not has_prefix(state, prefix)]
         if missing:

@@ -3,7 +3,7 @@
     weights = identify_weights(open_checkpoint(ckpt))   memory-mapped, our names, with a family
     _, config_dict = read_config(weights, config)       a YAML: given, embedded, or of the family
     model = build_on_meta(config_dict)                  no memory, no initialization
-    state = match_weights(model, weights.state, …)      strict: every tensor, every shape
+    state = match_weights(model, weights.state_dict, …) strict: every tensor, every shape
     fill_weights(model, state)
     add_loras(model, …), load_embeddings(model, …)
 
@@ -216,7 +216,7 @@ def load(
             provenance["text_encoder"] = replace_text_encoder(model, weights, text_encoder)
     if weights.family is LATENT_UPSCALER:
         complete_upscaler(model, weights, base)
-    if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
+    if add_depth_network(model.state_dict(), weights.state_dict, weights.path, midas):
         weights.memory_mapped = False  # the network's tensors are in memory
     load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
     fill_device = "cpu" if offload else device
@@ -361,10 +361,14 @@ def _match_and_fill(
     Args:
         error_prefix: See `match_weights`.
     """
-    state = match_weights(model, weights.state, weights.path, error_prefix)
+    state = match_weights(model, weights.state_dict, weights.path, error_prefix)
     if has_transposed_projection(state):
         warnings.warn(f"`{weights.path}`: {TRANSPOSED_WARNING}", stacklevel=3)
-    for source in (weights.state, weights.checkpoint.state_dict, weights.checkpoint.ema_state_dict):
+    for source in (
+        weights.state_dict,
+        weights.checkpoint.state_dict,
+        weights.checkpoint.ema_state_dict,
+    ):
         source.clear()  # so that memory is freed while `state` is emptied
     fill_weights(
         model,

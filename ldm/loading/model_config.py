@@ -78,7 +78,7 @@ def read_config(
     unet_params = None
     if config is None or path.endswith(".json"):
         with errors_as(WeightsMismatch, f"`{weights.path}` is not a complete x2 latent upscaler"):
-            unet_params = find_unet_params(path, weights.state)
+            unet_params = find_unet_params(path, weights.state_dict)
     if unet_params is not None:
         config_dict = build_upscaler_config(unet_params, overrides)
     elif config is None and path == CONFIG_KEY:
@@ -130,7 +130,7 @@ def probe_weights(weights: Weights) -> DetectedPredictionType:
     spec = translate_config(read_yaml(family.get_config_path(None)))
     unet = build_on_meta(spec["params"]["unet"])
     try:
-        fill_weights(unet, match_weights(unet, weights.state, weights.path))
+        fill_weights(unet, match_weights(unet, weights.state_dict, weights.path))
     except WeightsMismatch:
         return weights.prediction_type
     return probe_prediction_type(unet.eval(), weights.prediction_type, family.context_dim or 0)
@@ -183,9 +183,9 @@ def _adapt_config(config_dict: JsonObject, weights: Weights) -> None:
         params["image_size"] = [params["image_size"], 2 * params["image_size"]]
     if is_engine:
         _apply_buffers(params, weights)
-    if GUIDANCE_WEIGHT in weights.state:
+    if GUIDANCE_WEIGHT in weights.state_dict:
         key = "network_config" if is_engine else "unet_config"
-        embed_dim = weights.state[GUIDANCE_WEIGHT].shape[1]
+        embed_dim = weights.state_dict[GUIDANCE_WEIGHT].shape[1]
         params[key]["params"]["time_cond_proj_dim"] = embed_dim
 
 

@@ -53,7 +53,9 @@ def remove_autoencoder(
     if tiny.has_encoder:
         model.autoencoder = PixelSpace()
         model.upcast_autoencoder = False
-        weights.state = {n: v for n, v in weights.state.items() if not n.startswith(VAE_PREFIX)}
+        weights.state_dict = {
+            n: v for n, v in weights.state_dict.items() if not n.startswith(VAE_PREFIX)
+        }
     return _make_provenance(tiny.path)
 
 
@@ -65,7 +67,7 @@ def replace_text_encoder(
     If `weights` have no autoencoder, that of the checkpoint is added.
     """
     source = open_checkpoint(text_encoder)
-    state = extract_text_encoder(source, model, weights.state, weights.path)
+    state = extract_text_encoder(source, model, weights.state_dict, weights.path)
     _replace_weights(weights, source, TEXT_PREFIX, state)
     return _make_provenance(source.path)
 
@@ -127,21 +129,21 @@ def complete_upscaler(
     Raises:
         MissingArgument: A component is missing, and `base` has none of its shape.
     """
-    if "unet.time_proj.weight" in weights.state:
+    if "unet.time_proj.weight" in weights.state_dict:
         unet_state = model.unet.state_dict()
         for name in unet_state.keys() - locate_unet(unet_state).keys():
             value = unet_state[name]
             value = torch.zeros(value.shape) if value.is_meta else value
-            weights.state.setdefault(f"unet.{name}", value)
+            weights.state_dict.setdefault(f"unet.{name}", value)
         weights.memory_mapped = False  # these tensors, and those of `base`, are in memory
     expected, base_state = model.state_dict(), {} if base is None else base.state_dict()
     for prefix in UPSCALER_COMPONENTS:
         names = [name for name in expected if name.startswith(prefix)]
         base_fits = all(n in base_state and base_state[n].shape == expected[n].shape for n in names)
-        if base_fits and not has_prefix(weights.state, prefix):
-            weights.state |= {name: base_state[name] for name in names}
+        if base_fits and not has_prefix(weights.state_dict, prefix):
+            weights.state_dict |= {name: base_state[name] for name in names}
             weights.memory_mapped = False
-    check_upscaler(weights.state, weights.path, base)
+    check_upscaler(weights.state_dict, weights.path, base)
 
 
 def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | None = None) -> None:
@@ -168,7 +170,9 @@ def _replace_weights(
     weights: Weights, source: Checkpoint, prefix: str, state: dict[str, Tensor]
 ) -> None:
     """Replace all weights with a prefix by `state`, a component of another checkpoint."""
-    weights.state = state | {n: v for n, v in weights.state.items() if not n.startswith(prefix)}
+    weights.state_dict = state | {
+        n: v for n, v in weights.state_dict.items() if not n.startswith(prefix)
+    }
     weights.memory_mapped = weights.memory_mapped and source.memory_mapped
 
 

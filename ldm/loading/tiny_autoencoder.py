@@ -47,16 +47,16 @@ class TinyWeights:
     """The weights of TAESD.
 
     Args:
-        state: Weights under the names of `TinyAutoencoder`.
+        state_dict: Weights under the names of `TinyAutoencoder`.
     """
 
     path: Path
-    state: dict[str, Tensor]
+    state_dict: dict[str, Tensor]
 
     @property
     def has_encoder(self) -> bool:
         """Whether the weights include the encoder."""
-        return any(name.startswith("encoder.") for name in self.state)
+        return any(name.startswith("encoder.") for name in self.state_dict)
 
 
 def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
@@ -77,7 +77,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
         return None
     network = "encoder" if "0.weight" in state else "decoder"
     weights = TinyWeights(path, {_to_our_name(name, network): v for name, v in state.items()})
-    if not any(name.startswith("decoder.") for name in weights.state):
+    if not any(name.startswith("decoder.") for name in weights.state_dict):
         raise WeightsMismatch(f"`{path}` is only the encoder of TAESD: pass the decoder")
     return weights
 
@@ -94,8 +94,10 @@ def build_tiny_autoencoder(
     if not weights.has_encoder:
         expected = {name: v for name, v in expected.items() if name.startswith("decoder.")}
         tiny.encoder = None
-    check_weights(expected, weights.state, f"`{weights.path}` is not TAESD with 4 latent channels")
-    fill_weights(tiny, dict(weights.state), device=device, dtype=dtype)
+    check_weights(
+        expected, weights.state_dict, f"`{weights.path}` is not TAESD with 4 latent channels"
+    )
+    fill_weights(tiny, dict(weights.state_dict), device=device, dtype=dtype)
     if not weights.has_encoder and isinstance(model.autoencoder, AutoencoderKL):
         tiny.fallback_encoder = model.autoencoder
     return tiny.eval()

@@ -68,7 +68,7 @@ class Weights:
     """
 
     checkpoint: Checkpoint
-    state: dict[str, Tensor]
+    state_dict: dict[str, Tensor]
     buffers: dict[str, Tensor]
     metadata: dict[str, str]
     family: Family | None
@@ -87,7 +87,7 @@ class Weights:
         """Set the prediction type by all methods that do not run the network."""
         name, step = find_model_name(self.path), self.checkpoint.step
         self.prediction_type = detect_prediction_type(
-            self.family, self.state, step, self.metadata, name
+            self.family, self.state_dict, step, self.metadata, name
         )
 
     def select_ema(self, names: Collection[str], ema: bool) -> None:
@@ -101,17 +101,17 @@ class Weights:
             MissingArgument: The file has only EMA weights for the model's UNet.
         """
         if ema:
-            all_names = (*names, *self.state)
+            all_names = (*names, *self.state_dict)
             is_sgm = has_sgm_names(all_names)
             names_by_original = {to_original_name(name, sgm=is_sgm): name for name in all_names}
             use_ema_weights(
-                self.state, self.checkpoint.ema_state_dict, names_by_original, self.path
+                self.state_dict, self.checkpoint.ema_state_dict, names_by_original, self.path
             )
             self.update_prediction_type()
         elif (
             self.checkpoint.has_ema
             and has_prefix(names, UNET_PREFIX)
-            and not has_prefix(self.state, UNET_PREFIX)
+            and not has_prefix(self.state_dict, UNET_PREFIX)
         ):
             message = f"`{self.path}` contains only EMA weights of the UNet"
             raise MissingArgument(f"{message}\nhint: load it with `ema`", "ema")

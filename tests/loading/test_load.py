@@ -115,7 +115,7 @@ def test_files_of_all_programs_give_the_same_model(
         caplog.clear()
         torch.save(content, path, _use_new_zipfile_serialization=not is_legacy)
         expected = rounded if name == "half" else tiny_state
-        state = match_weights(model, identify_weights(read_checkpoint(path)).state, path)
+        state = match_weights(model, identify_weights(read_checkpoint(path)).state_dict, path)
         ours = rename_weights(expected)
         assert state.keys() == ours.keys(), name
         assert all(torch.equal(value, ours[key].to(value.dtype)) for key, value in state.items())

@@ -82,7 +82,7 @@ def test_sizes_are_read_from_the_weights_or_the_json(files, tmp_path):
     sidecar.write_text(json.dumps({"model": {"type": "image_v2"}}))
     with pytest.raises(ConfigError, match=r"must be of type `image_v1`, got `image_v2`"):
         read_config(weights, sidecar)
-    del weights.state["unet.inner_model.mapping_cond.weight"]
+    del weights.state_dict["unet.inner_model.mapping_cond.weight"]
     with pytest.raises(WeightsMismatch, match=r"x2.pth` is not a complete x2 latent upscaler"):
         read_config(weights)
 

@@ -91,7 +91,7 @@ def _load_checkpoint(
     """
     path = resolve_checkpoint(params["ckpt_path"])
     weights = identify_weights(open_checkpoint(path if path.is_dir() else find_file(path)))
-    state = select_prefix(weights.state, prefix) or weights.state
+    state = select_prefix(weights.state_dict, prefix) or weights.state_dict
     current_state = module.state_dict()
     ignored_prefixes = tuple(params.get("ignore_keys") or ())
     state = {n: v for n, v in state.items() if not n.startswith(ignored_prefixes)}
