@@ -25,9 +25,9 @@ from ldm.loading.autoencoders import SCALE_KEY, UPCAST_KEY, works_in_float16
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml, read_config_text, read_yaml
 from ldm.loading.diffusers.files import (
-    build_folder,
     get_weights_path,
     is_diffusers_folder,
+    make_folder_contents,
     write_text_files,
 )
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
@@ -205,7 +205,7 @@ def plan_conversion(
     else:
         if isinstance(model, LatentDiffusion) and isinstance(model.unet, LatentUpscalerUNet):
             check_upscaler(rename_weights(file.state_dict), file.path)
-        text_files, components = build_folder(file, config_dict, clip_stats)
+        text_files, components = make_folder_contents(file, config_dict, clip_stats)
         weights = {get_weights_path(c, text_files, variant): s for c, s in components.items() if s}
     for path, state in weights.items():
         size = _count_bytes(state, dtype) / 1e9
@@ -323,11 +323,11 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
     weights, expected = identify_weights(file), model.state_dict()
     weights.select_ema(expected, ema)
     weight_names = set(dict(pair_names(file.state_dict)).values())
-    non_weights = {name: v for name, v in file.state_dict.items() if name not in weight_names}
+    auxiliary_tensors = {name: v for name, v in file.state_dict.items() if name not in weight_names}
     state = translate_names(model, weights.state_dict, file.path)
     is_sgm = has_sgm_names(expected)
     renamed = {to_original_name(name, sgm=is_sgm): value for name, value in state.items()}
-    return replace(file, state_dict=non_weights | renamed)
+    return replace(file, state_dict=auxiliary_tensors | renamed)
 
 
 def fill_lora_components(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -61,7 +61,7 @@ from ldm.runtime.errors import FileFormatError, MissingFile, errors_as
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "PIPELINE_KEY", "build_folder", "get_weights_path", "is_diffusers_folder",
+    "PIPELINE_KEY", "get_weights_path", "is_diffusers_folder", "make_folder_contents",
     "read_component_state", "read_folder", "read_folder_config", "read_folder_metadata",
     "read_network_checkpoint", "write_text_files",
 ]  # fmt: skip
@@ -173,7 +173,7 @@ def read_folder_metadata(path: Path) -> tuple[dict[str, str], bool]:
     return _collect_metadata(files), bool(files.get(UNET_CONFIG, {}).get("time_cond_proj_dim"))
 
 
-def build_folder(
+def make_folder_contents(
     checkpoint: Checkpoint, original_config: JsonMapping, clip_stats: str | Path | None = None
 ) -> tuple[FolderFiles, Components]:
     """Return (text files by path, tensors by component) of a folder to write.
