@@ -34,7 +34,7 @@ from ldm.generate.options import Value, get_options
 from ldm.generate.replay import (
     compare_infos,
     compare_results,
-    get_line_values,
+    get_prompt_line_values,
     get_recorded_defaults,
     get_recorded_files,
     read_request,
@@ -262,7 +262,7 @@ class Backend:
         Args:
             name: Name of the image file, for messages.
         """
-        recorded = read_request(info, name).with_values(get_line_values(info))
+        recorded = read_request(info, name).with_values(get_prompt_line_values(info))
         if recorded.model.overrides or info["overrides"]:
             raise ArgumentError("the image was made with overrides: use `ldm replay`")
         entry = self.library.find_recorded_model(info, recorded.task)

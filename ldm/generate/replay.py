@@ -31,9 +31,9 @@ from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "check_inputs", "compare_infos", "compare_results", "get_line_values", "get_recorded_defaults",
-    "get_recorded_eta", "get_recorded_files", "make_replay_request", "read_request",
-    "reproduce_image",
+    "check_inputs", "compare_infos", "compare_results", "get_prompt_line_values",
+    "get_recorded_defaults", "get_recorded_eta", "get_recorded_files", "make_replay_request",
+    "read_request", "reproduce_image",
 ]  # fmt: skip
 
 PRECISION_BY_DTYPE = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
@@ -67,13 +67,13 @@ def read_request(info: JsonMapping, where: str) -> Request:
         raise ArgumentError(f"{where}: the request in it is damaged")
     values = {**values, "eta": get_recorded_eta(values), **_get_input_paths(task, info)}
     # The default scale may have changed since; if the line set a scale, it is not that of the run.
-    if values.get("scale") is None and "scale" not in get_line_values(info):
+    if values.get("scale") is None and "scale" not in get_prompt_line_values(info):
         values["scale"] = info.get("scale")
     options = task.options
     return task.build_request({name: value for name, value in values.items() if name in options})
 
 
-def get_line_values(info: JsonMapping) -> JsonObject:
+def get_prompt_line_values(info: JsonMapping) -> JsonObject:
     """Return the options that a line of the prompt file set for an image."""
     line: JsonObject = info.get("line") or {}
     return line
@@ -120,7 +120,7 @@ def make_replay_request(info: JsonMapping, request: Request, changes: JsonMappin
         MissingFile, ArgumentError: A file is missing, or one besides the checkpoint has changed; or
             packages are needed that `changes` do not allow.
     """
-    request = request.with_values(get_line_values(info))
+    request = request.with_values(get_prompt_line_values(info))
     if request.model.allow_module and "allow_module" not in changes:
         packages = ", ".join(f"`{package}`" for package in request.model.allow_module)
         message = f"made with classes of {packages}: allow it again if you trust the image"
