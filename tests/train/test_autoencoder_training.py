@@ -16,6 +16,7 @@ from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.lpips import LPIPS
+from ldm.train.build import set_gradient_checkpointing
 from ldm.train.loop import train
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.tasks.autoencoder import (
@@ -331,6 +332,17 @@ def test_outlier_weight_penalizes_a_spike_in_the_decoder() -> None:
     compute_penalty().backward()
     # If one pixel of 256 has all of the variance, it is 16 standard deviations away.
     assert 0.3 < compute_penalty() < 16 / 6 - 1
+
+
+def test_gradients_of_outlier_weight_are_equal_with_checkpointing() -> None:
+    batch, model = make_batch(), build_tiny_vae()
+    task, gradients = ReconstructionTask(model, outlier_weight=1e3), []
+    for enabled in (False, True):
+        assert set_gradient_checkpointing(model, enabled)
+        model.zero_grad()
+        task.loss(batch, make_generator())["loss"].backward()
+        gradients.append(model.decoder.conv_in.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ class ReconstructionTask(Task):
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         image = batch["jpg"].to(self.model.quant_conv.weight.device)  # (B, 3, H, W)
         layers = self.model.decoder.modules() if self.outlier_weight else ()
-        with _record_maxima(layer for layer in layers if isinstance(layer, GroupNorm)) as maxima:
+        with _record_outputs(layer for layer in layers if isinstance(layer, GroupNorm)) as outputs:
             reconstruction, posterior = self.model(image, generator)
         error = reconstruction.float() - image
         kl = posterior.kl().float().mean()
@@ -133,7 +133,7 @@ class ReconstructionTask(Task):
             largest = errors.topk(max(1, errors.shape[1] // TOP_ERRORS_DIVISOR)).values
             loss = loss + self.top_errors_weight * largest.mean()
         if self.outlier_weight:
-            loss = loss + self.outlier_weight * _compute_outlier_loss(maxima)
+            loss = loss + self.outlier_weight * _compute_outlier_loss(outputs)
         mean_psnr = compute_psnr(reconstruction.detach().float(), image).mean()
         return {"loss": loss, "psnr": mean_psnr, "kl": kl.detach()}
 
@@ -382,26 +382,30 @@ def _move(module: ModuleT, device: torch.device) -> ModuleT:
 
 
 @contextmanager
-def _record_maxima(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within the context, collect the absolute maxima (B, C) of the channels of layers' outputs."""
-    maxima: list[Tensor] = []
+def _record_outputs(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Within the context, collect the outputs (B, C, H, W) of layers.
+
+    A hook must not compute anything, as gradient checkpointing would not repeat that.
+    """
+    outputs: list[Tensor] = []
 
     def record(layer: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
-        maxima.append(output.float().abs().amax(dim=(2, 3)))
+        outputs.append(output)
 
     with ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(record))
-        yield maxima
+        yield outputs
 
 
-def _compute_outlier_loss(maxima: Iterable[Tensor]) -> Tensor:
-    """Return the mean over layers of (maximum - 6) / 6, where it is positive.
+def _compute_outlier_loss(outputs: Iterable[Tensor]) -> Tensor:
+    """Return the mean over layers and channels of (maximum - 6) / 6, where it is positive.
 
     Group norms remove the scale of activations. A decoder can preserve it by a few huge ones in a
     corner, which dominate the variance and leave a blob there (Karras et al. 2020,
     arXiv:1912.04958, section 2).
     """
+    maxima = [output.float().abs().amax(dim=(2, 3)) for output in outputs]
     return torch.stack([F.relu(maximum / MAX_ACTIVATION - 1).mean() for maximum in maxima]).mean()
 
 
