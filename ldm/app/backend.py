@@ -286,8 +286,8 @@ class Backend:
         """Return the recorded options that a visitor may set, with the server's own files."""
         input_options = get_options(recorded.task.inputs)
         allowed = {name for name, option in input_options.items() if not option.is_path}
-        allowed |= get_options(Sampling).keys() | get_options(SDXL).keys() | {"no_watermark"}
-        allowed |= get_options(UpscalerOptions).keys()
+        allowed |= get_options(Sampling).keys() | get_options(SDXL).keys()
+        allowed |= get_options(UpscalerOptions).keys() | {"no_watermark", "syntax"}
         values = {key: value for key, value in recorded.get_values().items() if key in allowed}
         for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]

@@ -164,6 +164,11 @@ def test_large_seeds_are_exact_and_a_truncated_prompt_is_in_the_message(backend,
     assert replay(backend, progress.infos[0]["path"]) == "identical"
 
 
+def test_a_replay_reads_the_prompt_in_the_syntax_of_the_image(backend, run):
+    image = run(backend, "txt2img", prompt="a (fox:1.4)", syntax="a1111").infos[0]
+    assert replay(backend, image["path"]) == "identical"
+
+
 def test_a_selected_vae_decodes_and_is_found_by_its_hash_on_replay(families, run, tmp_path):
     (tmp_path / "vae").mkdir()
     copy_model(families["base_v"], tmp_path)
