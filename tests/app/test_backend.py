@@ -373,7 +373,7 @@ def test_selected_loras_change_the_image_and_are_found_by_hash_on_replay(familie
     recorded = [styled["request"][key] for key in ("lora", "ckpt", "outdir")]
     assert recorded == [[["1.safetensors", 0.8]], "base_v.safetensors", "out"]
     assert (read_pixels(styled["path"]) != read_pixels(plain["path"])).any()
-    assert backend._models.count == 1
+    assert backend._model_cache.count == 1
     flags = ["--ckpt", str(families["base_v"].ckpt), "--lora", f"{lora}:0.8"]
     assert main(["replay", styled["path"], *flags]) == 0
     moved = [(str(lora.rename(tmp_path / "moved.safetensors")), 1.0)]

@@ -115,7 +115,7 @@ def test_an_image_of_a_refiner_fills_the_form_and_replays(backend, events):
     info = progress.infos[0]
     assert (info["refiner"]["path"], info["refiner_start"]) == (REFINER, 0.5)
     assert info["request"]["refiner"] == REFINER
-    assert backend._models.count == 2
+    assert backend._model_cache.count == 2
     fields = events.forms["txt2img"].common_fields
     filled = dict(zip(fields, events.fill_fields(info, None, {}), strict=False))
     assert filled.items() >= (changes | {"prompt_2": "", "steps": 4, "width": 64}).items()

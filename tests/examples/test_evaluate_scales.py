@@ -19,7 +19,7 @@ def classifiers_path(monkeypatch, tmp_path):
     for name in ("train_objects", "train_styles"):
         monkeypatch.setattr(EmojiClassifiers, name, lambda *args: None)
     monkeypatch.setattr(evaluate_scales, "NUM_COMPONENTS", 2)
-    monkeypatch.setattr(evaluate_scales.ClassifierFeatures, "dimensions", 4)
+    monkeypatch.setattr(evaluate_scales.ClassifierFeatures, "num_features", 4)
     return tmp_path / "classifiers.pt"
 
 
