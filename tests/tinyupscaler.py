@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import ldm
 from goldfile import GoldenFile, load_golden
 from ldm.loading.config import read_yaml
 from ldm.model import LatentDiffusion
+from nets.nethelp import make_noise
 from recipe import make_weight
 
 CONFIG = "configs/stable-diffusion/x2-latent-upscaler.yaml"
@@ -52,4 +52,4 @@ def make_recorded_noise(golden: GoldenFile, case: str):
 
 
 def make_random_latent(n: int = 1, height: int = 8, width: int = 8) -> Tensor:
-    return torch.randn(n, 4, height, width, generator=torch.Generator().manual_seed(0))
+    return make_noise(n, 4, height, width)

@@ -159,7 +159,8 @@ def test_config_and_replayed_image_select_the_ema_weights(ema_model, run, tmp_pa
 def test_large_seeds_are_exact_and_a_truncated_prompt_is_in_the_message(backend, run):
     seed = str(2**64 - 1)  # more than a number of JavaScript holds exactly
     progress = run(backend, "txt2img", prompt="very " * 80, seed=seed)
-    assert "prompt is longer than 75 tokens: `very very very very …` is left" in progress.message
+    warning = "; a prompt is longer than 75 tokens: `very very very very …` is left"
+    assert warning in progress.message
     assert progress.infos[0]["seed"] == 2**64 - 1
     assert replay(backend, progress.infos[0]["path"]) == "identical"
 

@@ -32,21 +32,24 @@ class Model(nn.Module):
         self.merged_changes = None
 
 
-BUILDERS = {}  # by file name: function that builds the model of the file
+@pytest.fixture
+def builders():
+    """Functions that build the model of a file, by its name."""
+    return {}
 
 
 @pytest.fixture
-def cache():
-    return ModelCache(1e6, lambda config, ckpt, **options: BUILDERS[ckpt.name]())
+def cache(builders):
+    return ModelCache(1e6, lambda config, ckpt, **options: builders[ckpt.name]())
 
 
 @pytest.fixture
-def write_file(tmp_path):
+def write_file(tmp_path, builders):
     """Writes a file, from which the cache loads what `build()` returns."""
 
     def write_file(name, build, size=10):
         (tmp_path / name).write_bytes(b"x" * size)
-        BUILDERS[name] = build
+        builders[name] = build
         return tmp_path / name
 
     return write_file

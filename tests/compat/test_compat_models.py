@@ -1,4 +1,4 @@
-"""The model classes under the original's names: recorded values, attributes that programs use.
+"""Model classes under the original's names: recorded values, attributes that others read.
 
 Worst errors, as a fraction of the largest value: conditioning_routes 3.0e-6, ancestral 1.3e-4 (the
 original's own noise there is 1.7e-4), train_losses 6.6e-7, train_step 1.8e-6.

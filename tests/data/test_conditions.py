@@ -60,7 +60,8 @@ def test_bright_pixels_are_nearer():
 def test_unknown_conditions_and_options_are_named():
     with pytest.raises(ValueError, match="unknown condition `masks`, did you mean `mask`"):
         build_conditions({"masks": {}})
-    with pytest.raises(ValueError, match="mask.full_probability: `a` is not a number of at least"):
+    message = "mask.full_probability: `a` is not a number of at least 0"
+    with pytest.raises(ValueError, match=message):
         build_conditions({"mask": {"whole": "a"}})
     with pytest.raises(ValueError, match="lr.factor: `0` is not a number of at least 1"):
         build_conditions({"lr": {"factor": 0}})
@@ -74,6 +75,9 @@ def test_options_are_read_under_their_former_names():
         "mask": RandomMask(full_probability=0.1, box_probability=0.2),
         "depth": PseudoDepth(ramp_width=3),
     }
+    for former_name in ("random_colour_probability", "any_colour"):
+        options = rename_options("emoji", {former_name: 1})
+        assert options == {"random_color_probability": 1}
     assert rename_options("hub", {"hub": "x", "cache": "y"}) == {"hub": "x", "cache_dir": "y"}
     former = {"lanes": 4, "least": {"width": 8}, "shuffle": 9, "streams": 5}
     assert rename_options("shards", former) == {

@@ -232,7 +232,7 @@ def test_the_version_selects_the_activation():
          "statistics of CLIP's embeddings, `karlo/stats.th`, are missing"),
         (lambda: EmbeddingNoise()(torch.ones(1, 256), 1000, torch.ones(1, 256)), "0 … 999"),
         (lambda: ImageEmbedding(clip=OpenCLIPImage(arch=ARCH), noise=EmbeddingNoise()),
-         "timestep_dim must be 24, as the embeddings, got 256"),
+         "timestep_dim must be 24, the number of features of the embeddings, got 256"),
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_named(build, message):

@@ -143,7 +143,10 @@ def test_legacy_noise_refuses_loras_that_differ_between_images(tmp_path):
         (["--prompt", "a <lora:style:1>", "--lora-dir", "no"], "no folder `no` (--lora-dir)"),
         (["--prompt", "a <lora:style:te=x>"], "`te=x`: `x` is not a number"),
         (["--prompt", "a <lora:style:high>"], "`<lora:style:high>`: `high` is not a weight, such"),
-        (["--prompt", "a <lora:style>", "--lora-dir", "{here}/none"], "`style`: no LoRA files"),
+        (
+            ["--prompt", "a <lora:style>", "--lora-dir", "{here}/none"],
+            "unknown LoRA `style`: no LoRA files",
+        ),
         (["--prompt", "a <hypernet:x:1>"], "hypernetworks are not supported"),
     ],
 )

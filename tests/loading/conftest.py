@@ -71,7 +71,7 @@ def tiny_yaml(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_state(tiny_yaml) -> dict[str, torch.Tensor]:
-    """Random weights with the original's names, and the tables of the noise schedule."""
+    """Random weights with the original's names, and the buffers of the noise schedule."""
     torch.manual_seed(0)
     model = instantiate(read_yaml(tiny_yaml), where="tiny.yaml")
     state = restore_names(model.state_dict(), model.schedule.compute_buffers())

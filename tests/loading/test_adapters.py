@@ -225,7 +225,7 @@ def test_the_text_encoder_of_the_refiner_may_have_any_name(prefix, path):
     assert are_equal(read_lora(path, model).state_dict(), lora.state_dict())
 
 
-def test_of_two_names_for_a_layer_the_one_of_diffusers_is_read(path, caplog):
+def test_diffusers_names_take_precedence_over_original_names(path, caplog):
     model = build_tiny_model("sdxl")
     write_lora(make_random_lora(model, seed=1), path, model, "diffusers")
     state = read_checkpoint(path).state_dict

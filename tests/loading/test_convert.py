@@ -519,5 +519,6 @@ def test_errors_are_reported_in_one_line(folder, tmp_path, capsys):
         unet.write_text(text.replace(old, new))
         assert message in get_error(capsys, copy, tmp_path / "x.safetensors")
     torch.save({"a": torch.ones(1)}, tmp_path / "odd.ckpt")
-    assert "the family of" in get_error(capsys, tmp_path / "odd.ckpt", target)
+    error = get_error(capsys, tmp_path / "odd.ckpt", target)
+    assert f"the family of `{tmp_path / 'odd.ckpt'}` is unknown" in error
     assert not target.exists()

@@ -89,7 +89,7 @@ INVALID_TOKENS = {  # tokens and message of the error, by name of the file
 }
 
 
-def test_embeddings_that_do_not_fit_are_refused_or_in_a_folder_skipped(tmp_path, caplog):
+def test_embeddings_that_do_not_fit_are_refused_or_skipped_in_a_folder(tmp_path, caplog):
     model = build_tiny_model()
     for name, (tokens, message) in INVALID_TOKENS.items():
         write_embeddings(tmp_path / f"{name}.safetensors", tokens)

@@ -252,6 +252,12 @@ def test_former_parameters_of_our_classes_are_read():
     assert instantiate(spec).patches_per_side == 2
     target = "ldm.diffusion.schedule.ContinuousSchedule"
     assert not instantiate({"target": target, "params": {"log_time": False}}).uses_log_sigma
+    flags = {"log_time": True, "quantize_time": False, "flip_time": True}
+    params = {"betas": torch.linspace(1e-4, 2e-2, 10)} | flags
+    schedule = instantiate({"target": "ldm.diffusion.schedule.Schedule", "params": params})
+    assert schedule.uses_log_sigma
+    assert schedule.flip_timesteps
+    assert not schedule.quantize_c_noise
 
 
 def test_low_scale_config_with_patches_is_refused():

@@ -193,7 +193,10 @@ def test_options_override_the_defaults_of_a_variant_with_a_warning(lora, tmp_pat
     assert main(["txt2img", *flags, "--steps", "17", "--scale", "9", "--sampler", "euler"]) == 0
     info = read_info(capsys.readouterr().out.strip())
     assert (info["sampler"], info["steps"], info["scale"]) == ("euler", 17, 9)
-    message = f"`{lora.name}` is made for 4 steps and guidance scale 1: 17 steps and guidance scale"
+    message = (
+        f"`{lora.name}` is made for 4 steps and guidance scale 1: "
+        "17 steps and guidance scale 9 will make"
+    )
     assert caplog.text.count(message) == 1
     assert caplog.text.index(message) < caplog.text.index("running on")
 

@@ -109,7 +109,7 @@ def test_kronecker_product_with_a_tucker_factor(lycoris):
 
 
 @pytest.mark.parametrize("by_row", [True, False])
-def test_dora_sets_the_length_by_row_or_columns(lycoris, layer, by_row):
+def test_dora_sets_the_length_by_row_or_column(lycoris, layer, by_row):
     up, down = make_low_rank(layer)
     ones = [1] * len(get_kernel_size(layer))
     length = torch.rand(*((ROWS, 1) if by_row else (1, COLUMNS)), *ones) + 0.5

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import goldfile
-from goldfile import GoldenFile
+from goldfile import GoldenFile, load_golden
 from ldm.conditioning import Cond
 from ldm.model import LatentDiffusion
 from ldm.pipelines import img2img, sample, txt2img
@@ -29,8 +28,6 @@ SAMPLERS_BY_CLASS = {
 DEMO_QUIRKS = {"noise", "nearest-sigma", "legacy-steps", "unused-draws"}
 SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
 BLACK = torch.zeros(1, 3, 64, 128)
-
-load_golden = functools.cache(goldfile.load_golden)
 
 
 @functools.cache

@@ -304,7 +304,7 @@ def test_reconstructions_improve() -> None:
 
 
 @torch.no_grad()
-def test_top_errors_weight_is_of_the_largest_errors_of_an_image() -> None:
+def test_top_errors_weight_applies_to_the_largest_errors_of_an_image() -> None:
     batch, model = make_batch(), build_tiny_vae()
     plain, weighted = (
         ReconstructionTask(model, top_errors_weight=weight).loss(batch, make_generator())["loss"]

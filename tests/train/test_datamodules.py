@@ -181,7 +181,7 @@ def test_invalid_data_sections_are_refused(params: str, message: str) -> None:
         read_data(data)
 
 
-def test_a_folder_replaces_a_dataset_that_cannot_be_read() -> None:
+def test_a_folder_replaces_an_unsupported_dataset() -> None:
     path = "configs/autoencoder/autoencoder_kl_32x32x4.yaml"
     photo = "{name: photo, size: 256, crop: random}"
     overrides = ["root=photos", f"transform={photo}"]

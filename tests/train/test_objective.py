@@ -164,7 +164,7 @@ def record_input_noise(task: DiffusionTask) -> tuple[Tensor, float]:
         ({"timestep_bias": 2.0, "noise_levels": {}}, "`timestep_bias` cannot be combined with"),
     ],
 )  # fmt: skip
-def test_invalid_ranges_of_timesteps_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_of_timesteps_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_task(**options)
 
