@@ -88,13 +88,13 @@ def write_models(folder: Path, args: argparse.Namespace) -> None:
 @torch.inference_mode()
 def run_case(case: Case, folder: Path, args: argparse.Namespace) -> str:
     """Return the table row of a case: both median times, their ratio and its range."""
-    generators = [load(case, folder, args) for load in (load_ours, load_diffusers)]
-    for make_image in generators:
+    image_functions = [load(case, folder, args) for load in (load_ours, load_diffusers)]
+    for make_image in image_functions:
         make_image(1)  # warm-up
-    functions = [partial(make_image, case.steps) for make_image in generators]
+    functions = [partial(make_image, case.steps) for make_image in image_functions]
     times = harness.measure_alternating(functions, args.rounds, torch.device("cpu"))
     ours, baseline = map(statistics.median, times)
-    ratios = sorted(baseline / ours for ours, baseline in zip(*times, strict=True))
+    ratios = sorted(theirs / our_time for our_time, theirs in zip(*times, strict=True))
     ratio_range = f"{ratios[0]:.2f} … {ratios[-1]:.2f}"
     return f"{case.title:38} {ours:7.1f}s {baseline:9.1f}s   {baseline / ours:.2f} ({ratio_range})"
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
-from ldm.loading.convert import plan_conversion
-from ldm.loading.diffusers.files import write_text_files
 from ldm.loading.legacy import translate_config
 from ldm.nets.blocks import timestep_embedding
 
@@ -39,6 +37,10 @@ Call = Callable[..., Tensor]
 
 def write_configs(checkpoint: Path) -> None:
     """Write the folder of configs and tokenizers that diffusers needs to load a single file."""
+    # Here, as an older revision that is compared with does not have all of these.
+    from ldm.loading.convert import plan_conversion
+    from ldm.loading.diffusers.files import write_text_files
+
     folder = checkpoint.with_suffix("")
     write_text_files(folder, plan_conversion(checkpoint, folder, config=CONFIG).text_files)
 

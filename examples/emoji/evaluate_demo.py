@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--scale", type=float, default=3.0, help="guidance scale")
-    parser.add_argument("--classifiers", type=Path, default=WEIGHTS_PATH, help="their weights")
+    parser.add_argument(
+        "--classifiers", type=Path, default=WEIGHTS_PATH, help="weights of the classifiers"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -123,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", default="bf16", help="as for `ldm txt2img`")
     parser.add_argument("--batch", type=int, default=8, help="batch size")
     parser.add_argument("--score", type=int, metavar="N", help="only score the first N images")
-    parser.add_argument("--classifiers", type=Path, default=WEIGHTS_PATH, help="their weights")
+    parser.add_argument(
+        "--classifiers", type=Path, default=WEIGHTS_PATH, help="weights of the classifiers"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/scales"), help="folder")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

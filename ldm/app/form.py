@@ -190,7 +190,7 @@ class TaskForm:
         options = {name: option for name, option in task.options.items() if option.label}
         inputs = [name for name in get_options(task.inputs) if name in options]
         self.image_fields = {name: _make_image_field(options[name]) for name in inputs
-                       if options[name].is_input_file}  # fmt: skip
+                             if options[name].is_input_file}  # fmt: skip
         if "mask" in self.image_fields:  # drawn on the image
             self.image_fields = {"sketch": SKETCH}
         prompts = [
@@ -198,8 +198,8 @@ class TaskForm:
         ]
         self.prompt_fields = {name: self._make_field(name, options[name]) for name in prompts}
         self.option_fields = {name: self._make_field(name, options[name]) for name in inputs
-                        if not options[name].is_path and name != "mask_box"
-                        and not (name == "resize_mode" and task.upscales)}  # fmt: skip
+                              if not options[name].is_path and name != "mask_box"
+                              and not (name == "resize_mode" and task.upscales)}  # fmt: skip
         self.setting_fields = {name: self._make_field(name, options[name]) for name in SETTINGS}
         sdxl = get_options(SDXL) if "sdxl" in task.groups else {}
         self.sdxl_fields = {

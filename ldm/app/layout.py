@@ -276,8 +276,8 @@ def _make_component(field: Field, **kwargs: Any) -> Any:
     component = getattr(gr, field.component)(**field.kwargs, **kwargs)
     if field.component == "Image":  # pass the path, as our reader has clearer errors than gradio
         return _set_preprocess(component, lambda data: data and data.path)
-    is_image = field.component in ("ImageEditor", "Gallery")
-    return component if is_image else _disable_checks(component)
+    keeps_checks = field.component in ("ImageEditor", "Gallery")
+    return component if keeps_checks else _disable_checks(component)
 
 
 def _disable_checks(component: Any) -> Any:

@@ -67,7 +67,7 @@ def main_of_alias() -> int:
 
 
 def _suggest(name: str) -> str:
-    """Suggest commands of which the name, or a word in it (`inspect`, `lora`), is similar."""
+    """Suggest commands whose name, or a word of it (`inspect`, `lora`), is similar."""
     words = {command: (command, *command.split("-")) for command in (*TASKS, *PROGRAMS)}
     nearest = find_nearest_name(name, chain.from_iterable(words.values()))
     similar = [f"`{command}`" for command in words if nearest in words[command]]

@@ -97,7 +97,7 @@ class AutoencoderKL(TrainingModule):
         return self.decode(z), posterior
 
     def get_last_layer(self) -> Tensor:
-        """Return the weight of which the loss compares gradients to balance its terms."""
+        """Return the weight at which the loss compares gradient norms, to balance its terms."""
         return self.decoder.conv_out.weight
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:

@@ -20,7 +20,7 @@ from ldm.encoders.towers import select_tokens
 from ldm.loading.files.checkpoint import read_checkpoint
 
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
-INITIALIZER_STD = 0.02  # of the embeddings of added tokens, as of all of CLIP's at first
+INITIALIZER_STD = 0.02  # of the embeddings of added tokens, as in CLIP's initialization
 
 
 class TextOutput(NamedTuple):

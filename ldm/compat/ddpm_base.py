@@ -18,6 +18,7 @@ from ldm.compat.ema import LitEma
 from ldm.compat.lightning import LightningModule, TrainingModule, read_state_dict
 from ldm.compat.util import instantiate_from_config, mean_flat
 from ldm.diffusion.schedule import Schedule
+from ldm.train.runs.initial_weights import resize_weight
 
 Batch = dict[str, Any]
 Config = Any  # {"target": …, "params": …}, a dict or a node of OmegaConf
@@ -381,11 +382,5 @@ def _fit_weights(
         if weight.dim() != len(expected) or weight.shape[2:] != expected[2:]:
             shapes = f"shape {tuple(weight.shape)}, expected {tuple(expected)}"
             raise ValueError(f"make_it_fit: `{name}` has {shapes}")
-        fitted = weight[torch.arange(expected[0]) % len(weight)]
-        if weight.dim() > 1:
-            in_channels = torch.arange(expected[1]) % weight.shape[1]
-            # As in the original, divided by one more than the number of copies.
-            divisor = 1 + torch.bincount(in_channels, minlength=weight.shape[1])[in_channels]
-            fitted = fitted[:, in_channels] / divisor.reshape(1, -1, *(1,) * (weight.dim() - 2))
-        fitted_weights[name] = fitted
+        fitted_weights[name] = resize_weight(weight, expected)
     return fitted_weights

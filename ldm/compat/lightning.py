@@ -43,7 +43,7 @@ class PlainModule(nn.Module):
         loss.backward()
 
     def optimizers(self) -> Any:
-        """Raise RuntimeError: without a trainer there are no optimizers."""
+        """Raise RuntimeError, as optimizers belong to a trainer."""
         raise RuntimeError("this model has no trainer")
 
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     LightningModule = PlainModule
 else:
     try:
-        # Not the one of `lightning.pytorch`, which is another class: `isinstance` must be true.
+        # Not `lightning.pytorch`'s, another class: third-party code tests `isinstance` with this.
         from pytorch_lightning import LightningModule
     except ImportError:
         LightningModule = PlainModule

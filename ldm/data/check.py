@@ -92,7 +92,9 @@ class DataReport:
         if not any(captions):
             self.uncaptioned_names.append(name)
 
-    def _count_by(self, classify: Callable[..., T], names: Mapping[str, T]) -> dict[str, int]:
+    def _count_by(
+        self, classify: Callable[[int, int], T], names: Mapping[str, T]
+    ) -> dict[str, int]:
         """Count the images per class, a function of (width, height)."""
         counts: Counter[T] = Counter()
         for size, n in self.sizes.items():

@@ -1,4 +1,4 @@
-"""Former names and values of options in the `data:` section of configs: still accepted."""
+"""Former names and values of options in the `data:` section, which are still accepted."""
 
 from collections.abc import Mapping
 

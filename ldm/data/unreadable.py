@@ -67,9 +67,9 @@ class UnreadableFiles:
         )
 
     def _update_list(self, names: Sequence[str]) -> None:
-        """Append new names to the list, and add the names by other processes to `listed`."""
-        listed = self._read_list()
-        new_names = [name for name in dict.fromkeys(names) if name not in listed]
+        """Append new names to the list, and add those of other processes to `self.listed`."""
+        names_in_file = self._read_list()
+        new_names = [name for name in dict.fromkeys(names) if name not in names_in_file]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{name}\n" for name in new_names)

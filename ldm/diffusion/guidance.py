@@ -105,7 +105,7 @@ class SafeGuidance(Guidance):
 
         d = c - s,    phi = 0 where d >= threshold, else min(abs(d) scale, 1)
         gamma = phi (s - u) + momentum_scale nu,    then nu <- beta nu + (1 - beta) gamma
-        u + guidance scale (c - u - gamma),    where gamma is 0 in the first `warmup` evaluations.
+        u + guidance scale (c - u - gamma),    without gamma in the first `warmup` evaluations.
 
     Schramowski et al. 2023 (arXiv:2211.05105), as in the authors' code. It was published for models
     that predict eps; other predictions are converted to eps and back.

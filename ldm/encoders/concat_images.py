@@ -1,6 +1,6 @@
 """Images concatenated to the latent: a low-resolution image, or a masked image with its mask.
 
-    lr, level, noise          --LowResImage.add_noise-->           concat (B, 3, h, w), vector (B,)
+    lr, level, noise          --LowResImage.add_noise-->      concat (B, 3, h, w), vector (B,)
     latent, sigma, noise      --LowResLatent.add_noise-->     concat (B, C, 2h, 2w), vector (B, 1)
     image, mask --mask_image, autoencoder, concat_mask-->     concat (B, 1 + C, h, w)
 

@@ -300,7 +300,8 @@ class ImageEmbedding(Encoder):
         super().__init__()
         if clip.embed_dim != noise.embed_dim:
             raise ArgumentError(
-                f"timestep_dim must be {clip.embed_dim}, as the embeddings, got {noise.embed_dim}"
+                f"timestep_dim must be {clip.embed_dim}, the number of features of the embeddings, "
+                f"got {noise.embed_dim}"
             )
         self.clip = clip.requires_grad_(not freeze)
         self.noise = noise

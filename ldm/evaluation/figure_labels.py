@@ -36,7 +36,7 @@ def place_labels(
     diagonal = math.hypot(area[2] - area[0], area[3] - area[1])
     centers = []
     for point, (width, height) in zip(points, sizes, strict=True):
-        candidates: list[tuple[int, Point, Box]] = []  # (covered points of lines, center, box)
+        candidates: list[tuple[int, Point, Box]] = []  # (number of covered points, center, box)
         last_step = None
         for step in count():
             gap = radius * (1 + step)

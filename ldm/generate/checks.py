@@ -334,8 +334,8 @@ def log_advice(request: Request, model: LatentDiffusion) -> None:
     if model.provenance.get("pipeline") == SAFE_PIPELINE and sampling.sld is None:
         log.info("the model's own pipeline uses safe latent diffusion: `sld` medium does the same")
     native_size = model.image_size * model.downscale_factor
-    is_v_prediction = request.task.families == ("text",) and model.parameterization == "v"
-    if native_size == 512 and is_v_prediction and sampling.size == (None, None):
+    is_text_v_prediction = request.task.families == ("text",) and model.parameterization == "v"
+    if native_size == 512 and is_text_v_prediction and sampling.size == (None, None):
         log.info(
             "v-prediction models of Stable Diffusion 2 are trained at 768 x 768: use that size"
         )

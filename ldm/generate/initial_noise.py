@@ -1,4 +1,4 @@
-"""Draw the initial noise of a batch if the pipeline cannot draw it by the seed of each image."""
+"""Draw the initial noise of a batch if the pipeline cannot draw it from the seed of each image."""
 
 from collections.abc import Callable
 

@@ -75,7 +75,7 @@ class ConsoleListener(RunListener):
 
 
 def is_progress_hidden() -> bool:
-    """Return whether stderr is not a terminal, or this is not the first process."""
+    """Return whether stderr is not a terminal, or this is not the main process."""
     return not sys.stderr.isatty() or get_rank_and_world_size()[0] > 0
 
 

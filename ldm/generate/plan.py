@@ -197,7 +197,7 @@ class _Planner:
                 specs.append((tuple(line.values.items()), loras, spec))
         return [
             Batch([spec for _, _, spec in group], options, loras)
-            for (options, loras), group in groupby(specs, key=lambda spec: spec[:2])
+            for (options, loras), group in groupby(specs, key=lambda item: item[:2])
         ]
 
     def _make_spec(

@@ -13,8 +13,12 @@ from ldm.runtime.types import JsonMapping
 __all__ = ["hide_flagged", "log_safety", "make_safety_infos"]
 
 BLUR_SIGMA = 1 / 16  # as a fraction of the image's longer side
-ACTION_TEXTS = {None: "kept", "black": "replaced by black", "blur": "blurred",
-           "drop": "dropped"}  # fmt: skip
+ACTION_TEXTS = {
+    None: "kept",
+    "black": "replaced by black",
+    "blur": "blurred",
+    "drop": "dropped",
+}
 
 log = logging.getLogger(__name__)
 

@@ -117,7 +117,7 @@ def _find_masked_area(stored: StoredImage) -> Image.Image:
             "labels are inpainted, 255 is not", stored.name,
         )  # fmt: skip
         return gray.point(lambda value: 255 * (0 < value <= MAX_LABEL))
-    if stored.image.mode != "F" and _is_color_image(stored.image):
+    if stored.image.mode != "F" and _has_many_colored_pixels(stored.image):
         log.warning(
             "the mask `%s` is a color image: bright areas are inpainted; use a black and white "
             "mask if you do not want that", stored.name,
@@ -125,8 +125,8 @@ def _find_masked_area(stored: StoredImage) -> Image.Image:
     return gray
 
 
-def _is_color_image(image: Image.Image) -> bool:
-    """Return whether over 2 % of the pixels are colored, more than after JPEG on gray images."""
+def _has_many_colored_pixels(image: Image.Image) -> bool:
+    """Return whether over 2 % of the pixels are colored, more than by JPEG compression of gray."""
     rgb = np.asarray(image.convert("RGB"), np.int16)
     return bool((np.ptp(rgb, axis=-1) > MAX_GRAY_DIFFERENCE).mean() > 0.02)
 

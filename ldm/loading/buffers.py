@@ -11,7 +11,7 @@ __all__ = ["make_buffers"]
 
 
 def make_buffers(model: LatentDiffusion) -> dict[str, Tensor]:
-    """Return the tables of the noise schedule, and marker tensors of special models.
+    """Return the buffers of the noise schedule, and marker tensors of special models.
 
     `v_pred` (v-prediction SDXL) and `ztsnr` (zero terminal SNR) are empty tensors. `edm_vpred.*`
     are the range of CosXL's noise levels, `edm_mean` and `edm_std` (1, C, 1, 1) the statistics of

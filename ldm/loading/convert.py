@@ -79,7 +79,7 @@ __all__ = [
     "find_config_text", "plan_conversion", "to_original_names",
 ]  # fmt: skip
 
-FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth")
+TARGET_SUFFIXES = (".safetensors", ".ckpt", ".pth")
 UNSUPPORTED_SUFFIXES = (".bin", ".pt", ".onnx", ".gguf")  # refused: not the name of a folder
 K_DIFFUSION_SUFFIX = ".pth"
 # Prefixes of the original's names in k-diffusion's file of the x2 latent upscaler.
@@ -150,9 +150,9 @@ def plan_conversion(
     """
     target = Path(target).expanduser()
     suffix = target.suffix.lower()
-    is_file = suffix in FILE_SUFFIXES
+    is_file = suffix in TARGET_SUFFIXES
     if suffix in UNSUPPORTED_SUFFIXES:
-        message = f"`{target}`: a file must end in {' or '.join(FILE_SUFFIXES)}, a folder in none"
+        message = f"`{target}`: a file must end in {' or '.join(TARGET_SUFFIXES)}, a folder in none"
         raise ArgumentError(message, "target")
     if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
         dtype = torch.float16
@@ -389,8 +389,8 @@ def _replace_autoencoder(
         raise ArgumentError(f"`{vae}` {message}", "vae")
     source = open_checkpoint(vae)
     state = extract_autoencoder(source, autoencoder, file.path)
-    has_sdxl = isinstance(model, LatentDiffusion) and is_sdxl(model)
-    if has_sdxl and config["model"]["target"] == DIFFUSION_ENGINE:
+    is_sdxl_model = isinstance(model, LatentDiffusion) and is_sdxl(model)
+    if is_sdxl_model and config["model"]["target"] == DIFFUSION_ENGINE:
         overflows = not works_in_float16(source)
         config["model"]["params"]["disable_first_stage_autocast"] = overflows
     # Scale factor and upcast are options of the old autoencoder.

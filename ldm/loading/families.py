@@ -9,7 +9,7 @@ not show whether a model predicts eps or v, so several independent methods detec
     step     `global_step` of the published SD 2 files
     bias     standard deviation of one norm's bias in the last block, small in SD 2's eps models
     name     SD-Turbo predicts eps
-    probe    one UNet pass on a constant input: a v model returns about minus its input
+    probe    one UNet pass on a constant input: a v-prediction model returns about -x
 
 Names of weights are ours (`weight_names.rename_weights`).
 """

@@ -145,10 +145,10 @@ class InspectionReport:
                 yield f"  {method:10}{result} ({detection.evidence})"
         for i, (name, value) in enumerate(sorted(self.model_spec.items())):
             yield f"{'' if i else 'ModelSpec':12}{name:20}{_shorten(value)}"
-        for i, part in enumerate(self.parts):
-            dtypes = ", ".join(part.dtypes)
-            count = f"{part.tensors:>5} tensors {part.parameters:>14,} parameters"
-            yield f"{'' if i else 'parts':12}{part.name:20}{part.prefix:25}{count}  {dtypes}"
+        for i, group in enumerate(self.parts):
+            dtypes = ", ".join(group.dtypes)
+            count = f"{group.tensors:>5} tensors {group.parameters:>14,} parameters"
+            yield f"{'' if i else 'parts':12}{group.name:20}{group.prefix:25}{count}  {dtypes}"
         if self.parts:
             use = "used, as the config says" if self.uses_ema else "used only with `ema`"
             yield f"EMA         {f'yes, {use}' if self.has_ema else 'no'}"
@@ -169,7 +169,7 @@ class InspectionReport:
 def inspect_checkpoint(
     path: str | Path, config: str | Path | None = None, *, probe: bool = True
 ) -> InspectionReport:
-    """Inspect a checkpoint: family, config, prediction type, parts, missing and unexpected weights.
+    """Inspect a checkpoint: family, prediction type, tensor groups, missing and unexpected weights.
 
     Args:
         config: YAML to compare with; None = that of the family.

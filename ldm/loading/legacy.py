@@ -92,7 +92,7 @@ TARGETS = {original: ours for ours, originals in OUR_CLASSES.items() for origina
 TARGETS |= {  # our name of the module before 0.2
     name.replace(CONCAT_MODULE, "ldm.encoders.lowres."): name
     for name in OUR_CLASSES
-    if name.startswith(CONCAT_MODULE)
+    if name.startswith(CONCAT_MODULE) and name != CONCAT_MODULE + "LowResImage"
 }
 # Former parameters of our classes, in configs that were written before 0.2.
 RENAMED_PARAMS = {

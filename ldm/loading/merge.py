@@ -33,7 +33,7 @@ from ldm.runtime.version import __version__
 
 __all__ = ["RECIPE_KEY", "ModelFile", "check_compatible", "plan_merge", "read_model_file"]
 
-FILE_SUFFIXES = (".safetensors", ".ckpt")
+TARGET_SUFFIXES = (".safetensors", ".ckpt")
 RECIPE_KEY = "ldm.merge"  # metadata key: JSON of rule, names of files, and w by block
 INPUT_CONV = "unet.input_blocks.0.0.weight"
 TOKEN_IDS_SUFFIX = ".token_ids"  # of the ids of a compact vocabulary
@@ -104,8 +104,8 @@ def plan_merge(
         config: The YAML of all models; None finds it as `load` does.
     """
     target = Path(target).expanduser()
-    if target.suffix.lower() not in FILE_SUFFIXES:
-        raise ArgumentError(f"`{target}`: must end in {' or '.join(FILE_SUFFIXES)}", "target")
+    if target.suffix.lower() not in TARGET_SUFFIXES:
+        raise ArgumentError(f"`{target}`: must end in {' or '.join(TARGET_SUFFIXES)}", "target")
     if weight is None:
         weight = 0.5 if subtract is None else 1.0
     if not math.isfinite(weight):

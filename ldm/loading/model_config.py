@@ -137,7 +137,7 @@ def probe_weights(weights: Weights) -> DetectedPredictionType:
 
 
 def is_prediction_type_uncertain(weights: Weights) -> bool:
-    """Return whether the family has eps and v models, and fewer than two methods found the type."""
+    """Return whether fewer than two methods found the type, in a family with models of both."""
     is_mixed = weights.family is not None and weights.family.prediction_type is None
     return is_mixed and weights.prediction_type.num_results < 2
 

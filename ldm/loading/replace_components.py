@@ -42,7 +42,7 @@ def replace_autoencoder(
     may_overflow = model.upcast_autoencoder or is_sdxl(model)
     model.upcast_autoencoder = may_overflow and not works_in_float16(source)
     _replace_weights(weights, source, VAE_PREFIX, state)
-    return _make_provenance(source.path)
+    return _make_file_entry(source.path)
 
 
 def remove_autoencoder(
@@ -56,7 +56,7 @@ def remove_autoencoder(
         weights.state_dict = {
             n: v for n, v in weights.state_dict.items() if not n.startswith(VAE_PREFIX)
         }
-    return _make_provenance(tiny.path)
+    return _make_file_entry(tiny.path)
 
 
 def replace_text_encoder(
@@ -69,7 +69,7 @@ def replace_text_encoder(
     source = open_checkpoint(text_encoder)
     state = extract_text_encoder(source, model, weights.state_dict, weights.path)
     _replace_weights(weights, source, TEXT_PREFIX, state)
-    return _make_provenance(source.path)
+    return _make_file_entry(source.path)
 
 
 def extract_autoencoder(
@@ -176,7 +176,7 @@ def _replace_weights(
     weights.memory_mapped = weights.memory_mapped and source.memory_mapped
 
 
-def _make_provenance(path: Path) -> dict[str, str]:
+def _make_file_entry(path: Path) -> dict[str, str]:
     return {"path": str(path.resolve()), "hash": compute_short_hash(path)}
 
 

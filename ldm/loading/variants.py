@@ -103,7 +103,7 @@ VARIANTS = {
         keeps_scheduler=True, sdxl_image_size=64),
 }
 # fmt: on
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 # File names that do not name the model: the name of the folder is used instead.
 GENERIC_NAMES = frozenset(
     {"pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model", "model"}
@@ -214,7 +214,7 @@ def find_model_name(path: Path) -> str:
 
     In the cache of the Hugging Face hub it is the name of the repository.
     """
-    name = path.stem if path.suffix.lower() in WEIGHT_SUFFIXES else path.name
+    name = path.stem if path.suffix.lower() in MODEL_SUFFIXES else path.name
     names = [name, *(p.name for p in path.parents)]
     names = [name for name in names if name.removesuffix(".fp16") not in GENERIC_NAMES]
     if len(names) > 2 and names[1] == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT

@@ -101,7 +101,7 @@ MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm
 # Only in diffusers' UNet of the x2 latent upscaler.
 UPSCALER_UNET_NAMES = frozenset({"time_proj.weight", "time_embedding.cond_proj.weight"})
 # A CLIP whose vision tower is used, and whose text encoder is not.
-VISION_PROJECTION = "cond_stage_model.model.visual.proj"
+ORIGINAL_VISION_PROJECTION = "cond_stage_model.model.visual.proj"
 UNUSED_TEXT_PREFIX = "cond_stage_model.model.transformer."
 # AUXILIARY_TENSORS that are buffers, see `select_buffers`.
 BUFFER = re.compile(
@@ -128,7 +128,7 @@ def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
         yield from ((f"unet.{name}", name) for name in names)
         return
     file_names = _normalize_prefixes(names)
-    unused = UNUSED_TEXT_PREFIX if VISION_PROJECTION in file_names else ()
+    unused = UNUSED_TEXT_PREFIX if ORIGINAL_VISION_PROJECTION in file_names else ()
     for original_name, file_name in file_names.items():
         if not AUXILIARY_TENSORS.fullmatch(original_name) and not original_name.startswith(unused):
             yield _to_our_name(original_name), file_name

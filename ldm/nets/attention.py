@@ -3,8 +3,8 @@
 "xformers" calls xformers' memory-efficient kernel, "sdpa" torch's fused one; "math" computes the
 formula and allocates all N x M scores. The backend is selected by the argument `backend`, else by
 `set_backend`, else by the environment variable LDM_ATTENTION. The default is xformers if its kernel
-runs on this device and dtype, else SDPA. On CPUs, attention to a prompt, and in bfloat16 most
-attention, is computed in tiles instead.
+runs on this device and dtype, else SDPA. On CPUs, attention is computed in tiles
+instead: in float32 to at most MAX_TILED_KEYS keys, in bfloat16 without AMX.
 
 The fused kernels compute scores and softmax in float32. "math" casts q and k to float32 first, as
 float16 scores of SD 2.1 overflow, unless the environment variable ATTN_PRECISION is not "fp32".
@@ -116,7 +116,7 @@ def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _should_tile(q: Tensor, k: Tensor) -> bool:
     if q.shape[-1] < MIN_TILED_HEAD_DIM or not cpu.can_accelerate(q):
         return False
-    if q.dtype == torch.bfloat16:  # SDPA computes it in float32, in 1.5 times the time of tiles
+    if q.dtype == torch.bfloat16:  # without AMX, SDPA computes it in float32
         return not has_amx()
     return k.shape[-2] <= MAX_TILED_KEYS and q.shape[-2] > k.shape[-2]
 

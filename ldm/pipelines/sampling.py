@@ -109,8 +109,8 @@ def sample(
         cond: The condition, which may compose prompts and depend on the step. For a model without
             conditions, `model.condition({})`, it has no rows: there are then as many latents as
             rows of z_t, x_T, z or `seeds`, else one.
-        uncond: The unconditional or negative condition of guidance; None = no guidance; `scale`
-            then raises ArgumentError, unless the model embeds it.
+        uncond: The unconditional or negative condition of guidance; None = no guidance; a
+            `scale` other than 1 then raises ArgumentError, unless the model embeds it.
         z: (1 | B, C, h, w), the latent to add noise to and start from; None = start from pure
             noise.
         strength: Fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
@@ -153,9 +153,10 @@ def sample(
         callback: Called with (step, steps, x, denoised) after each step; may raise Stop with a
             latent, which tasks then decode. None = not called.
         constrain: (x, sigma) -> x, applied before every step; None = no constraint.
-        first_step_number: Number of the first step, for conditions that depend on the step: those
-            of a run that continues another begin later.
-        unet_tile: Side in latent pixels of overlapping tiles that the network runs on; None = none.
+        first_step_number: Number that the first step has for conditions that depend on the step,
+            above 0 for a run that continues another. No step is skipped.
+        unet_tile: Side in latent pixels of overlapping tiles that the network runs on; None = no
+            tiles.
         tiling: Axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
             "xy" for textures, or "none". Tasks also apply it to the autoencoder.
         legacy: Quirks of the original to reproduce, names in LEGACY.
@@ -426,5 +427,5 @@ def _wrap_callback(
 
 
 def _compute_ve_factor(sigma: Tensor) -> float:
-    """Return x / z_t at `sigma`, also the standard deviation of x if z has one of 1."""
+    """Return x / z_t at `sigma`: the standard deviation of x for a z of standard deviation 1."""
     return math.sqrt(1 + float(sigma) ** 2)

@@ -89,7 +89,7 @@ def get_ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[flo
 def choose_interval_noise(
     noise_source: NoiseSource | None, interval_noise: IntervalNoise | None
 ) -> IntervalNoise | None:
-    """Return `interval_noise`, such as a Brownian path, else `noise` regardless of the levels."""
+    """Return `interval_noise`, such as a Brownian path, else `noise_source` for any levels."""
     if interval_noise is not None or noise_source is None:
         return interval_noise
     return lambda like, sigma, sigma_next: noise_source(like)

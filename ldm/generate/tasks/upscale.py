@@ -180,8 +180,9 @@ TASK = Task(
 
     ldm upscale --ckpt x4-upscaler-ema.safetensors --init-img small.png --prompt "a white cat"
 
-Large images are decoded in overlapping tiles of --vae-tile pixels. The x2 latent upscaler takes
-autoencoder and text encoder from its diffusers folder, or from a checkpoint of Stable Diffusion 1:
+The x4 upscaler samples and decodes large images in overlapping tiles of --vae-tile pixels of the
+result (--unet-tile for the UNet alone). The x2 latent upscaler takes autoencoder and text encoder
+from its diffusers folder, or from a checkpoint of Stable Diffusion 1:
 
     ldm upscale --ckpt sd-x2-latent-upscaler --text-encoder sd-v1-5 --init-img photo.png
 

@@ -91,7 +91,7 @@ PIPELINE_BY_COMPONENT = {
     "depth_estimator": "depth",
     "low_res_scheduler": "lowres",
     "image_normalizer": "image",
-}  # fmt: skip
+}
 # Side in latent pixels of SD 2's v-prediction models in training; their original YAML says 64.
 V_PREDICTION_LATENT_SIZE = 96
 

@@ -1,7 +1,7 @@
 """Load the mean and standard deviation of CLIP's embeddings, which stable unCLIP-L needs.
 
-Some checkpoints contain them. For others they are read from `ViT-L-14_stats.th` of the Karlo
-project: a given file, at its path in the config, or in the checkpoint's folder.
+Some checkpoints contain them. For others they are read from a given file, else from
+`ViT-L-14_stats.th` of the Karlo project, at its path in the config or in the checkpoint's folder.
 """
 
 from collections.abc import Mapping

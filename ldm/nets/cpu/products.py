@@ -33,7 +33,7 @@ def apply_linear_any_strides(x: Tensor, weight: Tensor, bias: Tensor | None = No
 
 
 def has_few_rows(rows: int, dtype: torch.dtype) -> bool:
-    """Return whether x has few enough rows to be the right operand, without packed weight."""
+    """Return whether x with so few rows should be the right operand, and the weight not packed."""
     return rows <= MAX_FEW_ROWS[dtype] and rows % ROW_MULTIPLE == 0
 
 

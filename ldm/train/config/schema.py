@@ -249,7 +249,7 @@ class GridSamplingOptions(TypedDict, total=False):
 
 
 class EvaluationOptions(Section):
-    """Evaluation of generated images with metrics, with EMA weights; see docs/evaluation.md."""
+    """Metrics of images that are generated with the EMA weights; see docs/evaluation.md."""
 
     every_n_steps: StepCount
     prompts: NonEmptyStr  # a file, as for `ldm evaluate`
@@ -286,14 +286,12 @@ class CallbackOptions(Section):
     validate_batches: PositiveInt = 8
     # number of exports with the lowest validation loss to keep; -1: all
     save_top_k: Annotated[int, Field(ge=-1), TO_INTEGER] = 0
-    monitor: NonEmptyStr | None = (
-        None  # validation loss; null: val/loss_ema, or val/loss without EMA
-    )
+    # validation loss; null: val/loss_ema, or val/loss without EMA
+    monitor: NonEmptyStr | None = None
     evaluation: EvaluationOptions | None = None
     export: Annotated[list[Literal["safetensors", "ckpt"]], TO_LIST] = ["safetensors"]
-    export_steps: StepCount | None = (
-        None  # interval of checkpoints/trainstep_checkpoints/*, all kept
-    )
+    # interval of checkpoints/trainstep_checkpoints/*, all kept
+    export_steps: StepCount | None = None
     export_weights: Literal["ema", "raw", "both"] = "ema"
     export_dtype: Literal["half", "full"] = "half"
 
@@ -368,7 +366,7 @@ class TextualInversionOptions(Section):
 
     token: NonEmptyStr
     num_vectors: PositiveInt = 1
-    # whose embeddings are the initial vectors; null: the mean of all tokens
+    # words whose embeddings are the initial vectors; null: the mean of all tokens
     initializer_words: NonEmptyStr | None = None
 
 
