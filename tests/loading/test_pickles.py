@@ -4,6 +4,7 @@ import argparse
 import pickle
 import sys
 import types
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -73,10 +74,10 @@ class ForeignCall:
 def make_importable(monkeypatch):
     """Makes a class or function that can be imported from a module of any name."""
 
-    def make_importable(module, name):
+    def make_importable(module, name, base=object):
         def function(*arguments): ...
 
-        imitation = type(name, (), {}) if name[0].isupper() else function
+        imitation = type(name, (base,), {}) if name[0].isupper() else function
         imitation.__module__, imitation.__qualname__, imitation.__name__ = module, name, name
         parts = module.split(".")
         for i in range(1, len(parts) + 1):
@@ -121,9 +122,12 @@ def test_lightning_files_load_without_lightning(tmp_path, make_importable, packa
 
 def test_other_objects_of_old_trainers_are_ignored(tmp_path, make_importable):
     stopping = make_importable("pytorch_lightning.callbacks.early_stopping", "EarlyStopping")
+    attributes = make_importable("pytorch_lightning.utilities.parsing", "AttributeDict", dict)
     content = {
         "state_dict": STATE,
         "callbacks": {stopping: {}},
+        "metrics": defaultdict(list, {"loss": [0.5]}),
+        "hparams": attributes(lr=1e-4, optimizer=attributes(betas=(0.9, 0.99))),
         "hyper_parameters": argparse.Namespace(lr=1e-4),
         "config": OmegaConf.create({"lr": 1e-4, "sizes": [1, "x", None], "copy": "${lr}"}),
     }
@@ -141,6 +145,13 @@ def test_parameters_and_nested_tensors_load(tmp_path):
     state = read_checkpoint(tmp_path / "hypernetwork.pt").state_dict
     assert set(state) == {"768.0.w", "768.1.w"}
     assert not state["768.0.w"].requires_grad
+
+
+def test_a_pickle_that_torch_refuses_gives_its_cause_without_advice_to_load_it_unsafely(tmp_path):
+    torch.save(STATE, tmp_path / "x.ckpt", pickle_protocol=4)
+    with pytest.raises(ValueError, match=r"x\.ckpt` is refused: Unsupported operand \d+$"):
+        read_checkpoint(tmp_path / "x.ckpt")
+    assert list_foreign_imports(tmp_path / "x.ckpt", "zip") == []
 
 
 def test_an_older_torch_is_refused(tmp_path, monkeypatch):

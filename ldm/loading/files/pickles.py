@@ -37,6 +37,10 @@ NUM_LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of stor
 TORCHSCRIPT_MEMBER = "/constants.pkl"  # only TorchScript archives have it
 TORCHSCRIPT_MODULE = re.compile(r"__torch__\.[\w.]+")
 TORCHSCRIPT_FUNCTION = re.compile(r"torch\.jit\._pickle\.\w+")  # for attributes other than weights
+# Around the cause in the messages of torch's restricted unpickler.
+TORCH_ADVICE = re.compile(
+    r"^Weights only load failed\.(.* WeightsUnpickler error:)? *| Check the documentation of .*"
+)
 # Names that error messages do not list; this does not allow to import them.
 HARMLESS_IMPORT = re.compile(
     r"collections\.OrderedDict|torch\.(_utils\._rebuild_\w+|\w+Storage|\w+\d+|Size)"
@@ -45,16 +49,20 @@ HARMLESS_IMPORT = re.compile(
 )
 
 # Names in the training states of published files that are replaced by stand-ins.
+DICT_NAMES = (
+    "collections.defaultdict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
 STAND_IN_NAMES = (
+    *DICT_NAMES,
     "_codecs.encode",
     "argparse.Namespace",
     "builtins.dict",
     "builtins.int",
     "builtins.list",
-    "collections.defaultdict",
     "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning_fabric.utilities.data.AttributeDict",
     "numpy._core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct",
@@ -68,7 +76,6 @@ STAND_IN_NAMES = (
     "omegaconf.nodes.AnyNode",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
     "typing.Any",
 )
 
@@ -79,6 +86,13 @@ class StandIn:
     def __init__(self, *args: object) -> None: ...
 
     def __setstate__(self, state: object) -> None: ...
+
+
+class DictStandIn(StandIn):
+    """Stand-in for a subclass of dict: makes a plain dict, as torch fills no other."""
+
+    def __new__(cls, *args: object) -> Any:
+        return {}
 
 
 class ParameterDict(dict[str, torch.Tensor]):
@@ -98,7 +112,8 @@ class ScriptModule(dict[str, Any]):
 
 # A class for each name, as files use these classes as dictionary keys.
 STAND_INS: list[tuple[type, str]] = [
-    (type(name.rpartition(".")[2], (StandIn,), {}), name) for name in STAND_IN_NAMES
+    (type(name.rpartition(".")[2], (DictStandIn if name in DICT_NAMES else StandIn,), {}), name)
+    for name in STAND_IN_NAMES
 ]
 STAND_INS.append((ParameterDict, "torch.nn.modules.container.ParameterDict"))
 
@@ -137,7 +152,9 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
                 )
     except Exception as error:  # a malicious file may cause any error in the parser
         foreign = list_foreign_imports(path, file_format)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        # torch's own words advise to load the file without its restricted unpickler.
+        words = TORCH_ADVICE.sub("", " ".join(str(error).split()))
+        reason = words[:200] or type(error).__name__
         if foreign:
             names = ", ".join(f"`{name}`" for name in foreign[:10])
             reason = f"its pickle imports {names}, which weights do not need"
@@ -253,8 +270,8 @@ def _list_imports(file: IO[bytes]) -> Iterator[str]:
                 yield f"copyreg extension {argument}"
             elif isinstance(argument, str):
                 strings.append(argument)
-            elif opcode.name == "MEMOIZE" and strings:
-                memo[len(memo)] = strings[-1]
+            elif opcode.name == "MEMOIZE":  # numbers all values, also those before any string
+                memo[len(memo)] = strings[-1] if strings else ""
             elif opcode.name in ("BINPUT", "LONG_BINPUT") and strings:
                 memo[argument] = strings[-1]
             elif opcode.name in ("BINGET", "LONG_BINGET") and argument in memo:
