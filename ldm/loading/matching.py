@@ -47,6 +47,8 @@ SEPARABLE_COMPONENTS = {
 }  # fmt: skip
 # Suffixes of names that only older versions of transformers and diffusers write.
 OBSOLETE_SUFFIXES = ("position_ids", "text_projection.weight", "logit_scale")
+# Tables of an encoder's noise schedule, which it computes.
+SCHEDULE_TABLE = re.compile(r"conditioner\..*\.(betas|\w*alphas_cumprod\w*)")
 TEXT_BLOCKS = f"{TEXT_PREFIX}model.transformer.resblocks."
 # Of a compact vocabulary: the ids of its tokens in CLIP's vocabulary, and their embeddings.
 TOKEN_IDS, TOKEN_EMBEDDING = f"{TEXT_PREFIX}token_ids", f"{TEXT_PREFIX}model.token_embedding.weight"
@@ -254,11 +256,14 @@ def _adapt_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str,
 def _make_unused_weights(
     model: nn.Module, state: Mapping[str, Tensor], file: str | Path
 ) -> dict[str, Tensor]:
-    """Return zeros for unused weights of OpenCLIP's text encoder that other programs leave out.
+    """Return unused weights that other programs leave out.
 
-    These are its projection, and its last block if it is not run.
+    These are zeros for the projection of OpenCLIP's text encoder, and for its last block if it is
+    not run; and the tables of the encoders' noise schedules.
     """
     encoders = model.conditioner.encoders if isinstance(model, LatentDiffusion) else {}
+    expected = model.state_dict()
+    tables = {n: v for n, v in expected.items() if SCHEDULE_TABLE.fullmatch(n) and n not in state}
     missing: dict[str, Tensor] = {}
     for encoder_name, encoder in encoders.items():
         prefix = f"conditioner.{encoder_name}."
@@ -268,12 +273,12 @@ def _make_unused_weights(
         unused = tuple(prefix + name for name in encoder.unused_weights)
         missing |= {
             name: torch.zeros(value.shape, dtype=dtype)
-            for name, value in model.state_dict().items()
+            for name, value in expected.items()
             if name.startswith(unused) and name not in state
         }
     if missing:
         log.info("`%s`: %d unused tensors of the text encoder are missing", file, len(missing))
-    return missing
+    return missing | tables
 
 
 def _adapt_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Path) -> Tensor:

@@ -443,6 +443,20 @@ def test_the_x4_upscalers_autoencoder_stays_in_float32(tmp_path):
         ldm.load(ckpt=tmp_path / "x4.safetensors", variant="lcm")
 
 
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("x4", "low_scale_model."), ("unclip-h", "noise_augmentor.")]
+)
+def test_tables_of_an_encoders_noise_schedule_may_be_missing(tmp_path, family, prefix):
+    """Programs that convert files often leave out noise schedules."""
+    path = tmp_path / "x.safetensors"
+    state = tinyfamilies.write_family(family, path)
+    metadata = read_checkpoint(path).metadata
+    rest = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    write_checkpoint(path, rest, metadata)
+    assert len(rest) == len(state) - 8
+    assert has_weights(ldm.load(ckpt=path), state)
+
+
 def test_errors_for_missing_files_name_the_argument(tiny_yaml, tiny_file):
     with pytest.raises(ValueError, match="no weights") as caught:
         ldm.load(tiny_yaml)
