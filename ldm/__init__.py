@@ -13,7 +13,7 @@ The public names are imported on first use, so that `import ldm` does not import
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ldm.compat.finder import install_finder
+from ldm.compat.finder import import_submodule, install_finder
 from ldm.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module `ldm` has no attribute `{name}`")
+        return import_submodule("ldm", name)
     return getattr(import_module(_MODULES.get(name, "ldm.pipelines")), name)
 
 

@@ -72,8 +72,23 @@ class CompatFinder:
     def exec_module(self, module: ModuleType) -> None:
         """Restore the module's own spec, which the import system has replaced."""
         spec = module.__spec__
-        if spec is not None and spec.loader_state is not None:
+        assert spec is not None
+        if spec.name in PACKAGES:
+            vars(module)["__getattr__"] = functools.partial(import_submodule, spec.name)
+        if spec.loader_state is not None:
             module.__spec__ = spec.loader_state
+
+
+def import_submodule(package: str, name: str) -> ModuleType:
+    """Import a module of the original that is read as an attribute of its package.
+
+    The original's modules import each other: after `import ldm.models.diffusion.ddpm`, third-party
+    code reads `ldm.util`.
+    """
+    fullname = f"{package}.{name}"
+    if fullname not in MODULES and fullname not in PACKAGES:
+        raise AttributeError(f"module `{package}` has no attribute `{name}`")
+    return import_module(fullname)
 
 
 def install_finder() -> None:

@@ -46,6 +46,15 @@ def test_a_module_of_the_original_is_the_module_of_compat_itself():
     del module.print
 
 
+def test_modules_that_the_original_imports_are_attributes_of_their_packages():
+    run("""
+import ldm.models.diffusion.ddpm
+ldm.util, ldm.modules.ema, ldm.models.diffusion.dpm_solver.sampler
+for package in (ldm, ldm.modules):
+    assert not hasattr(package, "nothing")
+""")
+
+
 def test_unknown_module_names_are_not_found():
     for name in ("ldm.utils", "ldm.modules.nothing", "ldm.models.nothing.at_all"):
         with pytest.raises(ModuleNotFoundError):
