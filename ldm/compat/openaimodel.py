@@ -167,6 +167,7 @@ class ResBlock(CompatModule, blocks.ResBlock, TimestepBlock):
             down=down,
         )
         swap_classes(self)
+        self.use_conv = use_conv  # unknown to `swap_classes` if the channels do not change
 
     def set_original_attributes(self) -> None:
         conv, emb_linear, dropout = self.in_layers[-1], self.emb_layers[-1], self.out_layers[2]

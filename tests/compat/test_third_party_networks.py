@@ -352,6 +352,7 @@ def test_attributes_are_those_of_the_original(networks):
     block = unet.output_blocks[0][0]
     assert [block.channels, block.out_channels, block.emb_channels] == [128, 64, 128]
     assert [block.updown, block.use_conv, block.dropout] == [False, False, 0.0]
+    assert ResBlock(32, 128, 0.0, use_conv=True).use_conv
     transformer = unet.middle_block[1]
     assert [transformer.in_channels, transformer.use_linear] == [64, True]
     attention = transformer.transformer_blocks[0].attn2
