@@ -290,6 +290,8 @@ def _split_arguments(
             our_arguments.append(argument)
             continue
         option = _find_option(name, spellings)
+        if not option and name[:2] in spellings:  # `-s5`: the value follows the letter
+            option, equals, value = spellings[name[:2]], "=", argument[2:]
         if option and option not in IMPLICIT_VALUES:
             our_arguments.append(argument)
             continue

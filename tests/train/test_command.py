@@ -91,6 +91,12 @@ def test_resume_may_have_the_name_of_a_run(args: str, resume: str | None) -> Non
     assert parse(["-b", "a.yaml", *args.split()]).resume == resume
 
 
+def test_a_value_may_follow_the_letter_of_its_option() -> None:
+    request = parse(["-ba.yaml", "-t1", "-nfoo", "-f_x", "-s5"])
+    assert (request.configs, request.train, request.name) == (("a.yaml",), True, "foo_x")
+    assert request.overrides == ("lightning.trainer.seed=5",)
+
+
 def test_two_runs_cannot_be_resumed() -> None:
     with pytest.raises(ValueError, match="--resume and --resume_from_checkpoint name two runs"):
         parse(["-b", TINY_YAML, "-r", "logs/x", "--resume_from_checkpoint", "logs/y"])

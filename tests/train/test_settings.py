@@ -215,10 +215,13 @@ def test_zero_validation_batches_disable_validation(interval: str) -> None:
 
 
 def test_ignored_arguments_of_lightning_are_named() -> None:
-    result = read("{trainer: {limit_val_batches: 0.5, profiler: simple, min_steps: 3}}")
+    trainer = "limit_val_batches: 0.5, profiler: simple, reload_dataloaders_every_epoch: true"
+    result = read(f"{{trainer: {{{trainer}, min_steps: 3}}}}")
     assert result.callbacks.validate_batches == 8
     ignored = [text.split()[0].rpartition(".")[2] for text in result.messages if "ignored" in text]
-    assert ignored == ["profiler", "min_steps", "limit_val_batches"]
+    assert ignored == [
+        "profiler", "reload_dataloaders_every_epoch", "min_steps", "limit_val_batches",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,10 @@ IGNORED_TRAINER_ARGUMENTS = {
         "a run always saves, logs and shows its progress, see lightning.callbacks",
     ),
     **dict.fromkeys(
-        ("reload_dataloaders_every_n_epochs", "multiple_trainloader_mode", "replace_sampler_ddp",
-         "use_distributed_sampler", "prepare_data_per_node", "overfit_batches",
-         "limit_train_batches", "truncated_bptt_steps"),
+        ("reload_dataloaders_every_n_epochs", "reload_dataloaders_every_epoch",
+         "multiple_trainloader_mode", "replace_sampler_ddp", "use_distributed_sampler",
+         "prepare_data_per_node", "overfit_batches", "limit_train_batches",
+         "truncated_bptt_steps"),
         "training data is an endless stream, split among the ranks",
     ),
     **dict.fromkeys(
