@@ -386,6 +386,8 @@ def _log_unused_keys(weights: Weights, ema: bool, skipped: list[str]) -> None:
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     if weights.checkpoint.has_ema:
         log.info("`%s`: its EMA weights are %s", weights.path, "used" if ema else "not used")
+    elif weights.checkpoint.ema_state_dict:  # as in Runway's inpainting model
+        log.info("`%s` has counters of an EMA but not its weights: EMA is not used", weights.path)
 
 
 def _make_provenance(config_dict: JsonMapping, weights: Weights) -> JsonObject:

@@ -222,7 +222,7 @@ def test_ema_weights_are_loaded_if_asked_for(tmp_path, tiny_yaml, tiny_state):
     ],
 )
 def test_the_config_determines_whether_ema_weights_are_used(
-    tmp_path, tiny_yaml, tiny_state, use_ema, ema, expected, is_embedded
+    tmp_path, tiny_yaml, tiny_state, use_ema, ema, expected, is_embedded, caplog
 ):
     text = tiny_yaml.read_text().replace("use_ema: false", use_ema)
     (tmp_path / "x.yaml").write_text(text)
@@ -234,9 +234,12 @@ def test_the_config_determines_whether_ema_weights_are_used(
     name = "model.diffusion_model.out.2.bias"
     assert torch.equal(model.unet.out[2].bias, tiny_state[name] + expected)
     # The config may ask for EMA weights that the file does not have (Runway's inpainting model).
-    write_checkpoint(tmp_path / "raw.safetensors", tiny_state, metadata)
+    raw_state = tiny_state | {"model_ema.num_updates": torch.tensor(3)}
+    write_checkpoint(tmp_path / "raw.safetensors", raw_state, metadata)
     if not ema:
+        caplog.set_level("INFO", "ldm.loading.load")
         assert not ldm.load(config, tmp_path / "raw.safetensors", ema=ema).provenance["ema"]
+        assert "raw.safetensors` has counters of an EMA but not its weights" in caplog.text
 
 
 def test_shipped_configs_use_raw_weights():
