@@ -266,7 +266,8 @@ class DPM_Solver:
         elif steps % order:
             orders.append(steps % order)
         if skip_type == "logSNR":
-            return self.get_time_steps(skip_type, t_T, t_0, len(orders), device), orders
+            num_steps = 1 if order == 1 else len(orders)  # 1 is a defect of the original
+            return self.get_time_steps(skip_type, t_T, t_0, num_steps, device), orders
         indices = torch.tensor([0, *orders]).cumsum(dim=0)
         return self.get_time_steps(skip_type, t_T, t_0, steps, device)[indices], orders
 
@@ -424,7 +425,7 @@ class DPM_Solver:
         t_0 = 1.0 / self.noise_schedule.total_N if t_end is None else t_end
         if method == "adaptive":
             x = self.dpm_solver_adaptive(x, order, t_T, t_0, atol, rtol, solver_type)
-        elif method == "multistep":
+        elif method == "multistep" or (method == "singlestep" and order == 1):  # the same steps
             if steps < order:
                 raise ValueError(f"steps must be at least the order, {order}, got {steps}")
             times = self.get_time_steps(skip_type, t_T, t_0, steps, x.device)[:, None]

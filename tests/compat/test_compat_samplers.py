@@ -164,10 +164,18 @@ def test_noise_schedules_and_times_of_the_solver_equal_the_recorded_ones():
         if "t_T" in info:
             options = (info["skip_type"], info["t_T"], info["t_0"], info["N"], "cpu")
             golden.assert_close(name, times=solver.get_time_steps(*options))
-        elif "order" in info and (info["order"], info["skip_type"]) != (1, "logSNR"):
+        elif "order" in info:
             options = (info["steps"], info["order"], info["skip_type"], 1.0, 1e-3, "cpu")
             outer, orders = solver.get_orders_and_timesteps_for_singlestep_solver(*options)
             golden.assert_close(name, outer=outer, orders=orders)
+
+
+def test_single_steps_of_order_1_may_be_uniform_in_the_log_snr():
+    """The original fails, as its times are those of one step."""
+    solver, x = DPM_Solver(lambda x, t: x.cos(), NoiseScheduleVP("linear")), torch.ones(1, 2)
+    options = {"steps": 6, "order": 1, "skip_type": "logSNR"}
+    single, multi = (solver.sample(x, method=f"{m}step", **options) for m in ("single", "multi"))
+    assert torch.equal(single, multi)
 
 
 def test_adaptive_steps_end_where_the_error_is_zero():
