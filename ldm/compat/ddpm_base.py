@@ -363,6 +363,11 @@ class DDPM(TrainingModule):
         """Return a buffer's values at timesteps t (B,), as (B, 1, …) to broadcast with x (B, …)."""
         return extract_into_tensor(getattr(self, name), t, x.shape)
 
+    def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        """Compute the noise from x_t (B, …) and x_0, at timesteps t (B,)."""
+        scaled = self._extract("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+        return (scaled - pred_xstart) / self._extract("sqrt_recipm1_alphas_cumprod", t, x_t)
+
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
         """Return the KL divergence of x_T from the standard normal, (B,), in bits per dimension."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)

@@ -73,8 +73,9 @@ def test_ancestral_loops_equal_the_recorded_ones(parameterization):
     for name, moments in gaussians.items():
         names = (f"{name}_{moment}" for moment in ("mean", "var", "logvar"))
         outputs |= dict(zip(names, moments, strict=True))
-    start = model.predict_start_from_noise(x_T, t, x0)
-    golden.assert_close(case, **outputs, start_from_noise=start, prior_bpd=model._prior_bpd(x0))
+    outputs["start_from_noise"] = model.predict_start_from_noise(x_T, t, x0)
+    outputs["eps_from_start"] = model._predict_eps_from_xstart(x_T, t, x0)
+    golden.assert_close(case, **outputs, prior_bpd=model._prior_bpd(x0))
 
 
 def test_conversions_between_v_x0_and_eps_are_as_recorded():
