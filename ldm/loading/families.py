@@ -120,6 +120,7 @@ FAMILIES = (
     Family("segmind-vega", "Segmind Vega", 4, 2048, 2816, "eps", "segmind-vega", num_blocks=15),
     Family("koala", "a pruned Stable Diffusion XL such as KOALA", 4, 2048, 2816, "eps", "",
            task=""),
+    Family("sd1-pix2pix", "Stable Diffusion 1 InstructPix2Pix", 8, 768, None, "eps", "", task=""),
     Family("sdxl-pix2pix", "Stable Diffusion XL InstructPix2Pix", 8, 2048, 2816, "eps", "",
            task=""),
 )

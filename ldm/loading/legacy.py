@@ -130,6 +130,8 @@ UNSUPPORTED_CLASSES = {
     LDM_ENCODERS + "SpatialRescaler": "semantic synthesis models",
     LDM_ENCODERS + "FrozenCLIPTextEmbedder": "retrieval-augmented models",
     LDM_DDPM + "Layout2ImgDiffusion": "layout models",
+    "ldm.models.diffusion.ddpm_edit.LatentDiffusion": "InstructPix2Pix models",
+    "cldm.cldm.ControlLDM": "ControlNets",
     "ldm.models.diffusion.classifier.NoisyLatentImageClassifier": "classifiers of noisy latents",
     LDM_ENCODERS + "FrozenT5Embedder": "text encoders of T5",
     LDM_ENCODERS + "FrozenCLIPT5Encoder": "text encoders of T5",

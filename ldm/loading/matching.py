@@ -59,10 +59,11 @@ QUANTIZED_LAYER = re.compile(
 MAX_LISTED_NAMES = 10  # in each line of a message
 # Pattern in names of tensors -> type of a file that is not a model.
 FILE_TYPES = {
+    # Before LoRAs: Control-LoRAs have a tensor `lora_controlnet`.
+    r"control_model|controlnet|zero_convs|lllite_": "a ControlNet, which is not supported",
     r"lora_|\.lora\.|lokr_|hada_": "a LoRA, which is merged into a model (`loras`)",
     r"string_to_param|emb_params|^<": "a textual inversion, which is added to a model "
     "(`embeddings`)",
-    r"control_model|controlnet_|zero_convs": "a ControlNet, which is not supported",
     r"^(time_embed|input_blocks|output_blocks)\.": "only a UNet",
     r"concept_embeds": "the safety checker of Stable Diffusion 1 (`safety_checker`)",
     r"^visual\.(conv1|proj)\b|^vision_model\.": "a CLIP, for CLIP score (`ldm evaluate --clip`)",

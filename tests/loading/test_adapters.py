@@ -566,6 +566,7 @@ def test_alpha_may_have_any_numeric_type_but_not_be_nan(tmp_path, path):
         (["lora_unet_conv_in.lora_mid.weight"], "has only `mid`"),
         (["unet.conv_in.lora_magnitude_vector.weight"], "has only `magnitude`"),
         (["lora_unet_conv_in.oft_diag"], "unsupported type: OFT in another format"),
+        (["lora_controlnet"], "unsupported type: ControlNet"),
         (["unet.conv_in.lora_B.bias"], "unsupported type: LoRA with biases"),
         (["x.modules_to_save.default.weight"], "unsupported type: LoRA with fully trained layers"),
         (["out.2.bias"], "is not a LoRA file: 1 of its 1 keys is not recognized"),

@@ -227,6 +227,8 @@ def test_parameters_that_a_family_does_not_support_are_refused(name, changes, me
         "ldm.modules.encoders.modules.TransformerEmbedder",
         "ldm.modules.encoders.modules.FrozenT5Embedder",
         "ldm.models.diffusion.ddpm.Layout2ImgDiffusion",
+        "ldm.models.diffusion.ddpm_edit.LatentDiffusion",
+        "cldm.cldm.ControlLDM",
         "ldm.models.diffusion.classifier.NoisyLatentImageClassifier",
     ],
 )

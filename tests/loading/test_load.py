@@ -32,7 +32,7 @@ from ldm.loading.matching import match_weights
 from ldm.loading.model_config import asks_for_ema, choose_config
 from ldm.loading.weight_names import rename_weights, restore_names, select_prefix
 from ldm.loading.weights import identify_weights
-from ldm.runtime.errors import ArgumentError, ConfigError, FileFormatError
+from ldm.runtime.errors import ArgumentError, ConfigError, FileFormatError, MissingArgument
 from loading import tinyfamilies
 from loading.lorahelp import are_equal, rename_keys
 
@@ -389,6 +389,8 @@ def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
         ("lora_unet_x.lora_down.weight", "a LoRA, which is merged"),
         ("string_to_param.*", "a textual inversion, which is added"),
         ("control_model.x", "a ControlNet, which is not supported"),
+        ("lora_controlnet", "a ControlNet, which is not supported"),
+        ("lllite_unet_middle_block_1.up.0.weight", "a ControlNet, which is not supported"),
         ("input_blocks.0.0.weight", "only a UNet"),
         ("first_stage_model.quantize.embedding.weight", "a model with a VQ autoencoder, which is"),
         ("cond_stage_model.transformer.token_emb.weight", "a model with BERT's text encoder"),
@@ -549,7 +551,8 @@ def make_full_size_state(name):
     return {f"unet.{k}": torch.zeros(1).expand(v.shape) for k, v in unet.state_dict().items()}
 
 
-FAMILIES = [f for f in families.FAMILIES if not f.is_sdxl]  # test_sdxl has the others
+# test_sdxl has the others.
+FAMILIES = [f for f in families.FAMILIES if f.config and not f.is_sdxl]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
@@ -558,6 +561,13 @@ def test_families_are_recognized(family):
     if family.has_vision_tower:
         tensors[families.VISION_PROJECTION] = torch.zeros(1)
     assert detect_family(make_full_size_state(family.config) | tensors) is family
+
+
+def test_instruct_pix2pix_is_refused_by_name():
+    first = {"unet.input_blocks.0.0.weight": torch.zeros(1).expand(320, 8, 3, 3)}
+    state = restore_names(make_full_size_state("v1-inference") | first)
+    with pytest.raises(MissingArgument, match="looks like Stable Diffusion 1 InstructPix2Pix"):
+        choose_config(identify_weights(Checkpoint(Path("x.ckpt"), "zip", state)))
 
 
 EPS_BIAS, V_BIAS = torch.full((320,), 0.05), torch.linspace(-0.5, 0.5, 320)

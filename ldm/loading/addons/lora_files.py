@@ -68,6 +68,7 @@ LayerTensors = dict[str, Tensor]  # tensors of one layer, by role
 ORIGINAL_BLOCKS = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks)[._]")
 FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # stems, of diffusers and of peft
 UNSUPPORTED_TYPES = {  # by pattern in names of tensors that LORA_KEY does not match
+    "lora_controlnet|lllite_": "ControlNet",
     "lora_embedding": "LoRA of an embedding",
     "oft_(R|diag)|boft": "OFT in another format",
     "ia3_": "(IA)^3 of peft",
