@@ -42,7 +42,7 @@ class LowResImage(Encoder):
 
     Args:
         noise_schedule_config: See `register_schedule`; None = no noise at any level.
-        max_noise_level: Noise levels are 0 … max_noise_level - 1.
+        max_noise_level: Highest noise level; random ones are below it.
         low_scale_key: Batch key of the image without noise.
     """
 
@@ -97,8 +97,7 @@ class RGBDLatent(Encoder):
     """The latent of a low-resolution RGBD image, as channels (B, C, h, w); no noise is added.
 
     Args:
-        max_noise_level: Noise levels are 0 … max_noise_level - 1; only UNets that embed the level
-            use it.
+        max_noise_level: Highest noise level; only UNets that embed the level use it.
     """
 
     slot: Slot = "concat"

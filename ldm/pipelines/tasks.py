@@ -34,6 +34,7 @@ from ldm.diffusion.samplers.common import Constrain, NoiseSource
 from ldm.encoders.concat_images import LowResImage, RGBDLatent, concat_mask, mask_image
 from ldm.encoders.depth import MiDaSDepth
 from ldm.model import LatentDiffusion
+from ldm.nets.unet import UNet
 from ldm.pipelines.conditions import encode_prompts
 from ldm.pipelines.generate import generate, make_task_noise_source
 from ldm.pipelines.images import add_depth, crop_like, decode_latent, encode_image, pad_to_multiple
@@ -289,7 +290,7 @@ def upscale(
     noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
     encoder = model.conditioner.get(LowResImage)
-    _check_noise_level(noise_level, encoder.max_noise_level)
+    _check_noise_level(model, noise_level, encoder.max_noise_level)
     low_res = image.to(model.device, torch.float32).expand(n, -1, -1, -1)
     # The original draws its noise in this memory format.
     low_res = low_res.contiguous(memory_format=torch.channels_last)
@@ -332,7 +333,7 @@ def upscale_rgbd(
     image = add_depth(model, image, depth)
     noise_source = make_task_noise_source(prompts, options)
     n = len(prompts)
-    _check_noise_level(noise_level, model.conditioner.get(RGBDLatent).max_noise_level)
+    _check_noise_level(model, noise_level, model.conditioner.get(RGBDLatent).max_noise_level)
     padded = pad_to_multiple(image, model.downscale_factor)
     level = torch.full((n,), noise_level, device=model.device)
     inputs = {"rgbd": encode_image(model, padded, n, noise_source), "noise_level": level}
@@ -343,9 +344,15 @@ def upscale_rgbd(
     return crop_like(images, image)
 
 
-def _check_noise_level(level: int, num_levels: int) -> None:
-    if not 0 <= level < num_levels:
-        raise ArgumentError(f"noise levels are 0 … {num_levels - 1}, got {level}", "noise_level")
+def _check_noise_level(model: LatentDiffusion, level: int, max_level: int) -> None:
+    """Raise ArgumentError for a level above `max_level`, or without a label in the UNet.
+
+    Training draws levels below `max_level`; the originals' programs also take `max_level` itself.
+    """
+    num_labels = model.unet.num_classes if isinstance(model.unet, UNet) else None
+    highest = min(max_level, num_labels - 1) if isinstance(num_labels, int) else max_level
+    if not 0 <= level <= highest:
+        raise ArgumentError(f"noise levels are 0 … {highest}, got {level}", "noise_level")
 
 
 @task("latent-upscaling")

@@ -28,9 +28,9 @@ class UpscaleInputs(FolderInputs):
     init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_input_file=True,
         label="Image", help="input image, resized to --H x --W; for the x2 latent upscaler also a"
         " latent of --save-latents, or a folder of them, each to OUTDIR/NAME.png")
-    noise_level: int = option(20, "--noise-level", parse=parse_natural, metavar="N", slider_max=349,
-        label="Noise level (0 – 349)",
-        help="timestep of the noise on the image, 0 to 349: more noise, more invented detail"
+    noise_level: int = option(20, "--noise-level", parse=parse_natural, metavar="N", slider_max=350,
+        label="Noise level (0 – 350)",
+        help="timestep of the noise on the image, 0 to 350: more noise, more invented detail"
         " (default: %(default)s)")
     noise_sigma: float = option(0.0, "--noise-sigma", parse=parse_fraction, metavar="SIGMA",
         label="Noise on the latent (for x2)",
