@@ -104,8 +104,12 @@ RENAMED_PARAMS = {
     "ldm.diffusion.schedule.ContinuousSchedule": {"log_time": "uses_log_sigma"},
     CONCAT_MODULE + "PatchesToChannels": {"patch": "patches_per_side"},
 }
-# Defaults of encoders in `cond_stage_config` that differ from those of our class.
-COND_STAGE_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
+# Defaults that differ from those of our class: of an original class, and in `cond_stage_config`.
+CLASS_DEFAULTS = {
+    LDM_ENCODERS + "FrozenCLIPImageEmbedder": {"antialias": False},
+    LDM_ENCODERS + "FrozenClipImageEmbedder": {"antialias": False},
+}
+COND_STAGE_DEFAULTS = {CLIP_IMAGE: {"text_tower": False}}
 
 # Original config -> the config to read instead. They differ only in dtype, which `load` sets.
 CONFIG_ALIASES = {
@@ -203,9 +207,10 @@ def translate_config(
             translate = partial(translate_config, skipped=skipped)
             model_params = translate_engine(params, f"{where}.params", skipped, translate)
             return {"target": LATENT_DIFFUSION, "params": model_params, "where": where}
+    defaults = CLASS_DEFAULTS.get(target, {})
     target = TARGETS.get(target, target)
     names = RENAMED_PARAMS.get(target, {})
-    params = {names.get(name, name): value for name, value in params.items()}
+    params = defaults | {names.get(name, name): value for name, value in params.items()}
     return {"target": target, "params": params, "where": where}
 
 

@@ -107,6 +107,18 @@ def test_the_config_of_image_variations_resizes_as_its_original(case):
     assert_close(encoder(image), golden.outputs(case)["token"])
 
 
+@pytest.mark.parametrize(
+    ("name", "antialias"),
+    [
+        ("ClipImageEmbedder", True), ("FrozenCLIPImageEmbedder", False),
+        ("FrozenClipImageEmbedder", False),
+    ],
+)  # fmt: skip
+def test_the_default_of_antialias_depends_on_the_original_class(name, antialias):
+    spec = {"target": f"ldm.modules.encoders.modules.{name}", "params": {"model": ARCH}}
+    assert instantiate(spec).antialias == antialias
+
+
 @pytest.mark.slow
 def test_full_size_embedding_equals_the_recorded_one():
     golden = load_golden("full_clip_image_vith")
