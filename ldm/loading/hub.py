@@ -58,7 +58,12 @@ def find_or_download(
         return path
     if not download:
         raise MissingFile(f"`{address}` is not on this machine; run `ldm download {address}`")
-    license_name, commit, sizes = _read_repo_info(repo)
+    try:
+        license_name, commit, sizes = _read_repo_info(repo)
+    except DownloadError as error:
+        if not file or error.is_local:
+            raise
+        return download_file(repo, file)  # from a server with files only, or for its error
     if file and file not in sizes:
         raise DownloadError(f"`{repo}` has no file `{file}`{_format_examples(sizes)}")
     names = [file] if file else _list_folder_files(repo, commit, sizes, file_variant)

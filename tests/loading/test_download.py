@@ -365,6 +365,14 @@ def test_a_hub_uri_may_name_a_file_or_a_diffusers_folder(hub, cache):
         resolve_checkpoint("hf:some/other", download=False)
 
 
+def test_a_server_of_files_without_the_hubs_api_is_enough_for_a_file(hub, monkeypatch):
+    monkeypatch.setattr(Handler, "list_files", lambda handler, repo: handler.reply(404, {}))
+    hub.files["some/pipe/v1.ckpt"] = CONTENT
+    assert resolve_checkpoint("hf:some/pipe/v1.ckpt").read_bytes() == CONTENT
+    with pytest.raises(OSError, match="`some/other` is not found, or private"):
+        resolve_checkpoint("hf:some/other/v1.ckpt")
+
+
 def test_a_server_cannot_choose_where_files_are_written(hub, cache):
     hub.files["some/pipe/model_index.json"] = b'{"..": ["a", "B"]}'
     hub.files["some/pipe/../x.json"] = CONTENT
