@@ -200,7 +200,7 @@ def _apply_buffers(params: JsonObject, weights: Weights) -> None:
     """Set parameters of sgm's `DiffusionEngine` from the buffers of the file."""
     buffers = weights.buffers
     for key, name in (("latent_mean", "edm_mean"), ("latent_std", "edm_std")):
-        if name in buffers:
+        if name in buffers and buffers[name].numel():  # an empty one only marks the denoiser
             params[key] = buffers[name].flatten().tolist()
     if "edm_vpred.sigma_max" in buffers and "sampler_config" in params:
         sigma_range = {

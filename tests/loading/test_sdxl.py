@@ -191,7 +191,11 @@ COSXL = {"edm_vpred.sigma_max": torch.tensor(90.0)}
         ("sd_xl_inpaint", {}, "sd_xl_inpaint"),
         ("sd_xl_refiner", {}, "sd_xl_refiner"),
         ("sd_xl_base", COSXL, "sd_xl_cosxl"),
-        ("sd_xl_base", {"edm_mean": torch.ones(1, 4, 1, 1)}, "playground-v2.5"),
+        (
+            "sd_xl_base",
+            {"edm_mean": torch.ones(1, 4, 1, 1), "edm_std": torch.empty(0)},
+            "playground-v2.5",
+        ),
         ("ssd-1b", {}, "ssd-1b"),
         pytest.param("segmind-vega", {}, "segmind-vega", marks=SLOW),
     ],
@@ -207,6 +211,7 @@ def test_families_are_recognized(build_model, name, markers, detected):
         assert params["schedule"]["params"] == expected
     if detected == "playground-v2.5":
         assert params["latent_mean"] == [1.0] * 4
+        assert params["latent_std"] == [8.4927, 5.9022, 6.5498, 5.2299]
 
 
 @pytest.mark.parametrize(
