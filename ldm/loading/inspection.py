@@ -233,6 +233,7 @@ def _list_tensor_groups(state: Mapping[str, Tensor]) -> Iterator[TensorGroup]:
     is_sgm = has_sgm_names(state)
     for name, tensor in state.items():
         depth = 2 if name.startswith("conditioner.") else 1
+        depth += name.startswith("conditioner.image.")  # the original's embedder, noise_augmentor
         match = LORA_LAYER_PREFIX.match(name)
         prefix = match[0] if match else ".".join(name.split(".")[:depth]) + "."
         groups.setdefault(prefix, []).append(tensor)

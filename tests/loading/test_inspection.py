@@ -39,6 +39,15 @@ def test_components_ema_and_step_are_reported(path, tiny_yaml, tiny_state):
     assert report.foreign_names == []
 
 
+def test_components_have_the_originals_prefixes(tmp_path):
+    write_family("unclip-h", tmp_path / "x.safetensors")
+    parts = inspect_checkpoint(tmp_path / "x.safetensors").parts
+    assert {part.prefix for part in parts} == {
+        "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "embedder.",
+        "noise_augmentor.",
+    }  # fmt: skip
+
+
 def test_a_config_that_asks_for_ema_weights_is_reported(path, tiny_yaml, tmp_path):
     config = tmp_path / "x.yaml"
     config.write_text(tiny_yaml.read_text().replace("use_ema: false", "use_ema: true"))
