@@ -39,6 +39,7 @@ from ldm.pipelines.families import (
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import (
     SamplingOptions,
+    get_default_scheduler,
     get_few_step_warning,
     get_high_sigma_warning,
     get_sigmas,
@@ -114,14 +115,21 @@ def check_steps(request: Request) -> None:
         ckpt = _find_checkpoint(request)
         if ckpt is None:
             return
-        schedule = find_schedule_without_weights(ckpt, model.config, model.overrides)
+        found = find_schedule_without_weights(ckpt, model.config, model.overrides)
+        variant = find_variant_without_weights(ckpt, model.lora, model.variant)
     except (OSError, ValueError):  # reported when the model is loaded
         return
-    default_scheduler = SAMPLERS[sampling.sampler].scheduler if sampling.sampler else None
-    scheduler = sampling.scheduler or default_scheduler or "uniform"
-    if schedule is not None and "steps" in sampling.legacy:
+    if found is None:
+        return
+    schedule, defaults = found
+    if variant is not None:
+        defaults = variant.resolve_defaults(defaults, has_scheduler=is_diffusers_folder(ckpt))
+    scheduler = sampling.scheduler or get_default_scheduler(
+        schedule, defaults, sampling.sampler or defaults.sampler
+    )
+    if "steps" in sampling.legacy:
         Quirks(frozenset(sampling.legacy)).get_sigmas(schedule, sampling.steps, scheduler)
-    elif schedule is not None:
+    else:
         schedule.check_steps(sampling.steps, scheduler)
 
 

@@ -49,7 +49,8 @@ def log_variant(request: Request, model: LatentDiffusion) -> None:
         VARIANTS[variant["name"]].title,
         variant["evidence"],
         sampling.sampler,
-        sampling.scheduler or get_default_scheduler(model, sampling.sampler),
+        sampling.scheduler
+        or get_default_scheduler(model.schedule, model.defaults, sampling.sampler),
         sampling.steps,
         sampling.scale,
     )

@@ -82,7 +82,8 @@ def make_run_info(
         "scheduler": sampling.scheduler,
         "scheduler_in_use": None
         if sampling.sigmas
-        else sampling.scheduler or get_default_scheduler(model, sampling.sampler),
+        else sampling.scheduler
+        or get_default_scheduler(model.schedule, model.defaults, sampling.sampler),
         "steps": sampling.steps,
         "scale": sampling.scale,
         "size": list(size),

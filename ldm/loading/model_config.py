@@ -22,6 +22,7 @@ from ldm.loading.matching import guess_file_type, match_weights
 from ldm.loading.sgm import DIFFUSION_ENGINE
 from ldm.loading.variants import GUIDANCE_WEIGHT
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
+from ldm.model import Defaults
 from ldm.runtime.errors import (
     ConfigError,
     MissingArgument,
@@ -98,10 +99,10 @@ def read_config(
 
 def find_schedule_without_weights(
     path: Path, config: str | Path | None = None, overrides: Collection[str] = ()
-) -> NoiseSchedule | None:
-    """Return the noise schedule of the model that `load` will build; weights are not read.
+) -> tuple[NoiseSchedule, Defaults] | None:
+    """Return noise schedule and defaults of the model that `load` will build, by its config.
 
-    Returns None for a single component, and for a file that is slow to open.
+    Weights are not read. Returns None for a single component, and for a file that is slow to open.
 
     Args:
         path: Path of the checkpoint.
@@ -116,7 +117,9 @@ def find_schedule_without_weights(
     spec = translate_config(config_dict, where=where)
     if spec["target"] != LATENT_DIFFUSION:
         return None
-    return cast(NoiseSchedule, instantiate(spec["params"]["schedule"], where=where))
+    params = {"defaults": {"target": "ldm.model.Defaults"}} | spec["params"]
+    schedule, defaults = (instantiate(params[key], where=where) for key in ("schedule", "defaults"))
+    return cast(NoiseSchedule, schedule), cast(Defaults, defaults)
 
 
 def probe_weights(weights: Weights) -> DetectedPredictionType:

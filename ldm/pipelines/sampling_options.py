@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm.diffusion.guidance import Guidance, GuidanceScale
 from ldm.diffusion.names import HIGH_SIGMA, SAMPLERS, SCHEDULERS, FreeUFactors
 from ldm.diffusion.samplers.common import NoiseSource
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import Defaults, LatentDiffusion
@@ -72,7 +73,9 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
             raise ArgumentError(message, "sigmas")
         return sigmas
     steps = model.defaults.steps if steps is None else steps
-    scheduler = options.get("scheduler") or get_default_scheduler(model, sampler)
+    scheduler = options.get("scheduler") or get_default_scheduler(
+        model.schedule, model.defaults, sampler
+    )
     if is_sdxl(model) and scheduler in SCHEDULERS:
         scheduler = SCHEDULERS[scheduler].sdxl_scheduler or scheduler
     sigmas = quirks.get_sigmas(model.schedule, steps, scheduler, rho)
@@ -94,8 +97,8 @@ def check_no_conflict_with_sigmas(
         raise ArgumentError(f"sigmas have {total_steps} steps, not {steps}", "steps")
 
 
-def get_default_scheduler(model: LatentDiffusion, sampler: str) -> str:
-    """Return the scheduler for a sampler, the first of these that is set.
+def get_default_scheduler(schedule: NoiseSchedule, defaults: Defaults, sampler: str) -> str:
+    """Return the scheduler for a sampler and a model, the first of these that is set.
 
     1. The sampler's `high_sigma_scheduler`, if the model's sigmas exceed HIGH_SIGMA.
     2. The sampler's `scheduler`.
@@ -104,10 +107,10 @@ def get_default_scheduler(model: LatentDiffusion, sampler: str) -> str:
        (arXiv:2305.08891, §3.3), else "uniform".
     """
     spec = SAMPLERS[sampler]
-    if spec.high_sigma_scheduler and model.schedule.sigmas[-1] > HIGH_SIGMA:
+    if spec.high_sigma_scheduler and schedule.sigmas[-1] > HIGH_SIGMA:
         return spec.high_sigma_scheduler
-    scheduler = spec.scheduler or model.defaults.scheduler
-    return scheduler or ("trailing" if model.schedule.zero_snr else "uniform")
+    scheduler = spec.scheduler or defaults.scheduler
+    return scheduler or ("trailing" if schedule.zero_snr else "uniform")
 
 
 def get_high_sigma_warning(sampler: str, scheduler: str | None, sigma: float) -> str | None:

@@ -68,6 +68,13 @@ def test_an_image_of_base_and_refiner_replays_identically(run, run_ldm, models):
     moved.rename(options["refiner"])
 
 
+def test_step_counts_that_only_uniform_steps_of_the_original_fail_at_are_allowed(run):
+    flags = ["--steps", "3", "--legacy", "steps,truncate", "--n_samples", "1", "--skip_grid"]
+    assert len(run("txt2img", *flags).paths) == 1  # the default scheduler is `sgm_uniform`
+    _, _, err = run("txt2img", *flags, "--scheduler", "uniform")
+    assert "the original fails at 3 steps" in err
+
+
 def test_a_line_of_a_prompt_file_has_prompts_for_both_text_encoders(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\na fox --prompt-2 'oil, thick'")
     flags = ["--from-file", tmp_path / "prompts.txt", "--steps", "1", "--n_samples", "1"]

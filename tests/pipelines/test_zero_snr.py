@@ -71,7 +71,10 @@ def test_every_sampler_starts_from_pure_noise(sampler: str) -> None:
 
 
 def test_samplers_that_cannot_start_at_the_last_timestep_have_other_default_schedulers() -> None:
-    defaults = {name: get_default_scheduler(build_model(), name) for name in SAMPLERS}
+    model = build_model()
+    defaults = {
+        name: get_default_scheduler(model.schedule, model.defaults, name) for name in SAMPLERS
+    }
     assert [name for name in SAMPLERS if defaults[name] == "uniform"] == ["plms", "heun", "dpm2_a"]
     assert defaults["restart"] == defaults["dpm_fast"] == defaults["dpm_adaptive"] == "edm"
     assert defaults["ddim"] == defaults["dpm2"] == "trailing"
