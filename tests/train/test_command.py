@@ -137,8 +137,9 @@ def test_a_tilde_in_paths_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ("args", "message"),
     [
         ("--finetune_from a.ckpt", "`finetune_from`, use model.params.ckpt_path=a.ckpt"),
-        ("lightning.trainer.max_epochs=1 data.params.train.root=null "
-         "data.params.train.split=null data.params.train.shards=http://x/0.tar",
+        ("lightning.trainer.max_epochs=1 lightning.trainer.max_steps=null "
+         "data.params.train.root=null data.params.train.split=null "
+         "data.params.train.shards=http://x/0.tar",
          "the length of the data is unknown, give `max_steps`, or for shards `data.params.train"),
         ("--base a.ckpt",
          "`a.ckpt` is a checkpoint: give its config, and model.params.ckpt_path=a"),

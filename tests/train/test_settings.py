@@ -194,6 +194,9 @@ def test_epochs_are_converted_to_steps_once_their_length_is_known() -> None:
                     "modelcheckpoint: {params: {every_n_epochs: 1, save_top_k: 3}}}")  # fmt: skip
     with pytest.raises(ValueError, match="is unknown, give `max_steps`"):
         result.convert_epochs_to_steps(None)
+    limited = read("{trainer: {max_epochs: 3, max_steps: 70}}").convert_epochs_to_steps(None)
+    assert limited.trainer.max_steps == 70
+    assert "max_epochs is ignored: the length of the data is unknown" in limited.messages[-1]
     result = result.convert_epochs_to_steps(50)
     assert result.trainer.max_steps == 150
     assert result.callbacks.validate_steps == 100

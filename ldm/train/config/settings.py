@@ -90,11 +90,12 @@ class Settings:
         """Return a copy with all numbers of epochs converted to steps.
 
         Args:
-            steps_per_epoch: None if the length of the data is unknown.
+            steps_per_epoch: None if the length of the data is unknown; numbers of epochs are then
+                ignored, with a message, if there are numbers of steps, too.
         Raises:
-            ValueError: A number of epochs is set, and the length of the data is unknown.
+            ValueError: Only a number of epochs is set, and the length of the data is unknown.
         """
-        trainer, callbacks = self.trainer, self.callbacks
+        trainer, callbacks, messages = self.trainer, self.callbacks, list(self.messages)
         changes: dict[str, dict[str, float]] = {"trainer": {}, "callbacks": {}}
         for section, prefix, epochs, limit in (
             ("trainer", "max", trainer.max_epochs, trainer.max_steps),
@@ -104,13 +105,19 @@ class Settings:
             if epochs is None:
                 continue
             if steps_per_epoch is None:
+                problem = "the length of the data is unknown"
+                key, steps_key = f"lightning.{section}.{prefix}_epochs", f"`{prefix}_steps`"
+                if limit:
+                    messages.append(f"{key} is ignored: {problem}, {steps_key} is {limit}")
+                    continue
                 raise ValueError(
-                    f"lightning.{section}.{prefix}_epochs: the length of the data is unknown, give "
-                    f"`{prefix}_steps`, or for shards `data.params.train.length`"
+                    f"{key}: {problem}, give {steps_key}, or for shards `data.params.train.length`"
                 )
             count = max(1, round(epochs * steps_per_epoch))
             changes[section][f"{prefix}_steps"] = min(count, limit) if limit else count
-        return self.replace(**changes)
+        converted = self.replace(**changes)
+        vars(converted)["messages"] = tuple(messages)
+        return converted
 
     def build_lr_schedule(self, world_size: int = 1) -> tuple[LearningRateSchedule, str]:
         """Return the learning rate schedule of the run, and an explanation of its peak.
