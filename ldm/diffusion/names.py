@@ -183,7 +183,7 @@ SCHEDULERS = {
     "edm": Scheduler("get_sigmas_edm", "EDM", rho=3.0),
     "normal": Scheduler("get_sigmas_normal", "Normal"),
     "simple": Scheduler("get_sigmas_simple", "Simple"),
-    "beta": Scheduler("get_sigmas_beta", "Beta in time", max_steps=138),
+    "beta": Scheduler("get_sigmas_beta", "Beta in time"),
     "beta_sigma": Scheduler("get_sigmas_beta_sigma", "Beta"),
     "kl_optimal": Scheduler("get_sigmas_kl_optimal", "KL Optimal"),
     "ays": Scheduler("get_sigmas_ays", "Align Your Steps, last to 0", sdxl_scheduler="ays_xl"),

@@ -144,7 +144,7 @@ class NoiseSchedule(ABC):
         Args:
             steps: 1 … T, or at most `max_steps` of the scheduler.
             scheduler: A name in `names.SCHEDULERS`. All but "uniform", "time_uniform" and "tcd" end
-                at 0; "ddim_uniform" may have more steps than `steps`.
+                at 0; "ddim_uniform" may have more steps than `steps`, "beta" fewer.
             rho: Exponent of "karras", "polyexponential" and "edm"; None = the scheduler's default.
         """
         self.check_steps(steps, scheduler)

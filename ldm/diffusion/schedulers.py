@@ -133,10 +133,13 @@ def get_sigmas_simple(schedule: "NoiseSchedule", steps: int) -> Tensor:
 
 
 def get_sigmas_beta(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Take timesteps at quantiles 1 - i / n of Beta(0.6, 0.6), like ComfyUI (arXiv:2407.12173)."""
+    """Take timesteps at quantiles 1 - i / n of Beta(0.6, 0.6), like ComfyUI (arXiv:2407.12173).
+
+    Repeated timesteps are dropped: with more than 138 steps of 1000 timesteps, there are fewer.
+    """
     quantiles = _compute_beta_quantiles(1 - np.arange(steps) / steps)
-    t = np.rint((len(schedule) - 1) * quantiles).astype(np.int64)
-    return _append_zero(schedule.sigmas[torch.from_numpy(t)])
+    t = np.unique(np.rint((len(schedule) - 1) * quantiles).astype(np.int64))
+    return _append_zero(schedule.sigmas[torch.from_numpy(t).flip(0)])
 
 
 def get_sigmas_beta_sigma(schedule: "NoiseSchedule", steps: int) -> Tensor:

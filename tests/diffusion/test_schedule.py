@@ -67,7 +67,8 @@ def test_every_scheduler_descends_in_the_requested_number_of_steps(scheduler):
     for schedule in (SCHEDULE, ContinuousSchedule(0.002, 120)):
         for steps in {min(number, limit) for number in (1, 2, 3, 30, 333, 1000)}:
             sigmas = schedule.get_step_sigmas(steps, scheduler)
-            if scheduler != "ddim_uniform":  # which rounds the number of steps
+            drops_repeats = scheduler == "beta" and steps > 138
+            if scheduler != "ddim_uniform" and not drops_repeats:  # the former rounds the number
                 assert len(sigmas) == steps + 1
             assert (sigmas.diff() <= 0).all()
             assert sigmas[0] <= schedule.sigmas[-1] * (1 + 1e-12)
@@ -168,6 +169,12 @@ SIGMAS = {
 def test_sigmas_are_those_of_comfyui_and_a1111(scheduler):
     expected = torch.tensor([*SIGMAS[scheduler], 0.0], dtype=torch.float64)
     torch.testing.assert_close(SCHEDULE.get_step_sigmas(5, scheduler), expected, rtol=0, atol=1e-6)
+
+
+def test_repeated_timesteps_of_beta_are_dropped():
+    sigmas = SCHEDULE.get_step_sigmas(200, "beta")
+    assert len(sigmas) - 1 == 199  # different timesteps by scipy.stats.beta.ppf
+    assert (sigmas.diff() < 0).all()
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8, 50])
