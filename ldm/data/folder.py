@@ -45,6 +45,7 @@ class ImageFolder(ImageDataset):
         where: Keep the rows with these values, {"object": "robot"}; None = all.
         fields: Values that override the metadata, {"text": "a photo of a sks dog"}.
         text: Field of the metadata with the caption; rows without it use `caption`.
+        metadata: Metadata file, of any name; None = that in the folder, if there is one.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class ImageFolder(ImageDataset):
         where: JsonMapping | None = None,
         fields: JsonMapping | None = None,
         text: str = "text",
+        metadata: str | Path | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(transform, seed)
         self.root = Path(root).expanduser()
+        self.metadata_file = None if metadata is None else Path(metadata).expanduser()
         filters = {**(where or {}), **({} if split is None else {"split": split})}
-        rows, caption_errors = _read_rows(self.root)
+        rows, caption_errors = _read_rows(self.root, self.metadata_file)
         # If `fields` sets the caption, unreadable caption files do not matter.
         self.caption_errors = {} if "text" in (fields or {}) else caption_errors  # by file_name
         rows = [row for row in rows if all(row.get(key) == v for key, v in filters.items())]
@@ -112,23 +115,27 @@ class ImageFolder(ImageDataset):
         return read_size(self.root / self.get_name(index))
 
 
-def read_metadata(root: Path) -> list[JsonObject]:
+def read_metadata(root: Path, metadata_file: Path | None = None) -> list[JsonObject]:
     """Read one row per image, each with `file_name`, from the metadata file or image files.
 
+    Args:
+        metadata_file: See `ImageFolder`.
     Raises:
         MissingFile: There is no folder, or no image in it.
         FileFormatError: The metadata cannot be read, or a row has no `file_name`.
     """
-    return _read_rows(root)[0]
+    return _read_rows(root, metadata_file)[0]
 
 
-def _read_rows(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
+def _read_rows(root: Path, metadata_file: Path | None) -> tuple[list[JsonObject], dict[str, str]]:
     """Return the rows, and by `file_name` the reasons why captions cannot be read."""
     if not root.is_dir():
         raise MissingFile(f"there is no folder `{root}`")
     caption_errors: dict[str, str] = {}
-    files = {path.name.lower(): path for path in root.iterdir() if path.is_file()}
-    if metadata_file := next((files[name] for name in METADATA_FILES if name in files), None):
+    if metadata_file is None:
+        files = {path.name.lower(): path for path in root.iterdir() if path.is_file()}
+        metadata_file = next((files[name] for name in METADATA_FILES if name in files), None)
+    if metadata_file is not None:
         rows = list(_read_metadata_file(metadata_file))
         if not rows:
             raise FileFormatError(f"`{metadata_file}` has no rows")

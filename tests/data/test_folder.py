@@ -169,6 +169,17 @@ def test_captions_are_read_from_files_next_to_the_images(tmp_path):
                     ("h.png", "seven")]  # fmt: skip
 
 
+def test_a_metadata_file_of_any_name_replaces_that_of_the_folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "images" / name)
+    (tmp_path / "images/metadata.jsonl").write_text('{"file_name": "b.png", "text": "two"}')
+    file = tmp_path / "captions.json"
+    file.write_text('[{"file_name": "a.png", "text": "one"}]')
+    folder = ImageFolder(root=tmp_path / "images", transform=PHOTO, metadata=file)
+    assert [folder[0, k]["txt"] for k in range(len(folder))] == ["one"]
+    assert read_metadata(folder.root, folder.metadata_file) == folder.rows
+
+
 def test_a_subfolder_may_have_metadata_of_its_own(tmp_path):
     for name in ("train/a.png", "train/b.png", "c.png"):
         write_image(tmp_path / name)

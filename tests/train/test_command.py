@@ -152,6 +152,7 @@ def test_a_tilde_in_paths_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
         ("data.params.trains=1", "data.params: unknown key `trains`, did you mean `train`"),
         ("data.params.train.root=nope", "data.params.train.root: there is no folder `nope`"),
+        ("data.params.train.metadata=nope", "data.params.train.metadata: no file `nope`"),
         ("data.params.train.transform.tags=1", "data.params.train.transform: unknown key"),
         ("data.params.train.transform={name: photo, size: 100, buckets: {step: 64}}",
          "data.params.train.transform: buckets: size 100 is not a multiple of step 64"),

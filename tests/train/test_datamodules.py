@@ -117,6 +117,10 @@ def test_former_options_of_a_transform_are_read(caplog: pytest.LogCaptureFixture
     [
         ("{target: ldm.data.simple.FolderData, params: {root_dir: images, ext: jpg}}",
          "{root: images, transform: {name: photo, flip: 0.0}}"),
+        ("{target: ldm.data.simple.FolderData, params: {root_dir: images, caption_file: x.jsonl}}",
+         "{root: images, metadata: x.jsonl, transform: {name: photo, flip: 0.0}}"),
+        ("{target: ldm.data.simple.FolderData, params: {root_dir: images, default_caption: a fox}}",
+         "{root: images, fields: {text: a fox}, transform: {name: photo, flip: 0.0}}"),
         (
             """{target: ldm.data.simple.hf_dataset, params: {
                 name: lambdalabs/pokemon-blip-captions, text_column: text, image_transforms: [

@@ -43,7 +43,7 @@ def check_images(spec: JsonMapping, where: str, *, allow_commands: bool = False)
     Raises:
         ConfigError: The options of the transform cannot be combined.
         ArgumentError: Shards may not be read from a command, or their pattern is not supported.
-        MissingFile: A folder or shard does not exist.
+        MissingFile: A folder, its metadata file or a shard does not exist.
     """
     try:
         build_transform(spec["transform"])
@@ -51,6 +51,8 @@ def check_images(spec: JsonMapping, where: str, *, allow_commands: bool = False)
         raise ConfigError(f"{where}.transform: {error}") from None
     if "root" in spec and not Path(spec["root"]).expanduser().is_dir():
         raise MissingFile(f"{where}.root: there is no folder `{spec['root']}`")
+    if "metadata" in spec and not Path(spec["metadata"]).expanduser().is_file():
+        raise MissingFile(f"{where}.metadata: no file `{spec['metadata']}`")
     if "shards" in spec:
         try:
             expand_patterns(spec["shards"], allow_commands=allow_commands)
@@ -86,7 +88,7 @@ def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> No
         if ids is not None and ids.equal(torch.arange(len(ids))):  # the initial placeholder
             # A folder's metadata has the rows of all splits.
             rows = (
-                read_metadata(images.root)
+                read_metadata(images.root, images.metadata_file)
                 if isinstance(images, ImageFolder)
                 else images.iter_metadata()
             )

@@ -49,10 +49,9 @@ IGNORED_PARAMS = {
     "filter_word_list": "captions are NOT filtered: leave such samples out of the shards",
 }
 IGNORED_IN_DATASETS = {
-    **dict.fromkeys(
-        ("ext", "return_paths", "caption_file", "default_caption"),
-        "captions are in metadata.jsonl or beside the images",
-    ),
+    "ext": "images of all formats are read",
+    "return_paths": "the names of unreadable images are logged",
+    "default_caption": "images without a caption in `caption_file` have none",
     **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
 }
 IGNORED_IN_TEXT_ONLY = {
@@ -69,7 +68,7 @@ POSTPROCESSORS = (
     "TorchVisionImageTransforms", "AddOriginalImageSizeAsTupleAndCropToSquare", "Rescaler",
 )  # fmt: skip
 ORIGINAL_DATASETS = {  # class -> {argument: our key}
-    "ldm.data.simple.FolderData": {"root_dir": "root"},
+    "ldm.data.simple.FolderData": {"root_dir": "root", "caption_file": "metadata"},
     "ldm.data.simple.hf_dataset": {
         "name": "hub", "split": "split", "image_column": "image", "text_column": "text",
     },
@@ -191,10 +190,13 @@ def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonOb
     our_keys = ORIGINAL_DATASETS.get(str(target))
     if our_keys is None:
         raise _unsupported_target(where, target, params.get("size", 512))
+    options: JsonObject = {}
+    if params.get("caption_file") is None and (caption := params.pop("default_caption", None)):
+        options["fields"] = {"text": caption}  # of all images, as in the original
     _pop_ignored(params, IGNORED_IN_DATASETS, where)
-    transform = _pop_transform(params, where)
+    options["transform"] = _pop_transform(params, where)
     check_names("key", params, our_keys, where)
-    return {our_keys[key]: value for key, value in params.items()} | {"transform": transform}
+    return {our_keys[key]: value for key, value in params.items()} | options
 
 
 def _translate_web_module(params: JsonObject) -> JsonObject:

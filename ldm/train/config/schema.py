@@ -490,6 +490,7 @@ class FolderOptions(TypedDict, total=False):
     where: JsonObject
     fields: JsonObject
     text: str
+    metadata: NonEmptyStr
 
 
 @with_config(STRICT)
