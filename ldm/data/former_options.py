@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["rename_options", "to_former_names"]
+__all__ = ["RENAMED_OPTIONS", "rename_options", "to_former_names"]
 
 # NAME of the class with the options -> {former name: name}; of several former names, the oldest,
 # which keys of latent caches have, is the last.

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from functools import lru_cache
+from functools import lru_cache, reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -123,7 +123,7 @@ def _parse(
     except (OmegaConfBaseException, YAMLError, RecursionError, TypeError) as error:
         text = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(f"{where}: {text}") from error
-    resolved: JsonObject = _Resolver(config_dict, where).resolve(config_dict)
+    resolved: JsonObject = _Resolver(config_dict, where, rename).resolve(config_dict)
     return resolved
 
 
@@ -132,6 +132,18 @@ def _rename_keys(config: Any, rename: KeyRenamer | None) -> Any:
         return config
     config_dict: Any = OmegaConf.to_container(config, resolve=False)
     return OmegaConf.create(rename(config_dict))
+
+
+def _rename_path(keys: list[str], rename: KeyRenamer | None) -> list[str]:
+    """Rename the keys of a reference `${section.key}`, as if a config had this one value."""
+    if rename is None:
+        return keys
+    node = rename(reduce(lambda inner, key: {key: inner}, reversed(keys), {}))
+    renamed_keys = []
+    while node:
+        [(key, node)] = node.items()
+        renamed_keys.append(key)
+    return renamed_keys
 
 
 def check_overrides(config_dict: JsonMapping, overrides: Iterable[str], where: str) -> None:
@@ -162,9 +174,10 @@ def format_yaml(config_dict: JsonMapping) -> str:
 class _Resolver:
     """Resolves references `${section.key}`, which must be whole values, in MAX_NODES at most."""
 
-    def __init__(self, root: Any, where: str) -> None:
+    def __init__(self, root: Any, where: str, rename: KeyRenamer | None) -> None:
         self.root = root
         self.where = where
+        self.rename = rename
         self.remaining_nodes = MAX_NODES
 
     def resolve(self, node: Any, depth: int = 0) -> Any:
@@ -190,7 +203,7 @@ class _Resolver:
                 "such as `${model.params.channels}`"
             )
         node = self.root
-        for key in match[1].split("."):
+        for key in _rename_path(match[1].split("."), self.rename):
             if isinstance(node, list) and key.isdigit() and int(key) < len(node):
                 node = node[int(key)]
             elif isinstance(node, dict) and key in node:

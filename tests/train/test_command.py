@@ -334,6 +334,34 @@ def test_former_names_of_keys_are_read_in_files_and_overrides(tmp_path: Path) ->
     assert config["lightning"]["trainer"] == {"max_steps": 40, "keep_states": 4}
 
 
+@pytest.mark.parametrize(
+    ("base", "overlay", "override"),
+    [("lanes: 4", "streams: 5", "lanes=6"), ("streams: 4", "lanes: 5", "streams=6")],
+)
+def test_the_last_value_of_a_data_option_counts_by_either_name(
+    tmp_path: Path, base: str, overlay: str, override: str
+) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    text = "{data: {params: {train: {%s, transform: {%s: {mask: {%s}}}}}}}"
+    first.write_text(text % (base, "records", "whole: 0.1, boxes: 0.2"), "utf-8")
+    second.write_text(text % (overlay, "conditions", "full_probability: 0.3"), "utf-8")
+    for overrides, streams in (([], 5), ([f"data.params.train.{override}"], 6)):
+        config = read_config(parse(["-b", str(first), str(second), "-t", *overrides]), None)
+        mask = {"full_probability": 0.3, "box_probability": 0.2}
+        expected = {"streams": streams, "transform": {"conditions": {"mask": mask}}}
+        assert config["data"]["params"]["train"] == expected
+
+
+def test_references_to_former_names_of_keys_are_followed(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "lightning: {trainer: {keep: 3}, callbacks: {max_images: '${lightning.trainer.keep}', "
+        "save_top_k: '${lightning.trainer.keep_states}'}}"
+    )
+    callbacks = read_config(parse(["-b", str(file), "-t"]), None)["lightning"]["callbacks"]
+    assert callbacks == {"max_images": 3, "save_top_k": 3}
+
+
 @pytest.mark.parametrize("name", ["tiny", "lora", "word", "autoencoder"])
 def test_the_config_of_a_run_of_version_0_1_is_read(name: str) -> None:
     existing = ExistingRun(WRITTEN_BY_0_1 / f"logs/2026-11-29T12-00-00_{name}", None)

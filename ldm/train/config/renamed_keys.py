@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from ldm.data.former_options import RENAMED_OPTIONS
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -17,6 +18,16 @@ RENAMED_TRAINER_KEYS = {
     "broken_share": "max_unreadable_fraction",
     "shard": "shard_size",
     "sanity": "check_initial_loss",
+}
+RENAMED_TRANSFORM_KEYS: Names = {
+    **RENAMED_OPTIONS["emoji"],
+    **RENAMED_OPTIONS["photo"],
+    "conditions": {name: RENAMED_OPTIONS[name] for name in ("mask", "depth")},
+}
+RENAMED_DATASET_KEYS: Names = {
+    **RENAMED_OPTIONS["hub"],
+    **RENAMED_OPTIONS["shards"],
+    "transform": RENAMED_TRANSFORM_KEYS,
 }
 RENAMED_KEYS: Names = {
     "lightning": {
@@ -60,9 +71,14 @@ RENAMED_KEYS: Names = {
                 "batch": "batch_size",
             },
             "texts": {"cache": "cache_dir", "batch": "batch_size"},
+            "train": RENAMED_DATASET_KEYS,
+            "validation": RENAMED_DATASET_KEYS,
+            "prior": {"transform": RENAMED_TRANSFORM_KEYS},
         }
     },
 }
+# Sections that runs may have saved with keys under both names; the last of them is used.
+SAVED_WITH_BOTH_NAMES = ("data.params.train", "data.params.validation", "data.params.prior")
 
 
 def rename_keys(config: JsonMapping, names: Names = RENAMED_KEYS, where: str = "") -> JsonObject:
@@ -72,18 +88,18 @@ def rename_keys(config: JsonMapping, names: Names = RENAMED_KEYS, where: str = "
         names: Former name -> name; for a section, such a mapping of its keys.
         where: Dotted name of the section, for messages.
     Raises:
-        ConfigError: A key is given under both names.
+        ConfigError: A key is given under both names, except in SAVED_WITH_BOTH_NAMES.
     """
     renamed: JsonObject = {}
     for key, value in config.items():
-        name = names.get(key, key)
         full_key = f"{where}.{key}" if where else key
-        if not isinstance(name, str):  # a section
-            renamed[key] = (
-                rename_keys(value, name, full_key) if isinstance(value, Mapping) else value
-            )
-        elif name != key and name in config:
+        name = names.get(key)
+        if not isinstance(name, str):
+            name = key
+        elif name in config and not where.startswith(SAVED_WITH_BOTH_NAMES):
             raise ConfigError(f"{full_key} is the former name of `{name}`: give one of the two")
-        else:
-            renamed[name] = value
+        section = names.get(name)
+        if isinstance(section, Mapping) and isinstance(value, Mapping):
+            value = rename_keys(value, section, full_key)
+        renamed[name] = value
     return renamed
