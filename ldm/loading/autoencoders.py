@@ -4,11 +4,14 @@ Shapes do not show either: they are the same for SD 1, SD 2 and SDXL, but latent
 0.18215 or 0.13025, and SDXL's autoencoder overflows in float16, except for a corrected version.
 """
 
+import math
 import re
+from contextlib import suppress
 
 from ldm.loading.families import Family
 from ldm.loading.files.checkpoint import Checkpoint
 from ldm.loading.published import find_by_sha256
+from ldm.runtime.errors import FileFormatError
 from ldm.runtime.hashes import find_cached_sha256
 
 __all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale_factor", "works_in_float16"]
@@ -30,9 +33,17 @@ def find_scale_factor(file: Checkpoint, family: Family | None) -> tuple[float | 
 
     Args:
         family: Family of the whole model in the file; None = the file of an autoencoder.
+    Raises:
+        FileFormatError: The scale factor in the metadata is not a positive number.
     """
     if SCALE_KEY in file.metadata:
-        return float(file.metadata[SCALE_KEY]), "by its config"
+        text = file.metadata[SCALE_KEY]
+        with suppress(ValueError):
+            if 0 < float(text) < math.inf:
+                return float(text), "by its config"
+        raise FileFormatError(
+            f"`{file.path}`: the scale factor `{text}` of its autoencoder is not a positive number"
+        )
     if family is not None:
         return SDXL_SCALE_FACTOR if family.is_sdxl else SCALE_FACTOR, f"as that of {family.title}"
     name = file.path.stem.lower()

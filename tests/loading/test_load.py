@@ -507,6 +507,17 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     assert "hint" not in str(caught.value)  # "is only an autoencoder" would be no help
 
 
+@pytest.mark.parametrize("value", ["abc", "null", "0", "inf"])
+def test_an_invalid_scale_factor_of_another_file_is_refused(
+    tmp_path, tiny_yaml, tiny_file, tiny_state, value
+):
+    path = tmp_path / "vae.safetensors"
+    write_checkpoint(path, select_prefix(tiny_state, VAE), {"ldm.scale_factor": value})
+    message = f"^`{re.escape(str(path))}`: the scale factor `{value}` .* positive number$"
+    with pytest.raises(FileFormatError, match=message):
+        ldm.load(tiny_yaml, tiny_file, vae=path)
+
+
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("loras", "x.safetensors", "(file, weight) pairs"),
     ("loras", [Path("x.safetensors")], "(file, weight) pairs"),
