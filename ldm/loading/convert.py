@@ -43,7 +43,7 @@ from ldm.loading.files.checkpoint import (
 from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.loading.matching import match_weights, translate_names
-from ldm.loading.model_config import probe_weights, read_config
+from ldm.loading.model_config import asks_for_ema, probe_weights, read_config
 from ldm.loading.modelspec import MERGED_FROM_KEY, filter_metadata, make_modelspec
 from ldm.loading.replace_components import check_upscaler, extract_autoencoder, extract_text_encoder
 from ldm.loading.sgm import DIFFUSION_ENGINE
@@ -212,6 +212,8 @@ def plan_conversion(
         summary.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
     if file.ema_state_dict and not ema_state_dict:
         result = "replaced the raw weights" if ema else "left out (`ema` converts these instead)"
+        if not ema and config_dict and file.has_litema_weights and asks_for_ema(config_dict):
+            result += ", though the config asks for them (`use_ema`)"
         summary.append(f"{'model_ema.*':60} {len(file.ema_state_dict):>5} tensors {result}")
     return Conversion(file, target, weights, text_files, metadata, dtype, tuple(summary))
 

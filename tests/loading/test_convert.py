@@ -194,6 +194,20 @@ def test_ema_weights_are_kept_used_or_left_out(
     assert ("model_ema.*" in capsys.readouterr().err) == (not keeps_ema)
 
 
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_ema_weights_left_out_against_the_config_are_reported(
+    ema_file, config_text, tmp_path, use_ema
+):
+    (tmp_path / "model.yaml").write_text(
+        config_text.replace("use_ema: false", f"use_ema: {use_ema}")
+    )
+    target, yaml = tmp_path / "x.safetensors", tmp_path / "model.yaml"
+    line = plan_conversion(ema_file, target, config=yaml, prune=True).summary[-1]
+    assert ("though the config asks for them" in line) == use_ema
+    line = plan_conversion(ema_file, target, config=yaml, ema=True).summary[-1]
+    assert line.endswith("replaced the raw weights")
+
+
 @pytest.mark.parametrize(
     "target", slow_except(["merged.safetensors", "folder"], "merged.safetensors")
 )
