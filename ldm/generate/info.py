@@ -164,7 +164,9 @@ def _make_optional_info(request: Request, sampling: Sampling, models: Models) ->
     if variant := model.provenance.get("variant"):
         info["variant"] = variant["name"]
     if models.refiner is not None:
-        info["refiner"] = _make_file_info(models.refiner.provenance["checkpoint"])
+        provenance = models.refiner.provenance
+        uses_ema = {"ema": True} if provenance["ema"] else {}
+        info["refiner"] = _make_file_info(provenance["checkpoint"]) | uses_ema
         if info["refiner_strength"] is None and info["refiner_start"] is None:
             info["refiner_strength"] = REFINER_STRENGTH
     if upscaler is not None:

@@ -193,8 +193,7 @@ def compare_infos(recorded: JsonMapping, current: JsonMapping) -> list[str]:
     labels = {"checkpoint_hash": "checkpoint"}
     values = {labels.get(key, key): (recorded[key], current[key]) for key in COMPARED_KEYS}
     values |= {
-        key: (_list_hashes_and_weights(recorded, key), _list_hashes_and_weights(current, key))
-        for key in FILE_KEYS
+        key: (_describe_files(recorded, key), _describe_files(current, key)) for key in FILE_KEYS
     }
     return [f"{label}: {old} then, {new} now" for label, (old, new) in values.items() if old != new]
 
@@ -267,9 +266,11 @@ def _unwrap_single(task: Task, name: str, values: list[Value]) -> Value:
     return values if task.options[name].is_list else next(iter(values), None)
 
 
-def _list_hashes_and_weights(info: JsonMapping, key: str) -> list[str]:
-    files = get_recorded_files(info, key)
-    return [" ".join(str(file[k]) for k in ("hash", "weight") if k in file) for file in files]
+def _describe_files(info: JsonMapping, key: str) -> list[str]:
+    return [
+        " ".join(str(file[k]) for k in ("hash", "weight") if k in file) + " EMA" * ("ema" in file)
+        for file in get_recorded_files(info, key)
+    ]
 
 
 def _check_unchanged(

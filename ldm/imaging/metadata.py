@@ -13,7 +13,7 @@ an image is a plain dict; `format_parameters` uses these keys, all optional:
     freeu, freeu_version, syntax,
     safety (flagged, concepts, special, scores, special_scores, action),
     vae, refiner, loras and embeddings (each file a dict with path and hash; a LoRA's with weight
-    and a1111_hash)
+    and a1111_hash, a refiner's with ema if its EMA weights were used)
 
 The JSON contains these and all others (legacy, watermark, config, config_hash, dtype, device,
 torch, sha256_unmarked …), and `sha256`, the hash of the pixels in the file.

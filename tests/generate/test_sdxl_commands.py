@@ -9,9 +9,17 @@ from PIL import Image
 
 from ldm.generate.command_line import parse_request
 from ldm.generate.load import load_models
+from ldm.generate.replay import compare_infos
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
 from ldm.loading.addons.embeddings import write_embeddings
+from ldm.loading.config import format_yaml, parse_yaml
+from ldm.loading.files.checkpoint import (
+    CONFIG_KEY,
+    read_checkpoint,
+    to_ema_name,
+    write_checkpoint,
+)
 from make_tiny_sdxl import make_tiny_sdxl
 
 SMALL_FLAGS = ["--H", "64", "--W", "64", "--n_samples", "2", "--n_iter", "1", "--precision", "full"]
@@ -73,6 +81,20 @@ def test_step_counts_that_only_uniform_steps_of_the_original_fail_at_are_allowed
     assert len(run("txt2img", *flags).paths) == 1  # the default scheduler is `sgm_uniform`
     _, _, err = run("txt2img", *flags, "--scheduler", "uniform")
     assert "the original fails at 3 steps" in err
+
+
+def test_the_ema_weights_of_a_refiner_are_recorded(run, models, tmp_path):
+    file = read_checkpoint(models["xl-refiner"])
+    config = parse_yaml(file.metadata[CONFIG_KEY], ["model.params.use_ema=true"])
+    ema = {to_ema_name(k): v for k, v in file.state_dict.items() if k.startswith("model.")}
+    path = tmp_path / "refiner.safetensors"
+    write_checkpoint(path, file.state_dict | ema, {CONFIG_KEY: format_yaml(config)})
+    _, out, _ = run("txt2img", "--steps", "2", "--refiner", path, "--n_samples", "1", "--json")
+    info = json.loads(out[0])
+    assert info["refiner"]["ema"] is True
+    raw = {**info, "refiner": {k: v for k, v in info["refiner"].items() if k != "ema"}}
+    digest = info["refiner"]["hash"]
+    assert compare_infos(info, raw) == [f"refiner: ['{digest} EMA'] then, ['{digest}'] now"]
 
 
 def test_a_line_of_a_prompt_file_has_prompts_for_both_text_encoders(run, tmp_path):
