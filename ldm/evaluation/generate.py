@@ -1,6 +1,7 @@
 """Generate images of prompts with several models, samplers, numbers of steps and guidance scales.
 
-    OUT/prompts.txt                              the prompts, one per line
+    OUT/prompts.txt                              the prompts, one per line; of a later run with
+                                                 fewer ones the first N in prompts-N.txt
     OUT/<model>-<sampler>-<steps>/options.json   options shared by all images of the folder
     OUT/<model>-<sampler>-<steps>/scale-<s>/00000.png …
 
@@ -78,7 +79,8 @@ class Setting:
 def write_prompts(outdir: Path, lines: Sequence[str]) -> Path:
     """Write the prompts of an evaluation to its folder; return the path of the file.
 
-    An existing file may have more or fewer prompts, if the first ones are the same.
+    An existing `prompts.txt` may have more or fewer prompts, if the first ones are the same. If it
+    has more, which describe images in the folder, it is kept, and another file is written.
 
     Raises:
         ArgumentError: The folder has images of other prompts.
@@ -93,6 +95,8 @@ def write_prompts(outdir: Path, lines: Sequence[str]) -> Path:
             )
         if existing_lines == list(lines):
             return path
+        if len(existing_lines) > len(lines):
+            path = path.with_name(f"prompts-{len(lines)}.txt")
     outdir.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as partial:
         partial.write_text("".join(f"{line}\n" for line in lines), "utf-8")

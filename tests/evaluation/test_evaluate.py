@@ -129,10 +129,12 @@ def test_processes_share_the_images(run, tmp_path, monkeypatch):
     assert len(list_images(folder)) == 5
 
 
-def test_fewer_images_than_the_folder_has_are_scored_alone(run):
+def test_fewer_images_than_the_folder_has_are_scored_alone(run, tmp_path):
     run("--scales", "3", "--count", "4")
+    prompts = (tmp_path / "out/prompts.txt").read_text()
     status, out, _ = run("--scales", "3", "--count", "2")
     assert status == 0
+    assert (tmp_path / "out/prompts.txt").read_text() == prompts  # of all images in the folder
     assert "| base_v-ddim-2 | 3 | 2 |" in out
 
 
