@@ -152,10 +152,12 @@ class CommandParser(ArgumentParser):
                 flag for flag in flags if flag.replace("-", "_").startswith(normalized)
             ]
             # Several spellings of one action are one match.
-            if len({id(self.actions_by_flag[flag]) for flag in matches}) == 1:
+            by_action = {id(self.actions_by_flag[flag]): flag for flag in sorted(matches)[::-1]}
+            matches = sorted(by_action.values())
+            if len(matches) == 1:
                 return matches[0] + equals + value
         if matches:
-            self.error(f"`{name}` could be any of {', '.join(sorted(matches))}")
+            self.error(f"`{name}` could be any of {', '.join(matches)}")
         return argument
 
     def _exit_for_unknown(self, argument: str) -> NoReturn:

@@ -337,8 +337,11 @@ def _check_trainer_options(trainer_options: dict[str, str], spellings: dict[str,
             if name in FOREIGN_OPTIONS:
                 value = f"{FOREIGN_OPTIONS[name]}={trainer_options[name]}"
                 raise ValueError(f"command line: unknown option `{name}`, use {value}")
-            options = [spelling.lstrip("-") for spelling in spellings]
-            raise make_unknown_name_error("option", name, known + options, "command line")
+            options = [*known, *(s[2:] for s in spellings if s.startswith("--"))]
+            matches = [f"--{option}" for option in sorted(options) if option.startswith(name)]
+            if len(matches) > 1:
+                raise ValueError(f"command line: `--{name}` could be any of {', '.join(matches)}")
+            raise make_unknown_name_error("option", name, options, "command line")
 
 
 def _parse_bool(text: str) -> bool:

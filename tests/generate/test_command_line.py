@@ -151,6 +151,7 @@ def test_flags_are_understood_in_both_spellings_and_abbreviated(command, option,
         ("txt2img", "--stesp 3", "unknown argument `--stesp`, did you mean `--steps`?"),
         ("txt2img", "--n 3", "could be any of --n_iter, --n_rows, --n_samples"),
         ("img2img", "--st 1", "`--st` could be any of --steps, --strength"),
+        ("txt2img", "--s 1", "--s-noise, --s-tmax, --s-tmin, --safety-checker,"),  # once each
         ("txt2img", "--steps 0", "not a positive whole number"),
         ("txt2img", "--H 100", "height 100 is not a positive multiple of 8 (--H)"),
         ("txt2img", "--W -8", "width -8 is not a positive multiple of 8 (--W)"),

@@ -148,6 +148,7 @@ def test_a_tilde_in_paths_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path:
          "the length of the data is unknown, give `max_steps`, or for shards `data.params.train"),
         ("--base a.ckpt",
          "`a.ckpt` is a checkpoint: give its config, and model.params.ckpt_path=a"),
+        ("--n 3", "`--n` could be any of --name, --nan_limit, --no-test, --nproc, --num_nodes"),
         ("--max_stepz 3", "unknown option `max_stepz`, did you mean `max_steps`"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
         ("data.params.trains=1", "data.params: unknown key `trains`, did you mean `train`"),
