@@ -27,7 +27,8 @@ from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS
 from ldm.imaging.mesh import can_save_meshes
 from ldm.imaging.output import get_depth_path
-from ldm.runtime.errors import MissingArgument
+from ldm.runtime.errors import FileFormatError, MissingArgument
+from ldm.runtime.files import write_atomically
 from ldm.runtime.types import JsonObject
 
 __all__ = ["JOB_OUTPUTS", "JobEvents"]
@@ -225,7 +226,10 @@ class JobEvents:
             return gr.skip()
         if selected is not None and "depth_range" in selected and not can_save_meshes():
             return gr.update(value=None, visible=True, label=NO_RELIEF)
-        relief = self.backend.save_relief(selected) if selected else None
+        try:
+            relief = self.backend.save_relief(selected) if selected else None
+        except (OSError, FileFormatError) as error:  # a deleted image, a full disk
+            return gr.update(value=None, visible=True, label=explain_to_user(error))
         if relief is None:
             return gr.update(value=None, visible="hidden")
         path, triangles = relief
@@ -233,15 +237,21 @@ class JobEvents:
         return gr.update(value=path, visible=True, label=label)
 
     def pack_images(self, infos: list[JsonObject]) -> str | None:
-        """Write the images of the gallery to a ZIP file; return its path."""
+        """Write the images of the gallery to a ZIP file; return its path.
+
+        Raises:
+            gr.Error: An image was deleted, or the disk is full.
+        """
         if not infos:
             return None
-        folder = self.backend.outdir / "served"
-        folder.mkdir(exist_ok=True)
-        archive = folder / f"images-{secrets.token_hex(4)}.zip"
-        with zipfile.ZipFile(archive, "w") as file:
-            for info in infos:
-                file.write(info["path"], Path(info["path"]).relative_to(self.backend.outdir))
+        archive = self.backend.outdir / "served" / f"images-{secrets.token_hex(4)}.zip"
+        try:
+            archive.parent.mkdir(exist_ok=True)
+            with write_atomically(archive) as partial, zipfile.ZipFile(partial, "w") as file:
+                for info in infos:
+                    file.write(info["path"], Path(info["path"]).relative_to(self.backend.outdir))
+        except OSError as error:
+            raise gr.Error(explain_to_user(error), print_exception=False) from error
         return str(archive)
 
 

@@ -226,7 +226,7 @@ class Page:
         )
         ui.download_button.click(
             jobs.pack_images, ui.infos, ui.archive, show_progress="hidden"
-        ).then(None, None, None, js="() => document.querySelector('#archive').click()")
+        ).success(None, None, None, js="() => document.querySelector('#archive').click()")
         for name, button in ui.send_buttons.items():
             self._connect_send(button, name, ui.selected_info)
         for name, button in ui.file_send_buttons.items():

@@ -231,6 +231,7 @@ def open_image(
     Raises:
         MissingFile: There is no file.
         FileFormatError: It is not an image, damaged or too large, or Pillow fails in the block.
+        OSError: The operating system cannot read it, or reports another error in the block.
     """
     source = file if isinstance(file, BytesIO) else _find_file(file)
     name = name or str(file)
@@ -246,6 +247,8 @@ def open_image(
     except UnidentifiedImageError:
         raise FileFormatError(f"`{name}` is {_describe_content(source)}") from None
     except Exception as error:  # Pillow's readers raise errors of any kind on a damaged file
+        if isinstance(error, OSError) and error.errno is not None:  # such as of permissions
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(f"`{name}` is damaged: {reason}") from error
 

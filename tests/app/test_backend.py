@@ -3,9 +3,11 @@
 import re
 import shutil
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +29,7 @@ from ldm.commands.main import main
 from ldm.generate.groups import ModelOptions
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import format_parameters, read_info, write_png
+from ldm.imaging.output import OutputFolder
 from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
@@ -560,6 +563,20 @@ def test_an_image_of_an_upscaler_fills_the_form_and_replays(upscaler_backend, ma
         request(upscaler="../secret.ckpt")
 
 
+def test_images_are_packed_unless_one_was_deleted(tmp_path):
+    backend = Backend(Library(tmp_path), tmp_path, MODEL_OPTIONS, LIMITS)
+    events = Page(backend).job_events
+    paths = [OutputFolder(tmp_path).save_sample(Image.new("RGB", (8, 8)), {}) for _ in range(2)]
+    infos = [{"path": str(path)} for path in paths]
+    with zipfile.ZipFile(events.pack_images(infos)) as archive:
+        assert archive.namelist() == ["samples/00000.png", "samples/00001.png"]
+    paths[1].unlink()
+    with pytest.raises(gr.Error) as caught:
+        events.pack_images(infos)
+    assert caught.value.message == f"{paths[1]}: No such file or directory"
+    assert len([*(tmp_path / "served").iterdir()]) == 1
+
+
 @pytest.mark.slow
 def test_a_finished_run_with_depth_is_shown_as_a_relief(make_request, tmp_path, monkeypatch):
     pytest.importorskip("trimesh")
@@ -577,6 +594,8 @@ def test_a_finished_run_with_depth_is_shown_as_a_relief(make_request, tmp_path, 
     update = events.show_relief(gallery["selected_info"])
     assert update["label"] == f"Relief of {2 * 63 * 63:,} triangles: drag to turn"
     assert Path(update["value"]).read_bytes()[:4] == b"glTF"
+    Path(gallery["infos"][0]["path"]).unlink()
+    assert "no image `" in events.show_relief(gallery["selected_info"])["label"]
     monkeypatch.setattr("ldm.imaging.mesh.find_spec", lambda name: None)
     assert "trimesh" in events.show_relief(gallery["selected_info"])["label"]
     assert events.show_relief(None)["visible"] == "hidden"

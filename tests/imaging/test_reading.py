@@ -1,5 +1,6 @@
 """Image files of all kinds: read as expected, or refused in one line."""
 
+import errno
 import io
 import struct
 import zlib
@@ -16,6 +17,7 @@ from ldm.imaging.reading import (
     flatten_on_white,
     list_images,
     load_image,
+    open_image,
     read_size,
 )
 
@@ -293,3 +295,12 @@ def test_the_images_of_a_folder_are_listed_without_hidden_files(tmp_path):
     assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "b.png"]
     with pytest.raises(FileNotFoundError, match="has no images"):
         list_images(tmp_path / "c.png")
+
+
+def test_errors_of_the_operating_system_are_not_damage(tmp_path):
+    """Such as of a full disk, while a copy of the image is written."""
+    GRAY.save(tmp_path / "x.png")
+    full_disk = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space") as caught, open_image(tmp_path / "x.png"):
+        raise full_disk
+    assert caught.value is full_disk
