@@ -29,7 +29,13 @@ from ldm.evaluation.progress import Progress
 from ldm.imaging.metadata import read_info
 from ldm.imaging.pixels import resize_and_center_crop
 from ldm.imaging.reading import list_images, load_image
-from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile, errors_as
+from ldm.runtime.errors import (
+    ArgumentError,
+    FileFormatError,
+    MissingFile,
+    describe_error,
+    errors_as,
+)
 from ldm.runtime.files import compute_sha256, write_atomically
 from ldm.runtime.hashes import get_cache_folder
 from ldm.runtime.types import JsonObject
@@ -284,4 +290,4 @@ def _write_to_cache(path: Path, outputs: Tensor) -> None:
         with write_atomically(path) as partial, partial.open("wb") as file:
             np.save(file, outputs.cpu().numpy())
     except OSError as error:
-        log.warning("features are not cached: %s", error)
+        log.warning("features are not cached: %s", describe_error(error))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.imaging.reading import StoredImage, is_colored, load_stored
 from ldm.runtime.errors import ArgumentError
+from ldm.runtime.files import disk_errors_about
 
 __all__ = ["load_depth", "load_unnormalized_depth", "save_depth"]
 
@@ -60,4 +61,5 @@ def save_depth(path: str | Path, depth: Tensor) -> None:
     """Write a depth map (1, 1, H, W) of any range as a 16-bit PNG; larger values are brighter."""
     low, high = depth.min(), depth.max()
     levels = ((depth - low) / (high - low).clamp(min=1e-6) * 65535).round()
-    Image.fromarray(levels[0, 0].cpu().numpy().astype(np.uint16)).save(path, "PNG")
+    with disk_errors_about(path):
+        Image.fromarray(levels[0, 0].cpu().numpy().astype(np.uint16)).save(path, "PNG")

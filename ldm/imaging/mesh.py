@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.runtime.errors import ArgumentError
+from ldm.runtime.files import disk_errors_about
 
 __all__ = ["can_save_meshes", "check_can_save_meshes", "save_mesh"]
 
@@ -53,5 +54,6 @@ def save_mesh(path: str | Path, image: Image.Image, depth: Image.Image) -> int:
     )
     texture = trimesh.visual.TextureVisuals(np.stack([u, 1 - v], -1).reshape(-1, 2), material)
     mesh = trimesh.Trimesh(vertices.reshape(-1, 3), triangles, visual=texture, process=False)
-    Path(path).write_bytes(trimesh.exchange.gltf.export_glb(trimesh.Scene(mesh)))
+    with disk_errors_about(path):
+        Path(path).write_bytes(trimesh.exchange.gltf.export_glb(trimesh.Scene(mesh)))
     return len(triangles)

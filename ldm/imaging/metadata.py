@@ -33,6 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_CONCEPTS
 from ldm.imaging.reading import open_image
 from ldm.prompts.a1111 import EMPHASIS_MODES
+from ldm.runtime.files import disk_errors_about
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -201,7 +202,8 @@ def write_png(path: str | Path, image: Image.Image, info: JsonMapping) -> None:
     # Pillow writes tEXt for Latin-1, else iTXt; neither can encode lone surrogates.
     text.add_text("parameters", format_parameters(info).encode("utf-8", "replace").decode())
     text.add_text(JSON_KEY, json.dumps(metadata, default=_to_json))
-    image.save(path, "PNG", pnginfo=text)
+    with disk_errors_about(path):
+        image.save(path, "PNG", pnginfo=text)
 
 
 def read_info(path: str | Path) -> JsonObject:

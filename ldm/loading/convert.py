@@ -71,6 +71,7 @@ from ldm.runtime.errors import (
     WrongFamily,
     errors_about,
 )
+from ldm.runtime.files import disk_errors_about
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
@@ -239,7 +240,8 @@ def convert(
         return target
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        write_text_files(temporary, conversion.text_files)
+        with disk_errors_about(target):
+            write_text_files(temporary, conversion.text_files)
         for path, state in conversion.weights.items():
             write(temporary / path, state, conversion.metadata if path == EXTRA_WEIGHTS else {})
         _replace_folder(target, temporary)

@@ -5,7 +5,6 @@ versions do not resume the downloads of another process: this module verifies ha
 downloads. Does not import torch.
 """
 
-import errno
 import logging
 import re
 import shutil
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS, MODEL_INDEX, read_json
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
+from ldm.runtime.files import DISK_FULL_ERRNOS
 from ldm.runtime.hashes import JsonCache, cache_sha256, get_cache_folder, get_sha256
 
 __all__ = [
@@ -29,7 +29,6 @@ HUB_PREFIX = "hf:"
 SHA256_PATTERN = re.compile("[0-9a-f]{64}")
 TEXT_SUFFIXES = (".json", ".txt")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt")
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 UNUSED_COMPONENTS = ("safety_checker",)
 # "OWNER/NAME" or "OWNER/NAME:VARIANT" -> path of the complete folder, or of the only checkpoint.
 DOWNLOADS = JsonCache("hub_choices.json")

@@ -230,8 +230,8 @@ def describe_error(error: BaseException) -> str:
     """Describe an error in one line, or two if its message has a hint."""
     if is_out_of_memory(error):
         return "out of memory"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     expected = (LdmError, ValueError, KeyError, OSError, ImportError, ArithmeticError)
     if isinstance(error, expected) and text:

@@ -1,6 +1,7 @@
 """Find and list files, read text files, hash files, and write files atomically."""
 
 import codecs
+import errno
 import hashlib
 import io
 import os
@@ -12,12 +13,14 @@ from pathlib import Path
 from ldm.runtime.errors import FileFormatError, MissingFile
 
 __all__ = [
-    "check_parent_folder", "compute_sha256", "decode_text", "find_file", "flush_to_disk",
-    "is_hidden", "list_files", "read_text", "write_atomically",
+    "DISK_FULL_ERRNOS", "check_parent_folder", "compute_sha256", "decode_text",
+    "disk_errors_about", "find_file", "flush_to_disk", "is_hidden", "list_files", "read_text",
+    "write_atomically",
 ]  # fmt: skip
 
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 BLOCK_BYTES = 1 << 22  # read at once
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 _digests: dict[tuple[tuple[Path, int, int], ...], str] = {}  # by (path, size, mtime) of the files
 
@@ -125,10 +128,27 @@ def compute_sha256(*paths: str | Path, progress: Callable[[int], object] | None 
 
 
 @contextmanager
+def disk_errors_about(path: str | Path) -> Iterator[None]:
+    """Context manager that adds a path to errors of a full disk, which come without a file name.
+
+    It also replaces the RuntimeError that `torch.save` raises in the context of such an error.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.filename is not None:
+            raise
+        if cause.errno not in (*DISK_FULL_ERRNOS, errno.EFBIG):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+@contextmanager
 def write_atomically(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, which replaces `path` after the block.
 
-    If the block raises, `path` is unchanged.
+    If the block raises, `path` is unchanged; see also `disk_errors_about`.
 
     Args:
         sync: Whether to wait until the file is on disk, so that it survives a power failure.
@@ -137,9 +157,10 @@ def write_atomically(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     # In the same folder, as a rename is atomic within one file system only.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
-        if sync:
-            flush_to_disk(temporary)
+        with disk_errors_about(path):
+            yield temporary
+            if sync:
+                flush_to_disk(temporary)
         try:
             temporary.replace(path)
         except (PermissionError, FileExistsError):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.runtime.command import log_to_stderr
 from ldm.runtime.errors import describe_error, make_unknown_name_error
+from ldm.runtime.files import disk_errors_about
 from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.train.distributed import launch
 from ldm.train.request import TrainRequest
@@ -207,12 +208,13 @@ def _train_or_export(
         raise
     if existing_run and existing_run.state_path:
         run.resume(existing_run.state_path)
-    if run.ranks.is_main_process and request.train:
-        run_folder.save_config(folder, settings.config)
-    if request.train:
-        train(run, on_start=lambda: run_folder.link_newest_run(request, folder))
-    elif existing_run and not request.validate:
-        export(run)
+    with disk_errors_about(folder):
+        if run.ranks.is_main_process and request.train:
+            run_folder.save_config(folder, settings.config)
+        if request.train:
+            train(run, on_start=lambda: run_folder.link_newest_run(request, folder))
+        elif existing_run and not request.validate:
+            export(run)
     if request.validate:
         lines = [f"{name} {value:.6f}" for name, value in validate(run).items()]
     elif request.train or existing_run:

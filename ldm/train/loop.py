@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.data.source import Batch
 from ldm.data.unreadable import UnreadableFiles
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import NonFinite
+from ldm.runtime.errors import NonFinite, describe_error
+from ldm.runtime.files import disk_errors_about
 from ldm.train.distributed import parallel
 from ldm.train.distributed.signals import SignalHandler
 from ldm.train.monitoring.evaluation import Evaluator
@@ -140,11 +141,11 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
             )
             if "t" in losses:
                 timestep_losses.add(losses["t"], losses["loss_per_sample"])
-            with _suppress_and_log("log"):
+            with _suppress_and_log(run, "log"):
                 progress.update(state.step, losses, lr, run.batch_size * state.batches_per_step)
             for name in due_actions:
                 _, action = actions[name]
-                with _suppress_and_log(name):
+                with _suppress_and_log(run, name):
                     action()
             timer.start()
         save_state(run)
@@ -194,7 +195,7 @@ def save_state(run: Run) -> None:
 def _sample_and_log(run: Run, loggers: LoggerCollection, timestep_losses: TimestepLosses) -> None:
     """Draw and log sample grids, and log the plot of the loss by timestep."""
     # Not around `timestep_losses.write`, which is collective.
-    with _suppress_and_log("draw samples"):
+    with _suppress_and_log(run, "draw samples"):
         for path in draw_samples(run):
             loggers.log_image(run.state.step, f"{path.parent.name}/samples", path)
     plot = timestep_losses.write(run.state.step)
@@ -319,7 +320,8 @@ def _handle_skipped_step(run: Run, batches: IndexedBatches, losses: Mapping[str,
     is_limit_reached = state.consecutive_skips >= run.settings.trainer.nan_limit
     if is_limit_reached or not run.has_finite_weights("state"):
         path = run.folder / f"not-finite-rank{run.ranks.rank}.pt"
-        torch.save([batch for _, batch in batches], path)
+        with path.open("wb") as file:
+            torch.save([batch for _, batch in batches], file)
         raise FloatingPointError(
             f"{state.consecutive_skips} steps in a row had NaN or inf gradients, the last loss is "
             f"{loss:g}; its batches are in `{path}`; `{run.checkpoints}` has earlier states"
@@ -341,9 +343,10 @@ def _save_on_error(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def _suppress_and_log(action: str) -> Iterator[None]:
+def _suppress_and_log(run: Run, action: str) -> Iterator[None]:
     """Log a full disk, too little GPU memory or NaN samples within the context, and continue."""
     try:
-        yield
+        with disk_errors_about(run.folder):
+            yield
     except (OSError, torch.OutOfMemoryError, NonFinite) as error:
-        log.error("could not %s: %s; training continues", action, error)
+        log.error("could not %s: %s; training continues", action, describe_error(error))

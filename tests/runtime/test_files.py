@@ -1,7 +1,11 @@
-import pytest
+from functools import partial
+from pathlib import Path
 
-from ldm.runtime.errors import FileFormatError
-from ldm.runtime.files import compute_sha256, list_files, read_text
+import pytest
+import torch
+
+from ldm.runtime.errors import FileFormatError, describe_error
+from ldm.runtime.files import compute_sha256, list_files, read_text, write_atomically
 
 TEXT = "a fox\nein Füchslein, 狐狸\n"
 
@@ -48,3 +52,13 @@ def test_linked_files_are_listed_once_and_hidden_files_not_at_all(tmp_path):
         (tmp_path / "models" / name).symlink_to(target, target_is_directory=True)
     files = [path.relative_to(tmp_path / "models") for path in list_files(tmp_path / "models")]
     assert [path.as_posix() for path in files] == ["a", "people/d", "more/e"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("write", [lambda file: file.write(b"a fox"), partial(torch.save, [1])])
+def test_the_error_of_a_full_disk_names_the_file(tmp_path, write):
+    path = tmp_path / "x.pt"
+    with pytest.raises(OSError, match="No space") as caught, write_atomically(path):  # noqa: SIM117
+        with open("/dev/full", "wb", buffering=0) as file:
+            write(file)
+    assert describe_error(caught.value) == f"{path}: No space left on device"

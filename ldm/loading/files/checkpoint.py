@@ -235,7 +235,9 @@ def write_checkpoint(
                     weights[name] = tensor.materialize()
                     progress(weights[name].nbytes)
                 key = K_DIFFUSION_KEY if suffix == ".pth" else "state_dict"
-                torch.save({key: weights, **metadata}, temporary)
+                # Not the path: errors would not tell a full disk.
+                with temporary.open("wb") as file:
+                    torch.save({key: weights, **metadata}, file)
         except OverflowError as error:
             names = [name for name, tensor in tensors.items() if tensor.would_overflow]
             raise _make_overflow_error(names, dtype) from error

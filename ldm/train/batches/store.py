@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.data.shards import Shards
-from ldm.runtime.files import write_atomically
+from ldm.runtime.files import disk_errors_about, write_atomically
 
 __all__ = ["TensorStore", "digest", "digest_weights", "fill_from_shards"]
 
@@ -129,8 +129,8 @@ class TensorStore:
         _, first_entry = entries[0]
         tensors = {n: torch.stack([entry[n] for _, entry in entries]) for n in first_entry}
         path = self.folder / f"{self.prefix}-{digest(keys)[:16]}.pt"
-        with write_atomically(path, sync=True) as temporary:
-            torch.save({"keys": keys, **tensors}, temporary)
+        with write_atomically(path, sync=True) as temporary, temporary.open("wb") as file:
+            torch.save({"keys": keys, **tensors}, file)
         self._open(path)
 
     def _open(self, path: Path) -> None:
@@ -162,7 +162,8 @@ def fill_from_shards(
     if summary is None:
         log.info("reading %d shards for their %s", len(shards.urls), store.prefix)
         summary = {"damaged": fill(), "files": sorted(store.files)}
-        path.write_text(json.dumps(summary), "utf-8")
+        with disk_errors_about(path):
+            path.write_text(json.dumps(summary), "utf-8")
     if summary["damaged"]:
         message = "%d %s could not be computed; delete `%s` to try again"
         log.warning(message, summary["damaged"], store.prefix, path)

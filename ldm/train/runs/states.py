@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ldm.loading.files.pickles import list_pickle_imports
+from ldm.runtime.errors import describe_error
 from ldm.runtime.files import flush_to_disk
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.runs.run_folder import list_states
@@ -100,7 +101,10 @@ class StateFolder:
         except (CheckpointException, RuntimeError) as error:  # RuntimeError: a disk is full
             failures = error.failures if isinstance(error, CheckpointException) else {}
             cause = next((exception for exception, _ in failures.values()), error)
-            raise OSError(f"the state could not be written to `{self.folder}`: {cause}") from None
+            if isinstance(cause.__context__, OSError):  # that of torch.save
+                cause = cause.__context__
+            message = f"the state could not be written to `{self.folder}`: {describe_error(cause)}"
+            raise OSError(message) from None
 
     def _commit(self, state: State, temporary: Path, path: Path) -> None:
         (temporary / NUMBERS_FILE).write_text(json.dumps(state.get_numbers()), "utf-8")
