@@ -30,6 +30,7 @@ from ldm.loading.files.checkpoint import (
 from ldm.loading.load import save_model
 from ldm.loading.matching import match_weights
 from ldm.loading.model_config import asks_for_ema, choose_config
+from ldm.loading.published import read_published_files
 from ldm.loading.weight_names import rename_weights, restore_names, select_prefix
 from ldm.loading.weights import identify_weights
 from ldm.runtime.errors import ArgumentError, ConfigError, FileFormatError, MissingArgument
@@ -579,6 +580,20 @@ def test_instruct_pix2pix_is_refused_by_name():
     state = restore_names(make_full_size_state("v1-inference") | first)
     with pytest.raises(MissingArgument, match="looks like Stable Diffusion 1 InstructPix2Pix"):
         choose_config(identify_weights(Checkpoint(Path("x.ckpt"), "zip", state)))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("sd-unclip-l", "v2-1-stable-unclip-l-inference"),
+        ("sd-image-variations", "v1-image-variation-inference"),
+    ],
+)
+def test_listed_sizes_in_half_precision_are_those_of_the_models(name, config):
+    """Some published files have a part of the weights in half precision already."""
+    model = build_on_meta(read_yaml(f"configs/stable-diffusion/{config}.yaml"))
+    size = sum(p.numel() * 2 for p in model.parameters()) / 1e9
+    assert read_published_files()[name].weights_gb == pytest.approx(size, abs=0.05)
 
 
 EPS_BIAS, V_BIAS = torch.full((320,), 0.05), torch.linspace(-0.5, 0.5, 320)
