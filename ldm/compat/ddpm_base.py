@@ -200,22 +200,23 @@ class DDPM(TrainingModule):
         cosine_s: float = 8e-3,
     ) -> None:
         """Register the buffers of a noise schedule, in place of earlier ones."""
-        array = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        if given_betas is not None:
-            array = np.asarray(given_betas)
-        betas = torch.as_tensor(array, dtype=torch.float64, device="cpu")
-        schedule = Schedule(betas, v_posterior=self.v_posterior)
-        self.num_timesteps = len(schedule)
-        self.betas_float64 = schedule.betas  # for `bridge.to_modern`: the buffers are float32
-        self.linear_start = linear_start
-        self.linear_end = linear_end
-        old_betas = self._buffers.get("betas")
-        device = torch.device("cpu") if old_betas is None else old_betas.device
-        for name, buffer in schedule.compute_buffers().items():
-            self.register_buffer(name, buffer.to(device))
-        lvlb_weights = schedule.compute_vlb_weights(self.parameterization).float().to(device)
-        self.register_buffer("lvlb_weights", lvlb_weights, persistent=False)
-        self.update_cond_schedule()
+        with torch.device("cpu"):  # even if a program builds the model on the meta device
+            array = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+            if given_betas is not None:
+                array = np.asarray(given_betas)
+            betas = torch.as_tensor(array, dtype=torch.float64)
+            schedule = Schedule(betas, v_posterior=self.v_posterior)
+            self.num_timesteps = len(schedule)
+            self.betas_float64 = schedule.betas  # for `bridge.to_modern`: the buffers are float32
+            self.linear_start = linear_start
+            self.linear_end = linear_end
+            old_betas = self._buffers.get("betas")
+            device = "cpu" if old_betas is None else old_betas.device
+            for name, buffer in schedule.compute_buffers().items():
+                self.register_buffer(name, buffer.to(device))
+            lvlb_weights = schedule.compute_vlb_weights(self.parameterization).float().to(device)
+            self.register_buffer("lvlb_weights", lvlb_weights, persistent=False)
+            self.update_cond_schedule()
 
     def update_cond_schedule(self) -> None:
         """Update the timesteps of the condition's noise; only LatentDiffusion has them."""

@@ -91,6 +91,13 @@ def sample(model, steps=2, size=8, **options):
     return samples
 
 
+def test_a_model_is_built_in_the_context_of_the_meta_device(config, state, model):
+    with torch.device("meta"):
+        built = instantiate_from_config(config)
+    built.load_state_dict(state, assign=True)
+    assert torch.equal(sample(built.eval()), sample(model))
+
+
 def test_a_model_is_built_on_the_meta_device_and_filled(config, state, model, monkeypatch):
     """Constructors and `_load_from_state_dict` of three classes are patched."""
     filled = []
