@@ -92,7 +92,11 @@ class Sampler:
 
     def register_buffer(self, name: str, attr: object) -> None:
         """Set an attribute; tensors are moved to the device."""
-        setattr(self, name, attr.to(self.device) if isinstance(attr, Tensor) else attr)
+        if isinstance(attr, Tensor):
+            if torch.device(self.device).type == "mps" and attr.dtype == torch.float64:
+                attr = attr.float()  # MPS has no float64
+            attr = attr.to(self.device)
+        setattr(self, name, attr)
 
     @torch.no_grad()
     def sample(

@@ -198,6 +198,13 @@ def test_buffers_have_the_types_that_third_party_code_expects():
         PLMSSampler(sampler.model).make_schedule(5, ddim_eta=0.5)
 
 
+def test_buffers_on_mps_have_a_dtype_that_it_supports(monkeypatch):
+    sampler, moved = DDIMSampler(build_recorded_model("ddim_eps"), device="mps"), []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append((device, self.dtype)))
+    sampler.register_buffer("ddim_sigmas", torch.ones(2, dtype=torch.float64))
+    assert moved == [(torch.device("mps"), torch.float32)]
+
+
 @pytest.mark.parametrize("build", [DDIMSampler, PLMSSampler, DPMSolverSampler])
 def test_samplers_take_any_model_class_and_conditioning(build):
     """A model with only the attributes that are read; conditioning None, or a dict with None."""
