@@ -32,9 +32,11 @@ class Quirks:
 
     Args:
         names: Names in LEGACY.
+        is_depth2img: Whether the model is one of depth2img, whose script differs in `strength`.
     """
 
     names: frozenset[str] = frozenset()
+    is_depth2img: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(self.names - LEGACY.keys())
@@ -55,7 +57,7 @@ class Quirks:
             enabled -= {"ignore-negative"}
         else:
             enabled -= {"refiner-from-noise"}
-        return cls(enabled)
+        return cls(enabled, find_family(model.conditioner) == "depth")
 
     def get_sigmas(
         self, schedule: NoiseSchedule, steps: int, scheduler: str, rho: float | None = None
@@ -93,7 +95,8 @@ class Quirks:
             first_step = total_steps + 1 - max(int(strength * (total_steps + 1)), 1)
             return first_step, first_step
         if "strength" in self:
-            first_step = total_steps - min(int(strength * steps), total_steps - 1)
+            max_steps = (steps if self.is_depth2img else total_steps) - 1
+            first_step = total_steps - min(int(strength * steps), max_steps)
             return first_step, first_step - 1
         steps_to_run = round(float(strength) * total_steps)
         if strength > 0:
@@ -104,8 +107,11 @@ class Quirks:
         """Return whether a model, or a refiner after its base, ignores the negative prompt."""
         return ("refiner-empty-negative" if after_base else "ignore-negative") in self
 
-    def starts_from_noise(self, strength: float) -> bool:
-        """Return whether a run on an image with this strength starts from noise alone."""
+    def starts_from_noise(self, strength: float, steps: int, total_steps: int) -> bool:
+        """Return whether a run on an image starts from noise alone; see `find_first_step`."""
+        # The original's img2img never does: it fails, unless there are more steps than requested.
+        if "strength" in self and not self.is_depth2img and total_steps > steps:
+            return False
         return strength == 1 and "legacy-steps" not in self and "refiner-from-noise" not in self
 
     def draw_unused_noise(self, sampler: str, sigmas: Tensor, x: Tensor) -> None:

@@ -351,9 +351,10 @@ def _add_initial_noise(
     """
     if z is None:
         return x_T * _compute_ve_factor(sigmas[0]), 0
-    first_step, noise_index = quirks.find_first_step(strength, steps, len(sigmas) - 1)
+    counts = (steps, len(sigmas) - 1)
+    first_step, noise_index = quirks.find_first_step(strength, *counts)
     sigma, std = float(sigmas[noise_index]), _compute_ve_factor(sigmas[noise_index])
-    x = x_T * std if quirks.starts_from_noise(strength) else z.to(x_T) + sigma * x_T
+    x = x_T * std if quirks.starts_from_noise(strength, *counts) else z.to(x_T) + sigma * x_T
     # With a quirk, noise_index is not first_step: the VP-scaled latent is used as is at first_step.
     return x * (_compute_ve_factor(sigmas[first_step]) / std), first_step
 

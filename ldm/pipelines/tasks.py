@@ -467,4 +467,5 @@ def _invert_to_noise(
     x = z_t * (1 + sigma**2) ** 0.5  # VP -> VE
     # `sample` starts from x = z + sigma x_T, so solve this for x_T; or from x_T itself, scaled
     # from VP to VE.
-    return z_t if quirks.starts_from_noise(strength) else (x - z.to(x)) / sigma
+    starts_from_noise = quirks.starts_from_noise(strength, steps, total_steps)
+    return z_t if starts_from_noise else (x - z.to(x)) / sigma

@@ -87,6 +87,27 @@ def test_strength_is_the_fraction_of_steps_that_are_run(models, image, strength,
 
 
 @pytest.mark.parametrize(
+    ("task", "model_name", "steps", "reads_image"),
+    [(img2img, "text", 7, True), (depth2img, "depth", 6, False)],
+)
+def test_legacy_strength_1_with_more_steps_than_requested(
+    models, image, task, model_name, steps, reads_image
+):
+    """The original makes 8 steps of 7, and begins at step 7 with noise of step 8 in the image."""
+    counts, results = [], []
+    options = {"steps": 7, "strength": 1.0, "legacy": {"steps", "strength"}, "seeds": 1, "scale": 1}
+    depth = {"depth": image[:, :1]} if task is depth2img else {}
+    for x in (image, -image):
+        images = task(
+            models[model_name], ["a"], x, callback=lambda i, n, *_: counts.append(n), **options,
+            **depth,
+        )  # fmt: skip
+        results.append(images)
+    assert set(counts) == {steps}
+    assert torch.equal(*results) != reads_image
+
+
+@pytest.mark.parametrize(
     "sampler", slow_except(ldm.SAMPLERS, "ddim", "plms", "dpmpp_3m_sde", "restart")
 )
 def test_img2img_works_with_every_sampler(exact_model, image, sampler):
