@@ -38,7 +38,7 @@ __all__ = ["main", "parse"]
 
 TRUE_WORDS, FALSE_WORDS = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 NEGATIVE_NUMBER = re.compile(r"-\d+")
-TIME = re.compile(r"\d+(:\d+)+")
+TIME_OVERRIDE = re.compile(r"=(\d+(?::\d+)+)$")
 SWITCHES = ("--train", "--debug", "--validate", "--dry-run", "--no-test", "--scale_lr",
             "--allow-commands")  # fmt: skip
 # Options whose value may be omitted, and the value that this implies.
@@ -111,11 +111,10 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
     if args.scale_lr is not None:
         trainer_options["scale_lr"] = str(args.scale_lr).lower()
     configs = [argument for argument in args.base if "=" not in argument]
-    for name, value in trainer_options.items():
-        if TIME.fullmatch(value):  # quoted, as YAML reads 1:12:00:00 as a number in base 60
-            trainer_options[name] = f"'{value}'"
     overrides = [f"lightning.trainer.{name}={value}" for name, value in trainer_options.items()]
     overrides += [argument for argument in args.base if "=" in argument] + args.overrides
+    # Quoted, as YAML reads 1:12:00:00 as a number in base 60.
+    overrides = [TIME_OVERRIDE.sub(r"='\1'", override) for override in overrides]
     if not configs and resume is None:
         parser.error("-b/--base is needed, or -r/--resume with the folder of a run")
     if resume and (args.name or args.postfix):

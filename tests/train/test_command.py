@@ -97,8 +97,11 @@ def test_a_value_may_follow_the_letter_of_its_option() -> None:
     assert request.overrides == ("lightning.trainer.seed=5",)
 
 
-def test_a_time_of_days_is_not_read_as_a_number_in_base_60() -> None:
-    config = read_config(parse(["-b", TINY_YAML, "--max_time", "1:12:00:00"]), None)
+@pytest.mark.parametrize(
+    "option", ["--max_time=1:12:00:00", "lightning.trainer.max_time=1:12:00:00"]
+)
+def test_a_time_is_not_read_as_a_number_in_base_60(option: str) -> None:
+    config = read_config(parse(["-b", TINY_YAML, option]), None)
     assert read_settings(config).trainer.max_time == 36 * 3600
 
 
