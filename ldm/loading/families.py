@@ -274,7 +274,7 @@ def probe_prediction_type(
     output = unet(x, torch.tensor([999], device=weight.device), context=context)
     shift = float((output.float() - x.float()).mean())
     value = None
-    if not math.isnan(shift):
+    if math.isfinite(shift):  # half precision may overflow
         value = "v" if shift < PROBE_THRESHOLD else "eps"
     detection = Detection("probe", value, f"mean shift {shift:.3f}, v below {PROBE_THRESHOLD:g}")
     return _rank_detections([*prediction_type.detections, detection])

@@ -637,7 +637,8 @@ def test_the_probe_distinguishes_v_from_eps():
     unknown = families.DetectedPredictionType(None)
     assert probe_prediction_type(Scale(-2.0), unknown).value == "v"
     assert probe_prediction_type(Scale(1.0), unknown).value == "eps"
-    assert probe_prediction_type(Scale(float("nan")), unknown).value is None
+    for overflow in ("nan", "inf", "-inf"):
+        assert probe_prediction_type(Scale(float(overflow)), unknown).value is None
 
 
 def test_a_contradiction_between_config_and_weights_is_warned_of(tmp_path, tiny_yaml, tiny_state):
