@@ -71,7 +71,8 @@ FILE_TYPES = {
     r"^(\w*coder\.)?(layers\.)?\d+\.conv\.0\.": "TAESD, a small autoencoder (`vae`)",
     r"quantize\.embed(ding)?\.": "a model with a VQ autoencoder, which is not supported",
     r"\btoken_emb\.": "a model with BERT's text encoder, which is not supported",
-    r"^encoder\.down\.\d+\.block\.": "only an autoencoder, which replaces a model's (`vae`)",
+    r"^encoder\.down(\.\d+\.block|_blocks)\.": "only an autoencoder, which replaces a model's "
+    "(`vae`)",
     r"^Mixed_5b\.": "an Inception network, for FID (`ldm evaluate --inception`)",
     r"double_blocks|joint_blocks": "SD 3 or Flux, which are not supported",
 }

@@ -396,6 +396,7 @@ def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
         ("first_stage_model.quantize.embedding.weight", "a model with a VQ autoencoder, which is"),
         ("cond_stage_model.transformer.token_emb.weight", "a model with BERT's text encoder"),
         ("encoder.down.0.block.0.conv1.weight", "only an autoencoder, which replaces a model's"),
+        ("encoder.down_blocks.0.resnets.0.norm1.weight", "only an autoencoder, which replaces"),
         ("down_blocks.0.resnets.0.norm1.weight", "a component of a diffusers folder"),
         ("encoder.conv_in.weight", r"has no weights .*, `cond_stage_model\.\*`"),
     ],
