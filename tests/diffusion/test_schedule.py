@@ -7,6 +7,7 @@ from goldfile import load_golden
 from ldm.diffusion.names import SCHEDULERS
 from ldm.diffusion.schedule import ContinuousSchedule, Schedule, betas_from_sigmas, make_betas
 from ldm.diffusion.schedulers import get_sigmas_edm
+from ldm.loading.diffusers.schedulers import parse_scheduler
 from ldm.pipelines.quirks import Quirks
 
 SCHEDULE = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
@@ -120,12 +121,17 @@ def test_img2img_starts_at_the_sigma_at_which_a_base_ends_for_a_refiner():
 
 @pytest.mark.filterwarnings("ignore:__array__")
 @pytest.mark.parametrize("steps", [7, 30, 50])
-def test_leading_steps_equal_diffusers(diffusers, steps):
+@pytest.mark.parametrize(
+    ("spacing", "limit"),
+    [("leading", 1e-5), ("linspace", 2e-4)],  # diffusers interpolates sigma, we its logarithm
+)
+def test_timestep_spacings_equal_diffusers(diffusers, steps, spacing, limit):
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    options |= {"timestep_spacing": "leading", "steps_offset": 1}
+    options |= {"timestep_spacing": spacing, "steps_offset": 1}
     scheduler = diffusers.EulerDiscreteScheduler(**options)
     scheduler.set_timesteps(steps)
-    assert_close(SCHEDULE.get_step_sigmas(steps, "leading"), scheduler.sigmas)
+    sigmas = SCHEDULE.get_step_sigmas(steps, parse_scheduler(options, ""))
+    torch.testing.assert_close(sigmas.float(), scheduler.sigmas, rtol=limit, atol=0)
 
 
 def test_sigma_and_t_are_inverse():

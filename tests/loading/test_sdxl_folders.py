@@ -64,6 +64,8 @@ def test_settings_in_the_configs_of_a_folder_are_used(folder):
         ({"use_beta_sigmas": True, "steps_offset": 0}, "beta_sigma", False),
         ({"timestep_spacing": "leading", "steps_offset": 0}, "leading", True),
         ({"timestep_spacing": "trailing", "steps_offset": 0}, "trailing", False),
+        ({"timestep_spacing": "linspace"}, "normal", False),
+        ({"timestep_spacing": "linspace", "solver_order": 2}, "sgm_uniform_a1111", False),
     ],
 )
 def test_timestep_spacings_are_used_and_ignored_settings_warned_of(

@@ -24,7 +24,7 @@ BETA_SCHEDULES = {
     "squaredcos_cap_v2": "squaredcos_cap_v2",
 }
 # diffusers' timestep_spacing, or option for the spacing of sigmas -> our scheduler.
-TIMESTEP_SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "time_uniform"}
+TIMESTEP_SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "normal"}
 SIGMA_SPACINGS = {
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
@@ -99,6 +99,8 @@ def to_diffusers_prediction_type(parameterization: str) -> str:
 def parse_scheduler(config: JsonMapping, default: str) -> str:
     """Return our name of a scheduler by its config's spacing of timesteps or sigmas."""
     name = _read_name(config, "timestep_spacing", default, TIMESTEP_SPACINGS, SCHEDULER_CONFIG)
+    if name == "normal" and "solver_order" in config:  # DPM-Solver, UniPC, DEIS leave out t = 0
+        name = "sgm_uniform_a1111"
     return next((ours for key, ours in SIGMA_SPACINGS.items() if config.get(key)), name)
 
 
