@@ -80,6 +80,8 @@ def translate_engine(
         raise ConfigError(f"{where}: {message}")
     unet = translate(params["network_config"], where=f"{where}.network_config")
     unet["params"] = {"legacy": False} | unet["params"]
+    if unet["params"].get("context_dim") is None:
+        unet["params"]["use_spatial_transformer"] = "self"
     conditioner = _translate_conditioner(params, f"{where}.conditioner_config", translate)
     encoders = conditioner["params"].values()
     in_channels, out_channels = (unet["params"].get(f"{k}_channels", 4) for k in ("in", "out"))

@@ -97,7 +97,8 @@ class UNet(nn.Module):
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False  # resample by residual blocks
     use_new_attention_order: bool = False
-    use_spatial_transformer: bool | None = None  # None = whether context_dim is given
+    # None = whether context_dim is given; "self": without it, all attention is self-attention
+    use_spatial_transformer: bool | Literal["self"] | None = None
     # blocks per transformer; a list by level, or by level and block
     transformer_depth: TransformerDepth = 1
     transformer_depth_middle: int | None = None  # None = as in the last level; 0: one ResBlock only
@@ -390,7 +391,8 @@ class UNet(nn.Module):
             raise ValueError(
                 "num_head_channels must be at least 1, or -1 with num_heads at least 1"
             )
-        if self.use_spatial_transformer != (self.context_dim is not None):
+        has_context = self.context_dim is not None
+        if self.use_spatial_transformer != has_context and self.use_spatial_transformer != "self":
             raise ValueError("use_spatial_transformer and context_dim must be given together")
         depth = self.transformer_depth
         is_by_block = isinstance(depth, Sequence) and any(isinstance(d, Sequence) for d in depth)

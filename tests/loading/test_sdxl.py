@@ -100,6 +100,21 @@ def test_former_yamls_of_sgm_are_read():
     assert get_shapes(former) == get_shapes(current)
 
 
+def test_a_unet_of_sgm_has_transformers_without_a_context_too():
+    """They are at `attention_resolutions` and in the middle; both attentions are to x."""
+    config = make_small_config("xl")
+    params = config["model"]["params"]
+    params["conditioner_config"] = None
+    unet = params["network_config"]["params"]
+    del unet["context_dim"], unet["num_classes"], unet["adm_in_channels"]
+    model = build(config)
+    shapes = get_shapes(model.unet)
+    for name in ("input_blocks.5.1", "middle_block.1", "output_blocks.0.1"):
+        assert shapes[f"{name}.transformer_blocks.1.attn2.to_k.weight"] == [128, 128]
+    x = torch.zeros(1, 4, 8, 8, device="meta")
+    assert model.unet(x, torch.zeros(1, device="meta")).shape == x.shape
+
+
 def test_parameters_of_training_are_ignored():
     config = make_small_config("xl")
     config["model"]["params"] |= {

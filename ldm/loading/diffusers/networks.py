@@ -68,7 +68,7 @@ def make_unet_config(
     _check_options(
         "UNet",
         {
-            "`use_spatial_transformer: false`": not unet.use_spatial_transformer,
+            "no `context_dim`": unet.context_dim is None,
             "a list as `context_dim`": not isinstance(unet.context_dim, int),
             "`resblock_updown`": unet.resblock_updown,
             "`conv_resample: false`": not unet.conv_resample,
