@@ -1,6 +1,7 @@
 """A folder of images and their captions.
 
 DIR/metadata.jsonl        {"file_name": "images/0001.png", "text": "a red apple", …}
+DIR/metadata.json         the same in a list, or {"images/0001.png": "a red apple", …}
 DIR/metadata.csv          file_name,text,…            (also with semicolons or tabs)
 DIR/train/metadata.jsonl  the same for a subfolder
 DIR/0001.png, 0001.txt    without metadata: every image, with the .txt or .caption beside it, or
@@ -215,7 +216,7 @@ def _check_quotes(path: Path, lines: list[str], start: int, end: int, delimiter:
 
 
 def _read_json_rows(path: Path) -> Iterator[JsonObject]:
-    """Read rows, one per line or in arrays."""
+    """Read rows, one per line or in arrays, or {name of an image: caption}."""
     # pandas writes NaN for a missing value.
     text, decoder = read_text(path), json.JSONDecoder(parse_constant=lambda _: None)
     line, position, end = 1, 0, 0
@@ -225,10 +226,16 @@ def _read_json_rows(path: Path) -> Iterator[JsonObject]:
             value, end = decoder.raw_decode(text, position)
         except ValueError as error:
             raise FileFormatError(f"`{path}`, line {line}: {error}") from None
+        if isinstance(value, dict) and value and all(map(_is_image_name, value)):
+            value = [{"file_name": name, "text": caption} for name, caption in value.items()]
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict):
                 raise FileFormatError(f"`{path}`, line {line}: `{row}` is not a row, {{…}}")
             yield row
+
+
+def _is_image_name(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _make_rows(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObject]:

@@ -115,6 +115,7 @@ def test_images_without_a_row_are_counted(subfolder, tmp_path, caplog):
         ("jsonl", '{"file_name": "b\\\\a.png", "text": "one"}'),
         ("jsonl", '{"file_name": "b/a.png", "caption": "one"}'),
         ("json", '[{"file_name": "b/a.png", "text": "one"}]'),
+        ("json", '{"b/a.png": "one"}'),
         ("CSV", "file_name,text,repeats\nb/a.png,one,\n"),
         ("csv", "file_name; text; repeats\nb/a.png; one; 1\n"),
         ("csv", "file_name\ttext\n\nb/a.png\tone\n"),
