@@ -5,6 +5,7 @@ import pickle
 import sys
 import types
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -118,6 +119,19 @@ def test_lightning_files_load_without_lightning(tmp_path, make_importable, packa
     assert file.format == ("legacy" if is_legacy else "zip")
     assert torch.equal(file.state_dict["model.a.weight"], STATE["model.a.weight"])
     assert "callbacks" in file.other_keys
+
+
+def test_several_threads_read_files_of_old_trainers(tmp_path):
+    """The names that torch allows belong to the process: a thread must not remove another's."""
+    torch.save({"state_dict": STATE, "score": np.float64(0.5)}, tmp_path / "x.ckpt")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            files = list(pool.map(read_checkpoint, [tmp_path / "x.ckpt"] * 300))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(file.state_dict.keys() == STATE.keys() for file in files)
 
 
 def test_other_objects_of_old_trainers_are_ignored(tmp_path, make_importable):

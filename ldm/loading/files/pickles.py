@@ -14,6 +14,7 @@ import pickletools
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -116,6 +117,8 @@ STAND_INS: list[tuple[type, str]] = [
     for name in STAND_IN_NAMES
 ]
 STAND_INS.append((ParameterDict, "torch.nn.modules.container.ParameterDict"))
+# One thread reads at a time, as torch has only one list of allowed names for the whole process.
+_LOCK = threading.Lock()
 
 
 def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
@@ -137,6 +140,7 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
     torchscript_stand_ins = _make_torchscript_stand_ins(path) if is_torchscript else []
     try:
         with (
+            _LOCK,
             torch.serialization.safe_globals([*STAND_INS, *torchscript_stand_ins]),
             warnings.catch_warnings(),
         ):
