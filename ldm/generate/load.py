@@ -18,7 +18,7 @@ from ldm.loading.published import find_by_sha256, resolve_checkpoint
 from ldm.loading.weights import list_weight_files
 from ldm.model import LatentDiffusion
 from ldm.nets.attention import set_backend
-from ldm.pipelines.families import is_sdxl, quote_name
+from ldm.pipelines.families import check_model, is_sdxl, quote_name
 from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.runtime.device import keep_freed_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.errors import ArgumentError, MissingFile, errors_about
@@ -109,6 +109,7 @@ def load_models(
         **placement,
         **{name: values[name] for name in LOAD_OPTIONS if name in values},
     )
+    check_model(model, "ckpt")
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     log_variant(request, model)
     check_depth(request, quote_name(model), model.autoencoder.in_channels)
@@ -122,6 +123,7 @@ def load_models(
             message = f"a refiner is for Stable Diffusion XL, which {quote_name(model)} is not"
             raise ArgumentError(message, "refiner")
         refiner_model = load(None, refiner, embeddings=_list_refiner_embeddings(model), **placement)
+        check_model(refiner_model, "refiner")
     return Models(model, refiner_model, checker, upscaler_model)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from ldm.conditioning import Conditioner
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, WrongFamily
@@ -65,9 +67,10 @@ def is_sdxl(model: LatentDiffusion) -> bool:
 
 
 def check_model(model: object, argument: str = "model") -> None:
-    """Raise ArgumentError for an argument that is not a model."""
+    """Raise ArgumentError for an argument that is not a model, but for example a component."""
     if not isinstance(model, LatentDiffusion):
-        raise ArgumentError(f"{argument} must be what `ldm.load` returns, got {model!r}", argument)
+        text = type(model).__name__ if isinstance(model, nn.Module) else repr(model)
+        raise ArgumentError(f"{argument} must be a whole model of `ldm.load`, got {text}", argument)
 
 
 def check_family(model: LatentDiffusion, *families: str) -> None:
@@ -79,7 +82,9 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
     if name is None:
         keys = ", ".join(f"`{key}`" for key in sorted(model.conditioner.keys))
         if not keys:
-            raise WrongFamily("this model has no conditions: use `ldm.sample` and `model.decode`")
+            raise WrongFamily(
+                "this model encodes no conditions: use `ldm.sample` and `model.decode`"
+            )
         raise WrongFamily(f"this model reads {keys}, and no task provides that")
     raise make_wrong_family_error(quote_name(model), name)
 

@@ -15,6 +15,8 @@ from imagehelp import assert_pixels_close, read_pixels
 from ldm import pipelines
 from ldm.imaging.metadata import read_info
 from ldm.imaging.watermark import detect_watermarks
+from ldm.loading.config import instantiate
+from ldm.loading.files.checkpoint import write_checkpoint
 from quick import slow_except
 
 QUICK_CASES = ["plms", "dpm", "fixed_code_iter2", "from_file_repeat"]
@@ -243,6 +245,18 @@ def test_errors_are_one_line(txt2img, flags, message):
     assert (status, out) == (1, [])
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_a_component_with_its_config_is_refused(run_ldm, tmp_path):
+    ddconfig = {"z_channels": 4, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1],
+                "num_res_blocks": 1, "resolution": 32, "attn_resolutions": []}  # fmt: skip
+    params = {"embed_dim": 4, "ddconfig": ddconfig}
+    config = {"model": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}}
+    path = tmp_path / "autoencoder.ckpt"
+    write_checkpoint(path, instantiate(config).state_dict(), {"ldm.config": json.dumps(config)})
+    flags = ["--ckpt", path, "--outdir", tmp_path / "out"]
+    error = run_ldm("txt2img", *flags, "--precision", "bf16").error  # not from the cache of tests
+    assert error.endswith("a whole model of `ldm.load`, got AutoencoderKL (--ckpt)")
 
 
 def test_verbose_shows_the_traceback(txt2img):

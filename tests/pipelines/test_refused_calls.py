@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 import ldm
 from ldm import pipelines
@@ -50,7 +51,7 @@ def test_the_error_for_a_model_of_no_family_names_its_conditions():
         WrongFamily, match="this model reads `smell`, `txt`, and no task provides that"
     ):
         pipelines.txt2img(make_model({"txt", "smell"}), ["a"])
-    with pytest.raises(WrongFamily, match="this model has no conditions: use `ldm.sample`"):
+    with pytest.raises(WrongFamily, match="this model encodes no conditions: use `ldm.sample`"):
         pipelines.txt2img(prompts=["a"], model=make_model(()))
 
 
@@ -71,12 +72,15 @@ def test_unknown_keywords_are_refused_with_a_suggestion(task, options, message):
         getattr(pipelines, task)(make_model({"txt"}), *[None] * TASKS[task][1], **options)
 
 
-@pytest.mark.parametrize("model", [None, "sd_xl_base_1.0.safetensors"])
-def test_an_argument_that_is_not_a_model_is_refused(model):
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [(None, "None"), ("sdxl.ckpt", "'sdxl.ckpt'"), (nn.Sequential(nn.Identity()), "Sequential")],
+)
+def test_an_argument_that_is_not_a_model_is_refused(model, text):
     for call in (
         lambda: pipelines.txt2img(model, ["a"]),
         lambda: ldm.set_loras(model, []),
         lambda: ldm.load_preview("taesd.pth", model),
     ):
-        with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
+        with pytest.raises(ArgumentError, match=f"a whole model of `ldm.load`, got {text}$"):
             call()
