@@ -398,5 +398,6 @@ LEGACY = {
     "strength": "img2img truncates its count of steps, and starts with the noise of a step above",
     "sld-off": "safe latent diffusion is off at a scale of 1 or less, as in diffusers",
     "weights": "unCLIP mixes with weights as they are given, not made to sum to 1",
+    "untiled": "the x4 upscaler runs on the whole image, not on tiles of its training size",
     "unmasked": "the x2 latent upscaler reads the padding after a prompt, as in diffusers",
 } | SDXL_LEGACY

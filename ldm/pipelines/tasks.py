@@ -284,7 +284,8 @@ def upscale(
         noise_level: Timestep up to which noise is added to the image; more noise, more invented
             detail.
         tile: Side of overlapping tiles in pixels of the input: the decoder's, and the UNet's
-            unless `unet_tile` is given; None = the training size.
+            unless `unet_tile` is given; None = the training size, or with legacy `untiled` no
+            tiles.
         negative_prompt, scale, options: See `txt2img`.
     """
     noise_source = make_task_noise_source(prompts, options)
@@ -297,7 +298,8 @@ def upscale(
     level = torch.full((n,), noise_level, device=model.device)
     noised = encoder.add_noise(low_res, level, noise_source(low_res))
     inputs = {"lowres": noised, "noise_level": level}
-    tile = model.image_size if tile is None else tile
+    if tile is None and "untiled" not in Quirks.for_model(model, options.get("legacy", ())):
+        tile = model.image_size
     if options.get("unet_tile") is None:
         options["unet_tile"] = tile
     size = (low_res.shape[-2] * model.downscale_factor, low_res.shape[-1] * model.downscale_factor)

@@ -61,7 +61,7 @@ def test_upscale_equals_the_original(case):
     golden = load_golden("e2e_upscale")
     info, image = golden.case(case)["info"], to_image(golden.inputs(case)["image"])
     check_images(
-        upscale, golden, case, "upscale", image, seed=info["seed"], tile=64,
+        upscale, golden, case, "upscale", image, seed=info["seed"],
         noise_level=info["noise_level"], x_T=make_start_code(info, info["h"], info["w"]),
         steps=info["steps"], eta=info["eta"],
     )  # fmt: skip
