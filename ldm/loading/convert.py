@@ -410,7 +410,7 @@ def _replace_autoencoder(
 def _replace_text_encoder(
     file: Checkpoint, model: nn.Module | None, text_encoder: str | Path
 ) -> Checkpoint:
-    """Return a checkpoint with another text encoder, and with its autoencoder if it had none."""
+    """Return a checkpoint with another text encoder, and with components that it did not have."""
     names = rename_weights(file.state_dict).keys()
     state = extract_text_encoder(open_checkpoint(text_encoder), model, names, file.path)
     return _replace_component(file, TEXT_PREFIX, restore_names(state, sgm=has_sgm_names(names)))

@@ -132,9 +132,9 @@ def load(
         midas: File with the depth network; None = from the checkpoint. For depth models only.
         vae: A checkpoint, as `ckpt`, that replaces the autoencoder; or TAESD, whose file may have
             only the decoder, and then does not replace the encoder. None = keep that of `ckpt`.
-        text_encoder: A checkpoint that replaces the (first) text encoder, and adds its autoencoder
-            if `ckpt` contains none; None = keep that of `ckpt`. The x2 latent upscaler takes both
-            from a checkpoint of Stable Diffusion 1.
+        text_encoder: A checkpoint that replaces the (first) text encoder, and adds its second text
+            encoder and its autoencoder if `ckpt` contains none; None = keep that of `ckpt`. The x2
+            latent upscaler takes both from a checkpoint of Stable Diffusion 1.
         base: A model whose autoencoder and text encoder are shared, not copied, if the checkpoint
             contains none; for the x2 latent upscaler only. None = nothing is shared.
         loras: (file, weight) pairs, merged into the weights; the weight is a number, a

@@ -208,7 +208,11 @@ def _find_cause(
     if family is not None and missing and not unexpected:
         titles = [f"{SEPARABLE_COMPONENTS[p]} (`{to_original(p)}`)" for p in missing]
         only_autoencoder = missing == [VAE_PREFIX]
-        remedy = "pass one (`vae`)" if only_autoencoder else "take a file of the whole model"
+        remedy = (
+            "pass one (`vae`)"
+            if only_autoencoder
+            else "pass one of the whole model (`text_encoder`)"
+        )
         return f"the file has no {' and no '.join(titles)}: {remedy}"
     if family is not None:
         config = f"`{family.config}.yaml`" if family.config else "which is not supported"

@@ -14,7 +14,14 @@ from ldm.loading.diffusers.locations import locate_unet
 from ldm.loading.files.checkpoint import Checkpoint, compute_short_hash
 from ldm.loading.matching import match_weights
 from ldm.loading.tiny_autoencoder import TinyWeights, check_latents
-from ldm.loading.weight_names import TEXT_PREFIX, VAE_PREFIX, has_prefix, rename_weights
+from ldm.loading.weight_names import (
+    TEXT_2_PREFIX,
+    TEXT_PREFIX,
+    VAE_PREFIX,
+    has_prefix,
+    rename_weights,
+    select_prefix,
+)
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import SCALE_FACTOR_TOLERANCE, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
@@ -64,7 +71,7 @@ def replace_text_encoder(
 ) -> dict[str, str]:
     """Put the text encoder of another checkpoint into `weights`; return its path and hash.
 
-    If `weights` have no autoencoder, that of the checkpoint is added.
+    An autoencoder and a second text encoder that `weights` do not have are added.
     """
     source = open_checkpoint(text_encoder)
     state = extract_text_encoder(source, model, weights.state_dict, weights.path)
@@ -93,7 +100,8 @@ def extract_text_encoder(
 ) -> dict[str, Tensor]:
     """Return the weights of a text encoder, under our names, from its file or that of a model.
 
-    Weights of the autoencoder are added if the model's own file does not contain one.
+    Weights of the second text encoder and of the autoencoder are added if the model's own file does
+    not contain them.
 
     Args:
         model: Model to fill, for names and shapes; None = unknown.
@@ -111,6 +119,11 @@ def extract_text_encoder(
     error_prefix = f"the text encoder of `{source.path}` does not fit `{path}`"
     matched = match_weights(encoder, all_weights, source.path, error_prefix)
     state = {f"{TEXT_PREFIX}{name}": value for name, value in matched.items()}
+    second, names = model.conditioner.encoders.get("text_2"), list(names)
+    second_weights = select_prefix(all_weights, TEXT_2_PREFIX)
+    if second is not None and second_weights and not has_prefix(names, TEXT_2_PREFIX):
+        matched = match_weights(second, second_weights, source.path, error_prefix)
+        state |= {f"{TEXT_2_PREFIX}{name}": value for name, value in matched.items()}
     needs_vae = isinstance(model.autoencoder, AutoencoderKL) and not has_prefix(names, VAE_PREFIX)
     if needs_vae and has_prefix(all_weights, VAE_PREFIX):
         state |= extract_autoencoder(source, model.autoencoder, path)

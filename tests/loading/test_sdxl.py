@@ -13,7 +13,7 @@ from ldm.loading import inspection
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
-from ldm.loading.convert import find_config_text
+from ldm.loading.convert import convert, find_config_text, plan_conversion
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.loading.find_variant import detect_model_variant
 from ldm.loading.inspection import inspect_checkpoint
@@ -334,6 +334,19 @@ def test_a_missing_component_is_named(build_model, prefix, message):
     state = {n: v for n, v in restore_names(state).items() if not n.startswith(prefix)}
     with pytest.raises(WeightsMismatch, match=message):
         match_weights(model, rename_weights(state), "x.safetensors")
+
+
+@pytest.mark.parametrize("prefixes", [("conditioner.",), ("conditioner.embedders.1.", "first_")])
+def test_missing_components_are_taken_from_another_file(tmp_path, tiny, prefixes):
+    file, path = read_checkpoint(tiny), tmp_path / "unet.safetensors"
+    state = {n: v for n, v in file.state_dict.items() if not n.startswith(prefixes)}
+    write_checkpoint(path, state, {"ldm.config": file.metadata["ldm.config"]})
+    completed, original = ldm.load(path, text_encoder=tiny), ldm.load(tiny)
+    expected = original.state_dict()
+    assert all(torch.equal(value, expected[n]) for n, value in completed.state_dict().items())
+    target = convert(plan_conversion(path, tmp_path / "x.safetensors", text_encoder=tiny))
+    converted = read_checkpoint(target).state_dict
+    assert all(torch.equal(value, converted[n]) for n, value in file.state_dict.items())
 
 
 def test_a_transposed_projection_is_reported():
