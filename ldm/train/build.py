@@ -145,6 +145,7 @@ def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.devi
         discriminator,
         LossScale(enabled=trainer.precision == "16-mixed"),
         batches_per_step=ranks.world_size * trainer.accumulate_grad_batches,
+        batch_size=settings.loader.batch_size,
     )
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -125,6 +126,22 @@ class Run:
         if accumulation != self.settings.trainer.accumulate_grad_batches:
             message = "%d batches per step, as before: %d accumulated x %d ranks"
             log.info(message, batches_per_step, accumulation, world_size)
+        self._convert_batches_consumed()
+
+    def _convert_batches_consumed(self) -> None:
+        """Keep the position in the data if the batch size has changed since the state was saved.
+
+        Up to a batch of samples is repeated where batches of both sizes do not end together.
+        """
+        old, new = self.state.batch_size, self.batch_size
+        if old == new:
+            return
+        old_epoch, new_epoch = map(self.source.get_batches_per_epoch, (old, new))
+        factor = new_epoch / old_epoch if old_epoch and new_epoch else Fraction(old, new)
+        self.state.batches_consumed = int(self.state.batches_consumed * factor)
+        self.state.batch_size = new
+        message = "batch size %d, before %d: the data continue after %d batches of the new size"
+        log.info(message, new, old, self.state.batches_consumed)
 
 
 def build_run(

@@ -115,6 +115,7 @@ class State:
 
     Args:
         batches_per_step: Number of batches of all processes, accumulated ones included.
+        batch_size: Samples per batch, the unit of `batches_consumed`.
         batches_consumed: Number of batches that all processes together have consumed.
         seconds: Training time in seconds, including that before the run was resumed.
         scale_factor: Scale factor of latents, measured by `scale_by_std`; None = the config's.
@@ -129,6 +130,7 @@ class State:
     discriminator: TrainedNetwork | None
     loss_scale: LossScale
     batches_per_step: int
+    batch_size: int
     step: int = 0
     batches_consumed: int = 0
     seconds: float = 0.0
@@ -147,13 +149,14 @@ class State:
         return networks
 
     def get_numbers(self) -> dict[str, float]:
-        """Return all numbers under their names in state files, which version 0.1 introduced."""
+        """Return all numbers under their names in state files, most of them of version 0.1."""
         measured = {} if self.scale_factor is None else {"scale_factor": self.scale_factor}
         return {
             **measured,
             "step": self.step,
             "position": self.batches_consumed,
             "parts": self.batches_per_step,
+            "batch_size": self.batch_size,
             "seconds": self.seconds,
             "skipped": self.skipped_steps,
             "scale": self.loss_scale.value,
@@ -165,6 +168,7 @@ class State:
         self.step = int(numbers["step"])
         self.batches_consumed = int(numbers["position"])
         self.batches_per_step = int(numbers["parts"])
+        self.batch_size = int(numbers.get("batch_size", self.batch_size))
         self.seconds = numbers["seconds"]
         self.skipped_steps = int(numbers["skipped"])
         self.loss_scale.value = numbers["scale"]

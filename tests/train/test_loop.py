@@ -98,6 +98,19 @@ def test_a_resumed_run_keeps_its_measured_scale_factor(tmp_path: Path) -> None:
     assert resumed.model.scale_factor == run.model.scale_factor
 
 
+@pytest.mark.parametrize(("batch_size", "batches"), [(1, 8), (4, 2), (3, 2)])
+def test_a_resumed_run_with_another_batch_size_keeps_its_position(
+    four_steps: Run, tmp_path: Path, batch_size: int, batches: int
+) -> None:
+    assert (four_steps.batch_size, four_steps.state.batches_consumed) == (2, 4)
+    override = f"data.params.batch_size={batch_size}"
+    run = resume_copy(four_steps, tmp_path, override)
+    assert run.state.batches_consumed == batches
+    save_state(run)
+    again = resume_copy(run, tmp_path, override)
+    assert again.state.batches_consumed == batches
+
+
 @pytest.mark.usefixtures("no_states")
 def test_steps_without_finite_gradients_are_skipped(tmp_path: Path) -> None:
     run = build_tiny_run(tmp_path, MAX_STEPS + "3")
