@@ -22,7 +22,13 @@ from ldm.pipelines.options import TextOptions, select_sampling_options, select_s
 from ldm.pipelines.prompts import PromptBatch, repeat_texts
 from ldm.pipelines.quirks import Quirks, make_noise_source
 from ldm.pipelines.sampling import sample
-from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_shape, get_sigmas
+from ldm.pipelines.sampling_options import (
+    Callback,
+    SamplingOptions,
+    get_default_scale,
+    get_latent_shape,
+    get_sigmas,
+)
 from ldm.pipelines.sdxl import check_size, find_handover
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import Stop
@@ -84,6 +90,11 @@ def generate(
         (B, C, H, W) float32 in [-1, 1]; C = 3, or 4 or 6 for models with depth.
     """
     sampling, sdxl = select_sampling_options(options), select_sdxl_options(options)
+    if sdxl.get("refiner") is not None:  # it is sampled with the defaults of the base, too
+        sampler, eta = sampling.get("sampler") or model.defaults.sampler, sampling.get("eta")
+        eta = model.defaults.eta if eta is None and sampler == model.defaults.sampler else eta
+        sampling = {**sampling, "sampler": sampler, "eta": eta}
+        scale = get_default_scale(model, sampler) if scale is None else scale
     quirks = Quirks.for_model(model, sampling.get("legacy", ()))
     guidance, syntax = make_guidance(options, quirks), options.get("syntax", PLAIN)
     shape = get_latent_shape(model, len(prompts), size, z=z, x_T=sampling.get("x_T"))

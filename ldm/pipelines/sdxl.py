@@ -57,7 +57,8 @@ class SDXLOptions(TypedDict, total=False):
         crop: (top, left) of the crop in pixels; None = (0, 0).
         target_size: (height, width) in pixels after resizing; None = the size of the image.
         aesthetic_score: 1 … 10, for the refiner; None = 6, of the negative prompt 2.5.
-        refiner: Model that finishes the images, from the noise level where the base stops.
+        refiner: Model that finishes the images, from the noise level where the base stops, by
+            default with the sampler, eta and scale of the base.
         refiner_strength: Fraction of the steps that the refiner takes, 0 … 1; None = 0.15.
         refiner_start: Instead of refiner_strength, the fraction of the timesteps that the base
             takes, 0 … 1, `denoising_end` in diffusers.

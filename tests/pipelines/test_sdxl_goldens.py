@@ -6,6 +6,7 @@ Pixels differ by at most 1, latents by 1e-4 of the largest value (observed: 1.8e
 import copy
 import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from goldfile import GoldenFile, load_golden
 from ldm.conditioning import Cond
+from ldm.loading.variants import VARIANTS
 from ldm.model import LatentDiffusion
 from ldm.pipelines import img2img, sample, txt2img
 from pipelines.goldmodels import StepRecorder, assert_images_close, build_recorded_model
@@ -230,6 +232,18 @@ def test_the_refiner_of_the_api_starts_from_full_noise() -> None:
         legacy=DEMO_QUIRKS | {"refiner-from-noise"},
     )  # fmt: skip
     assert_close(golden, "api_refiner", images, recorder)
+
+
+def test_a_refiner_samples_with_the_defaults_of_the_base(monkeypatch) -> None:
+    """As the commands do, which record one sampler, eta and scale."""
+    base, defaults = load_model("base"), replace(VARIANTS["turbo"].defaults, eta=0.5)
+    monkeypatch.setattr(base, "defaults", defaults)
+    options = {"refiner": load_model("refiner"), "refiner_strength": 0.5, "steps": 4, "seeds": 1}
+    image, expected = (
+        txt2img(base, ["a cat"], size=(64, 64), **options, **sampling)
+        for sampling in ({}, {"sampler": "euler_a", "eta": 0.5, "scale": 1.0})
+    )
+    assert torch.equal(image, expected)
 
 
 def test_safe_latent_diffusion_continues_its_warmup_in_the_refiner() -> None:
