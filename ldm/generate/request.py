@@ -55,8 +55,7 @@ class Request:
         sampling = self.sampling
         if sampling.sigmas is not None:
             steps = len(sampling.sigmas) - 1
-            # The default of the task counts as not set.
-            if sampling.steps not in (self.task.options["steps"].default, steps):
+            if sampling.steps not in (None, steps):
                 raise ArgumentError(f"sigmas have {steps} steps, not {sampling.steps}", "steps")
         multiple = 64 if self.sdxl.refiner is not None else 8
         for name, side in zip(("height", "width"), sampling.size, strict=True):

@@ -145,6 +145,7 @@ UNSUPPORTED_CLASSES = {
 
 # Default sampling options of SD 1 image variations, from the original's script.
 VARIATION_DEFAULTS = {"scale": 3.0}
+UNCLIP_DEFAULTS = {"steps": 20}  # of the original's page
 # The same for LDM3D and LDM3D-SR, from their pipelines in diffusers.
 LDM3D_DEFAULTS = {"scale": 5.0, "steps": 49}
 LDM3D_SR_DEFAULTS = {"scale": 9.0, "steps": 75}
@@ -243,6 +244,8 @@ class _ModelTranslator:
             defaults = (LDM3D_SR_DEFAULTS if "rgbd" in encoders else LDM3D_DEFAULTS) | defaults
         if encoders.get("text", {}).get("target") == CLIP_IMAGE:
             defaults = VARIATION_DEFAULTS | defaults
+        if encoders.get("image", {}).get("target") == IMAGE_MODULE + "ImageEmbedding":
+            defaults = UNCLIP_DEFAULTS | defaults
         if defaults:
             model_params["defaults"] = {"target": "ldm.model.Defaults", "params": defaults}
         return {"target": LATENT_DIFFUSION, "params": model_params, "where": self.where}

@@ -100,7 +100,7 @@ def test_defaults_are_those_of_the_original():
         ("txt2img", "", (9, 50, "ddim")),
         ("txt2img", "--scale 9 --steps 5 --plms", (9, 5, "plms")),
         ("inpaint", "--ckpt m.ckpt", (10, 50, "ddim")),
-        ("unclip", "--ckpt m.ckpt", (10, 20, "ddim")),
+        ("unclip", "--ckpt m.ckpt", (10, 50, "ddim")),  # 20 are a default of the family
     ],
 )
 def test_tasks_have_defaults_of_their_own(task, flags, expected):

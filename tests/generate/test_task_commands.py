@@ -14,11 +14,14 @@ from imagehelp import ONE_IMAGE_FLAGS, assert_pixels_close, read_pixels
 from ldm.app.form import get_field_values
 from ldm.encoders.depth import MiDaSDepth
 from ldm.generate.command_line import parse_request
+from ldm.generate.defaults import resolve_sampling
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
+from ldm.loading.build import build_on_meta
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import restore_names
 from ldm.nets.karlo import Prior
+from loading.tinyfamilies import make_small_config
 from quick import slow_except
 
 # Command, model, flags, size (height, width); "MAP" and "CKPT" stand for files.
@@ -288,6 +291,16 @@ def test_missing_clip_statistics_are_named_and_may_be_passed(unclip_l, unclip, t
 
 def test_unclip_without_image_and_prior_is_refused_in_one_line(unclip_l, unclip):
     assert "an image or a prior is missing (--image)" in unclip(*unclip_l).err
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling"),
+    [("unclip-h", (20, 10.0)), ("unclip-l", (20, 10.0)), ("variations", (50, 3.0))],
+)
+def test_variations_have_the_default_steps_and_scale_of_their_original(family, sampling):
+    model = build_on_meta(make_small_config(family))
+    resolved = resolve_sampling(TASKS["unclip"].build_request(), model.defaults)
+    assert (resolved.steps, resolved.scale) == sampling
 
 
 @pytest.mark.slow

@@ -168,7 +168,7 @@ models fine-tuned for image variations work as well, without a prompt.
     inputs=UnclipInputs,
     prepare=UnclipTask,
     families=("unclip", "variation"),
-    defaults={"outdir": "outputs/unclip-samples", "n_samples": 2, "n_iter": 1, "steps": 20},
+    defaults={"outdir": "outputs/unclip-samples", "n_samples": 2, "n_iter": 1},
     scale=10.0,
     example_flags="--ckpt sd-unclip-h",
 )
