@@ -20,7 +20,7 @@ from ldm.app.form import (
     get_field_values,
 )
 from ldm.app.library import ADDONS
-from ldm.app.view import render_error, render_token_count
+from ldm.app.view import describe_unknown_settings, render_error, render_token_count
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parse_parameters
@@ -193,7 +193,7 @@ class FormEvents:
         defaults: JsonObject,
         task: str = "txt2img",
     ) -> list[Any]:
-        """Return updates of shared fields, LoRAs, weights and defaults for an image's info.
+        """Return updates of shared fields, LoRAs, weights, error and defaults for an image's info.
 
         LoRAs that do not fit the checkpoint, or whose weights no slider can represent, become tags
         in the prompt. They are left out for tasks whose models support no LoRAs.
@@ -221,7 +221,8 @@ class FormEvents:
             lora_updates[: 1 + len(names)] = [names, *(weights[name] for name in names)]
         fields = self.forms["txt2img"].common_fields
         defaults = {name: value for name, value in defaults.items() if name not in values}
-        return [*(values.get(name, gr.skip()) for name in fields), *lora_updates, defaults]
+        error = render_error(describe_unknown_settings(info or {}))
+        return [*(values.get(name, gr.skip()) for name in fields), *lora_updates, error, defaults]
 
     def paste_parameters(
         self, prompt: str, selected: JsonObject | None, checkpoint: str | None, defaults: JsonObject

@@ -81,7 +81,7 @@ class Layout:
     def filled_fields(self) -> list[Any]:
         """The components that `FormEvents.fill_fields` updates."""
         fields = [self.fields[name] for name in self.forms["txt2img"].common_fields]
-        return [*fields, self.loras, *self.weights, self.defaults]
+        return [*fields, self.loras, *self.weights, self.error, self.defaults]
 
     @property
     def stored_fields(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from ldm.runtime.errors import FileFormatError, LdmError, describe_error, is_out
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "explain_to_user", "format_info", "read_file_info", "render_error", "render_preview",
-    "render_progress", "render_queue", "render_token_count",
+    "describe_unknown_settings", "explain_to_user", "format_info", "read_file_info", "render_error",
+    "render_preview", "render_progress", "render_queue", "render_token_count",
 ]  # fmt: skip
 
 MEMORY_ADVICE = "; these help: batch size 1, a VAE tile size of 512, smaller width and height"
@@ -91,7 +91,15 @@ def format_info(info: Mapping[str, Any]) -> str:
         text += f", Unfinished: stopped at step {info['unfinished']}"
     if "watermark" in info and info["watermark"] is None:
         text += ", Watermark: none"
-    return text
+    return "\n".join(filter(None, [text, describe_unknown_settings(info)]))
+
+
+def describe_unknown_settings(info: Mapping[str, Any]) -> str:
+    """List the settings in another program's parameters that ours does not read; "" = none."""
+    other = {name: value for name, value in info.get("other", {}).items()
+             if not name.endswith(("hash", "hashes"))}  # fmt: skip
+    settings = ", ".join(f"{name}: {value}" for name, value in other.items())
+    return f"Not understood: {settings}" if settings else ""
 
 
 def read_file_info(path: str | None) -> tuple[JsonObject, str]:

@@ -28,7 +28,7 @@ from ldm.app.view import format_info, read_file_info, render_preview, render_pro
 from ldm.commands.main import main
 from ldm.generate.groups import ModelOptions
 from ldm.generate.tasks import TASKS
-from ldm.imaging.metadata import format_parameters, read_info, write_png
+from ldm.imaging.metadata import format_parameters, parse_parameters, read_info, write_png
 from ldm.imaging.output import OutputFolder
 from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.config import format_yaml
@@ -509,6 +509,14 @@ def test_progress_is_html_in_which_user_input_is_escaped():
     assert "&lt;script&gt;" in render_progress(progress)
     assert "data:image/png;base64," in render_preview(progress)
     assert format_info({}) == "No generation parameters found"
+
+
+def test_settings_that_are_not_understood_are_listed(backend):
+    text = 'a fox\nSteps: 20, Sampler: Euler, Seed: 1, ENSD: 31337, Lora hashes: "a: 1", VAE: x.pt'
+    expected = "Not understood: ENSD: 31337, VAE: x.pt"
+    assert format_info(parse_parameters(text)).splitlines()[-1] == expected
+    *_, error, _ = FormEvents(backend).paste_parameters(text, None, None, {})
+    assert expected in error
 
 
 def test_previews_use_taesd_if_a_file_of_it_fits(tmp_path):
