@@ -92,8 +92,23 @@ def test_the_data_module_of_sgm_is_translated() -> None:
     assert read_data(translated) == DataOptions(**parse(SGM_TRANSLATION))
     with pytest.raises(ValueError, match=r"data: `sgm.data.mnist.MNISTLoader` is not supported"):
         read_data(translate_data_module(parse("{target: sgm.data.mnist.MNISTLoader}")))
-    with pytest.raises(ValueError, match="data.params.train: `x` should be a mapping"):
-        translate_data_module({**parse(SGM_DATA), "params": {"train": "x"}})
+    for key in ("", ".loader", ".datapipeline", ".datapipeline.pipeline_config"):
+        data = parse_yaml(f"data: {SGM_DATA}", [f"data.params.train{key}=x"])["data"]
+        with pytest.raises(ValueError, match=rf"data.params.train{key}: `x` should be a mapping"):
+            translate_data_module(data)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.params.train=3", "data.params.train: `3` should be a mapping"),
+        ("data.params.train.shuffle=abc", "data.params.train.shuffle: `abc` should be a whole"),
+        ("data.params.train.shards=3", "data.params.train.shards: `3` should be"),
+    ],
+)
+def test_an_invalid_data_module_of_tar_files_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_data(parse_yaml(f"data: {WEB_DATA}", [override])["data"])
 
 
 def test_our_data_section_is_read_without_translation(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,6 +158,9 @@ def test_simple_datasets_are_translated(spec: str, translation: str) -> None:
          r"data.params.train: `taming.*` is not supported.*{root: DIR, .*size: 256"),
         ("train: {target: ldm.data.simple.FolderData, params: {root_dir: x, image_transforms: "
          "[{target: torchvision.transforms.Resize}]}}", "data.params.train: Resize needs `size`"),
+        ("train: {target: ldm.data.simple.FolderData, params: {root_dir: x, image_transforms: "
+         "[{target: torchvision.transforms.Resize, params: 512}]}}",
+         "data.params.train: `params` of Resize should be a mapping of keys, got `512`"),
         (f"train: {FOLDER}, batch_size: null", "needs `batch_size`"),
         (f"train: {FOLDER}, worker: 1", "unknown key `worker`, did you mean `num_workers`"),
         ("train: {root: null}", "needs one of `root`"),

@@ -429,6 +429,7 @@ def test_the_schema_has_the_arguments_of_datasets_and_transforms(
          "lightning.callbacks.image_logger.params.log_images_kwargs.N: `a` should be a whole"),
         ("lightning.trainer.num_nodes=two", "num_nodes: `two` should be a whole number"),
         ("lightning.trainer.max_steps=2.5", "max_steps: `2.5` should be a whole number or null"),
+        ("lightning.lora={targets: null}", "lightning.lora.targets: `None` should be"),
         ("lightning.trainer.max_time=abc", "trainer.max_time: `abc` should be a time (DD:HH:"),
         ("lightning.trainer.compile=perhaps", "compile: `perhaps` should be true or false"),
         ("lightning.trainer.seed=true", "lightning.trainer.seed: `True` should be a whole number"),

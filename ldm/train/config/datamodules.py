@@ -128,16 +128,24 @@ def translate_data_module(section: JsonMapping) -> JsonMapping:
         if not spec:
             log.info("%s is ignored", where)
             continue
-        loader = spec.get("loader") or {}
+        loader = get_section({"data": section}, f"{where}.loader")
         if split == "train":
             params |= {key: loader[key] for key in ("batch_size", "num_workers") if key in loader}
-        params[split] = _translate_pipeline(dict(spec.get("datapipeline") or {}), where)
+        pipeline, options = (
+            get_section({"data": section}, f"{where}.datapipeline{key}")
+            for key in ("", ".pipeline_config")
+        )
+        params[split] = _translate_pipeline(pipeline, options, where)
     return {"params": params}
 
 
-def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
-    """Translate a pipeline of the package `sdata`, whose crops are random."""
-    urls, options = pipeline.get("urls") or [], pipeline.get("pipeline_config") or {}
+def _translate_pipeline(pipeline: JsonMapping, options: JsonMapping, where: str) -> JsonObject:
+    """Translate a pipeline of the package `sdata`, whose crops are random.
+
+    Args:
+        options: Its `pipeline_config`.
+    """
+    urls = pipeline.get("urls") or []
     transform: JsonObject = {"name": "photo", "flip": 0.0}
     for mapper in pipeline.get("postprocessors") or []:
         name, params = read_spec(mapper, POSTPROCESSORS, where, kind="postprocessor")
@@ -151,9 +159,17 @@ def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
             transform |= {"crop": "random", "original_size_keys": keys}
     return {
         "shards": [urls] if isinstance(urls, str) else list(urls),
-        "shuffle": int(options.get("sample_shuffle") or 0) // 8,  # see `_translate_web_module`
+        "shuffle": _divide_shuffle(options.get("sample_shuffle")),
         "transform": transform,
     }
+
+
+def _divide_shuffle(size: object) -> object:
+    """Return the size of each shuffle buffer: the originals have one, `Shards` has 8 streams.
+
+    Anything but an integer is returned unchanged: validation names it.
+    """
+    return size // 8 if isinstance(size, int) else size or 0
 
 
 def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
@@ -207,13 +223,13 @@ def _translate_web_module(params: JsonObject) -> JsonObject:
     maximum = {key: params.pop(name) for name, key in limits.items() if name in params}
     for split in SPLITS:
         if split in params:
-            where, spec = f"data.params.{split}", dict(params[split])
+            where = f"data.params.{split}"
+            spec = dict(get_section({"data": {"params": params}}, where))
             shards = spec.pop("shards", None) or []
-            shards = [shards] if isinstance(shards, str) else list(shards)
-            shuffle = spec.pop("shuffle", None) or 0
+            shards = shards if isinstance(shards, list) else [shards]
             translated = {
                 "shards": [f"{base}/{shard}" for shard in shards] if base else shards,
-                "shuffle": shuffle // 8,  # it has one buffer, `Shards` one for each of 8 streams
+                "shuffle": _divide_shuffle(spec.pop("shuffle", None)),
                 "length": spec.pop("n_examples", None),
                 "transform": _pop_transform(spec, where),
                 "minimum": minimum,

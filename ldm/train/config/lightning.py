@@ -341,7 +341,7 @@ def _set_validation_defaults(config: JsonMapping, result: _Translation) -> None:
     if not data.get("validation"):
         return
     is_set = result.sections.get("callbacks", {}).keys() & {"validate_steps", "validate_epochs"}
-    if not is_set and "shards" not in (data.get("train") or {}):
+    if not is_set and "shards" not in get_section(config, "data.params.train"):
         result.set_defaults("callbacks", validate_epochs=1)
     # The losses of other autoencoder tasks do not have the names that a `monitor` has.
     loss_class = str(get_section(params, "lossconfig").get("target"))

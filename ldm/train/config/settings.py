@@ -239,10 +239,11 @@ def read_settings(config: JsonMapping) -> Settings:
     messages += _make_validation_messages(callbacks, get_section(config, "data.params"))
     if all(values["objective"].get(key) is not None for key in ("weighting", "min_snr_gamma")):
         messages.append("lightning.objective.weighting is ignored, as `min_snr_gamma` is set")
-    is_text_trained = values["textual_inversion"] or "text" in values["lora"].get("targets", ())
+    lora = validate(schema.LoraOptions, "lora") if values["lora"] else None
+    is_text_trained = values["textual_inversion"] or (lora and "text" in lora.targets)
     if is_text_trained and get_section(config, "data.params").get("texts"):
         messages.append("data.params.texts is ignored: training changes the contexts")
-    if (values["lora"] or values["textual_inversion"]) and "ckpt" in callbacks.export:
+    if (lora or values["textual_inversion"]) and "ckpt" in callbacks.export:
         messages.append("lightning.callbacks.export: ckpt is ignored for LoRA and embeddings")
     return Settings(
         config=config,
@@ -261,7 +262,7 @@ def read_settings(config: JsonMapping) -> Settings:
             lightning_trainer.get("num_nodes", 1),
             needs_gpu=lightning_trainer.get("accelerator") in ("gpu", "cuda"),
         ),
-        lora=validate(schema.LoraOptions, "lora") if values["lora"] else None,
+        lora=lora,
         textual_inversion=(
             validate(schema.TextualInversionOptions, "textual_inversion")
             if values["textual_inversion"]

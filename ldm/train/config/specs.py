@@ -40,7 +40,10 @@ def read_spec(
     if name not in classes:
         raise make_unknown_name_error(kind, spec.get("target"), classes, where)
     check_names("key", spec, SPEC_KEYS, where)
-    return name, drop_nulls(spec.get("params") or {})
+    params = spec.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{where}: `params` of {name} should be a mapping of keys, got `{params}`")
+    return name, drop_nulls(params)
 
 
 def drop_nulls(section: JsonMapping) -> JsonObject:
