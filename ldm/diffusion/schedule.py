@@ -17,6 +17,7 @@ DPM-Solver: Lu et al. 2022 (arXiv:2206.00927).
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ def make_betas(
             the squares of its first and last beta.
         cosine_s: Offset s of `cosine` (arXiv:2102.09672, eq. 17).
     """
+    if not isinstance(timesteps, SupportsIndex) or timesteps < 1:
+        message = f"timesteps must be a positive whole number, got `{timesteps}`"
+        raise ArgumentError(message, "timesteps")
     if name == "linear":
         return linspace(linear_start**0.5, linear_end**0.5, timesteps) ** 2
     if name == "sqrt_linear":

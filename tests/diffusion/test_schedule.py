@@ -34,6 +34,12 @@ def test_betas_equal_the_recorded_ones():
         torch.testing.assert_close(make_recorded_betas(info), expected["betas"], rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("timesteps", ["abc", 1000.0, 0])
+def test_invalid_numbers_of_timesteps_are_named(timesteps):
+    with pytest.raises(ValueError, match=f"a positive whole number, got `{timesteps}`"):
+        make_betas("linear", timesteps)
+
+
 def test_buffers_equal_the_recorded_ones():
     """For lvlb_weights the original takes 1 - ᾱ from a float32 ᾱ, which rounds by 6e-8 of 4e-5."""
     for info, expected in list_cases("buffers"):
