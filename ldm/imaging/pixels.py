@@ -77,15 +77,19 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return grid
 
 
-def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
-    """Resize an image to sides rounded down to multiples, as the original did; may distort it."""
+def resize_to_multiple(image: Image.Image, multiple: int, filter_name: str) -> Image.Image:
+    """Resize an image to sides rounded down to multiples, as the original did; may distort it.
+
+    Args:
+        filter_name: Name in `PIL.Image.Resampling`.
+    """
     width, height = (side - side % multiple for side in image.size)
     if not width or not height:
         raise ArgumentError(
             f"an image of {image.width}x{image.height} pixels is too small: each side needs at "
             f"least {multiple}"
         )
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    return image.resize((width, height), Image.Resampling[filter_name])
 
 
 def resize_and_center_crop(

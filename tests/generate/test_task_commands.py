@@ -16,6 +16,7 @@ from ldm.encoders.depth import MiDaSDepth
 from ldm.generate.command_line import parse_request
 from ldm.generate.defaults import resolve_sampling
 from ldm.generate.tasks import TASKS
+from ldm.generate.tasks.images import load_input_image
 from ldm.imaging.metadata import read_info
 from ldm.loading.build import build_on_meta
 from ldm.loading.files.checkpoint import write_checkpoint
@@ -79,6 +80,18 @@ def test_legacy_img2img_gives_the_recorded_images(run, tmp_path, name):
     _, out, _ = run("img2img", info["model"], "--init-img", tmp_path / "init.png", *flags)
     pixels = np.stack([read_pixels(path) for path in out])
     assert_pixels_close(pixels, golden.outputs(name)["images"])
+
+
+@pytest.mark.parametrize(
+    ("task", "filter_name"),
+    [("img2img", "LANCZOS"), ("inpaint", "BICUBIC"), ("depth2img", "BICUBIC")],
+)
+def test_legacy_reduces_images_by_the_filter_of_each_script(photo, task, filter_name):
+    image = Image.open(photo).resize((70, 75))
+    image.save(photo)
+    request = parse_request(TASKS[task], ["--init-img", str(photo), "--legacy"])
+    expected = image.resize((64, 64), Image.Resampling[filter_name])
+    assert np.array_equal(load_input_image(request), expected)
 
 
 def test_pixels_outside_the_mask_are_not_watermarked(run, tmp_path):

@@ -65,6 +65,6 @@ def test_images_are_scaled_and_cropped_to_a_size():
 
 
 def test_images_are_resized_to_a_multiple():
-    assert resize_to_multiple(Image.new("RGB", (150, 100)), 64).size == (128, 64)
+    assert resize_to_multiple(Image.new("RGB", (150, 100)), 64, "BICUBIC").size == (128, 64)
     with pytest.raises(ValueError, match="150x50 pixels is too small: each side needs at least 64"):
-        resize_to_multiple(Image.new("RGB", (150, 50)), 64)
+        resize_to_multiple(Image.new("RGB", (150, 50)), 64, "BICUBIC")

@@ -77,6 +77,7 @@ class Task:
         demo_model: Path of the demo model for this task; None = the text-to-image demo model.
         example_flags: Flags for a published model, as an example.
         uses_numpy_noise: Whether the original draws the initial noise with numpy.
+        legacy_filter: Pillow's filter with which the original reduces images to multiples of 64.
         upscales: Whether its images are larger than their input.
         takes_upscaler: Whether it may be followed by an x2 latent upscaler.
     """
@@ -92,6 +93,7 @@ class Task:
     demo_model: str | None = None
     example_flags: str = "--ckpt sd-v2-1 --H 768 --W 768"
     uses_numpy_noise: bool = False
+    legacy_filter: str = "BICUBIC"
     upscales: bool = False
     takes_upscaler: bool = False
 

@@ -157,7 +157,7 @@ def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
     from ldm.imaging.pixels import resize_to, resize_to_multiple
 
     if "size" in request.sampling.legacy and not request.task.upscales:
-        return resize_to_multiple(image, 64)
+        return resize_to_multiple(image, 64, request.task.legacy_filter)
     mode = request.get_inputs(ImageInputs).resize_mode
     return resize_to(image, request.sampling.size, mode)
 

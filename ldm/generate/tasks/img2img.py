@@ -89,4 +89,5 @@ TASK = Task(
         "n_iter": 1,
     },
     takes_upscaler=True,
+    legacy_filter="LANCZOS",
 )
