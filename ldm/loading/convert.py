@@ -43,7 +43,12 @@ from ldm.loading.files.checkpoint import (
 from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.loading.matching import match_weights, translate_names
-from ldm.loading.model_config import asks_for_ema, probe_weights, read_config
+from ldm.loading.model_config import (
+    asks_for_ema,
+    make_missing_config_error,
+    probe_weights,
+    read_config,
+)
 from ldm.loading.modelspec import MERGED_FROM_KEY, filter_metadata, make_modelspec
 from ldm.loading.replace_components import check_upscaler, extract_autoencoder, extract_text_encoder
 from ldm.loading.sgm import DIFFUSION_ENGINE
@@ -160,8 +165,7 @@ def plan_conversion(
     file = open_checkpoint(source, variant)
     config_text = find_config_text(file, config)
     if config_text is None and (loras or not is_file):
-        message = f"the family of `{file.path}` is unknown\nhint: pass its config"
-        raise MissingArgument(message, "config")
+        raise make_missing_config_error(identify_weights(file))
     config_dict = parse_yaml(config_text) if config_text else {}
     model = build_on_meta(config_dict) if config_text else None
     file = to_original_names(file, model, ema=ema)

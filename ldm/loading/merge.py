@@ -24,11 +24,12 @@ from ldm.loading.config import parse_yaml
 from ldm.loading.convert import LORA_PREFIXES, Conversion, find_config_text, to_original_names
 from ldm.loading.families import Family
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, LazyTensor, release_pages
+from ldm.loading.model_config import make_missing_config_error
 from ldm.loading.modelspec import LICENSE_KEY, MERGED_FROM_KEY, filter_metadata, make_modelspec
 from ldm.loading.weight_names import TEXT_2_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, pair_names
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
+from ldm.runtime.errors import ArgumentError, WeightsMismatch, WrongFamily
 from ldm.runtime.version import __version__
 
 __all__ = ["RECIPE_KEY", "ModelFile", "check_compatible", "plan_merge", "read_model_file"]
@@ -146,16 +147,17 @@ def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -
         config: The YAML; None = find it as `load` does.
     """
     checkpoint = open_checkpoint(path)
-    family = identify_weights(checkpoint).family
+    weights = identify_weights(checkpoint)
     text = find_config_text(checkpoint, config)
     if text is None:
-        message = f"the family of `{checkpoint.path}` is unknown\nhint: pass its config"
-        raise MissingArgument(message, "config")
+        raise make_missing_config_error(weights)
     model = build_on_meta(parse_yaml(text))
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{checkpoint.path}` is not a whole model: it cannot be merged")
     checkpoint = to_original_names(checkpoint, model, ema=ema and checkpoint.has_ema)
-    return ModelFile(checkpoint, dict(pair_names(checkpoint.state_dict)), model, family, text)
+    return ModelFile(
+        checkpoint, dict(pair_names(checkpoint.state_dict)), model, weights.family, text
+    )
 
 
 def check_compatible(a: ModelFile, b: ModelFile) -> None:

@@ -34,7 +34,7 @@ from ldm.runtime.types import JsonObject
 
 __all__ = [
     "asks_for_ema", "choose_config", "find_schedule_without_weights", "has_defaults",
-    "is_prediction_type_uncertain", "probe_weights", "read_config",
+    "is_prediction_type_uncertain", "make_missing_config_error", "probe_weights", "read_config",
 ]  # fmt: skip
 
 # In the names of LDM3D's files for panoramas, whose latents are twice as wide as high.
@@ -53,16 +53,22 @@ def choose_config(weights: Weights) -> str:
         return CONFIG_KEY
     family = weights.family
     if family is None or not family.config:
-        if family is None and (file_type := guess_file_type(weights.checkpoint.state_dict)):
-            raise MissingArgument(f"`{weights.path}` is {file_type}")
-        message = f"the family of `{weights.path}` is unknown"
-        if family is not None:
-            message = f"`{weights.path}` looks like {family.title}, which is not supported"
-        raise MissingArgument(f"{message}\nhint: pass its config", "config")
+        raise make_missing_config_error(weights)
     path = family.get_config_path(weights.prediction_type.value)
     if family is LATENT_UPSCALER:
         path = str(find_config_json(weights.path) or path)
     return path
+
+
+def make_missing_config_error(weights: Weights) -> MissingArgument:
+    """Make the error for weights of no supported family; it names what they are, if known."""
+    family = weights.family
+    if family is None and (file_type := guess_file_type(weights.checkpoint.state_dict)):
+        return MissingArgument(f"`{weights.path}` is {file_type}")
+    message = f"the family of `{weights.path}` is unknown"
+    if family is not None:
+        message = f"`{weights.path}` looks like {family.title}, which is not supported"
+    return MissingArgument(f"{message}\nhint: pass its config", "config")
 
 
 def read_config(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ldm.commands.merge import main
 from ldm.loading.convert import convert
@@ -29,6 +30,7 @@ def folder(tmp_path_factory):
         state = {n: add_noise(v) if v.dim() else v for n, v in file.state_dict.items()}
         metadata = file.metadata | {"modelspec.license": "MIT", "modelspec.title": name}
         write_checkpoint(folder / f"{name}.safetensors", state, metadata)
+    save_file({"quantize.embedding.weight": torch.ones(1)}, folder / "vq.safetensors")
     return folder
 
 
@@ -140,6 +142,12 @@ def test_the_metadata_name_the_models_and_the_rule(folder, tmp_path, capsys):
         ("sd1", "xl", {}, "`.*xl.safetensors` does not fit `.*sd1.safetensors`: "),
         ("sd2", "sd2-v", {}, "`.*sd2-v.safetensors` predicts v, `.*sd2.safetensors` predicts eps"),
         ("sd1", "sd1-inpainting", {}, "does not fit"),
+        (
+            "vq",
+            "sd1",
+            {},
+            "vq.safetensors` is a model with a VQ autoencoder, which is not supported",
+        ),
         ("sd1", "b", {"block_weights": "1,2"}, "2 block weights"),
         ("sd1", "b", {"weight": float("nan")}, "weight must be a finite number, got nan"),
         ("sd1", "b", {"target": "x.bin"}, "must end in .safetensors or .ckpt"),
