@@ -181,6 +181,15 @@ def test_a_single_step_to_zero_gives_the_denoised(name):
     assert steps == [0]
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_run_without_steps_returns_x(name):
+    """As with a strength of 0, or a refiner that starts before the first or after the last step."""
+    x = torch.ones(1, 1, 1, 1)
+    for sigma in (10.0, 0.0):
+        sigmas = torch.tensor([sigma], dtype=torch.float64)
+        assert torch.equal(SAMPLERS[name](denoise_gaussian, x, sigmas), x)
+
+
 # Results of k-diffusion 0.1.1 from x = 9 with D(x, sigma) = tanh(x / (1 + sigma)), all noise 0.3.
 K_DIFFUSION = [
     ("dpm2", {}, 0.4776607833330908),

@@ -143,7 +143,7 @@ def dpm_adaptive(
 
 def _get_sigma_range(sigmas: Tensor) -> tuple[float, float]:
     values = sigmas.tolist()
-    return values[0], values[-1] or values[-2]
+    return values[0], values[-1] or values[-2:][0]  # both are the only one of a run without steps
 
 
 def _get_bounded_ancestral_step(
