@@ -214,7 +214,7 @@ class DDPM(TrainingModule):
             device = "cpu" if old_betas is None else old_betas.device
             for name, buffer in schedule.compute_buffers().items():
                 self.register_buffer(name, buffer.to(device))
-            lvlb_weights = schedule.compute_vlb_weights(self.parameterization).float().to(device)
+            lvlb_weights = schedule.compute_vlb_weights(self.parameterization).to(device)
             self.register_buffer("lvlb_weights", lvlb_weights, persistent=False)
             self.update_cond_schedule()
 

@@ -292,21 +292,23 @@ class Schedule(NoiseSchedule):
         return signal_scale * z.float() + noise_scale * noise.to(z.device, torch.float32)
 
     def compute_vlb_weights(self, parameterization: str) -> Tensor:
-        """Compute weights (T,) of the squared error in the variational lower bound.
+        """Compute weights (T,) float32 of the squared error in the variational lower bound.
 
         eps   β² / (2 σ² α (1 - ᾱ)), with the posterior variance σ² (arXiv:2006.11239, eq. 12)
         x0    √ᾱ / (2 (2 - ᾱ)), as in the original
         v     1
         """
-        alphas_cumprod = self.alphas_cumprod
+        # From the float32 buffers, as in the original: it moves weights by up to 2e-4.
+        buffers = self.compute_buffers()
+        alphas_cumprod = buffers["alphas_cumprod"]
         if parameterization == "v":
             return torch.ones_like(alphas_cumprod)
         if parameterization == "x0":
             weights = 0.5 * alphas_cumprod.sqrt() / (2 - alphas_cumprod)
         else:
-            posterior_variance = self.compute_buffers()["posterior_variance"].double()
-            weights = self.betas**2 / (
-                2 * posterior_variance * (1 - self.betas) * (1 - alphas_cumprod)
+            alphas, posterior_variance = (1 - self.betas).float(), buffers["posterior_variance"]
+            weights = buffers["betas"] ** 2 / (
+                2 * posterior_variance * alphas * (1 - alphas_cumprod)
             )
         # Without `v_posterior`, the posterior of timestep 0 has no variance: for eps its weight is
         # infinite. As in the original, it gets the weight of timestep 1, also for x0.

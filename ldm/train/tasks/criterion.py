@@ -55,7 +55,7 @@ class Criterion(nn.Module):
         super().__init__()
         self.vlb_weights: Tensor | None = None  # (T,)
         if isinstance(self.schedule, Schedule) and self.parameterization != "edm":
-            self.vlb_weights = self.schedule.compute_vlb_weights(self.parameterization).float()
+            self.vlb_weights = self.schedule.compute_vlb_weights(self.parameterization)
         elif self.original_elbo_weight:
             raise ArgumentError(
                 "original_elbo_weight needs discrete timesteps, and a prediction of eps, v or x0"
