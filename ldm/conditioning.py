@@ -254,7 +254,7 @@ class Encoder(nn.Module):
 
     key: str
     slot: Slot
-    droppable: ClassVar[bool] = False
+    droppable: bool = False
     null: object = None
     cache_key: str | None = None
     source_key: str | None = None

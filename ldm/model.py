@@ -22,7 +22,7 @@ from ldm.conditioning import Batch, Cond, Conditioner, DropRate, PrepareOptions
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, SIGMA_DATA, Denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.encoders.text import TextEncoder
-from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
+from ldm.nets.autoencoder import Autoencoder, PixelSpace
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.lora import MergedChanges
 from ldm.nets.tiled import apply_tiled
@@ -105,7 +105,7 @@ class LatentDiffusion(nn.Module):
         self,
         *,
         unet: UNet | LatentUpscalerUNet,
-        autoencoder: AutoencoderKL | TinyAutoencoder | PixelSpace,
+        autoencoder: Autoencoder | TinyAutoencoder | PixelSpace,
         conditioner: Conditioner,
         schedule: Schedule,
         parameterization: str = "eps",
@@ -127,7 +127,7 @@ class LatentDiffusion(nn.Module):
                 "terminal SNR, z_t is pure noise and eps carries no information about z"
             )
         self.unet = unet
-        self.autoencoder: AutoencoderKL | TinyAutoencoder | PixelSpace = autoencoder
+        self.autoencoder: Autoencoder | TinyAutoencoder | PixelSpace = autoencoder
         self.conditioner = conditioner
         self.schedule = schedule
         self.parameterization = parameterization
@@ -169,6 +169,17 @@ class LatentDiffusion(nn.Module):
     def downscale_factor(self) -> int:
         """Image pixels per latent pixel along each side, often 8."""
         return self.autoencoder.downscale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        """Number of pixels that the sides of images must be multiples of.
+
+        A UNet that downsamples in residual blocks needs multiples of its own factor, too.
+        """
+        unet = self.unet
+        if isinstance(unet, UNet) and unet.resblock_updown:
+            return self.downscale_factor << (len(unet.channel_mult) - 1)
+        return self.downscale_factor
 
     @property
     def latent_space(self) -> LatentSpace:

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
+from ldm.conditioning import Batch, Config, Encoder, EncoderOptions, PrepareOptions, Slot
 from ldm.diffusion.schedule import Schedule, make_betas
-from ldm.nets.blocks import upsample_nearest
-from ldm.runtime.errors import ArgumentError
+from ldm.nets.blocks import Conv2d, upsample_nearest
+from ldm.runtime.errors import ArgumentError, check_name
 
 
 def register_schedule(module: nn.Module, config: Config) -> Schedule:
@@ -165,6 +166,52 @@ class PatchesToChannels(Encoder):
         return rearrange(image, "b c (p1 h) (p2 w) -> b (p1 p2 c) h w", p1=n, p2=n)
 
 
+class SpatialRescaler(Encoder):
+    """An image or segmentation map, resized `n_stages` times, and mapped to other channels.
+
+    Args:
+        method: Mode of `torch.nn.functional.interpolate`.
+        multiplier: Factor of each resizing; sizes are rounded down.
+        in_channels: Channels of the image; with a segmentation map, one for each class.
+        out_channels: Channels of the output; None = those of the image, without a convolution.
+        bias: Whether the convolution has a bias.
+        key: Batch key of the image, (B, in_channels, H, W).
+    """
+
+    slot: Slot = "concat"
+    METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
+
+    def __init__(
+        self,
+        *,
+        n_stages: int = 1,
+        method: str = "bilinear",
+        multiplier: float = 0.5,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        bias: bool = False,
+        key: str = "segmentation",
+        **options: Unpack[EncoderOptions],
+    ) -> None:
+        super().__init__(**options)
+        check_name("method", method, self.METHODS)
+        self.key = key
+        self.cache_key = self.source_key = key
+        self.in_channels = in_channels
+        self.n_stages = n_stages
+        self.method = method
+        self.multiplier = multiplier
+        self.channel_mapper: nn.Module = nn.Identity()
+        if out_channels is not None:
+            self.channel_mapper = Conv2d(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        for _ in range(self.n_stages):
+            image = F.interpolate(image, scale_factor=self.multiplier, mode=self.method)
+        mapped: Tensor = self.channel_mapper(image)
+        return mapped  # (B, out_channels, h, w)
+
+
 class MaskedImage(Encoder):
     """The condition for inpainting: mask and latent of the masked image, (B, 1 + C, h, w)."""
 
@@ -179,8 +226,31 @@ class MaskedImage(Encoder):
             return {}
         image = batch.get("masked_image")
         if image is None:
-            image = mask_image(batch["jpg"], batch["mask"])
-        return {self.key: concat_mask(batch["mask"], options.encode(image))}
+            image = self.mask_image(batch["jpg"], batch["mask"])
+        return {self.key: self.concat_mask(batch["mask"], options.encode(image))}
+
+    def mask_image(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Remove the masked part of an image (B, 3, H, W) in [-1, 1]; see `mask_image`."""
+        return mask_image(image, mask)
+
+    def concat_mask(self, mask: Tensor, z: Tensor) -> Tensor:
+        """Concatenate a mask (B, 1, H, W) and the latent (B, C, h, w) of the masked image."""
+        return torch.cat([resize_mask(mask, z), z], dim=1)  # (B, 1 + C, h, w)
+
+
+class BlackMaskedImage(MaskedImage):
+    """The condition for inpainting of latent-diffusion: latent and mask, (B, C + 1, h, w).
+
+    The masked part of the image is black instead of gray; the mask is -1 or 1 instead of 0 or 1.
+    """
+
+    def mask_image(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Set the masked part of an image (B, 3, H, W) to -1 (black)."""
+        return mask_image(image + 1, mask) - 1
+
+    def concat_mask(self, mask: Tensor, z: Tensor) -> Tensor:
+        """Concatenate the latent (B, C, h, w) of the masked image, and a mask (B, 1, H, W)."""
+        return torch.cat([z, 2 * resize_mask(mask, z) - 1], dim=1)  # (B, C + 1, h, w)
 
 
 def mask_image(image: Tensor, mask: Tensor) -> Tensor:
@@ -192,7 +262,6 @@ def mask_image(image: Tensor, mask: Tensor) -> Tensor:
     return image * (mask < 0.5)
 
 
-def concat_mask(mask: Tensor, z: Tensor) -> Tensor:
-    """Concatenate a mask (B, 1, H, W), binarized and resized, and a latent (B, C, h, w)."""
-    resized = F.interpolate((mask >= 0.5).to(z), size=z.shape[-2:], mode="nearest")  # (B, 1, h, w)
-    return torch.cat([resized, z], dim=1)
+def resize_mask(mask: Tensor, z: Tensor) -> Tensor:
+    """Binarize a mask (B, 1, H, W), and resize it to (B, 1, h, w) for latents (B, C, h, w)."""
+    return F.interpolate((mask >= 0.5).to(z), size=z.shape[-2:], mode="nearest")

@@ -1,7 +1,9 @@
 """Encoders of class labels, and of conditions that are in the batch already."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -15,6 +17,8 @@ SLOT_BY_DIM: dict[int, Slot] = {2: "vector", 3: "crossattn", 4: "concat"}
 
 class ClassEmbedder(Encoder):
     """Class labels (B,) int64 -> a vector (B, D), or one token (B, 1, D).
+
+    With an unconditional class, the option `null`, labels can be dropped in training.
 
     Args:
         embed_dim: D.
@@ -34,9 +38,12 @@ class ClassEmbedder(Encoder):
         super().__init__(**options)
         self.key = key
         self.slot = "crossattn" if add_sequence_dim else "vector"
+        self.droppable = self.null is not None
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
-    def forward(self, labels: Tensor) -> Tensor:
+    def forward(self, labels: Tensor | Sequence[int | Tensor]) -> Tensor:
+        if not isinstance(labels, Tensor):  # some were dropped
+            labels = torch.tensor([int(n) for n in labels], device=self.embedding.weight.device)
         x: Tensor = self.embedding(labels)  # (B, D)
         return x[:, None] if self.slot == "crossattn" else x
 

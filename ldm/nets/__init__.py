@@ -10,7 +10,8 @@ Reading order; a file imports only from those before it, and from `ldm.runtime`:
     perturbation, freeu     modifications of one forward pass of the UNet
     unet                    UNet
     latent_upscaler         LatentUpscalerUNet
-    autoencoder             AutoencoderKL
+    quantizer               codebook of AutoencoderVQ
+    autoencoder             AutoencoderKL, AutoencoderVQ
     tiny_autoencoder        TinyAutoencoder
     karlo                   prior of unCLIP models
     discriminator, lpips    networks in losses of the autoencoder

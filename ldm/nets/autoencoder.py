@@ -1,16 +1,20 @@
-"""The KL autoencoder: image <-> latent, downscaled by 2 ** (levels - 1).
+"""Autoencoders: image <-> latent, downscaled by 2 ** (levels - 1).
 
+AutoencoderKL
     image (B, in_channels, H, W) -> Encoder -> quant_conv -> DiagonalGaussian (mean, logvar) -> z
     z (B, embed_dim, h, w) -> post_quant_conv -> Decoder -> image (B, out_ch, H, W)
+AutoencoderVQ
+    image -> Encoder -> quant_conv -> z
+    z -> VectorQuantizer (nearest vector of the codebook) -> post_quant_conv -> Decoder -> image
 
 These latents are not multiplied by the model's scale_factor.
-Rombach et al. 2022 (arXiv:2112.10752), section 3.1.
+Rombach et al. 2022 (arXiv:2112.10752), section 3.1; Esser et al. 2021 (arXiv:2012.09841).
 """
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +23,13 @@ from torch import Tensor, nn
 from ldm.nets.attention import attention
 from ldm.nets.blocks import CheckpointedLayer, Conv2d, GroupNorm, Layer, Upsample
 from ldm.nets.circular import pad_bottom_right
+from ldm.nets.quantizer import Quantized, VectorQuantizer
 from ldm.runtime.errors import check_name, check_names
 
-__all__ = ["AutoencoderConfig", "AutoencoderKL", "DiagonalGaussian", "PixelSpace"]
+__all__ = [
+    "Autoencoder", "AutoencoderConfig", "AutoencoderKL", "AutoencoderVQ", "DiagonalGaussian",
+    "PixelSpace", "make_point",
+]  # fmt: skip
 
 NORM_EPS = 1e-6  # eps of every GroupNorm
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")
@@ -35,7 +43,7 @@ class AutoencoderConfig:
     """
 
     ch: int  # channels of the first convolution, a multiple of 32
-    z_channels: int  # channels of the decoder's input; the encoder returns twice as many
+    z_channels: int  # channels of the decoder's input
     num_res_blocks: int  # per level of the encoder; the decoder has one more
     resolution: int = 256  # side of the image to which attn_resolutions refer
     in_channels: int = 3
@@ -44,18 +52,21 @@ class AutoencoderConfig:
     attn_resolutions: Sequence[int] = ()
     dropout: float = 0.0
     resamp_with_conv: bool = True  # else average pooling and nearest-neighbor upsampling only
-    double_z: bool = True  # the encoder predicts mean and log variance
+    double_z: bool = True  # the encoder returns 2 z_channels: mean and log variance
     attn_type: str = "vanilla"
     use_linear_attn: bool = False
     give_pre_end: bool = False  # the decoder returns the features before its last norm
     tanh_out: bool = False  # tanh after the decoder
 
     def __post_init__(self) -> None:
-        if not self.double_z:
-            raise ValueError("ddconfig: AutoencoderKL needs `double_z: true`")
         if self.use_linear_attn:
             raise ValueError("ddconfig: use_linear_attn is not supported")
         check_name("attn_type", self.attn_type, ATTENTION_TYPES, where="ddconfig")
+
+    @property
+    def encoded_channels(self) -> int:
+        """Channels of the encoder's output."""
+        return 2 * self.z_channels if self.double_z else self.z_channels
 
     @property
     def level_channels(self) -> list[int]:
@@ -114,6 +125,12 @@ class DiagonalGaussian:
             return torch.zeros(1, device=self.mean.device)
         terms = 0.5 * (self.logvar.exp() + self.mean**2 - 1.0 - self.logvar)
         return terms.sum(dim=(1, 2, 3))
+
+
+def make_point(mean: Tensor) -> DiagonalGaussian:
+    """Return a distribution with this mean (B, C, h, w), and standard deviation 0."""
+    # The second half, in place of the log variance, is ignored.
+    return DiagonalGaussian(torch.cat([mean, mean], dim=1), deterministic=True)
 
 
 class ResnetBlock(CheckpointedLayer):
@@ -236,7 +253,7 @@ class MiddleBlock(Layer):
 
 
 class Encoder(Layer):
-    """image (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w)."""
+    """image (B, in_channels, H, W) -> features (B, encoded_channels, h, w)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -255,14 +272,14 @@ class Encoder(Layer):
         )
         self.mid = MiddleBlock(channels[-1], config)
         self.norm_out = GroupNorm(channels[-1], eps=NORM_EPS)
-        self.conv_out = Conv2d(channels[-1], 2 * config.z_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], config.encoded_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
         h = self.conv_in(image)  # (B, ch, H, W)
         for level in self.down:
             h = level(h)  # (B, ch ch_mult[i], H / 2^i, W / 2^i)
         h = self.mid(h)  # (B, C, h, w)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 2 z_channels, h, w)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, encoded_channels, h, w)
 
 
 class Decoder(Layer):
@@ -299,8 +316,8 @@ class Decoder(Layer):
         return h.tanh() if self.tanh_out else h
 
 
-class AutoencoderKL(nn.Module):
-    """Encoder and decoder, with 1x1 convolutions to and from the latent.
+class Autoencoder(nn.Module):
+    """Base class of autoencoders: encoder and decoder, with 1x1 convolutions to and from latents.
 
     Args:
         ddconfig: Fields of `AutoencoderConfig`.
@@ -316,10 +333,14 @@ class AutoencoderKL(nn.Module):
         "lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor",
         "ema_decay", "learn_logvar",
     })  # fmt: skip
+    double_z: ClassVar[bool]  # the only value of `AutoencoderConfig.double_z` for this class
 
     def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
         config = AutoencoderConfig.from_ddconfig(ddconfig)
+        if config.double_z != self.double_z:
+            value = str(self.double_z).lower()
+            raise ValueError(f"ddconfig: {type(self).__name__} needs `double_z: {value}`")
         self.config = config
         self.embed_dim = embed_dim
         self.in_channels = config.in_channels
@@ -327,7 +348,8 @@ class AutoencoderKL(nn.Module):
         self.downscale_factor = 2 ** (len(config.ch_mult) - 1)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = Conv2d(2 * config.z_channels, 2 * embed_dim, 1)
+        latent_channels = 2 * embed_dim if config.double_z else embed_dim
+        self.quant_conv = Conv2d(config.encoded_channels, latent_channels, 1)
         self.post_quant_conv = Conv2d(embed_dim, config.z_channels, 1)
 
     @property
@@ -337,18 +359,32 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """Encode images (B, C, H, W) in [-1, 1] to posteriors of z (B, embed_dim, h, w)."""
-        if min(image.shape[-2:]) < self.downscale_factor:
-            raise ValueError(
-                f"an image of {image.shape[-1]}x{image.shape[-2]} pixels is too small: each side "
-                f"must be at least {self.downscale_factor}"
-            )
-        moments = self.quant_conv(self.encoder(image.to(self.dtype)))  # (B, 2 embed_dim, h, w)
-        return DiagonalGaussian(moments.to(image.dtype).contiguous())
+        raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode z (B, embed_dim, h, w) to images (B, out_ch, H, W), about [-1, 1], not clamped."""
         image = self.decoder(self.post_quant_conv(z.to(self.dtype)))  # (B, out_ch, H, W)
         return image.to(z.dtype).contiguous()
+
+    def _encode_features(self, image: Tensor) -> Tensor:
+        """Return the output of `quant_conv`, in the dtype of the image."""
+        if min(image.shape[-2:]) < self.downscale_factor:
+            raise ValueError(
+                f"an image of {image.shape[-1]}x{image.shape[-2]} pixels is too small: each side "
+                f"must be at least {self.downscale_factor}"
+            )
+        features = self.quant_conv(self.encoder(image.to(self.dtype)))
+        return features.to(image.dtype).contiguous()
+
+
+class AutoencoderKL(Autoencoder):
+    """Autoencoder with Gaussian posteriors, which are close to N(0, 1)."""
+
+    double_z = True
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """Encode images (B, C, H, W) in [-1, 1] to posteriors of z (B, embed_dim, h, w)."""
+        return DiagonalGaussian(self._encode_features(image))
 
     def forward(
         self, image: Tensor, generator: torch.Generator | None = None
@@ -356,6 +392,41 @@ class AutoencoderKL(nn.Module):
         """Return reconstructions (B, out_ch, H, W) from posterior samples, and the posterior."""
         posterior = self.encode(image)
         return self.decode(posterior.sample(generator)), posterior
+
+
+class AutoencoderVQ(Autoencoder):
+    """Autoencoder whose decoder replaces latents by the nearest vectors of a codebook.
+
+    Diffusion models learn the latents before this step.
+
+    Args:
+        n_embed: Vectors of the codebook.
+    """
+
+    IGNORED_PARAMS = Autoencoder.IGNORED_PARAMS | {
+        "batch_resize_range", "scheduler_config", "lr_g_factor", "remap", "sane_index_shape",
+        "use_ema",
+    }  # fmt: skip
+    double_z = False
+
+    def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int, n_embed: int) -> None:
+        super().__init__(ddconfig=ddconfig, embed_dim=embed_dim)
+        self.quantize = VectorQuantizer(n_embed, embed_dim)
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """Encode images (B, C, H, W) in [-1, 1] to z, as distributions of standard deviation 0."""
+        return make_point(self._encode_features(image))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode z (B, embed_dim, h, w), quantized first, to images (B, out_ch, H, W)."""
+        return super().decode(self.quantize(z).z)
+
+    def forward(
+        self, image: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Quantized]:
+        """Return reconstructions (B, out_ch, H, W), and the quantization; nothing is drawn."""
+        quantized = self.quantize(self._encode_features(image))
+        return super().decode(quantized.z), quantized
 
 
 class PixelSpace(nn.Module):
@@ -367,8 +438,7 @@ class PixelSpace(nn.Module):
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """Return a distribution with the image (B, 3, H, W) as mean, and standard deviation 0."""
-        # The second half, in place of the log variance, is ignored.
-        return DiagonalGaussian(torch.cat([image, image], dim=1), deterministic=True)
+        return make_point(image)
 
     def decode(self, z: Tensor) -> Tensor:
         """Return z."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.nets.autoencoder import Autoencoder, DiagonalGaussian, make_point
 from ldm.nets.blocks import Conv2d, Layer, UpsampleConv2d
 
 __all__ = ["TinyAutoencoder", "TinyDecoder", "TinyEncoder"]
@@ -82,7 +82,7 @@ class TinyAutoencoder(nn.Module):
         super().__init__()
         self.scale_factor = scale_factor
         self.encoder: TinyEncoder | None = TinyEncoder()
-        self.fallback_encoder: AutoencoderKL | None = None
+        self.fallback_encoder: Autoencoder | None = None
         self.decoder = TinyDecoder()
 
     @property
@@ -96,8 +96,7 @@ class TinyAutoencoder(nn.Module):
             assert self.fallback_encoder is not None, "TAESD without an encoder can only decode"
             return self.fallback_encoder.encode(image)
         z = self.encoder((image.to(self.dtype) + 1) / 2) / self.scale_factor
-        # The second half, in place of the log variance, is ignored.
-        return DiagonalGaussian(torch.cat([z, z], dim=1).to(image.dtype), deterministic=True)
+        return make_point(z.to(image.dtype))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents to images (B, 3, 8 h, 8 w), about [-1, 1], not clamped.

@@ -11,9 +11,9 @@ from ldm.encoders.concat_images import (
     MaskedImage,
     NoiseLevel,
     PatchesToChannels,
-    concat_mask,
     mask_image,
 )
+from ldm.loading.config import instantiate
 from ldm.nets.autoencoder import AutoencoderKL
 from recipe import fill
 
@@ -131,7 +131,7 @@ def test_masked_images_equal_the_recorded_ones(case):
     expected = golden.outputs(case)
     image = to_nchw(golden.inputs(case)["image"][None]) / 127.5 - 1
     mask = golden.inputs(case)["mask"][None, None] / 255
-    channels = concat_mask(mask, torch.zeros(1, 4, *mask.shape[-2:]))
+    channels = MaskedImage().concat_mask(mask, torch.zeros(1, 4, *mask.shape[-2:]))
     assert torch.equal(channels[:, :1].expand_as(expected["batch_mask"]), expected["batch_mask"])
     mean = mask_image(image, mask).mean(dim=(2, 3))
     assert_close(mean.expand_as(expected["batch_masked_mean"]), expected["batch_masked_mean"], 1e-6)
@@ -139,7 +139,27 @@ def test_masked_images_equal_the_recorded_ones(case):
 
 def test_masks_are_rounded_and_resized_to_the_nearest_pixel():
     mask = torch.tensor([[0.0, 0.49, 0.5, 0.9], [1, 1, 1, 1]])[None, None]
-    assert concat_mask(mask, torch.full((1, 1, 1, 2), 7.0)).tolist() == [[[[0, 1]], [[7, 7]]]]
+    assert MaskedImage().concat_mask(mask, torch.full((1, 1, 1, 2), 7.0)).tolist() == [
+        [[[0, 1]], [[7, 7]]]
+    ]
     assert mask_image(torch.ones(1, 3, 2, 4), mask)[0, 0].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
     with pytest.raises(ValueError, match="the mask must have the image's size 8x8, got 4x8"):
         mask_image(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "case",
+    [
+        "rescale_nearest_1_0.5", "rescale_bilinear_2_0.5", "rescale_bicubic_1_0.25",
+        "rescale_area_1_0.5", "rescale_mapped", "rescale_mapped_bias", "rescale_zero_stages",
+    ],
+)  # fmt: skip
+def test_segmentation_maps_are_rescaled_as_recorded(case):
+    golden = load_golden("ldm_cond")
+    config = golden.info(case)["config"]
+    encoder = instantiate(config)
+    encoder.load_state_dict(golden.weights(encoder.state_dict()))
+    image = golden.inputs("rescale_nearest_1_0.5")["x"]
+    assert encoder.condition(image).concat is not None
+    golden.assert_close(case, y=encoder(image))
