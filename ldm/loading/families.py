@@ -33,6 +33,7 @@ __all__ = [
 
 CONFIG_DIR = "configs/stable-diffusion"
 SDXL_CONFIG_DIR = "configs/stable-diffusion-xl"
+LDM_CONFIG_DIR = "configs/latent-diffusion"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Family:
         task: Name of its function in `ldm.pipelines`.
         has_vision_tower: Whether it is conditioned on CLIP's vision tower instead of text.
         num_blocks: Number of transformer blocks; None = any number.
+        model_channels: Channels of the first level of the UNet; None = any number.
         marker: Name of a tensor that only models of this family have; "" = no such tensor.
         image_channels: Channels of the autoencoder's images: 3, or more with depth.
     """
@@ -66,6 +68,7 @@ class Family:
     task: str = "txt2img"
     has_vision_tower: bool = False
     num_blocks: int | None = None
+    model_channels: int | None = None
     marker: str = ""
     image_channels: int = 3
 
@@ -74,10 +77,16 @@ class Family:
         """Whether it is a family of Stable Diffusion XL."""
         return self.vector_dim in (2816, 2560)
 
+    @property
+    def is_ldm(self) -> bool:
+        """Whether it is a family of latent-diffusion, before Stable Diffusion."""
+        return self.name.startswith("ldm-")
+
     def get_config_path(self, prediction_type: str | None) -> str:
         """Return the path of the YAML for models that predict "eps", "v" or "x0"."""
         name = self.config_v if prediction_type == "v" and self.config_v else self.config
-        return f"{SDXL_CONFIG_DIR if self.is_sdxl else CONFIG_DIR}/{name}.yaml"
+        folder = SDXL_CONFIG_DIR if self.is_sdxl else CONFIG_DIR
+        return f"{LDM_CONFIG_DIR if self.is_ldm else folder}/{name}.yaml"
 
 
 # fmt: off
@@ -121,6 +130,28 @@ FAMILIES = (
     Family("koala", "a pruned Stable Diffusion XL such as KOALA", 4, 2048, 2816, "eps", "",
            task=""),
     Family("sd1-pix2pix", "Stable Diffusion 1 InstructPix2Pix", 8, 768, None, "eps", "", task=""),
+    Family("ldm-unconditional", "an unconditional model of latent-diffusion", 3, None, None, "eps",
+           "celebahq-ldm-vq-4", task="uncond2img", model_channels=224),
+    Family("ldm-churches", "the unconditional model of churches of latent-diffusion", 4, None, None,
+           "eps", "lsun_churches-ldm-kl-8", task="uncond2img", model_channels=192),
+    Family("ldm-classes", "the class-conditional model cin256 of latent-diffusion", 4, 512, None,
+           "eps", "cin-ldm-vq-f8", task="class2img", model_channels=256),
+    Family("ldm-classes-v2", "the class-conditional model cin256-v2 of latent-diffusion", 3, 512,
+           None, "eps", "cin256-v2", task="class2img", model_channels=192),
+    Family("ldm-text", "the text-to-image model text2img256 of latent-diffusion", 3, 640, None,
+           "eps", "text2img256", model_channels=192),
+    Family("ldm-text-large", "the large text-to-image model of latent-diffusion", 4, 1280, None,
+           "eps", "txt2img-1p4B-eval", model_channels=320),
+    Family("ldm-layout", "the layout model of latent-diffusion", 3, 512, None, "eps",
+           "layout2img-openimages256", task="layout2img", model_channels=128),
+    Family("ldm-semantic", "a semantic synthesis model of latent-diffusion", 6, None, None, "eps",
+           "semantic_synthesis256", task="semantic2img", model_channels=128),
+    Family("ldm-super-resolution", "the super-resolution model of latent-diffusion", 6, None, None,
+           "eps", "bsr_sr", task="super_resolve", model_channels=160),
+    Family("ldm-inpainting", "the inpainting model of latent-diffusion", 7, None, None, "eps",
+           "inpainting_big", task="inpaint", model_channels=256),
+    Family("ldm-retrieval", "a retrieval-augmented model of latent-diffusion", 16, 768, None, "eps",
+           "", task="", model_channels=448),
     Family("sdxl-pix2pix", "Stable Diffusion XL InstructPix2Pix", 8, 2048, 2816, "eps", "",
            task=""),
 )
@@ -224,6 +255,7 @@ def detect_family(
             and family.has_vision_tower == (VISION_PROJECTION in state_dict)
             and family.image_channels == image_channels
             and family.num_blocks in (None, len(key_shapes))
+            and family.model_channels in (None, conv_shape[0])
             and (not family.marker or family.marker in markers)
         ):
             return family

@@ -25,9 +25,11 @@ __all__ = [
 
 LATENT_DIFFUSION = "ldm.model.LatentDiffusion"
 AUTOENCODER = "ldm.nets.autoencoder.AutoencoderKL"
+BERT_TEXT, CLASS_EMBEDDER = "ldm.encoders.bert.BERTText", "ldm.encoders.labels.ClassEmbedder"
 CLIP_IMAGE = "ldm.encoders.image.CLIPImage"
 IDENTITY = "torch.nn.Identity"
 IMAGE_MODULE, CONCAT_MODULE = "ldm.encoders.image.", "ldm.encoders.concat_images."
+SPATIAL_RESCALER = CONCAT_MODULE + "SpatialRescaler"
 SCHEDULE = "ldm.diffusion.schedule."
 LDM_DDPM, LDM_UPSCALING = "ldm.models.diffusion.ddpm.", "ldm.modules.diffusionmodules.upscaling."
 LDM_ENCODERS, LDM_LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses."
@@ -46,6 +48,10 @@ OUR_CLASSES = {
         "ldm.models.autoencoder.AutoencoderKL", "sgm.models.autoencoder.AutoencoderKL",
         "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
     ),
+    "ldm.nets.autoencoder.AutoencoderVQ": (
+        "ldm.models.autoencoder.VQModelInterface", "ldm.models.autoencoder.VQModel",
+        "taming.models.vqgan.VQModel",
+    ),
     "ldm.nets.autoencoder.PixelSpace": (
         "ldm.models.autoencoder.IdentityFirstStage", "sgm.models.autoencoder.IdentityFirstStage",
     ),
@@ -62,7 +68,8 @@ OUR_CLASSES = {
         SGM_ENCODERS + "ConcatTimestepEmbedderND",
         SGM_ENCODERS + "ConcatTimestepEmbedderAND",  # sic, in a YAML of A1111
     ),
-    "ldm.encoders.labels.ClassEmbedder": (SGM_ENCODERS + "ClassEmbedder",),
+    CLASS_EMBEDDER: (SGM_ENCODERS + "ClassEmbedder", LDM_ENCODERS + "ClassEmbedder"),
+    BERT_TEXT: (LDM_ENCODERS + "BERTEmbedder", LDM_ENCODERS + "TransformerEmbedder"),
     "ldm.encoders.labels.IdentityEncoder": (SGM_ENCODERS + "IdentityEncoder",),
     IMAGE_MODULE + "OpenCLIPImage": (LDM_ENCODERS + "FrozenOpenCLIPImageEmbedder",),
     CLIP_IMAGE: (
@@ -81,10 +88,16 @@ OUR_CLASSES = {
     CONCAT_MODULE + "LowResLatent": (),
     CONCAT_MODULE + "NoiseSigma": (),
     CONCAT_MODULE + "MaskedImage": (),
+    CONCAT_MODULE + "BlackMaskedImage": (),
+    SPATIAL_RESCALER: (LDM_ENCODERS + "SpatialRescaler",),
     CONCAT_MODULE + "PatchesToChannels": ("ldm.encoders.lowres.Folded",),  # our name before 0.2
     "ldm.train.tasks.autoencoder.AdversarialLossConfig": (
         LDM_LOSSES + "LPIPSWithDiscriminator", LDM_LOSSES + "contperceptual.LPIPSWithDiscriminator",
         "ldm.train.tasks.autoencoder.LossConfig",  # our name before 0.2
+    ),
+    "ldm.train.tasks.autoencoder.VQLossConfig": (
+        "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+        LDM_LOSSES + "vqperceptual.VQLPIPSWithDiscriminator",
     ),
     IDENTITY: (LDM_LOSSES + "contperceptual.DummyLoss", IDENTITY),
 }  # fmt: skip
@@ -120,18 +133,9 @@ CONFIG_ALIASES = {
 
 # Known, but unsupported class -> its purpose, for messages.
 UNSUPPORTED_CLASSES = {
-    "ldm.models.autoencoder.VQModel": "VQ autoencoders",
-    "ldm.models.autoencoder.VQModelInterface": "VQ autoencoders",
     "sgm.models.autoencoder.AutoencodingEngine": "autoencoders of separate encoder and decoder",
-    "taming.models.vqgan.VQModel": "VQ autoencoders",
-    "taming.models.vqgan.GumbelVQ": "VQ autoencoders",
-    "taming.models.vqgan.EMAVQ": "VQ autoencoders",
-    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
-    LDM_LOSSES + "vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
-    LDM_ENCODERS + "BERTEmbedder": "text-to-image and layout models with BERT",
-    LDM_ENCODERS + "TransformerEmbedder": "text-to-image and layout models with BERT",
-    LDM_ENCODERS + "ClassEmbedder": "class-conditional models",
-    LDM_ENCODERS + "SpatialRescaler": "semantic synthesis models",
+    "taming.models.vqgan.GumbelVQ": "VQ autoencoders of Gumbel-softmax",
+    "taming.models.vqgan.EMAVQ": "VQ autoencoders with an EMA codebook",
     LDM_ENCODERS + "FrozenCLIPTextEmbedder": "retrieval-augmented models",
     LDM_DDPM + "Layout2ImgDiffusion": "layout models",
     "ldm.models.diffusion.ddpm_edit.LatentDiffusion": "InstructPix2Pix models",
@@ -143,8 +147,24 @@ UNSUPPORTED_CLASSES = {
     SGM_ENCODERS + "FrozenByT5Embedder": "text encoders of T5",
 }
 
-# Default sampling options of SD 1 image variations, from the original's script.
-VARIATION_DEFAULTS = {"scale": 3.0}
+# Encoders of latent-diffusion, which train with the UNet if `cond_stage_trainable` is set.
+TRAINABLE_ENCODERS = (BERT_TEXT, CLASS_EMBEDDER, SPATIAL_RESCALER)
+UNCONDITIONAL, FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"  # `cond_stage_config`
+CLASS_KEY, LOW_RES_KEY = "class_label", "lr"  # batch keys of class labels and low-res images
+ORIGINAL_LOW_RES_KEY = "LR_image"
+# Classes of ImageNet, and one more: the unconditional class, which is the last.
+NUM_CLASSES_WITH_NULL = 1001
+# Default sampling options by encoder, from the scripts of the original and of its forks.
+UNGUIDED_DEFAULTS = {"scale": 1.0}
+NOISY_DEFAULTS = {"scale": 1.0, "eta": 1.0}  # also of unconditional models
+DEFAULTS: Mapping[str, JsonObject] = {
+    BERT_TEXT: {"scale": 5.0, "steps": 200},
+    CLASS_EMBEDDER: {"scale": 3.0, "steps": 20},  # with an unconditional class
+    CONCAT_MODULE + "BlackMaskedImage": UNGUIDED_DEFAULTS,
+    CONCAT_MODULE + "PatchesToChannels": NOISY_DEFAULTS,
+    SPATIAL_RESCALER: NOISY_DEFAULTS,
+    CLIP_IMAGE: {"scale": 3.0},
+}
 UNCLIP_DEFAULTS = {"steps": 20}  # of the original's page
 # The same for LDM3D and LDM3D-SR, from their pipelines in diffusers.
 LDM3D_DEFAULTS = {"scale": 5.0, "steps": 49}
@@ -215,6 +235,9 @@ def translate_config(
     return {"target": target, "params": params, "where": where}
 
 
+Encoders = dict[str, JsonObject]  # specs of encoders by name in the conditioner
+
+
 @dataclass
 class _ModelTranslator:
     """Translates the parameters of an original model class into those of LatentDiffusion."""
@@ -227,7 +250,8 @@ class _ModelTranslator:
     def translate(self) -> JsonObject:
         self._check_params()
         params = self.params
-        encoders = self._translate_text_encoder() | MODEL_CLASSES[self.target].make_encoders(self)
+        cond_stage = self._translate_cond_stage()
+        encoders = cond_stage | MODEL_CLASSES[self.target].make_encoders(self)
         model_params = {
             "unet": self.translate_component("unet_config"),
             "autoencoder": self.translate_component(AUTOENCODER_CONFIG),
@@ -242,8 +266,7 @@ class _ModelTranslator:
         defaults = dict(params.get("defaults") or {})
         if ddconfig.get("in_channels", 3) in (4, 6):  # color and depth
             defaults = (LDM3D_SR_DEFAULTS if "rgbd" in encoders else LDM3D_DEFAULTS) | defaults
-        if encoders.get("text", {}).get("target") == CLIP_IMAGE:
-            defaults = VARIATION_DEFAULTS | defaults
+        defaults = self._find_defaults(cond_stage) | defaults
         if encoders.get("image", {}).get("target") == IMAGE_MODULE + "ImageEmbedding":
             defaults = UNCLIP_DEFAULTS | defaults
         if defaults:
@@ -262,28 +285,71 @@ class _ModelTranslator:
         training_only = {*TRAINING_ONLY_PARAMS, *cls.training_only}
         self.skipped += check_params(name, self.params, required, used, training_only, self.where)
         conditioning = self.params.get("conditioning_key")
-        if conditioning not in (None, cls.conditioning_key):
+        if conditioning not in (None, *cls.conditioning_keys):
+            allowed = " or ".join(f"`{key}`" for key in cls.conditioning_keys)
             raise ConfigError(
                 f"{self.where}: {name} with conditioning_key `{conditioning}` is not supported "
-                f"yet, only `{cls.conditioning_key}`"
+                f"yet, only {allowed}"
             )
 
-    def _translate_text_encoder(self) -> JsonObject:
-        """Return {"text": text encoder}; {} for models without one.
+    def _check_slot(self, target: str) -> None:
+        """Raise ConfigError if the output of an encoder does not fit the `conditioning_key`."""
+        conditioning = self.params.get("conditioning_key")
+        slot = "concat" if target == SPATIAL_RESCALER else "crossattn"
+        if conditioning in ("concat", "crossattn") and conditioning != slot:
+            raise ConfigError(
+                f"{self.where}: conditioning_key `{conditioning}` does not fit "
+                f"{target.rpartition('.')[2]}, only `{slot}`"
+            )
 
-        These have `__is_unconditional__` or `__is_first_stage__` as config, or `torch.nn.Identity`,
-        if the caller passes the condition itself.
+    def _translate_cond_stage(self) -> Encoders:
+        """Return {"text": the encoder of a prompt, or of what replaces it}, or other encoders.
+
+        There are none in unconditional models, and in those whose caller passes the context itself.
         """
         config = self.params["cond_stage_config"]
-        if config in ("__is_unconditional__", "__is_first_stage__"):
-            return {}
-        spec = self.translate_component("cond_stage_config")
-        if spec["target"] == IDENTITY:
-            return {}
-        spec["params"] = COND_STAGE_DEFAULTS.get(spec["target"], {}) | spec["params"]
-        if self.params.get("cond_stage_trainable"):
-            spec["params"].setdefault("freeze", False)
+        target, key = config, self.params.get("cond_stage_key", "image")
+        if config not in (UNCONDITIONAL, FIRST_STAGE):
+            spec = self.translate_component("cond_stage_config")
+            target = spec["target"]
+        if target in (UNCONDITIONAL, FIRST_STAGE, IDENTITY):
+            # The original's default, as `concat_mode` is true by default.
+            is_concat = self.params.get("concat_mode", True)
+            default = "concat" if is_concat and target != UNCONDITIONAL else ""
+            if (self.params.get("conditioning_key") or default) != "concat":
+                return {}
+            if target == FIRST_STAGE:
+                return {"masked": {"target": CONCAT_MODULE + "BlackMaskedImage", "params": {}}}
+            key = LOW_RES_KEY if key == ORIGINAL_LOW_RES_KEY else key
+            image = {"target": CONCAT_MODULE + "PatchesToChannels", "params": {"key": key}}
+            return {"image": image}
+        self._check_slot(target)
+        is_trainable = bool(self.params.get("cond_stage_trainable"))
+        params = spec["params"] = COND_STAGE_DEFAULTS.get(target, {}) | spec["params"]
+        if target in TRAINABLE_ENCODERS:
+            params.setdefault("is_trainable", is_trainable)
+        elif is_trainable:
+            params.setdefault("freeze", False)
+        if target == CLASS_EMBEDDER:
+            params |= {"key": CLASS_KEY, "add_sequence_dim": True}
+            if params.get("n_classes") == NUM_CLASSES_WITH_NULL:
+                params.setdefault("null", NUM_CLASSES_WITH_NULL - 1)
+        elif target == SPATIAL_RESCALER or not params.get("use_tokenizer", True):
+            params["key"] = key
         return {"text": spec}
+
+    def _find_defaults(self, cond_stage: Encoders) -> JsonObject:
+        """Return the default sampling options of a model with these encoders in `cond_stage`."""
+        if self.params["cond_stage_config"] == UNCONDITIONAL:
+            return NOISY_DEFAULTS
+        for encoder in cond_stage.values():  # there is at most one
+            target, params = encoder["target"], encoder["params"]
+            if target == CLASS_EMBEDDER and params.get("null") is None:
+                return UNGUIDED_DEFAULTS
+            if target == BERT_TEXT and not params.get("use_tokenizer", True):
+                return UNGUIDED_DEFAULTS
+            return DEFAULTS.get(target, {})
+        return {}
 
     def _translate_schedule(self) -> JsonObject:
         betas: Any = self.params.get("given_betas")
@@ -298,7 +364,6 @@ class _ModelTranslator:
         return {"betas": betas, "v_posterior": posterior, "zero_snr": zero_snr}
 
 
-Encoders = dict[str, JsonObject]  # specs of encoders by name in the conditioner
 NOISE_LEVEL: Encoders = {"level": {"target": CONCAT_MODULE + "NoiseLevel", "params": {}}}
 
 
@@ -307,12 +372,12 @@ class _ModelClass:
     """A model class of the original.
 
     Args:
-        conditioning_key: Its only supported `conditioning_key`.
+        conditioning_keys: Its supported values of `conditioning_key`.
         make_encoders: Returns the specs of its encoders besides the text encoder.
         required: Required parameters: configs of components.
     """
 
-    conditioning_key: str
+    conditioning_keys: tuple[str, ...]
     make_encoders: Callable[[_ModelTranslator], Encoders] = lambda translator: {}
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -358,28 +423,28 @@ def _make_image_embedding(translator: _ModelTranslator) -> Encoders:
 
 
 MODEL_CLASSES = {
-    LDM_DDPM + "LatentDiffusion": _ModelClass("crossattn"),
+    LDM_DDPM + "LatentDiffusion": _ModelClass(("crossattn", "concat")),
     LDM_DDPM + "LatentInpaintDiffusion": _ModelClass(
-        "hybrid", _make_masked_image, training_only=(*FINETUNE_PARAMS, "masked_image_key")
+        ("hybrid",), _make_masked_image, training_only=(*FINETUNE_PARAMS, "masked_image_key")
     ),
     LDM_DDPM + "LatentDepth2ImageDiffusion": _ModelClass(
-        "hybrid", _make_depth, required=("depth_stage_config",), training_only=FINETUNE_PARAMS
+        ("hybrid",), _make_depth, required=("depth_stage_config",), training_only=FINETUNE_PARAMS
     ),
     LDM_DDPM + "LatentUpscaleDiffusion": _ModelClass(
-        "hybrid-adm",
+        ("hybrid-adm",),
         _make_low_res,
         required=("low_scale_config",),
         optional=("low_scale_key",),
         training_only=("noise_level_key",),
     ),
     LDM_DDPM + "LatentUpscaleFinetuneDiffusion": _ModelClass(
-        "hybrid",
+        ("hybrid",),
         _make_patches,
         optional=("concat_keys", "reshuffle_patch_size", "low_scale_config"),
         training_only=(*FINETUNE_PARAMS, "low_scale_key"),
     ),
     LDM_DDPM + "ImageEmbeddingConditionedLatentDiffusion": _ModelClass(
-        "crossattn-adm",
+        ("crossattn-adm",),
         _make_image_embedding,
         required=("embedder_config", "noise_aug_config"),
         optional=("freeze_embedder", "embedding_key"),

@@ -69,8 +69,7 @@ FILE_TYPES = {
     r"^visual\.(conv1|proj)\b|^vision_model\.": "a CLIP, for CLIP score (`ldm evaluate --clip`)",
     r"^(conv_in|down_blocks|text_model)\.": "a component of a diffusers folder",
     r"^(\w*coder\.)?(layers\.)?\d+\.conv\.0\.": "TAESD, a small autoencoder (`vae`)",
-    r"quantize\.embed(ding)?\.": "a model with a VQ autoencoder, which is not supported",
-    r"\btoken_emb\.": "a model with BERT's text encoder, which is not supported",
+    r"quantize\.embed\.": "a model with a VQ autoencoder of Gumbel-softmax, which is not supported",
     r"^encoder\.down(\.\d+\.block|_blocks)\.": "only an autoencoder, which replaces a model's "
     "(`vae`)",
     r"^Mixed_5b\.": "an Inception network, for FID (`ldm evaluate --inception`)",

@@ -24,7 +24,7 @@ from ldm.loading.weight_names import (
 )
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import SCALE_FACTOR_TOLERANCE, LatentDiffusion
-from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
+from ldm.nets.autoencoder import Autoencoder, PixelSpace
 from ldm.pipelines.families import is_sdxl, quote_name
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch
 
@@ -88,7 +88,7 @@ def extract_autoencoder(
         autoencoder: Autoencoder to fill, for names and shapes.
         path: The model's file, for messages.
     """
-    if not isinstance(autoencoder, AutoencoderKL):
+    if not isinstance(autoencoder, Autoencoder):
         raise WeightsMismatch(f"`{path}` has no autoencoder to replace")
     error_prefix = f"the autoencoder of `{source.path}` does not fit `{path}`"
     state = match_weights(autoencoder, rename_weights(source.state_dict), source.path, error_prefix)
@@ -124,7 +124,7 @@ def extract_text_encoder(
     if second is not None and second_weights and not has_prefix(names, TEXT_2_PREFIX):
         matched = match_weights(second, second_weights, source.path, error_prefix)
         state |= {f"{TEXT_2_PREFIX}{name}": value for name, value in matched.items()}
-    needs_vae = isinstance(model.autoencoder, AutoencoderKL) and not has_prefix(names, VAE_PREFIX)
+    needs_vae = isinstance(model.autoencoder, Autoencoder) and not has_prefix(names, VAE_PREFIX)
     if needs_vae and has_prefix(all_weights, VAE_PREFIX):
         state |= extract_autoencoder(source, model.autoencoder, path)
     return state

@@ -23,7 +23,7 @@ from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.matching import check_weights
 from ldm.loading.published import resolve_checkpoint
 from ldm.model import LatentDiffusion
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder
 from ldm.nets.tiny_autoencoder import TinyAutoencoder
 from ldm.pipelines.families import check_model, is_sdxl, quote_name
 from ldm.runtime.errors import ArgumentError, WeightsMismatch
@@ -98,7 +98,7 @@ def build_tiny_autoencoder(
         expected, weights.state_dict, f"`{weights.path}` is not TAESD with 4 latent channels"
     )
     fill_weights(tiny, dict(weights.state_dict), device=device, dtype=dtype)
-    if not weights.has_encoder and isinstance(model.autoencoder, AutoencoderKL):
+    if not weights.has_encoder and isinstance(model.autoencoder, Autoencoder):
         tiny.fallback_encoder = model.autoencoder
     return tiny.eval()
 

@@ -67,7 +67,8 @@ SECOND_TEXT_PREFIX = "2_"  # from `normalize_layer_name`, for layers of the seco
 # `transformer.text_model.` of SD 1's text encoder, in full or in part, after ComfyUI's name of it.
 TEXT_MODEL_PREFIX = re.compile(
     r"conditioner\.text\.(?:clip_\w\.)?"
-    r"(?:transformer\.(?:text_model\.)?|text_model\.|(?=(?:encoder|embeddings|final_layer_norm)\.))"
+    r"(?:transformer\.(?!token_emb\.|pos_emb\.|attn_layers\.|norm\.)(?:text_model\.)?|text_model\."
+    r"|(?=(?:encoder|embeddings|final_layer_norm)\.))"
 )
 
 # Prefixes of layer names in LoRA files, with `_` for dots; `second` is SDXL's second text encoder.
@@ -83,7 +84,8 @@ LAYER_PREFIX = re.compile(
 TEXT_ATTENTION = re.compile(r"(?<=self_attn_)to_([qkv]|out)$")
 
 # Tensors of checkpoints that our models do not have, under the original's names: noise schedule,
-# constants, markers, EMA, losses, and unused towers of CLIP.
+# constants, markers, EMA, losses, unused towers of CLIP and layers of BERT, and the copy of the
+# autoencoder that encodes the condition of latent-diffusion's inpainting models.
 AUXILIARY_TENSORS = re.compile(
     r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
     | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
@@ -93,7 +95,11 @@ AUXILIARY_TENSORS = re.compile(
     | edm_mean | edm_std | edm_vpred\.sigma_(min|max)
     | (cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?
       ((text|visual)_projection(\.weight)?|logit_scale)
-    | cond_stage_model\.transformer\.vision_model\..*""",
+    | cond_stage_model\.transformer\.vision_model\..*
+    | cond_stage_model\.transformer\.to_logits\..*
+    | (first_stage_model\.)?(quantize\.used | colorize)
+    | cond_stage_model\.((en|de)coder\.(conv_in|conv_out|norm_out|mid|down|up) | (post_)?quant_conv
+      | quantize | loss)\..*""",
     re.VERBOSE,
 )
 # Marker tensors of the prediction type or noise levels; the first two are empty.

@@ -38,10 +38,11 @@ __all__ = [
     "list_weight_files", "open_checkpoint",
 ]  # fmt: skip
 
-# Patterns of weights and configs in a run folder of ours or of the original, the preferred first.
+# Patterns of weights and configs in a run folder of ours or of the original, or in the folder of a
+# published model of latent-diffusion (`model.ckpt` or `last.ckpt`), the preferred first.
 RUN_WEIGHTS_PATTERNS = (
     "checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
-    "checkpoints/*.ckpt",
+    "checkpoints/*.ckpt", "model.safetensors", "model.ckpt", "last.safetensors", "last.ckpt",
 )  # fmt: skip
 RUN_CONFIG_PATTERNS = ("config.yaml", "configs/*-project.yaml")
 TRANSPOSED_WARNING = (
@@ -137,8 +138,8 @@ def open_checkpoint(path: str | Path, file_variant: str | None = None) -> Checkp
     config_path = _find_newest(local_path, RUN_CONFIG_PATTERNS)
     if weights_path is None:
         raise MissingFile(
-            f"`{path}` is neither a diffusers folder (`model_index.json`) nor the folder of a "
-            "training run (`checkpoints/last.ckpt`)"
+            f"`{path}` is neither a diffusers folder (`model_index.json`), nor that of a training "
+            "run (`checkpoints/last.ckpt`) or of a model of latent-diffusion (`model.ckpt`)"
         )
     checkpoint = read_checkpoint(weights_path)
     if config_path is None or CONFIG_KEY in checkpoint.metadata:
