@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     from ldm.loading.tiny_autoencoder import load_preview
     from ldm.pipelines import (
         Upscaling,
+        class2img,
         depth2img,
         img2img,
         inpaint,
+        layout2img,
         sample,
+        semantic2img,
+        super_resolve,
         txt2img,
         unclip,
+        uncond2img,
         upscale,
         upscale_latent,
         upscale_rgbd,
@@ -37,9 +42,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "SAMPLERS", "Upscaling", "__version__", "depth2img", "img2img", "inpaint", "instantiate",
-    "load", "load_preview", "sample", "set_loras", "txt2img", "unclip", "upscale", "upscale_latent",
-    "upscale_rgbd", "vary",
+    "SAMPLERS", "Upscaling", "__version__", "class2img", "depth2img", "img2img", "inpaint",
+    "instantiate", "layout2img", "load", "load_preview", "sample", "semantic2img", "set_loras",
+    "super_resolve", "txt2img", "unclip", "uncond2img", "upscale", "upscale_latent", "upscale_rgbd",
+    "vary",
 ]  # fmt: skip
 
 install_finder()  # of the original's module names; imports none of them

@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm.conditioning import Conditioner
 from ldm.encoders.text import TextEncoder
-from ldm.generate.tasks import TASKS
+from ldm.generate.tasks import PAGE_TASKS
 from ldm.loading import legacy
 from ldm.loading.addons.lora import read_loras
 from ldm.loading.build import build_on_meta
@@ -25,7 +25,7 @@ from ldm.loading.published import find_on_disk, read_published_files
 from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import Defaults, LatentDiffusion
-from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
+from ldm.nets.autoencoder import Autoencoder, PixelSpace
 from ldm.pipelines.families import SIZE_KEYS, find_family
 from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, errors_as
 from ldm.runtime.files import list_files
@@ -184,7 +184,7 @@ def _build_entry(path: Path) -> CatalogEntry:
     conditioner = build_on_meta(_remove_midas(params["conditioner"]), where=path.name)
     factor = _get_downscale_factor(build_on_meta(params["autoencoder"], where=path.name))
     family = find_family(conditioner) if isinstance(conditioner, Conditioner) else None
-    tasks = tuple(name for name, task in TASKS.items() if family in task.families)
+    tasks = tuple(name for name, task in PAGE_TASKS.items() if family in task.families)
     defaults, image_size = Defaults(), params.get("image_size", 64)  # latent pixels
     if "defaults" in params:
         defaults = cast(Defaults, build_on_meta(params["defaults"], where=path.name))
@@ -220,7 +220,7 @@ def _remove_midas(spec: JsonObject) -> JsonObject:
 
 def _get_downscale_factor(vae: nn.Module) -> int:
     """Return pixels per latent pixel; 8, as in all published ones, for unknown autoencoders."""
-    return vae.downscale_factor if isinstance(vae, AutoencoderKL | PixelSpace) else 8
+    return vae.downscale_factor if isinstance(vae, Autoencoder | PixelSpace) else 8
 
 
 @lru_cache(maxsize=1024)

@@ -22,7 +22,7 @@ from ldm.app.form import (
 from ldm.app.library import ADDONS
 from ldm.app.view import describe_unknown_settings, render_error, render_token_count
 from ldm.diffusion.names import SAMPLERS
-from ldm.generate.tasks import TASKS
+from ldm.generate.tasks import PAGE_TASKS
 from ldm.imaging.metadata import parse_parameters
 from ldm.imaging.reading import read_size
 from ldm.loading.addons.safety import SAFETY_CHECKER
@@ -40,7 +40,7 @@ class FormEvents:
     def __init__(self, backend: Backend) -> None:
         self.library = backend.library
         self.limits = backend.limits
-        self.forms = {name: TaskForm(task, backend.limits) for name, task in TASKS.items()}
+        self.forms = {name: TaskForm(task, backend.limits) for name, task in PAGE_TASKS.items()}
 
     def restore_form(self, fields: Sequence[str], stored_form: str, visitor: str) -> list[Any]:
         """Restore the form from the browser's storage; return updates of all fields and lists.
@@ -112,9 +112,9 @@ class FormEvents:
     def update_for_checkpoint(self, task: str, checkpoint: str, *fields: Any) -> list[Any]:
         """Return updates of the error, the accordions and the fields of `apply_defaults`."""
         updates = self.apply_defaults(task, checkpoint, *fields)
-        if task not in TASKS:
+        if task not in PAGE_TASKS:
             return ["", *[gr.update(visible=False)] * 3, *updates]
-        reason = self.library.get_unsupported_reason(TASKS[task], checkpoint)
+        reason = self.library.get_unsupported_reason(PAGE_TASKS[task], checkpoint)
         names = self.library.list_models(task) if reason else []
         suitable = gr.update(choices=names, value=None, visible=bool(names))
         form, is_sdxl = self.forms[task], self.library.is_sdxl(checkpoint)
@@ -143,9 +143,11 @@ class FormEvents:
             last_defaults: The defaults that DEFAULTED_FIELDS were set to last.
             values: Current values of DEFAULTED_FIELDS; only unchanged ones are updated.
         """
-        if task not in TASKS:
+        if task not in PAGE_TASKS:
             return [last_defaults, *[gr.skip()] * len(values)]
-        defaults = self.library.find_defaults(TASKS[task], checkpoint, loras or (), prompt or "")
+        defaults = self.library.find_defaults(
+            PAGE_TASKS[task], checkpoint, loras or (), prompt or ""
+        )
         sampler = values[DEFAULTED_FIELDS.index("sampler")]
         if sampler in (None, last_defaults.get("sampler")):
             sampler = defaults["sampler"]
@@ -181,7 +183,7 @@ class FormEvents:
     def fit_size(self, checkpoint: str, size: str) -> list[Any]:
         """Return width and height with the aspect ratio of an image `WxH`, for the model."""
         width, height = map(int, size.split("x"))
-        native_side = self.library.find_defaults(TASKS["img2img"], checkpoint)["width"] or 512
+        native_side = self.library.find_defaults(PAGE_TASKS["img2img"], checkpoint)["width"] or 512
         factor = min(1, native_side / min(width, height), self.limits.max_side / max(width, height))
         multiple = 64 if self.library.is_sdxl(checkpoint) else 8
         return [max(round(side * factor / multiple), 1) * multiple for side in (width, height)]
@@ -208,7 +210,7 @@ class FormEvents:
         if info:
             for addon_type in ("refiner", "upscaler"):
                 values[addon_type] = self.library.find_recorded_addon(addon_type, info)
-        if info and "loras" in info and any(map(supports_variants, TASKS[task].families)):
+        if info and "loras" in info and any(map(supports_variants, PAGE_TASKS[task].families)):
             loras = self.library.find_recorded_loras(info)
             compatible = self.library.list_compatible_loras(checkpoint)
             weights = {
@@ -246,7 +248,7 @@ class FormEvents:
             name: Name of the tab: a task, or "replay".
         """
         path = path or (info or {}).get("path")
-        is_task = name in TASKS
+        is_task = name in PAGE_TASKS
         fields = self.fill_fields(
             info if is_task else None, checkpoint, defaults, name if is_task else "txt2img"
         )

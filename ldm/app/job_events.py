@@ -24,7 +24,7 @@ from ldm.app.view import (
     render_queue,
 )
 from ldm.generate.request import Request
-from ldm.generate.tasks import TASKS
+from ldm.generate.tasks import PAGE_TASKS
 from ldm.imaging.mesh import can_save_meshes
 from ldm.imaging.output import get_depth_path
 from ldm.runtime.errors import FileFormatError, MissingArgument
@@ -65,12 +65,12 @@ class JobEvents:
             field_names: Keys of `Layout.fields`.
             form: Checkpoint, VAE, LoRAs, their weights, and the value of each field.
         """
-        if task not in TASKS:
+        if task not in PAGE_TASKS:
             return self._submit(visitor, None)
 
         def prepare() -> tuple[str, Work]:
             request = self._build_request(field_names, task, *form)
-            title = f"{TASKS[task].title}: {request.prompts.prompt or 'no prompt'}"
+            title = f"{PAGE_TASKS[task].title}: {request.prompts.prompt or 'no prompt'}"
             return title, partial(self.backend.generate, request)
 
         return self._submit(visitor, prepare)
@@ -130,7 +130,7 @@ class JobEvents:
             f"{name}:{weight}" for name, weight in zip(loras or (), weights, strict=False)
         ]
         values["vae"] = vae
-        return self.backend.build_request(TASKS[task], checkpoint, values)
+        return self.backend.build_request(PAGE_TASKS[task], checkpoint, values)
 
     async def follow(self, visitor: str, job: Job | None) -> AsyncIterator[list[Any]]:
         """Yield updates of JOB_OUTPUTS until a job has ended; it continues without the page."""

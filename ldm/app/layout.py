@@ -18,7 +18,7 @@ from ldm.app.form import (
     TaskForm,
 )
 from ldm.app.view import render_progress
-from ldm.generate.tasks import TASKS
+from ldm.generate.tasks import PAGE_TASKS
 from ldm.runtime.version import __version__
 
 __all__ = ["Layout"]
@@ -60,7 +60,7 @@ class Layout:
         self._build_header()
         with gr.Column(elem_id="main"):
             with gr.Tabs(elem_id="tabs"):
-                for name in TASKS:
+                for name in PAGE_TASKS:
                     self._build_task(name)
                 self._build_replay()
                 self._build_inspect()
@@ -110,7 +110,7 @@ class Layout:
 
     def _build_task(self, name: str) -> None:
         form = self.forms[name]
-        with gr.Tab(TASKS[name].title, id=name, elem_id=f"tab-{name}") as tab:
+        with gr.Tab(PAGE_TASKS[name].title, id=name, elem_id=f"tab-{name}") as tab:
             for key, field in form.own_fields.items():
                 self.fields[f"{name}.{key}"] = _make_component(field)
             if form.image_fields:
@@ -131,7 +131,7 @@ class Layout:
             )  # fmt: skip
             with gr.Row(elem_id="file-send"):
                 self.file_send_buttons = {
-                    name: _make_send_button(name, "file-send") for name in TASKS
+                    name: _make_send_button(name, "file-send") for name in PAGE_TASKS
                 }
             self.replay_button = gr.Button(
                 "Reproduce", variant="primary", interactive=False, elem_id="go-replay"
@@ -265,7 +265,7 @@ class Layout:
                     self.archive = gr.DownloadButton(visible="hidden", elem_id="archive")
 
     def _connect_tab(self, tab: gr.Tab, name: str) -> None:
-        css_tab = name if name in TASKS else "info"  # see page.css
+        css_tab = name if name in PAGE_TASKS else "info"  # see page.css
         js = f"() => {{ document.body.dataset.tab = '{css_tab}'; return '{name}' }}"
         tab.select(None, None, self.task, js=js)
 
@@ -295,7 +295,7 @@ def _set_preprocess(component: Any, preprocess: Callable[[Any], Any]) -> Any:
 
 
 def _make_send_button(name: str, prefix: str = "send") -> gr.Button:
-    title = TASKS[name].title if name in TASKS else INFO_TABS[name]
+    title = PAGE_TASKS[name].title if name in PAGE_TASKS else INFO_TABS[name]
     return _make_button(title, f"{prefix}-{name}")
 
 

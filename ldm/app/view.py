@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.app.jobs import Job
 from ldm.app.progress import Progress
-from ldm.generate.tasks import TASKS
+from ldm.generate.tasks import PAGE_TASKS
 from ldm.imaging.metadata import format_parameters, read_info
 from ldm.runtime.errors import FileFormatError, LdmError, describe_error, is_out_of_memory
 from ldm.runtime.types import JsonObject
@@ -62,7 +62,7 @@ def explain_to_user(error: BaseException) -> str:
     if is_out_of_memory(error):
         return text + MEMORY_ADVICE
     name = error.argument if isinstance(error, LdmError) else None
-    options = (task.options.get(name or "") for task in TASKS.values())
+    options = (task.options.get(name or "") for task in PAGE_TASKS.values())
     label = next((option.label for option in options if option is not None), "")
     return text if label.lower() in text.lower() else f"{text} ({label})"
 

@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from os.path import expanduser
 
-from ldm.runtime.command import CommandParser
+from ldm.runtime.command import COMMANDS_BY_FUNCTION, CommandParser
 
 __all__ = ["main"]
 
@@ -38,7 +38,8 @@ def _inspect(args: Namespace) -> int:
 
     report = inspect_checkpoint(args.checkpoint, args.config, probe=not args.no_probe)
     if args.json:
-        script = f"scripts/{report.task}.py" if report.task else None
+        command = report.task and COMMANDS_BY_FUNCTION.get(report.task, report.task)
+        script = f"scripts/{command}.py" if command else None
         print(json.dumps({**report.as_dict(), "script": script}, indent=2))
     else:
         print("\n".join(report.format_lines()))

@@ -64,6 +64,10 @@ REQUIRED_OPTIONS = {
 IGNORED_OPTIONS = {
     "upscaling": ("noise_sigma", "noise_kind"), "rgbd-upscaling": ("noise_sigma", "noise_kind"),
     "latent-upscaling": ("noise_level",), "variation": ("prompt",),
+    "super-resolution": ("prompt", "negative_prompt", "noise_level", "noise_sigma", "noise_kind"),
+    **dict.fromkeys(
+        ("class", "unconditional", "semantic", "layout"), ("prompt", "negative_prompt")
+    ),
 }  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -330,7 +334,7 @@ def _list_ignored_options(request: Request, model: LatentDiffusion) -> list[str]
     warnings += [
         f"{quote_name(model)} is {FAMILIES[family].title}: {name} is ignored"
         for name in IGNORED_OPTIONS.get(family, ())
-        if is_set.get(name)
+        if is_set.get(name) and family in request.task.families
     ]
     unused = ("torchscript", "ipex", "laion400m")
     return warnings + [f"`{name}` has no effect" for name in unused if values[name]]

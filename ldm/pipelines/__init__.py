@@ -2,6 +2,7 @@
 
 tasks               txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd, upscale_latent
 variations          unclip, vary, and the Karlo prior
+unprompted          class2img, uncond2img, semantic2img, layout2img, super_resolve
 task                their decorator, which checks model and keywords
 arguments           checks of the types of their arguments
 options             their keywords; those for prompts, SDXL, … are in the modules that read them
@@ -30,6 +31,13 @@ from ldm.pipelines.tasks import (
     upscale_latent,
     upscale_rgbd,
 )
+from ldm.pipelines.unprompted import (
+    class2img,
+    layout2img,
+    semantic2img,
+    super_resolve,
+    uncond2img,
+)
 from ldm.pipelines.variations import sample_prior, unclip, vary
 from ldm.runtime.errors import NonFinite, Stop, WrongFamily
 
@@ -40,18 +48,23 @@ __all__ = [
     "Upscaling",
     "WrongFamily",
     "add_depth",
+    "class2img",
     "depth2img",
     "encode_image",
     "estimate_depth",
     "img2img",
     "inpaint",
     "invert",
+    "layout2img",
     "make_noise_source",
     "make_seeded_noise_source",
     "sample",
     "sample_prior",
+    "semantic2img",
+    "super_resolve",
     "txt2img",
     "unclip",
+    "uncond2img",
     "upscale",
     "upscale_latent",
     "upscale_rgbd",

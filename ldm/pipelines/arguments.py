@@ -17,7 +17,8 @@ __all__ = ["check_arguments"]
 # Names of types in messages, and meanings of the two numbers of a pair by argument.
 TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text",
               Iterable[str]: "one text or a list of texts"}  # fmt: skip
-PLURAL_NAMES = {int: "whole numbers", float: "finite numbers", Tensor: "tensors"}
+PLURAL_NAMES = {int: "whole numbers", float: "finite numbers", Tensor: "tensors",
+                Sequence[float]: "lists of numbers"}  # fmt: skip
 PAIR_NAMES = {"guidance_interval": "low, high", "crop": "top, left", "negative_crop": "top, left"}
 RANGE_TOLERANCE = 1  # resampling overshoots a range; pixels in 0 … 255 exceed it by more
 

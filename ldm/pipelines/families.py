@@ -8,6 +8,7 @@ from torch import nn
 
 from ldm.conditioning import Conditioner
 from ldm.model import LatentDiffusion
+from ldm.nets.unet import UNet
 from ldm.runtime.errors import ArgumentError, WrongFamily
 
 __all__ = [
@@ -39,7 +40,7 @@ class Family:
 FAMILIES = {
     "text": Family({"txt"}, "a text-to-image model", "txt2img"),
     "refiner": Family({"txt", "aesthetic_score"}, "the refiner of Stable Diffusion XL", "img2img"),
-    "inpainting": Family({"txt", "masked"}, "an inpainting model", "inpaint"),
+    "inpainting": Family({"masked"}, "an inpainting model", "inpaint", {"txt"}),
     "depth": Family({"txt", "depth"}, "a depth model", "depth2img"),
     "upscaling": Family({"txt", "lowres", "noise_level"}, "an upscaling model", "upscale"),
     "rgbd-upscaling": Family(
@@ -50,6 +51,11 @@ FAMILIES = {
     ),
     "unclip": Family({"txt", "embedding"}, "an unCLIP model", "unclip"),
     "variation": Family({"jpg"}, "an image variation model", "vary"),
+    "super-resolution": Family({"lr"}, "a super-resolution model", "super_resolve"),
+    "semantic": Family({"segmentation"}, "a semantic synthesis model", "semantic2img"),
+    "layout": Family({"coordinates_bbox"}, "a layout model", "layout2img"),
+    "class": Family({"class_label"}, "a class-conditional model", "class2img"),
+    "unconditional": Family(frozenset(), "an unconditional model", "uncond2img"),
 }
 
 
@@ -77,14 +83,15 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
     """Raise WrongFamily unless the model is of one of the families."""
     check_model(model)
     name = find_family(model.conditioner)
+    if name == "unconditional" and isinstance(model.unet, UNet) and model.unet.context_dim:
+        raise WrongFamily(
+            f"{quote_name(model)} reads a context that no task provides: use `ldm.sample` and "
+            "`model.decode`"
+        )
     if name in families:
         return
     if name is None:
         keys = ", ".join(f"`{key}`" for key in sorted(model.conditioner.keys))
-        if not keys:
-            raise WrongFamily(
-                "this model encodes no conditions: use `ldm.sample` and `model.decode`"
-            )
         raise WrongFamily(f"this model reads {keys}, and no task provides that")
     raise make_wrong_family_error(quote_name(model), name)
 

@@ -1,10 +1,9 @@
 """Keywords of tasks, and their checks before any network runs."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import cast
 
 from torch import Tensor
-from typing_extensions import Required
 
 from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.step_noise import StepNoise
@@ -27,7 +26,7 @@ from ldm.prompts import PLAIN, check_syntax
 
 __all__ = [
     "GuidedOptions", "TaskArguments", "TaskOptions", "TextOptions", "UnguidedOptions",
-    "check_options", "select_sampling_options", "select_sdxl_options",
+    "check_options", "count_images", "select_sampling_options", "select_sdxl_options",
 ]  # fmt: skip
 
 
@@ -54,7 +53,9 @@ class TextOptions(GuidedOptions, SDXLOptions):
 class TaskArguments(TextOptions, total=False):
     """The arguments of tasks that `check_options` reads, besides the model."""
 
-    prompts: Required[Sequence[str]]
+    prompts: Sequence[str]
+    classes: Sequence[int]
+    n: int
     negative_prompt: str | Sequence[str]
     scale: GuidanceScale | None
     size: tuple[int, int] | None
@@ -68,7 +69,7 @@ def _check_initial_latent(model: LatentDiffusion, arguments: TaskArguments) -> N
     """Raise ArgumentError for a size or initial latents that do not fit the model."""
     size, image = arguments.get("size"), arguments.get("image")
     if image is not None:
-        if find_family(model.conditioner) in ("upscaling", "latent-upscaling"):
+        if find_family(model.conditioner) in ("upscaling", "latent-upscaling", "super-resolution"):
             return  # their latents are larger than the image
         multiple = (
             REFINER_SIZE_MULTIPLE
@@ -78,7 +79,14 @@ def _check_initial_latent(model: LatentDiffusion, arguments: TaskArguments) -> N
         height, width = (side + -side % multiple for side in image.shape[-2:])
         size = height, width
     z, x_T = arguments.get("z"), arguments.get("x_T")
-    get_latent_shape(model, len(arguments["prompts"]), size if z is None else None, z=z, x_T=x_T)
+    num_images = count_images(arguments)
+    get_latent_shape(model, num_images, size if z is None else None, z=z, x_T=x_T)
+
+
+def count_images(arguments: Mapping[str, object]) -> int:
+    """Return the number of images that a task makes: that of prompts or classes, or `n`."""
+    rows = arguments.get("prompts", arguments.get("classes"))
+    return len(rows) if isinstance(rows, Sized) else cast(int, arguments.get("n", 1))
 
 
 def select_sampling_options(options: Mapping[str, object]) -> SamplingOptions:
@@ -128,5 +136,5 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     syntax = arguments.get("syntax", PLAIN)
     check_syntax(syntax)
     negative_prompt = arguments.get("negative_prompt", "")
-    prompts = arguments["prompts"]
+    prompts = arguments.get("prompts", [""] * count_images(arguments))
     PromptBatch.parse(prompts, negative_prompt, arguments, guidance, syntax, PLACEHOLDER_STEPS)

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.guidance import Guidance, GuidanceScale
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
+from ldm.pipelines.families import quote_name
 from ldm.pipelines.sdxl import SDXLOptions
 from ldm.prompts import PLAIN, ParsedPrompt, Prompt, PromptWarning, parse_prompt
 from ldm.prompts.prompt import quote
@@ -14,8 +15,8 @@ from ldm.runtime.errors import ArgumentError
 from ldm.runtime.warn import warn_caller
 
 __all__ = [
-    "ParsedPair", "PromptBatch", "PromptOptions", "PromptPair", "TextPair", "get_prompt_pair",
-    "get_truncation_warning", "parse_fixed_prompt", "parse_pair", "repeat_texts",
+    "ParsedPair", "PromptBatch", "PromptOptions", "PromptPair", "TextPair", "check_reads_prompts",
+    "get_prompt_pair", "get_truncation_warning", "parse_fixed_prompt", "parse_pair", "repeat_texts",
     "warn_about_prompts",
 ]  # fmt: skip
 
@@ -173,6 +174,22 @@ def repeat_texts(texts: str | Sequence[str], n: int, argument: str) -> list[str]
         name = argument.removesuffix("_2").replace("_", " ") + "s"
         raise ArgumentError(f"{len(texts)} {name} were given for {n} images", argument)
     return texts
+
+
+def check_reads_prompts(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    negative_prompt: str | Sequence[str],
+    scale: GuidanceScale | None,
+) -> None:
+    """Refuse guidance, and warn of prompts, for a model that reads no prompts."""
+    if model.conditioner.text is not None:
+        return
+    if scale not in (None, 1):
+        message = f"{quote_name(model)} reads no prompts, so that guidance needs scale 1"
+        raise ArgumentError(f"{message}, got {scale}", "scale")
+    if any([*prompts, *negative_prompt]):
+        warn_caller(f"{quote_name(model)} reads no prompts: ignored")
 
 
 def _pair_texts(

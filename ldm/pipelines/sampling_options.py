@@ -249,11 +249,10 @@ def _get_latent_size(
     """Return (h, w) of latents for `size` (H, W) in pixels; None = of `like`, else in training."""
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
-    downscale_factor = model.downscale_factor
+    multiple = model.size_multiple
     height, width = map(operator.index, size)
-    if any(pixels <= 0 or pixels % downscale_factor for pixels in (height, width)):
+    if any(pixels <= 0 or pixels % multiple for pixels in (height, width)):
         raise ArgumentError(
-            f"height and width must be multiples of {downscale_factor}, got {height} x {width}",
-            "size",
+            f"height and width must be multiples of {multiple}, got {height} x {width}", "size"
         )
-    return height // downscale_factor, width // downscale_factor
+    return height // model.downscale_factor, width // model.downscale_factor

@@ -34,9 +34,9 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
     """Decorate the function of a task to check its arguments first, and to run without gradients.
 
     Its first parameter is `model`. If it has `**options: Unpack[…Options]`, it takes these keywords
-    besides its own, and it has a parameter `prompts`. The decorated function raises WrongFamily for
-    a model of another family, UnknownName for an unknown keyword, and ArgumentError for an invalid
-    value.
+    besides its own, and it has a parameter `prompts`, `classes` or `n`. The decorated function
+    raises WrongFamily for a model of another family, UnknownName for an unknown keyword, and
+    ArgumentError for an invalid value.
 
     Args:
         families: Names in FAMILIES of the models that the task works with.

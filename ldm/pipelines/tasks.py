@@ -31,7 +31,7 @@ from typing_extensions import Unpack
 
 from ldm.diffusion.guidance import GuidanceScale
 from ldm.diffusion.samplers.common import Constrain, NoiseSource
-from ldm.encoders.concat_images import LowResImage, RGBDLatent, concat_mask, mask_image
+from ldm.encoders.concat_images import LowResImage, MaskedImage, RGBDLatent
 from ldm.encoders.depth import MiDaSDepth
 from ldm.model import LatentDiffusion
 from ldm.nets.unet import UNet
@@ -56,6 +56,7 @@ from ldm.pipelines.options import (
 from ldm.pipelines.prompts import (
     ParsedPair,
     TextPair,
+    check_reads_prompts,
     get_prompt_pair,
     parse_fixed_prompt,
     repeat_texts,
@@ -181,7 +182,8 @@ def inpaint(
     """Repaint the image where the mask is 1.
 
     With a text-to-image model, or a refiner, the latent outside the mask is reset to that of the
-    image, with noise, before every step.
+    image, with noise, before every step. The inpainting model of latent-diffusion reads no prompts:
+    only their number is used.
 
     Args:
         mask: (1, 1, H, W) in [0, 1], or bool; repainted where it is at least 0.5.
@@ -191,19 +193,22 @@ def inpaint(
         depth: See `img2img`.
         negative_prompt, scale, tile, options: See `txt2img`.
     """
+    check_reads_prompts(model, prompts, negative_prompt, scale)
     image, mask = add_depth(model, image, depth), mask.float()
     noise_source = make_task_noise_source(prompts, options)
     n, multiple = len(prompts), _get_size_multiple(model, options)
     padded = pad_to_multiple(image, multiple)
     binary_mask = (pad_to_multiple(mask, multiple) >= 0.5).float()
-    masked_image = pad_to_multiple(mask_image(image, mask), multiple)
     inputs: dict[str, Tensor] = {}
     z: Tensor | None = None
     constrain: Constrain | None = None
     constrain_refiner: Constrain | None = None
-    if "masked" in model.conditioner.keys:
+    encoder = model.conditioner.find(MaskedImage)
+    if encoder is not None:
+        masked_image = pad_to_multiple(encoder.mask_image(image, mask), multiple)
         masked_z = encode_image(model, masked_image, n, noise_source)
-        inputs["masked"] = concat_mask(binary_mask.to(masked_z).expand(n, -1, -1, -1), masked_z)
+        masks = binary_mask.to(masked_z).expand(n, -1, -1, -1)
+        inputs["masked"] = encoder.concat_mask(masks, masked_z)
         if strength < 1:
             z = encode_image(model, padded, n, noise_source)
         if options.get("refiner") is not None:  # the refiner does not read masks
@@ -415,7 +420,7 @@ def upscale_latent(
 
 def _get_size_multiple(model: LatentDiffusion, options: TextOptions) -> int:
     """Return the number of pixels that the sides of images must be multiples of."""
-    return model.downscale_factor if options.get("refiner") is None else REFINER_SIZE_MULTIPLE
+    return model.size_multiple if options.get("refiner") is None else REFINER_SIZE_MULTIPLE
 
 
 def _get_initial_noise(options: TextOptions, noise_source: NoiseSource, like: Tensor) -> Tensor:

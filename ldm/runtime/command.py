@@ -18,7 +18,7 @@ from ldm.runtime.errors import (
     is_out_of_memory,
 )
 
-__all__ = ["CommandParser", "log_to_stderr", "run_command"]
+__all__ = ["COMMANDS_BY_FUNCTION", "CommandParser", "log_to_stderr", "run_command"]
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ PATH_METAVARS = ("FILE", "DIR")
 OUT_OF_MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
 # Function of `ldm.pipelines` -> command, where the names differ.
 COMMANDS_BY_FUNCTION = {
+    "super_resolve": "upscale",
     "vary": "unclip",
     "upscale_rgbd": "upscale",
     "upscale_latent": "upscale",

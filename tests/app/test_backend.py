@@ -27,7 +27,7 @@ from ldm.app.progress import Progress
 from ldm.app.view import format_info, read_file_info, render_preview, render_progress
 from ldm.commands.main import main
 from ldm.generate.groups import ModelOptions
-from ldm.generate.tasks import TASKS
+from ldm.generate.tasks import PAGE_TASKS, TASKS
 from ldm.imaging.metadata import format_parameters, parse_parameters, read_info, write_png
 from ldm.imaging.output import OutputFolder
 from ldm.loading.addons.embeddings import write_embeddings
@@ -124,7 +124,7 @@ def replay(backend, path):
 
 
 def test_each_task_is_offered_the_models_that_serve_it(backend):
-    offered = {task: backend.library.list_models(task) for task in TASKS}
+    offered = {task: backend.library.list_models(task) for task in PAGE_TASKS}
     text = ["base_eps.safetensors", "base_v.safetensors"]
     assert offered == {
         "txt2img": text,
@@ -136,7 +136,7 @@ def test_each_task_is_offered_the_models_that_serve_it(backend):
     }
 
 
-@pytest.mark.parametrize("task", slow_except(TASKS, "txt2img", "inpaint"))
+@pytest.mark.parametrize("task", slow_except(PAGE_TASKS, "txt2img", "inpaint"))
 def test_every_task_makes_images_that_replay_identically(backend, families, run, task):
     progress = run(backend, task)
     assert not progress.has_failed, progress.message

@@ -23,12 +23,18 @@ TASKS = {
     "unclip": ({"unclip"}, 2),
     "sample_prior": ({"unclip"}, 2),
     "vary": ({"variation"}, 2),
+    "class2img": ({"class"}, 1),
+    "uncond2img": ({"unconditional"}, 1),
+    "semantic2img": ({"semantic"}, 1),
+    "layout2img": ({"layout"}, 1),
+    "super_resolve": ({"super-resolution"}, 1),
 }
 
 
 def make_model(keys):
     model = LatentDiffusion.__new__(LatentDiffusion)
     model.conditioner = SimpleNamespace(keys=frozenset(keys))
+    model.unet = None
     model.provenance = {}
     return model
 
@@ -51,7 +57,7 @@ def test_the_error_for_a_model_of_no_family_names_its_conditions():
         WrongFamily, match="this model reads `smell`, `txt`, and no task provides that"
     ):
         pipelines.txt2img(make_model({"txt", "smell"}), ["a"])
-    with pytest.raises(WrongFamily, match="this model encodes no conditions: use `ldm.sample`"):
+    with pytest.raises(WrongFamily, match="this is an unconditional model: use `uncond2img`"):
         pipelines.txt2img(prompts=["a"], model=make_model(()))
 
 

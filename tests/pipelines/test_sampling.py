@@ -70,12 +70,13 @@ def test_seeds_may_be_numbers_of_numpy_or_torch(model):
 
 
 def test_a_model_without_conditions_is_sampled_as_recorded():
-    golden, case = load_golden("ldm_uncond_kl"), "kl_churches_like"
+    golden, case = load_golden("ldm_uncond"), "kl_churches_like"
     info, model = golden.case(case)["info"], ldm.instantiate(golden.meta["config_kl"]).eval()
     weights = fill(restore_names(model.state_dict()), golden.meta["salt"])
     model.load_state_dict(rename_weights(weights))
     model.scale_factor = info["scale_factor"]
-    z = sample(model, model.condition({}), x_T=golden.draws(case)[0], steps=info["steps"])
+    options = {"x_T": golden.draws(case)[0], "steps": info["steps"], "eta": info["eta"]}
+    z = sample(model, model.condition({}), **options)
     golden.assert_close(case, latents=z, images=model.decode(z))
     for seeds, n in (([1, 2, 3], 3), (torch.tensor(5), 1), (None, 1)):
         assert len(sample(model, model.condition({}), seeds=seeds, steps=1)) == n

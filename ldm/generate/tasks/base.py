@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ldm.generate.groups import (
     SDXL,
@@ -16,15 +16,16 @@ from ldm.generate.groups import (
 )
 from ldm.generate.options import Option, Value, get_options
 from ldm.generate.request import Request
+from ldm.runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-    from ldm.pipelines.options import TaskOptions
+    from ldm.pipelines.options import TaskOptions, UnguidedOptions
 
-__all__ = ["PreparedTask", "Task"]
+__all__ = ["PreparedTask", "Task", "UnguidedTask", "select_unguided_options"]
 
 
 class PreparedTask:
@@ -61,6 +62,23 @@ class PreparedTask:
         return None
 
 
+class UnguidedTask(PreparedTask):
+    """A task of models without guidance, which read no prompts."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        if request.sampling.scale not in (None, 1):
+            message = f"{request.task.name} has no guidance, leave scale out"
+            raise ArgumentError(message, "scale")
+
+
+def select_unguided_options(options: "TaskOptions") -> "UnguidedOptions":
+    """Return the keyword arguments of pipelines that take no prompts and no guidance scale."""
+    prompt_options = ("negative_prompt", "scale")
+    unguided = {name: value for name, value in options.items() if name not in prompt_options}
+    return cast("UnguidedOptions", unguided)  # pipelines reject other keyword arguments
+
+
 @dataclass(frozen=True)
 class Task:
     """The description of a task, for command line, page and PNG metadata.
@@ -80,6 +98,7 @@ class Task:
         legacy_filter: Pillow's filter with which the original reduces images to multiples of 64.
         upscales: Whether its images are larger than their input.
         takes_upscaler: Whether it may be followed by an x2 latent upscaler.
+        is_on_page: Whether it has a tab on the page.
     """
 
     name: str
@@ -96,6 +115,7 @@ class Task:
     legacy_filter: str = "BICUBIC"
     upscales: bool = False
     takes_upscaler: bool = False
+    is_on_page: bool = True
 
     @property
     def groups(self) -> dict[str, type]:

@@ -129,7 +129,8 @@ TASK = Task(
     ldm inpaint --ckpt 512-inpainting-ema.ckpt --indir pairs --outdir painted
 
 White, or the transparent part of the image, is repainted; all other pixels stay as they are. A
-text-to-image model works, too: the unmasked part is then replaced before every step.
+text-to-image model works, too: the unmasked part is then replaced before every step. The inpainting
+model of latent-diffusion, models/ldm/inpainting_big, reads no prompt.
 """,
     inputs=InpaintInputs,
     prepare=InpaintTask,

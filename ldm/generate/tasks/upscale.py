@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ldm.generate.option_parsers import parse_fraction, parse_natural, parse_size
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import PreparedTask, Task
+from ldm.generate.tasks.base import PreparedTask, Task, select_unguided_options
 from ldm.generate.tasks.images import FolderInputs, PreparedImageTask
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.ranks import get_rank_and_world_size
@@ -105,6 +105,9 @@ class UpscaleTask(PreparedImageTask):
             return pipelines.upscale_rgbd(
                 model, prompts, image, depth, noise_level=level, **options
             )
+        if family == "super-resolution":
+            unguided = select_unguided_options(options)
+            return pipelines.super_resolve(model, self.image, len(prompts), **unguided)
         return pipelines.upscale(model, prompts, self.image, noise_level=level, **options)
 
 
@@ -195,10 +198,14 @@ LDM3D-SR upscales an image with its depth:
 
     ldm upscale --ckpt hf:Intel/ldm3d-sr --init-img a.png --depth a_depth.png \\
         --target-size 1024,1024
+
+The super-resolution model of latent-diffusion enlarges by four without a prompt:
+
+    ldm upscale --ckpt models/ldm/bsr_sr --init-img small.png
 """,
     inputs=UpscaleInputs,
     prepare=prepare_task,
-    families=("upscaling", "latent-upscaling", "rgbd-upscaling"),
+    families=("upscaling", "latent-upscaling", "rgbd-upscaling", "super-resolution"),
     defaults={
         "prompt": "a high quality professional photograph",
         "outdir": "outputs/upscale-samples",
