@@ -8,6 +8,7 @@ DIR/0001.png, 0001.txt    without metadata: every image, with the .txt or .capti
                           the `text` or `caption` of the .json
 DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten repeats per epoch; without a caption
                           file, the caption is the rest of the folder's name
+DIR/cat/0001.png          with `class_folders`: class labels are the ranks of the folders' names
 """
 
 import csv
@@ -21,7 +22,7 @@ from pathlib import Path
 from posixpath import normpath
 
 from ldm.data.dataset import ImageDataset, UnreadableSample
-from ldm.data.transforms import Transform, get_captions
+from ldm.data.transforms import Transform, get_captions, get_class_label
 from ldm.imaging.reading import IMAGE_SUFFIXES, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import list_files, read_text
@@ -47,6 +48,8 @@ class ImageFolder(ImageDataset):
         fields: Values that override the metadata, {"text": "a photo of a sks dog"}.
         text: Field of the metadata with the caption; rows without it use `caption`.
         metadata: Metadata file, of any name; None = that in the folder, if there is one.
+        class_folders: Whether each folder in `root` is a class, whose label `class_label` is the
+            rank of its name among all.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class ImageFolder(ImageDataset):
         fields: JsonMapping | None = None,
         text: str = "text",
         metadata: str | Path | None = None,
+        class_folders: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(transform, seed)
@@ -68,6 +72,8 @@ class ImageFolder(ImageDataset):
         rows, caption_errors = _read_rows(self.root, self.metadata_file)
         # If `fields` sets the caption, unreadable caption files do not matter.
         self.caption_errors = {} if "text" in (fields or {}) else caption_errors  # by file_name
+        if class_folders:
+            _set_class_labels(rows, self.root)
         rows = [row for row in rows if all(row.get(key) == v for key, v in filters.items())]
         if text != "text" and not any(text in row for row in rows):
             raise ArgumentError(f"`{root}`: no image has a `{text}`")
@@ -84,6 +90,7 @@ class ImageFolder(ImageDataset):
         for row in self.rows:
             get_captions(row)  # both raise FileFormatError
             transform.parse_score_and_size(row)
+            get_class_label(row)
         if not self.rows:
             reason = ", ".join(f"{key} `{value}`" for key, value in filters.items())
             raise ArgumentError(f"`{root}` has no images" + (f" with {reason}" if reason else ""))
@@ -154,6 +161,21 @@ def _read_rows(root: Path, metadata_file: Path | None) -> tuple[list[JsonObject]
         except (TypeError, ValueError) as error:
             raise FileFormatError(f"`{root}`: row {number} of the metadata {error}") from None
     return rows, caption_errors
+
+
+def _set_class_labels(rows: list[JsonObject], root: Path) -> None:
+    """Set `class_label` of each row to the rank of its folder.
+
+    Raises:
+        FileFormatError: An image is not in a folder.
+    """
+    folders = [Path(row["file_name"]).parts[0] for row in rows if "/" in row["file_name"]]
+    if len(folders) < len(rows):
+        name = next(row["file_name"] for row in rows if "/" not in row["file_name"])
+        raise FileFormatError(f"`{root}`: `{name}` is not in the folder of a class")
+    labels = {name: label for label, name in enumerate(sorted(set(folders)))}
+    for row, folder in zip(rows, folders, strict=True):
+        row["class_label"] = labels[folder]
 
 
 def _count_unlisted(images: list[Path], rows: list[JsonObject], root: Path) -> int:

@@ -34,6 +34,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "CROP_POSITIONS", "SIZE_KEYS", "PhotoTransform", "TagShuffle", "Transform", "get_captions",
+    "get_class_label",
 ]  # fmt: skip
 
 CROP_POSITIONS = ("center", "random")
@@ -86,8 +87,10 @@ class Transform(ABC):
         return ["mask"] if "mask" in self.conditions else []
 
     def make_row_fields(self, row: JsonMapping, rng: Random, variant: str = "") -> JsonObject:
-        """Make caption, aesthetic score and original size from a row of metadata."""
+        """Make caption, class label, aesthetic score and original size from a row of metadata."""
         fields = {key: torch.tensor(value) for key, value in self.parse_score_and_size(row).items()}
+        if (label := get_class_label(row)) is not None:
+            fields["class_label"] = torch.tensor(label)
         return {**fields, "txt": self.make_caption(row, rng, variant)}
 
     def parse_score_and_size(self, row: JsonMapping) -> dict[str, list[float] | list[int]]:
@@ -223,6 +226,21 @@ class PhotoTransform(Transform):
         box = (left, top, left + crop_size[0], top + crop_size[1])
         resized = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
         return resized, factor, (left / factor, top / factor)
+
+
+def get_class_label(row: JsonMapping) -> int | None:
+    """Return `class_label` of a row of metadata; None if it has none.
+
+    Raises:
+        FileFormatError: It is not a whole number from 0.
+    """
+    label = row.get("class_label")
+    if label in (None, ""):
+        return None
+    if isinstance(label, bool) or not str(label).isdecimal():
+        name = row.get("file_name", "a row")
+        raise FileFormatError(f"`{name}` has `class_label` {label}, which is not a number from 0")
+    return int(str(label))
 
 
 def get_captions(row: JsonMapping) -> list[str]:

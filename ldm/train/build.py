@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.model import LatentDiffusion
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder
 from ldm.nets.blocks import CheckpointedLayer
 from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -71,11 +71,11 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
         ValueError: The model cannot be trained, or the settings are invalid for it.
     """
     params = settings.model.params
-    if isinstance(model, AutoencoderKL):
+    if isinstance(model, Autoencoder):
         return build_autoencoder_task(model, params, settings.objective, load_weights=load_weights)
     if not isinstance(model, LatentDiffusion):
         raise ValueError(
-            f"`{type(model).__name__}` cannot be trained, only LatentDiffusion and AutoencoderKL"
+            f"`{type(model).__name__}` cannot be trained, only LatentDiffusion and autoencoders"
         )
     dropout = settings.objective.get("conditioning_dropout_prob")
     if isinstance(dropout, Mapping):

@@ -18,7 +18,7 @@ from ldm.encoders.text import TextEncoder
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml
 from ldm.model import LatentDiffusion
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder
 from ldm.pipelines.memory import run_on_zeros
 from ldm.runtime.memory import PeakMemoryMode, make_fake
 from ldm.train.batches.images import build_transform
@@ -185,7 +185,7 @@ def _measure_activations(task: Task, settings: Settings) -> int:
         is_mixed = settings.trainer.precision != "32"
         with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
             image = torch.zeros(batch_size, 3, size, size)
-            if isinstance(task.model, AutoencoderKL):
+            if isinstance(task.model, Autoencoder):
                 # Build the networks of the losses again, from fake tensors.
                 task = build_task(task.model, settings, load_weights=False)
                 task.step = sys.maxsize  # past the start of the discriminator

@@ -13,7 +13,7 @@ from ldm.data.source import BatchSource
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets import attention
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder
 from ldm.runtime.device import pick_device
 from ldm.train.batches.sources import check_data, open_batches
 from ldm.train.build import build_state, build_task, configure_model
@@ -53,7 +53,7 @@ class Run:
     is_fine_tune: bool
 
     @property
-    def model(self) -> LatentDiffusion | AutoencoderKL:
+    def model(self) -> LatentDiffusion | Autoencoder:
         return self.task.model
 
     @property

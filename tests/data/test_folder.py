@@ -282,3 +282,24 @@ def test_buckets_are_of_upright_images_and_the_largest_has_the_unreadable_ones(t
     assert folder[0, 2]["jpg"].shape == (3, 8, 32)
     a, b, c, d = folder.bucket_ids
     assert a == b == d != c
+
+
+def test_folders_of_classes_have_the_ranks_of_their_names_as_labels(tmp_path):
+    for name in ("n02/b.png", "n02/deep/a.png", "n01/c.png", "n10/d.png"):
+        write_image(tmp_path / name)
+    images = ImageFolder(root=tmp_path, transform=PHOTO, class_folders=True)
+    labels = {images.get_name(k): int(images[0, k]["class_label"]) for k in range(len(images))}
+    assert labels == {"n01/c.png": 0, "n02/b.png": 1, "n02/deep/a.png": 1, "n10/d.png": 2}
+    write_image(tmp_path / "e.png")
+    with pytest.raises(ValueError, match=r"`e\.png` is not in the folder of a class"):
+        ImageFolder(root=tmp_path, transform=PHOTO, class_folders=True)
+
+
+def test_metadata_may_have_class_labels(tmp_path):
+    write_image(tmp_path / "a.png")
+    metadata = tmp_path / "metadata.csv"
+    metadata.write_text("file_name,class_label\na.png,7\n")
+    assert ImageFolder(root=tmp_path, transform=PHOTO)[0, 0]["class_label"].tolist() == 7
+    metadata.write_text("file_name,class_label\na.png,cat\n")
+    with pytest.raises(ValueError, match=r"`a\.png` has `class_label` cat, which is not a number"):
+        ImageFolder(root=tmp_path, transform=PHOTO)

@@ -18,6 +18,7 @@ from quick import slow_except
 from train.tinyrun import build_run_from, build_tiny_run, make_tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_states")
+ENCODERS = "ldm.modules.encoders.modules"
 DDPM_PREFIX = "ldm.models.diffusion.ddpm."
 LOW_SCALE = {
     "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
@@ -66,6 +67,29 @@ TASKS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
         "LatentUpscaleFinetuneDiffusion", 16, {"lr": {"factor": 2}},
         {"conditioning_key": "hybrid", "concat_keys": ["lr"], "reshuffle_patch_size": 2},
     ),
+    # Of latent-diffusion:
+    "class2img": (
+        "LatentDiffusion", 4, {},
+        {"conditioning_key": "crossattn", "cond_stage_key": "class_label",
+         "cond_stage_config": {"target": f"{ENCODERS}.ClassEmbedder",
+                               "params": {"n_classes": 1001, "embed_dim": 32}}},
+    ),
+    "txt2img": (
+        "LatentDiffusion", 4, {},
+        {"conditioning_key": "crossattn", "cond_stage_key": "caption",
+         "cond_stage_config": {"target": f"{ENCODERS}.BERTEmbedder",
+                               "params": {"n_embed": 32, "n_layer": 1}}},
+    ),
+    "super_resolve": (
+        "LatentDiffusion", 7, {"lr": {"factor": 4}},
+        {"conditioning_key": None, "cond_stage_key": "LR_image",
+         "cond_stage_config": {"target": "torch.nn.Identity"}},
+    ),
+    "inpaint_unprompted": (
+        "LatentDiffusion", 9, {"mask": {}},
+        {"conditioning_key": None, "cond_stage_key": "masked_image",
+         "cond_stage_config": "__is_first_stage__"},
+    ),
 }  # fmt: skip
 # Parameters of UNets with a vector condition.
 VECTOR_PARAMS: dict[str, dict[str, Any]] = {
@@ -79,6 +103,10 @@ CACHED_SHAPES: dict[str, dict[str, Any]] = {
     "vary": {"jpg": (3, 32, 32)},
     "unclip": {"jpg": (3, 32, 32)},
     "enlarge": {"lr": (3, 16, 16)},
+    "class2img": {"class_label": ()},
+    "txt2img": {},
+    "super_resolve": {"lr": (3, 8, 8)},
+    "inpaint_unprompted": {"masked": (5, 8, 8)},
 }
 
 
@@ -91,6 +119,8 @@ def make_config(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     config["model"] |= {"target": DDPM_PREFIX + class_name, "params": model}
     train = config["data"]["params"]["train"]
     train["transform"]["conditions"] = conditions
+    if task == "class2img":
+        train["fields"] = {"class_label": 3}
     config["data"]["params"]["latents"] = {"cache_dir": folder / "latents", "variants_per_image": 1}
     return config
 
@@ -119,7 +149,7 @@ def test_a_model_of_each_task_is_trained_and_loaded(task: str, tmp_path: Path) -
         assert family is None
     else:
         assert family is not None
-        assert families.FAMILIES[family].function == task
+        assert families.FAMILIES[family].function == task.removesuffix("_unprompted")
 
 
 @pytest.mark.parametrize(

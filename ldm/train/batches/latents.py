@@ -30,7 +30,7 @@ from ldm.data.source import collate, to_device
 from ldm.data.transforms import SIZE_KEYS, Transform
 from ldm.imaging.reading import decode_srgb
 from ldm.model import LatentDiffusion
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder
 from ldm.runtime.types import JsonMapping
 from ldm.train.batches.store import Entry, TensorStore, digest, digest_weights, fill_from_shards
 
@@ -303,7 +303,7 @@ def _encode(
 def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -> str:
     """Return the digest of everything but the images that latents depend on."""
     modules: list[nn.Module] = []
-    if isinstance(model.autoencoder, AutoencoderKL):
+    if isinstance(model.autoencoder, Autoencoder):
         modules += [model.autoencoder.encoder, model.autoencoder.quant_conv]
     modules += [encoder for encoder in model.conditioner.encoders.values() if encoder.cache_key]
     name, options = transform.get_cache_key()

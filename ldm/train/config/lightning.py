@@ -17,7 +17,7 @@ from typing import Any
 
 from ldm.runtime.errors import check_names, make_unknown_name_error
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.schema import LightningTrainerArguments, list_keys
+from ldm.train.config.schema import AUTOENCODER_CLASSES, LightningTrainerArguments, list_keys
 from ldm.train.config.sgm import is_sgm_model, translate_training
 from ldm.train.config.specs import SPEC_KEYS, drop_nulls, get_section, read_spec
 
@@ -304,7 +304,7 @@ def _translate_model(config: JsonMapping, result: _Translation) -> None:
         _translate_sgm_model(params, result)
     if "optimizer" in get_section(config, "lightning"):
         return
-    is_autoencoder = str(model.get("target")).endswith("AutoencoderKL")
+    is_autoencoder = str(model.get("target")).rpartition(".")[2] in AUTOENCODER_CLASSES
     if is_autoencoder and params.get("ema_decay"):
         result.set_defaults("optimizer", ema_decay=params["ema_decay"])
     elif is_autoencoder or not params.get("use_ema", not is_sgm):

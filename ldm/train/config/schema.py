@@ -343,6 +343,7 @@ class AutoencoderObjective(TypedDict, total=False):
     l2_weight: Nonnegative
     image_gradient_weight: Nonnegative
     kl_weight: Nonnegative
+    codebook_weight: Nonnegative
     top_errors_weight: Nonnegative
     outlier_weight: Nonnegative
     trainable_part: Literal["all", "decoder"]
@@ -394,6 +395,9 @@ class ModelParams(CriterionOptions, total=False):
     unet_trainable: Literal["all", True]
 
 
+AUTOENCODER_CLASSES = ("AutoencoderKL", "AutoencoderVQ", "VQModel", "VQModelInterface")
+
+
 class ModelConfig(Section):
     """`model:` of a config."""
 
@@ -403,7 +407,7 @@ class ModelConfig(Section):
 
     @property
     def is_autoencoder(self) -> bool:
-        return self.target.endswith("AutoencoderKL")
+        return self.target.rpartition(".")[2] in AUTOENCODER_CLASSES
 
 
 class LoaderOptions(BaseModel):
@@ -491,6 +495,7 @@ class FolderOptions(TypedDict, total=False):
     fields: JsonObject
     text: str
     metadata: NonEmptyStr
+    class_folders: Bool
 
 
 @with_config(STRICT)

@@ -17,7 +17,7 @@ from ldm.data.dataset import Sample
 from ldm.data.source import Batch, collate, to_device
 from ldm.diffusion.denoiser import PARAMETERIZATIONS
 from ldm.model import LatentDiffusion
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder
 from ldm.train.distributed.parallel import eval_mode
 from ldm.train.tasks.noise_levels import draw_timesteps
 
@@ -77,7 +77,7 @@ class BaselineComparison:
 
 
 def check_initial_loss(
-    model: LatentDiffusion | AutoencoderKL,
+    model: LatentDiffusion | Autoencoder,
     samples: Sequence[Sample],
     *,
     batch_size: int,
@@ -94,7 +94,7 @@ def check_initial_loss(
         ValueError: The weights do not fit the config; the message says what may be wrong.
     """
     with eval_mode(model):
-        if isinstance(model, AutoencoderKL):
+        if isinstance(model, Autoencoder):
             image = torch.stack([sample["jpg"] for sample in samples[:batch_size]])
             problem = find_autoencoder_problem(model, image)
         else:
@@ -167,7 +167,7 @@ def _compute_baseline_loss(x: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def find_autoencoder_problem(model: AutoencoderKL, image: Tensor) -> str | None:
+def find_autoencoder_problem(model: Autoencoder, image: Tensor) -> str | None:
     """Compare the errors of reconstructions and of the images' mean colors.
 
     Args:

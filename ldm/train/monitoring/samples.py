@@ -29,7 +29,8 @@ from ldm.train.tasks.diffusion import ZERO_SIZES
 __all__ = ["draw_samples"]
 
 LABEL_HEIGHT = 20  # pixels
-NON_IMAGE_KEYS = {"txt", "aesthetic_score", *SIZE_KEYS}  # batch keys of texts and numbers
+# Batch keys of texts and numbers.
+NON_IMAGE_KEYS = {"txt", "class_label", "aesthetic_score", *SIZE_KEYS}
 DEFAULT_SAMPLING = {"steps": 20, "scale": 3.0}  # defaults of `callbacks.sampling`
 
 

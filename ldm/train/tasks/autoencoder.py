@@ -3,6 +3,7 @@
     ReconstructionTask   pixel losses + KL, without other networks; sufficient for small models
     AdversarialTask      as in the original, CompVis' ldm: L1 + LPIPS + KL, and a GAN loss from
                          step `disc_start` on
+    VQAdversarialTask    the same for VQ autoencoders, with the codebook's loss in place of KL
 
 Esser et al. 2020 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:2112.10752), G.
 """
@@ -23,18 +24,19 @@ from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.published import resolve_checkpoint
 from ldm.loading.weight_names import select_loss_state, select_prefix
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder, AutoencoderKL, AutoencoderVQ, DiagonalGaussian
 from ldm.nets.blocks import GroupNorm
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
+from ldm.nets.quantizer import Quantized
 from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping
 from ldm.train.tasks.task import Batch, Losses, Task
 
 __all__ = [
-    "AdversarialLossConfig", "AdversarialTask", "ReconstructionTask", "build_autoencoder_task",
-    "compute_psnr", "normalize_latents",
+    "AdversarialLossConfig", "AdversarialTask", "ReconstructionTask", "VQAdversarialTask",
+    "VQLossConfig", "build_autoencoder_task", "compute_psnr", "normalize_latents",
 ]  # fmt: skip
 
 # Maximum of the adaptive weight of the GAN loss, the original's `d_weight`, and what is added to
@@ -48,11 +50,14 @@ DISC_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda logits: F.relu(1 + logits),
     "vanilla": F.softplus,
 }
+PIXEL_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"l1": torch.abs, "l2": torch.square}
+# Parameters of VQ models that only have their default here.
+UNSUPPORTED_PARAMS = {"lr_g_factor": 1.0, "batch_resize_range": None, "use_ema": False}
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def build_autoencoder_task(
-    model: AutoencoderKL,
+    model: Autoencoder,
     params: JsonMapping,
     objective: JsonMapping,
     *,
@@ -68,7 +73,14 @@ def build_autoencoder_task(
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     config = instantiate(spec, where="model.params.lossconfig")
-    is_adversarial = isinstance(config, AdversarialLossConfig)
+    is_adversarial = isinstance(config, DiscriminatorConfig)
+    is_vq = isinstance(model, AutoencoderVQ)
+    if is_adversarial and isinstance(config, VQLossConfig) != is_vq:
+        fitting = "a VQ autoencoder" if isinstance(config, VQLossConfig) else "an AutoencoderKL"
+        raise ValueError(f"model.params.lossconfig: `{spec['target']}` is for {fitting}")
+    for name, default in UNSUPPORTED_PARAMS.items():
+        if params.get(name, default) != default:
+            raise ValueError(f"model.params.{name}: only {default} is supported")
     task_fields = fields(AdversarialTask if is_adversarial else ReconstructionTask)
     keywords = [field.name for field in task_fields if field.kw_only]
     where = f"lightning.objective (with{'' if is_adversarial else 'out'} a discriminator)"
@@ -79,37 +91,40 @@ def build_autoencoder_task(
     perceptual = options.pop("perceptual", None) or {"ckpt_path": None}
     if not isinstance(perceptual, Mapping) or list(perceptual) != ["ckpt_path"]:
         raise ValueError("lightning.objective.perceptual must be {ckpt_path: a file or several}")
+    task_class = VQAdversarialTask if is_vq else AdversarialTask
     if not load_weights:
-        return AdversarialTask(model, config, perceptual=LPIPS(), **options)
+        return task_class(model, config, perceptual=LPIPS(), **options)
     loss_state = _read_loss_state(params)
     path = perceptual["ckpt_path"]
     network = read_lpips(path) if path else build_lpips(loss_state)
-    task = AdversarialTask(model, config, perceptual=network, **options)
+    task = task_class(model, config, perceptual=network, **options)
     task.load_loss_state(loss_state)
     return task
 
 
 @dataclass(eq=False)
 class ReconstructionTask(Task):
-    """Training of an AutoencoderKL on pixel errors of images in [-1, 1].
+    """Training of an autoencoder on pixel errors of images in [-1, 1].
 
     Args:
         l1_weight: Weight of the mean absolute error.
         l2_weight: Weight of the mean squared error.
         image_gradient_weight: Weight of the absolute error of the image gradient, i.e. of edges.
         kl_weight: Weight of the KL divergence from a standard normal distribution, in nats per
-            image.
+            image; not for VQ autoencoders.
+        codebook_weight: Weight of the codebook's loss; for VQ autoencoders only.
         top_errors_weight: Weight of the mean of the largest 1 / 500 of absolute errors.
         outlier_weight: Weight of a penalty on huge activations in the decoder.
         trainable_part: Part to train: "all", or "decoder", which does not change the latents.
     """
 
-    model: AutoencoderKL
+    model: Autoencoder
     _: KW_ONLY
     l1_weight: float = 1.0
     l2_weight: float = 1.0
     image_gradient_weight: float = 0.5
     kl_weight: float = 1e-6
+    codebook_weight: float = 1.0
     top_errors_weight: float = 0.0
     outlier_weight: float = 0.0
     trainable_part: str = "all"
@@ -122,12 +137,14 @@ class ReconstructionTask(Task):
         image = batch["jpg"].to(self.model.quant_conv.weight.device)  # (B, 3, H, W)
         layers = self.model.decoder.modules() if self.outlier_weight else ()
         with _record_outputs(layer for layer in layers if isinstance(layer, GroupNorm)) as outputs:
-            reconstruction, posterior = self.model(image, generator)
+            reconstruction, latent = self.model(image, generator)
         error = reconstruction.float() - image
-        kl = posterior.kl().float().mean()
+        regularization, terms = _regularize(latent)
+        is_vq = isinstance(latent, Quantized)
         edges = error.diff(dim=-2).abs().mean() + error.diff(dim=-1).abs().mean()
         loss = self.l1_weight * error.abs().mean() + self.l2_weight * error.square().mean()
-        loss = loss + self.image_gradient_weight * edges + self.kl_weight * kl
+        weight = self.codebook_weight if is_vq else self.kl_weight
+        loss = loss + self.image_gradient_weight * edges + weight * regularization
         if self.top_errors_weight:
             errors = error.abs().flatten(1)
             largest = errors.topk(max(1, errors.shape[1] // TOP_ERRORS_DIVISOR)).values
@@ -135,12 +152,17 @@ class ReconstructionTask(Task):
         if self.outlier_weight:
             loss = loss + self.outlier_weight * _compute_outlier_loss(outputs)
         mean_psnr = compute_psnr(reconstruction.detach().float(), image).mean()
-        return {"loss": loss, "psnr": mean_psnr, "kl": kl.detach()}
+        # Without the suffix of the original's names.
+        logged = {name.removesuffix("_loss"): value.detach() for name, value in terms.items()}
+        return {"loss": loss, "psnr": mean_psnr, **logged}
 
     @torch.inference_mode()
     def get_weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return the weights; unless only the decoder is trained, latents are normalized."""
-        if self.trainable_part == "decoder":
+        """Return the weights; the latents of an AutoencoderKL are normalized.
+
+        They are not if only the decoder is trained, as they belong to another model then.
+        """
+        if self.trainable_part == "decoder" or not isinstance(self.model, AutoencoderKL):
             return self.model.state_dict()
         device = self.model.quant_conv.weight.device
         z = [self.model.encode(image[None].to(device)).mode() for image in images]
@@ -150,22 +172,19 @@ class ReconstructionTask(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdversarialLossConfig:
-    """Parameters of the original's LPIPSWithDiscriminator, a `lossconfig`.
+class DiscriminatorConfig:
+    """Parameters that the losses of all autoencoders have.
 
     Args:
         disc_start: First step with the discriminator.
-        kl_weight: Weight of the KL divergence, in nats per image.
         pixelloss_weight: Unused, as in the original.
         disc_factor: Weight of both GAN losses; 0 disables them.
         disc_weight: Gradient norm of the GAN loss at the last layer, relative to that of the nll.
-        perceptual_weight: Weight of LPIPS, relative to the absolute error.
+        perceptual_weight: Weight of LPIPS, relative to the pixel error.
         disc_loss: "hinge" or "vanilla".
     """
 
     disc_start: int
-    logvar_init: float = 0.0
-    kl_weight: float = 1.0
     pixelloss_weight: float = 1.0
     disc_num_layers: int = 3
     disc_in_channels: int = 3
@@ -180,9 +199,46 @@ class AdversarialLossConfig:
         if self.use_actnorm or self.disc_conditional:
             raise ValueError("`use_actnorm` and `disc_conditional` can only be false")
         check_name("disc_loss", self.disc_loss, DISC_LOSSES)
-        for name, value in vars(self).items():
-            if name != "disc_loss" and not isinstance(value, int | float):
-                raise ValueError(f"{name}: `{value}` should be a number")
+        for field in fields(self):
+            value = vars(self)[field.name]
+            if field.type in (int, float) and not isinstance(value, int | float):
+                raise ValueError(f"{field.name}: `{value}` should be a number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialLossConfig(DiscriminatorConfig):
+    """Parameters of the original's LPIPSWithDiscriminator, a `lossconfig`.
+
+    Args:
+        kl_weight: Weight of the KL divergence, in nats per image.
+    """
+
+    logvar_init: float = 0.0
+    kl_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQLossConfig(DiscriminatorConfig):
+    """Parameters of the VQLPIPSWithDiscriminator of taming-transformers and of the original.
+
+    Args:
+        codebook_weight: Weight of the codebook's loss.
+        disc_ndf: Channels of the discriminator's first layer.
+        n_classes: Vectors of the codebook; unused, as the model knows them.
+        perceptual_loss: "lpips".
+        pixel_loss: "l1" or "l2".
+    """
+
+    codebook_weight: float = 1.0
+    disc_ndf: int = 64
+    n_classes: int | None = None
+    perceptual_loss: str = "lpips"
+    pixel_loss: str = "l1"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name("perceptual_loss", self.perceptual_loss, ("lpips",))
+        check_name("pixel_loss", self.pixel_loss, PIXEL_LOSSES)
 
 
 @dataclass(eq=False)
@@ -200,8 +256,8 @@ class AdversarialTask(Task):
     """
 
     betas: ClassVar[tuple[float, float] | None] = (0.5, 0.9)
-    model: AutoencoderKL
-    config: AdversarialLossConfig
+    model: Autoencoder
+    config: DiscriminatorConfig
     _: KW_ONLY
     perceptual: LPIPS | None = None
     trainable_part: str = "all"
@@ -220,11 +276,9 @@ class AdversarialTask(Task):
         device = model.quant_conv.weight.device
         if self.perceptual is not None:
             self.perceptual = _move(self.perceptual, device) if config.perceptual_weight else None
-        discriminator = PatchDiscriminator(
-            in_channels=config.disc_in_channels, num_layers=config.disc_num_layers
-        )
-        self.discriminator: PatchDiscriminator = _move(discriminator, device)
-        logvar = torch.tensor(config.logvar_init, device=device)
+        self.discriminator: PatchDiscriminator = _move(self._build_discriminator(), device)
+        logvar_init = config.logvar_init if isinstance(config, AdversarialLossConfig) else 0.0
+        logvar = torch.tensor(logvar_init, device=device)
         self.logvar = nn.Parameter(logvar, requires_grad=self.learn_logvar)
         self.trainable = model
         if self.learn_logvar:
@@ -243,26 +297,27 @@ class AdversarialTask(Task):
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         """Compute the losses of the autoencoder; the names of their terms are the original's.
 
-            loss = nll + kl_weight kl + disc_factor d_weight g,    g = -mean(logits)
+            loss = nll + weight regularization + disc_factor d_weight g,    g = -mean(logits)
 
-        where d_weight scales the gradient norm of g at the last layer to disc_weight times that of
-        nll. For that, nll and g are each differentiated with respect to the reconstruction, and the
-        weighted sum of these gradients is backpropagated from there.
+        where the regularization is KL or the codebook's loss, and d_weight scales the gradient norm
+        of g at the last layer to disc_weight times that of nll. For that, nll and g are each
+        differentiated with respect to the reconstruction, and the weighted sum of these gradients
+        is backpropagated from there.
         """
         image = batch["jpg"].to(self.logvar.device)  # (B, 3, H, W)
         config = self.config
         last_inputs: list[Tensor] = []  # [input of the last layer]
         last_layer = self.model.decoder.conv_out
         with last_layer.register_forward_pre_hook(lambda _, args: last_inputs.extend(args)):
-            reconstruction, posterior = self.model(image, generator)
+            reconstruction, latent = self.model(image, generator)
         leaf = reconstruction.detach().float()  # (B, 3, H, W)
         leaf.requires_grad_(torch.is_grad_enabled())
-        rec, nll = self._compute_nll(image, leaf)
+        nll, error_terms = self._compute_nll(image, leaf)
         g = -self.discriminator(leaf).float().mean()
-        kl = posterior.kl().float().mean()
-        factor = self._disc_factor
-        d_weight = torch.zeros_like(kl)
-        gradients: list[tuple[Tensor, Tensor | float]] = [(kl, config.kl_weight)]
+        regularization, terms = _regularize(latent)
+        factor, weight = self._disc_factor, self._regularization_weight
+        d_weight = torch.zeros_like(regularization)
+        gradients: list[tuple[Tensor, Tensor | float]] = [(regularization, weight)]
         if torch.is_grad_enabled():  # not in validation
             logvars = [self.logvar] if self.learn_logvar else []
             grad, *logvar_grads = torch.autograd.grad(nll, [leaf, *logvars])
@@ -274,17 +329,18 @@ class AdversarialTask(Task):
                 d_weight = config.disc_weight * ratio
                 grad = grad + factor * d_weight * grad_g
             gradients += [(reconstruction, grad), *zip(logvars, logvar_grads, strict=True)]
-        total = nll + config.kl_weight * kl + factor * d_weight * g
+        total = nll + weight * regularization + factor * d_weight * g
         terms = {
             "nll_loss": nll,
-            "rec_loss": rec,
-            "kl_loss": kl,
+            **error_terms,
+            **terms,
             "g_loss": g,
             "d_weight": d_weight,
             "disc_factor": g.new_tensor(factor),
-            "logvar": self.logvar.clone(),
-            "psnr": compute_psnr(leaf, image).mean(),
         }
+        if isinstance(config, AdversarialLossConfig):
+            terms["logvar"] = self.logvar.clone()
+        terms["psnr"] = compute_psnr(leaf, image).mean()
         logged = {name: value.detach() for name, value in terms.items()}
         return {"loss": _attach_gradients(total, gradients), **logged}
 
@@ -322,17 +378,36 @@ class AdversarialTask(Task):
             for name, network in networks.items():
                 if network is not None:
                     state |= {f"loss.{name}.{n}": v for n, v in network.state_dict().items()}
-            state["loss.logvar"] = self.logvar.detach()
+            if isinstance(self.config, AdversarialLossConfig):
+                state["loss.logvar"] = self.logvar.detach()
         return state
 
-    def _compute_nll(self, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean error, and the negative log likelihood (Laplace) summed per image."""
+    @property
+    def _regularization_weight(self) -> float:
+        assert isinstance(self.config, AdversarialLossConfig)
+        return self.config.kl_weight
+
+    def _build_discriminator(self) -> PatchDiscriminator:
+        config = self.config
+        return PatchDiscriminator(
+            in_channels=config.disc_in_channels, num_layers=config.disc_num_layers
+        )
+
+    def _compute_nll(
+        self, image: Tensor, reconstruction: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the negative log likelihood (Laplace) summed per image, and terms to log."""
         error = (image - reconstruction).abs()  # (B, 3, H, W)
-        if self.perceptual is not None:
-            distance = self.perceptual(image, reconstruction).float()  # (B, 1, 1, 1)
-            error = error + self.config.perceptual_weight * distance
+        error = error + self._compute_perceptual_loss(image, reconstruction)
         nll = error / self.logvar.exp() + self.logvar
-        return error.mean(), nll.sum() / len(image)
+        return nll.sum() / len(image), {"rec_loss": error.mean()}
+
+    def _compute_perceptual_loss(self, image: Tensor, reconstruction: Tensor) -> Tensor:
+        """Return the weighted LPIPS distances (B, 1, 1, 1)."""
+        if self.perceptual is None:
+            return image.new_zeros(len(image), 1, 1, 1)
+        distance: Tensor = self.perceptual(image, reconstruction).float()
+        return self.config.perceptual_weight * distance
 
     def _compute_gradient_ratio(
         self, last_input: Tensor, reconstruction: Tensor, grad_nll: Tensor, grad_g: Tensor
@@ -348,6 +423,51 @@ class AdversarialTask(Task):
         )
         ratio: Tensor = (nll_norm / (g_norm + D_WEIGHT_EPS)).clamp(max=MAX_D_WEIGHT)
         return ratio
+
+
+@dataclass(eq=False)
+class VQAdversarialTask(AdversarialTask):
+    """Training of a VQ autoencoder against a discriminator, as in taming-transformers.
+
+    Unlike in `AdversarialTask`, errors are averaged over an image.
+    """
+
+    config: VQLossConfig
+
+    @property
+    def _regularization_weight(self) -> float:
+        return self.config.codebook_weight
+
+    def _build_discriminator(self) -> PatchDiscriminator:
+        config = self.config
+        return PatchDiscriminator(
+            in_channels=config.disc_in_channels,
+            num_layers=config.disc_num_layers,
+            channels=config.disc_ndf,
+        )
+
+    def _compute_nll(
+        self, image: Tensor, reconstruction: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean error, and terms to log."""
+        perceptual = self._compute_perceptual_loss(image, reconstruction)
+        error = PIXEL_LOSSES[self.config.pixel_loss](image - reconstruction) + perceptual
+        nll = error.mean()
+        p_loss = perceptual.mean() / (self.config.perceptual_weight or 1.0)
+        return nll, {"rec_loss": nll.clone(), "p_loss": p_loss}
+
+
+def _regularize(latent: "DiagonalGaussian | Quantized") -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the regularization of latents, the mean over the batch, and terms to log."""
+    if isinstance(latent, DiagonalGaussian):
+        kl = latent.kl().float().mean()
+        return kl, {"kl_loss": kl}
+    counts = latent.indices.flatten().bincount().float()
+    fractions = counts / counts.sum()
+    entropy = -(fractions * (fractions + 1e-10).log()).sum()
+    loss = latent.loss.float()
+    num_used = counts.count_nonzero().float()  # losses are averaged
+    return loss, {"quant_loss": loss, "perplexity": entropy.exp(), "cluster_usage": num_used}
 
 
 def compute_psnr(reconstruction: Tensor, image: Tensor) -> Tensor:
@@ -409,7 +529,7 @@ def _compute_outlier_loss(outputs: Iterable[Tensor]) -> Tensor:
     return torch.stack([F.relu(maximum / MAX_ACTIVATION - 1).mean() for maximum in maxima]).mean()
 
 
-def _freeze_encoder(model: AutoencoderKL, trainable_part: str) -> None:
+def _freeze_encoder(model: Autoencoder, trainable_part: str) -> None:
     """Freeze the encoder if only the decoder is trained."""
     if trainable_part == "decoder":
         model.encoder.requires_grad_(False)

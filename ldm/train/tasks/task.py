@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Batch
 from ldm.model import LatentDiffusion
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import Autoencoder
 
 __all__ = ["Batch", "LossFunction", "Losses", "Task"]
 
@@ -28,7 +28,7 @@ class Task(ABC):
         betas: Default betas of AdamW; None = torch's.
     """
 
-    model: LatentDiffusion | AutoencoderKL
+    model: LatentDiffusion | Autoencoder
     trainable: nn.Module
     discriminator: nn.Module | None = None
     step: int = 0
