@@ -9,10 +9,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from checkerhelp import write_safety_checker
+from goldfile import load_golden
 from imagehelp import write_random_lora
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.build import build_on_meta
-from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.config import format_yaml, instantiate, read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.load import load
 from ldm.loading.weight_names import restore_names
@@ -39,6 +40,16 @@ CHECKPOINTS = {
     "ldm3d-4c": "ldm3d-4c",
     "ldm3d-pano": "ldm3d-4c",
     "ldm3d-sr": "ldm3d-sr",
+}
+# Models of latent-diffusion -> golden file with a small config, and its name there.
+LDM_MODELS = {
+    "celeba256": ("ldm_uncond", "config_vq"),
+    "cin256-v2": ("ldm_class", "config"),
+    "text2img-large": ("ldm_text2img", "config"),
+    "bsr_sr": ("ldm_concat", "config_sr"),
+    "inpainting_big": ("ldm_concat", "config_inpaint"),
+    "semantic_synthesis256": ("ldm_concat", "config_semantic"),
+    "layout2img-openimages256": ("ldm_layout", "config"),
 }
 HUB_OWNER = "Intel"  # of the LDM3D models
 UPSCALER_CONFIG = "configs/stable-diffusion/x2-latent-upscaler.yaml"
@@ -86,6 +97,7 @@ def write_stand_ins(folder: Path) -> None:
         write_checkpoint(written, state, {"ldm.config": yaml})
         written.rename(target)
     _write_upscaler(folder)
+    _write_ldm_models(folder)
     sd1 = load(ckpt=folder / "v1-5-pruned.ckpt")
     state, prefix = restore_names(sd1.state_dict()), "first_stage_model."
     vae = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
@@ -114,6 +126,8 @@ def write_stand_ins(folder: Path) -> None:
     mask.save(folder / "mask.png")
     lines = ["a 3d emoji of a cat face", "a noto emoji of a lemon --seed 5"]
     (folder / "prompts.txt").write_text("\n".join(lines))
+    Image.new("L", (32, 32), 3).save(folder / "map.png")
+    (folder / "boxes.json").write_text('[{"category": 5, "box": [0.1, 0.2, 0.5, 0.5]}]')
 
 
 def record_downloads(folder: Path, cache: Path) -> None:
@@ -122,6 +136,20 @@ def record_downloads(folder: Path, cache: Path) -> None:
     names = [name for name in CHECKPOINTS if name.startswith("ldm3d")]
     choices = {f"{HUB_OWNER}/{name}": str(folder / name) for name in names}
     (cache / "hub_choices.json").write_text(json.dumps(choices))
+
+
+def _write_ldm_models(folder: Path) -> None:
+    """Write small models of latent-diffusion, with 1,001 classes where there are classes."""
+    for name, (golden_name, config_name) in LDM_MODELS.items():
+        config = load_golden(golden_name).meta[config_name]
+        cond_stage = config["params"]["cond_stage_config"]
+        if "n_classes" in str(cond_stage):
+            cond_stage["params"]["n_classes"] = 1001
+        state = restore_names(instantiate(config).state_dict())
+        target = folder / "models/ldm" / name
+        target.mkdir(parents=True)
+        torch.save({"state_dict": fill(state, name)}, target / "model.ckpt")
+        (target / "config.yaml").write_text(format_yaml({"model": config}))
 
 
 def _write_upscaler(folder: Path) -> None:
