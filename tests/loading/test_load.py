@@ -577,7 +577,8 @@ def test_families_are_recognized(family):
 
 def test_instruct_pix2pix_is_refused_by_name():
     first = {"unet.input_blocks.0.0.weight": torch.zeros(1).expand(320, 8, 3, 3)}
-    state = restore_names(make_full_size_state("configs/stable-diffusion/v1-inference.yaml") | first)
+    full_size = make_full_size_state("configs/stable-diffusion/v1-inference.yaml")
+    state = restore_names(full_size | first)
     with pytest.raises(MissingArgument, match="looks like Stable Diffusion 1 InstructPix2Pix"):
         choose_config(identify_weights(Checkpoint(Path("x.ckpt"), "zip", state)))
 
