@@ -21,6 +21,8 @@ from ldm.encoders import wordpiece
 from ldm.nets.attention import attention
 from ldm.nets.blocks import Layer, LayerNorm, Linear
 from ldm.nets.transformer import FeedForward
+from ldm.prompts.prompt import Prompt
+from ldm.runtime.errors import ArgumentError
 
 __all__ = ["BERTText", "TokenTransformer"]
 
@@ -68,11 +70,18 @@ class BERTText(Encoder):
             dropout=embedding_dropout,
         )
 
-    def forward(self, samples: Tensor | Sequence[str]) -> Tensor:
+    def find_truncated_text(self, text: str) -> str:
+        """Return the end of a text that exceeds `length` tokens; "" if the text fits."""
+        return wordpiece.find_truncated_text(text, self.length)
+
+    def forward(self, samples: Tensor | Sequence[str | Prompt]) -> Tensor:
         """Encode texts, or token ids (B, n)."""
         tokens = samples
         if not isinstance(tokens, Tensor):
-            tokens = wordpiece.tokenize(tokens, self.length)
+            texts = [text for text in tokens if not isinstance(text, Prompt)]
+            if len(texts) < len(tokens):
+                raise ArgumentError("this text encoder supports the syntax `plain` only", "syntax")
+            tokens = wordpiece.tokenize(texts, self.length)
         context: Tensor = self.transformer(tokens.to(self.transformer.token_emb.weight.device))
         return context  # (B, N, D)
 

@@ -7,6 +7,7 @@ Wu et al. 2016 (arXiv:1609.08144); Devlin et al. 2018 (arXiv:1810.04805).
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["PAD_ID", "VOCAB_SIZE", "encode", "tokenize"]
+__all__ = ["PAD_ID", "VOCAB_SIZE", "encode", "find_truncated_text", "tokenize"]
 
 VOCAB_SIZE = 30522
 PAD_ID, UNK_ID, CLS_ID, SEP_ID = 0, 100, 101, 102
@@ -42,6 +43,15 @@ def tokenize(texts: Sequence[str], length: int = 77) -> Tensor:
 def encode(text: str) -> list[int]:
     """Convert one text to the ids of its word pieces."""
     return [token_id for word in _split_words(text) for token_id in _encode_word(word)]
+
+
+def find_truncated_text(text: str, length: int = 77) -> str:
+    """Return the end of a text that `tokenize` drops, from the first incomplete word on."""
+    if len(encode(text)) <= length - 2:
+        return ""
+    words = list(re.finditer(r"\S+", text))
+    first = bisect_right(words, length - 2, key=lambda word: len(encode(text[: word.end()])))
+    return text[words[first].start() :]
 
 
 def _split_words(text: str) -> Iterator[str]:

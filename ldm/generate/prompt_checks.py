@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from ldm.encoders.text import TextEncoder
 from ldm.encoders.tokenizer import has_weight_syntax
 from ldm.generate.lora_tags import remove_tags
 from ldm.generate.plan import Batch, has_dynamic_syntax
@@ -42,7 +41,7 @@ def find_prompt_warnings(
     batches: Sequence[Batch], request: Request, model: LatentDiffusion
 ) -> list[str]:
     """Return warnings about prompts that are too long, or whose syntax is read as plain text."""
-    if not model.conditioner.find_all(TextEncoder):
+    if "txt" not in model.conditioner.keys:
         return []
     warnings: list[str] = []
     prompts, negatives = _list_prompts(batches)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from ldm.diffusion.guidance import Guidance, GuidanceScale
+from ldm.encoders.bert import BERTText
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import quote_name
@@ -202,7 +203,11 @@ def _pair_texts(
 
 def get_truncation_warning(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
     """Return a warning about the first text that plain syntax truncates, else None."""
-    for encoder in model.conditioner.find_all(TextEncoder):
+    conditioner = model.conditioner
+    encoders: list[TextEncoder | BERTText] = [
+        *conditioner.find_all(TextEncoder), *conditioner.find_all(BERTText)
+    ]  # fmt: skip
+    for encoder in encoders:
         for text in texts:
             if truncated := encoder.find_truncated_text(text):
                 limit, words = encoder.length - 2, " ".join(truncated.split()[:MAX_QUOTED_WORDS])

@@ -122,6 +122,27 @@ def test_a_prompt_is_said_to_be_ignored(models, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_prompt_that_the_text_encoder_truncates_is_named(models, tmp_path, capsys):
+    flags = ["--ckpt", str(models["txt2img"]), "--steps", "1", "--n_samples", "1", "--n_iter", "1"]
+    size = ["--H", "64", "--W", "64", "--outdir", str(tmp_path)]
+    main(["txt2img", *flags, *size, "--prompt", "word " * 74 + "straw-berries and cream"])
+    assert (
+        "longer than 75 tokens: `straw-berries and cream …` is left out" in capsys.readouterr().err
+    )
+    assert main(["txt2img", *flags, *size, "--syntax", "a1111", "--prompt", "a (cat:1.2)"]) == 1
+    assert "supports the syntax `plain` only (--syntax)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["class2img", "txt2img", "uncond2img"])
+def test_models_are_converted_to_files_only(task, models, tmp_path, capsys):
+    assert main(["convert", str(models[task]), str(tmp_path / "x.safetensors")]) == 0
+    original, converted = ldm.load(models[task]), ldm.load(tmp_path / "x.safetensors")
+    expected = original.state_dict()
+    assert all(torch.equal(value, expected[n]) for n, value in converted.state_dict().items())
+    assert main(["convert", str(models[task]), str(tmp_path / "folder")]) == 1
+    assert "converted to files only, not to folders" in capsys.readouterr().err
+
+
 def test_models_of_other_tasks_are_named(models, capsys):
     assert main(["txt2img", "--ckpt", str(models["upscale"]), "--prompt", "a cat"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]

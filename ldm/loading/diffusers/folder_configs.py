@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ldm.encoders.bert import BERTText
 from ldm.encoders.concat_images import LowResImage, RGBDLatent
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.image import CLIPImage, ImageEmbedding
@@ -28,6 +29,7 @@ from ldm.loading.diffusers.sdxl import (
 from ldm.loading.families import CONFIG_DIR, detect_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import AutoencoderVQ
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.pipelines.families import is_sdxl
 from ldm.runtime.errors import FileFormatError, WrongFamily
@@ -99,6 +101,10 @@ V_PREDICTION_LATENT_SIZE = 96
 def make_folder_configs(model: nn.Module, spec: JsonMapping) -> FolderFiles:
     """Return the configs and tokenizer files of a folder, for a model and its translated config."""
     params = spec["params"]
+    autoencoder = model.autoencoder if isinstance(model, LatentDiffusion) else model
+    text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
+    if isinstance(autoencoder, AutoencoderVQ) or isinstance(text, BERTText):
+        raise WrongFamily("models of latent-diffusion are converted to files only, not to folders")
     if not isinstance(model, LatentDiffusion):
         # diffusers takes sample_size for the size of tiles; 512 is Stable Diffusion's.
         return {"config.json": networks.make_vae_config(params, None, 512)}
@@ -240,7 +246,8 @@ def _find_model_pipeline(model: LatentDiffusion) -> str:
         return "variations"
     names = list(model.conditioner.encoders)
     keys = set(names) - {"text", "level"}  # the level is an addition to lowres or rgbd
-    if len(keys) > 1 or not keys <= PIPELINES.keys() or "text" not in names:
+    has_text = isinstance(model.conditioner.text, TextEncoder)
+    if len(keys) > 1 or not keys <= PIPELINES.keys() or not has_text:
         raise WrongFamily(f"diffusers has no pipeline for {', '.join(names) or 'no condition'}")
     if keys:
         return keys.pop()
