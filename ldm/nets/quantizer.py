@@ -5,12 +5,14 @@ Van den Oord et al. 2017 (arXiv:1711.00937); Esser et al. 2021 (arXiv:2012.09841
 
 from typing import NamedTuple
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 __all__ = ["Quantized", "VectorQuantizer"]
 
 COMMITMENT_WEIGHT = 0.25  # beta of the paper
+MAX_DISTANCES = 1 << 24  # computed at once: 64 MB
 
 
 class Quantized(NamedTuple):
@@ -60,12 +62,15 @@ class VectorQuantizer(nn.Module):
     def find_nearest(self, z: Tensor) -> Tensor:
         """Return the indices (B, h, w) of the nearest vectors to those of z (B, C, h, w)."""
         weight = self.embedding.weight.float()  # (K, C)
+        squared_norms = weight.square().sum(dim=1)
         vectors = rearrange(z, "b c h w -> (b h w) c").float()
-        # |v|² + |e|² - 2 v·e in float32; ties go to the smallest index.
-        distances = vectors.square().sum(dim=1, keepdim=True) + weight.square().sum(dim=1)
-        distances = distances.addmm(vectors, weight.T, alpha=-2)  # (B h w, K)
+        indices = []
+        for block in vectors.split(max(1, MAX_DISTANCES // len(weight))):
+            # |v|² + |e|² - 2 v·e in float32; ties go to the smallest index.
+            distances = block.square().sum(dim=1, keepdim=True) + squared_norms  # (n, K)
+            indices.append(distances.addmm(block, weight.T, alpha=-2).argmin(dim=1))
         batch_size, _, height, width = z.shape
-        return distances.argmin(dim=1).view(batch_size, height, width)
+        return torch.cat(indices).view(batch_size, height, width)
 
     def get_vectors(self, indices: Tensor) -> Tensor:
         """Return the vectors (B, C, h, w) of indices (B, h, w)."""

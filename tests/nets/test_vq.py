@@ -44,6 +44,14 @@ def test_encoding_and_decoding_equal_the_recorded_ones(case, decoded):
     assert torch.equal(quantized.indices.flatten(), golden.outputs(case)["indices"])
 
 
+def test_blocks_of_positions_give_the_same_indices(monkeypatch):
+    torch.manual_seed(0)
+    quantizer, z = VectorQuantizer(32, 3), torch.randn(2, 3, 5, 7)
+    expected = quantizer.find_nearest(z)
+    monkeypatch.setattr("ldm.nets.quantizer.MAX_DISTANCES", 32 * 4)
+    assert torch.equal(quantizer.find_nearest(z), expected)
+
+
 def test_the_first_of_equally_near_vectors_is_taken_in_float16_too():
     quantizer = VectorQuantizer(3, 2).half()
     quantizer.embedding.weight.data = torch.tensor([[2.0, 0], [0, 2], [0, 2]]).half()
