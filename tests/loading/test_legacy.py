@@ -223,7 +223,6 @@ def test_parameters_that_a_family_does_not_support_are_refused(name, changes, me
     "target",
     [
         "taming.models.vqgan.GumbelVQ",
-        "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
         "ldm.modules.encoders.modules.FrozenCLIPTextEmbedder",
         "ldm.modules.encoders.modules.FrozenT5Embedder",
         "ldm.models.diffusion.ddpm.Layout2ImgDiffusion",
