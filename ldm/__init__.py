@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         depth2img,
         img2img,
         inpaint,
+        knn2img,
         layout2img,
         sample,
         semantic2img,
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SAMPLERS", "Upscaling", "__version__", "class2img", "depth2img", "img2img", "inpaint",
-    "instantiate", "layout2img", "load", "load_preview", "sample", "semantic2img", "set_loras",
-    "super_resolve", "txt2img", "unclip", "uncond2img", "upscale", "upscale_latent", "upscale_rgbd",
-    "vary",
+    "instantiate", "knn2img", "layout2img", "load", "load_preview", "sample", "semantic2img",
+    "set_loras", "super_resolve", "txt2img", "unclip", "uncond2img", "upscale", "upscale_latent",
+    "upscale_rgbd", "vary",
 ]  # fmt: skip
 
 install_finder()  # of the original's module names; imports none of them

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioning import Config
+from ldm.encoders import tokenizer
 from ldm.nets import cpu
 from ldm.nets.attention import attention
 from ldm.nets.blocks import CheckpointedLayer, Conv2d, Layer, LayerNorm, Linear
@@ -203,6 +204,17 @@ class CLIP(OpenCLIPTower):
         super().__init__(**text)
         shared = {"embed_dim": text["embed_dim"], "quick_gelu": text.get("quick_gelu", False)}
         self.visual = VisionTower(**vision, **shared)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return embeddings (B, embed_dim), not normalized, of texts truncated to 77 tokens."""
+        context_length = len(self.positional_embedding)
+        tokens = tokenizer.tokenize(texts, tokenizer.OPEN_CLIP, context_length)
+        tokens = tokens.to(self.text_projection.device)
+        eos_positions = (tokens == tokenizer.EOS_ID).int().argmax(dim=1)
+        _, pooled = self(tokens, len(self.blocks), eos_positions=eos_positions)
+        assert isinstance(pooled, Tensor)
+        return pooled
 
 
 class OpenCLIPBlock(CheckpointedLayer):

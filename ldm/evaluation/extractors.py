@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.encoders import tokenizer
 from ldm.encoders.image import normalize_pixels
 from ldm.encoders.towers import CLIP
 from ldm.evaluation.metrics import cosine_similarity
@@ -120,13 +119,7 @@ class CLIPScorer:
     @torch.inference_mode()
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
         """Return embeddings (N, D), not normalized, of prompts truncated to 77 tokens."""
-        context_length = len(self.clip.positional_embedding)
-        tokens = tokenizer.tokenize(prompts, tokenizer.OPEN_CLIP, context_length)
-        tokens = tokens.to(self.clip.text_projection.device)
-        eos_positions = (tokens == tokenizer.EOS_ID).int().argmax(dim=1)
-        _, pooled = self.clip(tokens, len(self.clip.blocks), eos_positions=eos_positions)
-        assert isinstance(pooled, Tensor)
-        return pooled.cpu()
+        return self.clip.embed_texts(prompts).cpu()
 
 
 def preprocess_for_inception(image: Image.Image, resize: str) -> Tensor:

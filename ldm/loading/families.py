@@ -151,7 +151,7 @@ FAMILIES = (
     Family("ldm-inpainting", "the inpainting model of latent-diffusion", 7, None, None, "eps",
            "inpainting_big", task="inpaint", model_channels=256),
     Family("ldm-retrieval", "a retrieval-augmented model of latent-diffusion", 16, 768, None, "eps",
-           "", task="", model_channels=448),
+           "rdm768x768", task="knn2img", model_channels=448),
     Family("sdxl-pix2pix", "Stable Diffusion XL InstructPix2Pix", 8, 2048, 2816, "eps", "",
            task=""),
 )

@@ -26,7 +26,7 @@ __all__ = [
 LATENT_DIFFUSION = "ldm.model.LatentDiffusion"
 AUTOENCODER = "ldm.nets.autoencoder.AutoencoderKL"
 BERT_TEXT, CLASS_EMBEDDER = "ldm.encoders.bert.BERTText", "ldm.encoders.labels.ClassEmbedder"
-CLIP_IMAGE = "ldm.encoders.image.CLIPImage"
+CLIP_IMAGE, IDENTITY_ENCODER = "ldm.encoders.image.CLIPImage", "ldm.encoders.labels.IdentityEncoder"
 IDENTITY = "torch.nn.Identity"
 IMAGE_MODULE, CONCAT_MODULE = "ldm.encoders.image.", "ldm.encoders.concat_images."
 SPATIAL_RESCALER = CONCAT_MODULE + "SpatialRescaler"
@@ -70,7 +70,7 @@ OUR_CLASSES = {
     ),
     CLASS_EMBEDDER: (SGM_ENCODERS + "ClassEmbedder", LDM_ENCODERS + "ClassEmbedder"),
     BERT_TEXT: (LDM_ENCODERS + "BERTEmbedder", LDM_ENCODERS + "TransformerEmbedder"),
-    "ldm.encoders.labels.IdentityEncoder": (SGM_ENCODERS + "IdentityEncoder",),
+    IDENTITY_ENCODER: (SGM_ENCODERS + "IdentityEncoder",),
     IMAGE_MODULE + "OpenCLIPImage": (LDM_ENCODERS + "FrozenOpenCLIPImageEmbedder",),
     CLIP_IMAGE: (
         LDM_ENCODERS + "ClipImageEmbedder", LDM_ENCODERS + "FrozenCLIPImageEmbedder",
@@ -150,7 +150,8 @@ UNSUPPORTED_CLASSES = {
 # Encoders of latent-diffusion, which train with the UNet if `cond_stage_trainable` is set.
 TRAINABLE_ENCODERS = (BERT_TEXT, CLASS_EMBEDDER, SPATIAL_RESCALER)
 UNCONDITIONAL, FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"  # `cond_stage_config`
-CLASS_KEY, LOW_RES_KEY = "class_label", "lr"  # batch keys of class labels and low-res images
+# Batch keys of class labels, low-res images, and a context that the caller passes.
+CLASS_KEY, LOW_RES_KEY, CONTEXT_KEY = "class_label", "lr", "context"
 ORIGINAL_LOW_RES_KEY = "LR_image"
 # Classes of ImageNet, and one more: the unconditional class, which is the last.
 NUM_CLASSES_WITH_NULL = 1001
@@ -164,6 +165,7 @@ DEFAULTS: Mapping[str, JsonObject] = {
     CONCAT_MODULE + "PatchesToChannels": NOISY_DEFAULTS,
     SPATIAL_RESCALER: NOISY_DEFAULTS,
     CLIP_IMAGE: {"scale": 3.0},
+    IDENTITY_ENCODER: {"scale": 5.0},
 }
 UNCLIP_DEFAULTS = {"steps": 20}  # of the original's page
 # The same for LDM3D and LDM3D-SR, from their pipelines in diffusers.
@@ -316,7 +318,11 @@ class _ModelTranslator:
             # The original's default, as `concat_mode` is true by default.
             is_concat = self.params.get("concat_mode", True)
             default = "concat" if is_concat and target != UNCONDITIONAL else ""
-            if (self.params.get("conditioning_key") or default) != "concat":
+            conditioning = self.params.get("conditioning_key") or default
+            if target == IDENTITY and conditioning == "crossattn":
+                params = {"key": CONTEXT_KEY}
+                return {"context": {"target": IDENTITY_ENCODER, "params": params}}
+            if conditioning != "concat":
                 return {}
             if target == FIRST_STAGE:
                 return {"masked": {"target": CONCAT_MODULE + "BlackMaskedImage", "params": {}}}

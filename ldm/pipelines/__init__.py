@@ -2,7 +2,9 @@
 
 tasks               txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd, upscale_latent
 variations          unclip, vary, and the Karlo prior
-unprompted          class2img, uncond2img, semantic2img, layout2img, super_resolve
+unprompted          class2img, uncond2img, semantic2img, layout2img, super_resolve,
+                    knn2img
+retrieval           neighbors of a prompt, for knn2img
 task                their decorator, which checks model and keywords
 arguments           checks of the types of their arguments
 options             their keywords; those for prompts, SDXL, … are in the modules that read them
@@ -33,6 +35,7 @@ from ldm.pipelines.tasks import (
 )
 from ldm.pipelines.unprompted import (
     class2img,
+    knn2img,
     layout2img,
     semantic2img,
     super_resolve,
@@ -55,6 +58,7 @@ __all__ = [
     "img2img",
     "inpaint",
     "invert",
+    "knn2img",
     "layout2img",
     "make_noise_source",
     "make_seeded_noise_source",

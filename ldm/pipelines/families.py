@@ -8,7 +8,6 @@ from torch import nn
 
 from ldm.conditioning import Conditioner
 from ldm.model import LatentDiffusion
-from ldm.nets.unet import UNet
 from ldm.runtime.errors import ArgumentError, WrongFamily
 
 __all__ = [
@@ -54,6 +53,7 @@ FAMILIES = {
     "super-resolution": Family({"lr"}, "a super-resolution model", "super_resolve"),
     "semantic": Family({"segmentation"}, "a semantic synthesis model", "semantic2img"),
     "layout": Family({"coordinates_bbox"}, "a layout model", "layout2img"),
+    "retrieval": Family({"context"}, "a retrieval-augmented model", "knn2img"),
     "class": Family({"class_label"}, "a class-conditional model", "class2img"),
     "unconditional": Family(frozenset(), "an unconditional model", "uncond2img"),
 }
@@ -83,11 +83,6 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
     """Raise WrongFamily unless the model is of one of the families."""
     check_model(model)
     name = find_family(model.conditioner)
-    if name == "unconditional" and isinstance(model.unet, UNet) and model.unet.context_dim:
-        raise WrongFamily(
-            f"{quote_name(model)} reads a context that no task provides: use `ldm.sample` and "
-            "`model.decode`"
-        )
     if name in families:
         return
     if name is None:

@@ -84,8 +84,9 @@ def _check_initial_latent(model: LatentDiffusion, arguments: TaskArguments) -> N
 
 
 def count_images(arguments: Mapping[str, object]) -> int:
-    """Return the number of images that a task makes: that of prompts or classes, or `n`."""
-    rows = arguments.get("prompts", arguments.get("classes"))
+    """Return the number of images of a task: that of prompts, classes or embeddings, or `n`."""
+    names = ("prompts", "classes", "embeddings")
+    rows = next((arguments[name] for name in names if name in arguments), None)
     return len(rows) if isinstance(rows, Sized) else cast(int, arguments.get("n", 1))
 
 

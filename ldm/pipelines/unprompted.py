@@ -5,6 +5,7 @@ uncond2img        nothing                 unconditional models
 semantic2img      segmentation map        semantic synthesis models
 layout2img        boxes of objects        layout models
 super_resolve     low-res image           super-resolution models
+knn2img           CLIP embeddings         retrieval-augmented models
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ldm.encoders.boxes import tokenize_boxes
 from ldm.encoders.concat_images import SpatialRescaler
 from ldm.encoders.labels import ClassEmbedder
 from ldm.model import LatentDiffusion
+from ldm.nets.unet import UNet
 from ldm.pipelines.families import quote_name
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.options import UnguidedOptions, select_sampling_options
@@ -30,8 +32,9 @@ from ldm.pipelines.sampling_options import get_default_scale, get_latent_shape, 
 from ldm.pipelines.task import task
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["class2img", "layout2img", "semantic2img", "super_resolve", "uncond2img"]
+__all__ = ["class2img", "knn2img", "layout2img", "semantic2img", "super_resolve", "uncond2img"]
 
+CONTEXT_KEY = "context"  # batch key of a context that is given
 MAX_UNTILED_SIDE = 128  # latent pixels that the original's super-resolution runs on at once
 
 
@@ -169,6 +172,37 @@ def super_resolve(
     cond = model.condition({key: image.to(model.device, model.dtype)}).repeat(n)
     height, width = (side * model.downscale_factor for side in image.shape[-2:])
     return _sample_and_decode(model, cond, None, n, 1.0, (height, width), tile, options)
+
+
+@task("retrieval")
+def knn2img(
+    model: LatentDiffusion,
+    embeddings: Sequence[Tensor],
+    *,
+    scale: GuidanceScale | None = None,
+    size: tuple[int, int] | None = None,
+    tile: int | None = None,
+    **options: Unpack[UnguidedOptions],
+) -> Tensor:
+    """Make one image per set of CLIP embeddings.
+
+    Args:
+        embeddings: Of each image, (N, D): embeddings of the prompt and of its neighbors, see
+            `ldm.pipelines.retrieval`; a tensor (B, N, D). They are normalized here.
+        scale: Guidance scale, away from embeddings of zeros; 1 = no guidance, None = the model's
+            default.
+        size, tile, options: See `txt2img`.
+    """
+    scale = get_default_scale(model, options.get("sampler")) if scale is None else scale
+    tokens = F.normalize(torch.stack([*embeddings]).to(model.device, torch.float32), dim=-1)
+    assert isinstance(model.unet, UNet)
+    if tokens.dim() != 3 or tokens.shape[-1] != model.unet.context_dim:
+        message = f"embeddings must be tensors (N, {model.unet.context_dim}) for each image"
+        raise ArgumentError(f"{message}, got {tuple(tokens.shape)}", "embeddings")
+    cond = model.condition({CONTEXT_KEY: tokens})  # (B, N, D)
+    is_guided = needs_uncond(model, options.get("sampler"), scale)
+    uncond = Cond(crossattn=torch.zeros_like(tokens)) if is_guided else None
+    return _sample_and_decode(model, cond, uncond, len(tokens), scale, size, tile, options)
 
 
 def _check_classes(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from checkerhelp import write_safety_checker
 from goldfile import load_golden
 from imagehelp import write_random_lora
+from ldm.encoders.towers import CLIP
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, instantiate, read_yaml
@@ -50,6 +51,7 @@ LDM_MODELS = {
     "inpainting_big": ("ldm_concat", "config_inpaint"),
     "semantic_synthesis256": ("ldm_concat", "config_semantic"),
     "layout2img-openimages256": ("ldm_layout", "config"),
+    "rdm768x768": ("ldm_rdm", "config"),
 }
 HUB_OWNER = "Intel"  # of the LDM3D models
 UPSCALER_CONFIG = "configs/stable-diffusion/x2-latent-upscaler.yaml"
@@ -98,6 +100,7 @@ def write_stand_ins(folder: Path) -> None:
         written.rename(target)
     _write_upscaler(folder)
     _write_ldm_models(folder)
+    _write_clip(folder / "ViT-L-14.pt")
     sd1 = load(ckpt=folder / "v1-5-pruned.ckpt")
     state, prefix = restore_names(sd1.state_dict()), "first_stage_model."
     vae = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
@@ -146,10 +149,17 @@ def _write_ldm_models(folder: Path) -> None:
         if "n_classes" in str(cond_stage):
             cond_stage["params"]["n_classes"] = 1001
         state = restore_names(instantiate(config).state_dict())
-        target = folder / "models/ldm" / name
+        target = folder / ("models/rdm" if name.startswith("rdm") else "models/ldm") / name
         target.mkdir(parents=True)
         torch.save({"state_dict": fill(state, name)}, target / "model.ckpt")
         (target / "config.yaml").write_text(format_yaml({"model": config}))
+
+
+def _write_clip(path: Path) -> None:
+    """Write a CLIP for the small retrieval-augmented model."""
+    text = {"width": 64, "heads": 1, "layers": 1, "embed_dim": 32}
+    vision = {"image_size": 16, "patch_size": 8, "width": 64, "heads": 1, "layers": 1}
+    torch.save(CLIP(text, vision).state_dict(), path)
 
 
 def _write_upscaler(folder: Path) -> None:

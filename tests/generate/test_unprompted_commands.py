@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import ldm
 from goldfile import load_golden
 from ldm.commands.main import main
+from ldm.encoders.towers import CLIP
 from ldm.generate.command_line import parse_request, to_argv
 from ldm.generate.tasks import PAGE_TASKS, TASKS
 from ldm.imaging.metadata import read_info
@@ -24,6 +26,7 @@ MODELS = {
     "upscale": ("ldm_concat", "config_sr"),
     "inpaint": ("ldm_concat", "config_inpaint"),
     "txt2img": ("ldm_text2img", "config"),
+    "knn2img": ("ldm_rdm", "config"),
 }
 
 
@@ -39,6 +42,23 @@ def models(tmp_path_factory):
         torch.save({"state_dict": weights}, folder / task / "model.ckpt")
         (folder / task / "config.yaml").write_text(json.dumps({"model": config}))
     return {task: folder / task for task in MODELS}
+
+
+def write_clip(path):
+    """Write a CLIP with embeddings of 32 features."""
+    text = {"width": 64, "heads": 1, "layers": 1, "embed_dim": 32}
+    vision = {"image_size": 16, "patch_size": 8, "width": 64, "heads": 1, "layers": 1}
+    save_file(CLIP(text, vision).state_dict(), path)
+    return str(path)
+
+
+def write_database(folder):
+    """Write a database of two files, as that of the original."""
+    folder.mkdir()
+    for seed, name in enumerate(("part_0.npz", "part_1.npz")):
+        values = np.random.default_rng(seed).normal(size=(4, 32)).astype(np.float32)
+        np.savez(folder / name, embedding=values, img_id=np.arange(4))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +79,27 @@ def inputs(tmp_path_factory):
         "upscale": ["--init-img", paths["small.png"]],
         "inpaint": ["--init-img", paths["small.png"], "--mask", paths["mask.png"]],
         "txt2img": ["--prompt", "a virus", "--n_iter", "1", "--H", "64", "--W", "64"],
+        "knn2img": [
+            "--prompt",
+            "a bear",
+            "--clip",
+            write_clip(folder / "clip.safetensors"),
+            "--database",
+            write_database(folder / "database"),
+            "--knn",
+            "3",
+            "--H",
+            "64",
+            "--W",
+            "64",
+        ],
     }
 
 
 SIZES = {  # (width, height) of the images
     "class2img": (32, 32), "uncond2img": (32, 32), "semantic2img": (48, 32),
     "layout2img": (32, 32), "upscale": (192, 128), "inpaint": (48, 32), "txt2img": (64, 64),
+    "knn2img": (64, 64),
 }  # fmt: skip
 
 
@@ -94,6 +129,7 @@ def test_each_class_has_its_own_images(models, inputs, tmp_path):
         ("semantic2img", [], "a segmentation map is missing (--segmentation)"),
         ("layout2img", ["--layout", "none.json"], "no file `none.json`"),
         ("upscale", [], "an input image is missing (--init-img)"),
+        ("knn2img", [], "a CLIP is missing, such as ViT-L-14.pt (--clip)"),
     ],
 )
 def test_wrong_inputs_are_named_in_one_line(task, flags, message, models, tmp_path, capsys):
@@ -143,6 +179,13 @@ def test_models_are_converted_to_files_only(task, models, tmp_path, capsys):
     assert "converted to files only, not to folders" in capsys.readouterr().err
 
 
+def test_a_file_that_is_not_a_database_is_refused(models, inputs, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", vectors=np.zeros((4, 32)))
+    flags = [*inputs["knn2img"], "--database", str(tmp_path / "x.npz")]
+    assert main(["knn2img", "--ckpt", str(models["knn2img"]), *flags]) == 1
+    assert "has no array `embedding` of numbers (--database)" in capsys.readouterr().err
+
+
 def test_models_of_other_tasks_are_named(models, capsys):
     assert main(["txt2img", "--ckpt", str(models["upscale"]), "--prompt", "a cat"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -156,5 +199,5 @@ def test_classes_are_read_back_from_their_command_line():
 
 
 def test_the_page_leaves_these_tasks_out():
-    names = {"class2img", "uncond2img", "semantic2img", "layout2img"}
+    names = {"class2img", "uncond2img", "semantic2img", "layout2img", "knn2img"}
     assert TASKS.keys() - PAGE_TASKS.keys() == names

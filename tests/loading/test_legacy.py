@@ -159,10 +159,13 @@ def test_given_betas_make_the_schedule():
 IDENTITY = {"target": "torch.nn.Identity", "params": {}}
 
 
-@pytest.mark.parametrize("cond_stage", ["__is_unconditional__", "__is_first_stage__", IDENTITY])
-def test_models_without_text_have_no_encoder(cond_stage):
+@pytest.mark.parametrize(
+    ("cond_stage", "names"),
+    [("__is_unconditional__", []), ("__is_first_stage__", []), (IDENTITY, ["context"])],
+)
+def test_models_without_text_have_no_text_encoder(cond_stage, names):
     spec = translate_params(read_params() | {"cond_stage_config": cond_stage})
-    assert spec["params"]["conditioner"]["params"] == {}
+    assert list(spec["params"]["conditioner"]["params"]) == names
 
 
 def test_the_first_stage_of_pixel_space_skips_the_originals_parameter():

@@ -28,13 +28,13 @@ TASKS = {
     "semantic2img": ({"semantic"}, 1),
     "layout2img": ({"layout"}, 1),
     "super_resolve": ({"super-resolution"}, 1),
+    "knn2img": ({"retrieval"}, 1),
 }
 
 
 def make_model(keys):
     model = LatentDiffusion.__new__(LatentDiffusion)
     model.conditioner = SimpleNamespace(keys=frozenset(keys))
-    model.unet = None
     model.provenance = {}
     return model
 

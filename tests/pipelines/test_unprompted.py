@@ -9,7 +9,7 @@ import ldm
 from goldfile import load_golden
 from ldm.encoders.concat_images import MaskedImage
 from ldm.loading.weight_names import rename_weights, restore_names
-from ldm.pipelines import WrongFamily
+from ldm.pipelines.retrieval import find_neighbors
 from ldm.runtime.errors import ArgumentError
 
 
@@ -187,9 +187,23 @@ def test_segmentation_maps_are_checked():
             ldm.semantic2img(model, labels, steps=1)
 
 
-def test_a_model_whose_context_no_encoder_makes_is_not_unconditional():
-    golden = load_golden("ldm_class")
-    config = copy.deepcopy(golden.meta["config"])
-    config["params"]["cond_stage_config"] = {"target": "torch.nn.Identity"}
-    with pytest.raises(WrongFamily, match="reads a context that no task provides"):
-        ldm.uncond2img(ldm.instantiate(config))
+@pytest.mark.parametrize("case", ["text_only", "neighbours"])
+def test_embeddings_and_their_neighbors_are_sampled_as_recorded(case):
+    golden = load_golden("ldm_rdm")
+    model, shared = build(golden), golden.select("shared/")
+    tokens, options = shared["clip_text"][:, None], {"size": (64, 64), "steps": 4}
+    if case == "neighbours":
+        neighbors = find_neighbors(shared["clip_text"], shared["database_embedding"], 4)
+        golden.assert_close(case, nn_embeddings=neighbors)
+        tokens = torch.cat([tokens, neighbors], dim=1)
+        options |= {"scale": 3.0, "eta": 1.0}
+    latents, _ = run(ldm.knn2img, model, tokens, draws=golden.draws(case), **options)
+    golden.assert_close(case, latents=latents[None])
+
+
+def test_embeddings_are_checked():
+    model = build(load_golden("ldm_rdm"))
+    with pytest.raises(ArgumentError, match=r"embeddings must be tensors \(N, 32\) for each image"):
+        ldm.knn2img(model, torch.zeros(2, 1, 16), steps=1)
+    with pytest.raises(ArgumentError, match="the database has 3 images, not 4"):
+        find_neighbors(torch.ones(1, 8), torch.ones(3, 8), 4)

@@ -8,7 +8,7 @@ __all__ = ["PAGE_TASKS", "TASKS", "PreparedTask", "Task"]
 
 MODULES = (
     "txt2img", "img2img", "inpaint", "depth2img", "upscale", "unclip", "class2img", "uncond2img",
-    "semantic2img", "layout2img",
+    "semantic2img", "layout2img", "knn2img",
 )  # fmt: skip
 TASKS: dict[str, Task] = {name: import_module(f"{__name__}.{name}").TASK for name in MODULES}
 PAGE_TASKS = {name: task for name, task in TASKS.items() if task.is_on_page}
