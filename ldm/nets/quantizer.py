@@ -65,10 +65,11 @@ class VectorQuantizer(nn.Module):
         squared_norms = weight.square().sum(dim=1)
         vectors = rearrange(z, "b c h w -> (b h w) c").float()
         indices = []
-        for block in vectors.split(max(1, MAX_DISTANCES // len(weight))):
-            # |v|² + |e|² - 2 v·e in float32; ties go to the smallest index.
-            distances = block.square().sum(dim=1, keepdim=True) + squared_norms  # (n, K)
-            indices.append(distances.addmm(block, weight.T, alpha=-2).argmin(dim=1))
+        with torch.autocast(z.device.type, enabled=False):
+            for block in vectors.split(max(1, MAX_DISTANCES // len(weight))):
+                # |v|² + |e|² - 2 v·e in float32; ties go to the smallest index.
+                distances = block.square().sum(dim=1, keepdim=True) + squared_norms  # (n, K)
+                indices.append(distances.addmm(block, weight.T, alpha=-2).argmin(dim=1))
         batch_size, _, height, width = z.shape
         return torch.cat(indices).view(batch_size, height, width)
 

@@ -52,6 +52,15 @@ def test_blocks_of_positions_give_the_same_indices(monkeypatch):
     assert torch.equal(quantizer.find_nearest(z), expected)
 
 
+def test_the_nearest_vectors_are_found_in_float32_in_mixed_precision_too():
+    torch.manual_seed(0)
+    quantizer, z = VectorQuantizer(512, 3), torch.randn(1, 3, 16, 16)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    expected = quantizer.find_nearest(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.find_nearest(z), expected)
+
+
 def test_the_first_of_equally_near_vectors_is_taken_in_float16_too():
     quantizer = VectorQuantizer(3, 2).half()
     quantizer.embedding.weight.data = torch.tensor([[2.0, 0], [0, 2], [0, 2]]).half()
