@@ -23,6 +23,7 @@ from ldm.pipelines.sampling_options import (
 )
 from ldm.pipelines.sdxl import REFINER_SIZE_MULTIPLE, SDXLOptions, check_sdxl
 from ldm.prompts import PLAIN, check_syntax
+from ldm.runtime.errors import ArgumentError
 
 __all__ = [
     "GuidedOptions", "TaskArguments", "TaskOptions", "TextOptions", "UnguidedOptions",
@@ -72,9 +73,7 @@ def _check_initial_latent(model: LatentDiffusion, arguments: TaskArguments) -> N
         if find_family(model.conditioner) in ("upscaling", "latent-upscaling", "super-resolution"):
             return  # their latents are larger than the image
         multiple = (
-            REFINER_SIZE_MULTIPLE
-            if arguments.get("refiner") is not None
-            else model.downscale_factor
+            REFINER_SIZE_MULTIPLE if arguments.get("refiner") is not None else model.size_multiple
         )
         height, width = (side + -side % multiple for side in image.shape[-2:])
         size = height, width
@@ -112,6 +111,9 @@ def _select(options: Mapping[str, object], names: Collection[str]) -> dict[str, 
 
 def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     """Raise ArgumentError for a keyword whose value is invalid, or that the model does not take."""
+    if count_images(arguments) < 1:
+        name = "classes" if "classes" in arguments else "n"
+        raise ArgumentError(f"{name} must be of at least one image", name)
     sampling = select_sampling_options(arguments)
     sampler = sampling.get("sampler") or model.defaults.sampler
     guidance_rescale = sampling.get("guidance_rescale", 0.0)

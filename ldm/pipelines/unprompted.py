@@ -31,6 +31,7 @@ from ldm.pipelines.sampling import sample
 from ldm.pipelines.sampling_options import get_default_scale, get_latent_shape, needs_uncond
 from ldm.pipelines.task import task
 from ldm.runtime.errors import ArgumentError
+from ldm.runtime.warn import warn_caller
 
 __all__ = ["class2img", "knn2img", "layout2img", "semantic2img", "super_resolve", "uncond2img"]
 
@@ -61,6 +62,8 @@ def class2img(
     embedder = model.conditioner.get(ClassEmbedder)
     scale = get_default_scale(model, options.get("sampler")) if scale is None else scale
     _check_classes(model, embedder, classes, "classes")
+    if unconditional_class is not None:
+        _check_classes(model, embedder, [unconditional_class], "unconditional_class")
     uncond = None
     if needs_uncond(model, options.get("sampler"), scale):
         label = embedder.null if unconditional_class is None else unconditional_class
@@ -70,8 +73,9 @@ def class2img(
                 "unconditional_class, or scale 1",
                 "unconditional_class",
             )
-        _check_classes(model, embedder, [label], "unconditional_class")
         uncond = _embed_classes(model, embedder, [label] * len(classes))
+    elif unconditional_class is not None:
+        warn_caller("unconditional_class has no effect without guidance")
     cond = _embed_classes(model, embedder, classes)
     return _sample_and_decode(model, cond, uncond, len(classes), scale, size, tile, options)
 

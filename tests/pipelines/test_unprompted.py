@@ -150,7 +150,9 @@ def class_model():
         ([11], {}, "classes of this are 0 … 10, got 11"),
         ([1], {"scale": 3}, "this has no unconditional class: guidance needs unconditional_class"),
         ([1], {"scale": 3, "unconditional_class": 11}, "classes of this are 0 … 10, got 11"),
+        ([1], {"unconditional_class": 11}, "classes of this are 0 … 10, got 11"),
         (["cat"], {}, "classes must be a list of whole numbers"),
+        ([], {}, "classes must be of at least one image"),
         ([1], {"syntax": "a1111"}, "syntax needs a model that reads prompts"),
         ([1], {"size": (30, 32)}, "multiples of 4, got 30 x 32"),
     ],
@@ -164,6 +166,8 @@ def test_a_class_needs_no_guidance(class_model):
     assert class_model.defaults.scale == 1
     image = ldm.class2img(class_model, [3], steps=1, seeds=1)
     assert torch.equal(image, ldm.class2img(class_model, [3], steps=1, seeds=1, scale=1))
+    with pytest.warns(UserWarning, match="unconditional_class has no effect without guidance"):
+        ldm.class2img(class_model, [3], steps=1, unconditional_class=10)
 
 
 def test_an_inpainting_model_without_text_refuses_guidance():
@@ -172,8 +176,15 @@ def test_an_inpainting_model_without_text_refuses_guidance():
     with pytest.raises(ArgumentError, match="reads no prompts"):
         ldm.inpaint(model, [""], image, mask, steps=1, scale=7)
     with pytest.warns(UserWarning, match="reads no prompts: ignored"):
-        image = ldm.inpaint(model, ["a cat"], image[..., :30], mask[..., :30], steps=1)
-    assert image.shape == (1, 3, 32, 30)  # padded to multiples of 8 latent pixels, and cropped
+        image = ldm.inpaint(model, ["a cat"], image[..., :26], mask[..., :26], steps=1)
+    assert image.shape == (1, 3, 32, 26)  # padded to multiples of 8 pixels, and cropped
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_at_least_one_image_is_made(n):
+    model = build(load_golden("ldm_uncond"), "config_vq")
+    with pytest.raises(ArgumentError, match="n must be of at least one image"):
+        ldm.uncond2img(model, n, steps=1)
 
 
 def test_segmentation_maps_are_checked():
