@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["Box", "tokenize_boxes"]
+__all__ = ["Box", "check_box", "tokenize_boxes"]
 
 NUM_TOKENS = 8192
 GRID_SIDE = 90  # the largest whose cells are among the tokens
@@ -49,7 +49,7 @@ def tokenize_boxes(boxes: Sequence[Sequence[float]], length: int) -> Tensor:
         raise ArgumentError(f"at most {max_boxes} boxes are allowed, got {len(boxes)}", "boxes")
     tokens: list[int] = []
     for values in boxes:
-        _check_box(values)
+        check_box(values)
         box = Box(int(values[0]), *values[1:])
         right, bottom = min(box.left + box.width, 1.0), min(box.top + box.height, 1.0)
         tokens += [box.category, _find_cell(box.left, box.top), _find_cell(right, bottom)]
@@ -57,7 +57,8 @@ def tokenize_boxes(boxes: Sequence[Sequence[float]], length: int) -> Tensor:
     return torch.tensor([[*tokens, _find_cell(0, 0), _find_cell(1, 1)]], device="cpu")
 
 
-def _check_box(values: Sequence[float]) -> None:
+def check_box(values: Sequence[float]) -> None:
+    """Raise ArgumentError for values that are not those of a `Box`."""
     allowed = "category, left, top, width, height, the last four as fractions of the image's sides"
     if len(values) != len(Box._fields):
         raise ArgumentError(f"a box must be {allowed}, got {tuple(values)}", "boxes")

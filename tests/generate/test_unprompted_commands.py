@@ -151,6 +151,22 @@ def test_files_that_are_not_maps_or_layouts_are_refused(mode, models, tmp_path, 
     assert flag in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ('"category": 5.5, "box": [0.1, 0.2, 0.5, 0.5]', "must be in 0 … 8190, got 5.5 (--layout)"),
+        ('"category": 5, "box": [10, 20, 50, 50]', "got (5, 10.0, 20.0, 50.0, 50.0) (--layout)"),
+    ],
+)
+def test_invalid_boxes_of_a_layout_are_named(fields, message, models, tmp_path, capsys):
+    path = tmp_path / "boxes.json"
+    path.write_text(f"[{{{fields}}}]")
+    assert main(["layout2img", "--ckpt", str(models["layout2img"]), "--layout", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert f"`{path}`: " in error
+    assert error.strip().endswith(message)
+
+
 def test_a_prompt_is_said_to_be_ignored(models, tmp_path, capsys):
     flags = ["--ckpt", str(models["uncond2img"]), "--steps", "1", "--n_samples", "1"]
     main(["uncond2img", *flags, "--prompt", "a cat", "--outdir", str(tmp_path)])

@@ -8,7 +8,7 @@ from ldm.generate.groups import Inputs
 from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import Task, UnguidedTask, select_unguided_options
-from ldm.runtime.errors import FileFormatError, MissingArgument, errors_about
+from ldm.runtime.errors import ArgumentError, FileFormatError, MissingArgument, errors_about
 from ldm.runtime.files import read_text
 
 if TYPE_CHECKING:
@@ -47,13 +47,14 @@ class Layout2ImgTask(UnguidedTask):
     ) -> "Tensor":
         from ldm import pipelines
 
-        return pipelines.layout2img(
-            model,
-            self.boxes,
-            len(prompts),
-            size=self.get_output_size(model),
-            **select_unguided_options(options),
-        )
+        with errors_about("layout"):
+            return pipelines.layout2img(
+                model,
+                self.boxes,
+                len(prompts),
+                size=self.get_output_size(model),
+                **select_unguided_options(options),
+            )
 
 
 def read_layout(path: str) -> "list[Box]":
@@ -62,14 +63,19 @@ def read_layout(path: str) -> "list[Box]":
     Raises:
         FileFormatError: It is not a list of categories and boxes.
     """
-    from ldm.encoders.boxes import Box
+    from ldm.encoders.boxes import Box, check_box
 
     try:
         objects = json.loads(read_text(path))
-        return [Box(int(item["category"]), *map(float, item["box"])) for item in objects]
+        boxes = [Box(item["category"], *map(float, item["box"])) for item in objects]
+        for box in boxes:
+            check_box(box)
+    except ArgumentError as error:
+        raise FileFormatError(f"`{path}`: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         example = '[{"category": 5, "box": [0.1, 0.2, 0.5, 0.5]}]'
         raise FileFormatError(f"`{path}` is not a layout such as {example}") from error
+    return boxes
 
 
 TASK = Task(
