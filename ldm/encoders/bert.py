@@ -32,6 +32,8 @@ HEADS, HEAD_DIM = 8, 64  # at any width
 class BERTText(Encoder):
     """Texts, or token ids, -> context (B, N, D) of the hidden states after all blocks.
 
+    Only texts are dropped in training.
+
     Args:
         n_embed: D.
         n_layer: Blocks.
@@ -43,7 +45,6 @@ class BERTText(Encoder):
 
     IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset({"device"})
     slot: Slot = "crossattn"
-    droppable = True
 
     def __init__(
         self,
@@ -58,10 +59,12 @@ class BERTText(Encoder):
         **options: Unpack[EncoderOptions],
     ) -> None:
         super().__init__(**options)
+        if use_tokenizer and self.null is None:
+            self.null = ""
+        self.droppable = self.null is not None
         self.key = key
         self.length = max_seq_len
         self.use_tokenizer = use_tokenizer
-        self.null = "" if use_tokenizer else None
         self.transformer = TokenTransformer(
             vocab_size=vocab_size,
             length=max_seq_len,

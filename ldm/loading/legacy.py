@@ -316,13 +316,12 @@ class _ModelTranslator:
             target = spec["target"]
         if target in (UNCONDITIONAL, FIRST_STAGE, IDENTITY):
             # The original's default, as `concat_mode` is true by default.
-            is_concat = self.params.get("concat_mode", True)
-            default = "concat" if is_concat and target != UNCONDITIONAL else ""
-            conditioning = self.params.get("conditioning_key") or default
-            if target == IDENTITY and conditioning == "crossattn":
+            default = "concat" if self.params.get("concat_mode", True) else ""
+            slot = self.params.get("conditioning_key") or default
+            if target == IDENTITY and slot == "crossattn":
                 params = {"key": CONTEXT_KEY}
                 return {"context": {"target": IDENTITY_ENCODER, "params": params}}
-            if conditioning != "concat":
+            if target == UNCONDITIONAL or slot != "concat":
                 return {}
             if target == FIRST_STAGE:
                 return {"masked": {"target": CONCAT_MODULE + "BlackMaskedImage", "params": {}}}

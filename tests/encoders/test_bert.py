@@ -37,6 +37,14 @@ def test_texts_are_encoded_as_recorded(golden):
     golden.assert_close("encode", z=encoder(prompts))
 
 
+def test_only_texts_are_dropped_in_training():
+    params = {"n_embed": 8, "n_layer": 1, "vocab_size": 200}
+    texts = BERTText(**params)
+    assert (texts.droppable, texts.null) == (True, "")
+    assert not BERTText(use_tokenizer=False, **params).droppable
+    assert BERTText(null="nothing", **params).null == "nothing"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["tokens_in", "transformer_embedder"])
 def test_token_ids_are_encoded_as_recorded(golden, case):

@@ -63,6 +63,12 @@ def test_encoders_of_a_config_have_the_keys_and_slots_of_its_family(name):
     assert slots == SLOTS[name]
 
 
+def test_an_unconditional_model_has_no_condition_whatever_its_conditioning_key():
+    config = read_config("celebahq-ldm-vq-4")
+    config["model"]["params"]["conditioning_key"] = "concat"
+    assert not build_on_meta(translate_config(config)["params"]["conditioner"]).encoders
+
+
 def test_defaults_are_those_of_the_scripts():
     defaults = {name: build_on_meta(read_config(name)).defaults for name in SLOTS}
     assert defaults["txt2img-1p4B-eval"].scale == 5
