@@ -10,7 +10,7 @@ from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.load import load
 from ldm.pipelines import families
-from ldm.runtime.errors import ConfigError
+from ldm.runtime.errors import ConfigError, FileFormatError
 from ldm.train.loop import train
 from ldm.train.runs.exports import export
 from ldm.train.tasks.diffusion import DiffusionTask
@@ -161,6 +161,40 @@ def test_a_missing_conditioning_image_is_named(task: str, key: str, tmp_path: Pa
     with pytest.raises(
         ConfigError, match=rf"train.transform: .* add `conditions: {{{key}: {{}}}}`"
     ):
+        build_run_from(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "encoder"),
+    [
+        ("segmentation", {"target": f"{ENCODERS}.SpatialRescaler", "params": {"n_stages": 2}}),
+        ("coordinates_bbox", {"target": f"{ENCODERS}.BERTEmbedder",
+                              "params": {"n_embed": 32, "n_layer": 1, "use_tokenizer": False}}),
+    ],
+)  # fmt: skip
+def test_inputs_that_no_data_has_are_refused(
+    key: str, encoder: dict[str, Any], tmp_path: Path
+) -> None:
+    params = {"cond_stage_key": key, "cond_stage_config": encoder}
+    conditioning = {"conditioning_key": None if key == "segmentation" else "crossattn"}
+    config = make_config("class2img", tmp_path, **params, **conditioning)
+    with pytest.raises(ConfigError, match=f"the model reads `{key}`, training on it is not supp"):
+        build_run_from(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"class_label": 1001}, r"has the `class_label` 1001, but the model's are 0 … 1000"),
+        ({}, r"has no `class_label`, which the model reads; `class_folders: true` takes it"),
+    ],
+)
+def test_class_labels_are_checked_before_training(
+    fields: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    config = make_config("class2img", tmp_path)
+    config["data"]["params"]["train"]["fields"] = fields
+    with pytest.raises(FileFormatError, match=message):
         build_run_from(config, tmp_path / "run")
 
 

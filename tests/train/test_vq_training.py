@@ -4,14 +4,17 @@ import pytest
 import torch
 
 from goldfile import load_golden
-from ldm.loading.config import instantiate
+from ldm.loading.config import instantiate, read_yaml
 from ldm.nets.lpips import LPIPS
+from ldm.train.config.settings import read_settings
+from ldm.train.memory_estimate import estimate_training_memory
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.tasks.autoencoder import (
     ReconstructionTask,
     VQAdversarialTask,
     build_autoencoder_task,
 )
+from train.tinyrun import ROOT
 
 # Relative to the largest value, as in test_autoencoder_training. Observed: 6e-6.
 TOLERANCE = 5e-5
@@ -113,3 +116,20 @@ def test_what_is_not_supported_is_named(params, message):
     model = instantiate({"target": "ldm.models.autoencoder.VQModel", "params": config})
     with pytest.raises(ValueError, match=message):
         build_autoencoder_task(model, params, {})
+
+
+def test_the_weight_of_a_loss_that_the_autoencoder_does_not_have_is_refused():
+    config = load_golden("ldm_vq").meta["config_f4"]["params"]
+    model = instantiate({"target": "ldm.models.autoencoder.VQModel", "params": config})
+    with pytest.raises(ValueError, match="unknown key `kl_weight`"):
+        build_autoencoder_task(model, {}, {"kl_weight": 0.5})
+
+
+def test_the_memory_of_training_is_estimated():
+    config = read_yaml(ROOT / "configs/autoencoder/vq-f4.yaml", [
+        "model.params.ddconfig.ch=32", "model.params.ddconfig.ch_mult=[1,1]",
+        "model.params.ddconfig.num_res_blocks=1", "model.params.n_embed=64",
+        "model.params.lossconfig={target: torch.nn.Identity}",
+        "data.params.train={root: x, transform: {name: photo, size: 16}}",
+    ])  # fmt: skip
+    assert estimate_training_memory(read_settings(config)).activations > 0

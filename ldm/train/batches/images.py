@@ -12,14 +12,16 @@ from ldm.data.drawings import EmojiTransform, list_vocabulary_texts
 from ldm.data.folder import ImageFolder, read_metadata
 from ldm.data.hub import HubDataset
 from ldm.data.shards import Shards, expand_patterns
-from ldm.data.transforms import PhotoTransform, Transform
+from ldm.data.transforms import PhotoTransform, Transform, get_class_label
+from ldm.encoders.labels import ClassEmbedder
 from ldm.encoders.text import TextEncoder, collect_vocabulary
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import ArgumentError, ConfigError, MissingFile
+from ldm.runtime.errors import ArgumentError, ConfigError, FileFormatError, MissingFile
 from ldm.runtime.types import JsonMapping
 
 __all__ = [
-    "build_transform", "check_images", "fill_vocabulary", "open_images", "warn_of_missing_captions",
+    "build_transform", "check_class_labels", "check_images", "fill_vocabulary", "open_images",
+    "warn_of_missing_captions",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -95,9 +97,29 @@ def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> No
             ids.copy_(collect_vocabulary(list_vocabulary_texts(rows), encoder))
 
 
+def check_class_labels(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
+    """Raise FileFormatError for an image in a folder whose class the model does not have."""
+    embedder = model.conditioner.find(ClassEmbedder)
+    if embedder is None or embedder.key != "class_label" or not isinstance(images, ImageFolder):
+        return
+    num_classes = embedder.embedding.num_embeddings
+    for row in images.iter_metadata():
+        label = get_class_label(row)
+        where = f"`{images.root}`: `{row['file_name']}`"
+        if label is None:
+            raise FileFormatError(
+                f"{where} has no `class_label`, which the model reads; `class_folders: true` takes "
+                "it from the folders"
+            )
+        if label >= num_classes:
+            raise FileFormatError(
+                f"{where} has the `class_label` {label}, but the model's are 0 … {num_classes - 1}"
+            )
+
+
 def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
     """Log how many photos of a folder have no caption, if the model is conditioned on text."""
-    if model.conditioner.text is None or not isinstance(images, ImageFolder):
+    if "txt" not in model.conditioner.keys or not isinstance(images, ImageFolder):
         return
     if isinstance(images.transform, PhotoTransform):
         missing = sum(not row.get("text") for row in images.iter_metadata())

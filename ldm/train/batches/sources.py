@@ -18,6 +18,7 @@ from ldm.runtime.errors import ConfigError
 from ldm.train.batches.class_images import open_class_images
 from ldm.train.batches.contexts import cache_contexts
 from ldm.train.batches.images import (
+    check_class_labels,
     check_images,
     fill_vocabulary,
     open_images,
@@ -27,6 +28,9 @@ from ldm.train.batches.latents import cache_latents
 from ldm.train.config.schema import DataOptions
 
 __all__ = ["check_data", "open_batches"]
+
+# Inputs of models of latent-diffusion that no data has.
+UNSUPPORTED_KEYS = ("segmentation", "coordinates_bbox")
 
 
 def check_data(data: DataOptions, *, allow_commands: bool = False) -> None:
@@ -65,6 +69,8 @@ def open_batches(
     images, validation = images_by_split["train"], images_by_split.get("validation")
     samples: SampleDataset | Shards = images
     if isinstance(model, LatentDiffusion):
+        for split_images in images_by_split.values():
+            check_class_labels(model, split_images)
         fill_vocabulary(model, images)
         warn_of_missing_captions(model, images)
         captioned_images = [images]
@@ -86,20 +92,22 @@ def open_batches(
 
 
 def _check_conditions(model: LatentDiffusion, data: DataOptions) -> None:
-    """Raise ConfigError if the model reads a conditioning image that a transform does not make."""
+    """Raise ConfigError if the model reads what no data has, or a transform does not make."""
     transforms = {
         "train": data.train["transform"],
         "validation": data.validation and data.validation["transform"],
         "prior": data.prior and data.prior.transform,
     }
+    for key in UNSUPPORTED_KEYS:
+        if key in model.conditioner.keys:
+            raise ConfigError(f"model: the model reads `{key}`, training on it is not supported")
     for encoder in model.conditioner.encoders.values():
-        key = encoder.source_key
+        image_key = encoder.source_key
         for name, transform in transforms.items():
-            if key and transform and key not in (transform.get("conditions") or {}):
+            if image_key and transform and image_key not in (transform.get("conditions") or {}):
                 where = f"data.params.{name}.transform"
-                raise ConfigError(
-                    f"{where}: the model reads `{key}`, add `conditions: {{{key}: {{}}}}`"
-                )
+                condition = f"`conditions: {{{image_key}: {{}}}}`"
+                raise ConfigError(f"{where}: the model reads `{image_key}`, add {condition}")
 
 
 def _to_source(

@@ -82,7 +82,8 @@ def build_autoencoder_task(
         if params.get(name, default) != default:
             raise ValueError(f"model.params.{name}: only {default} is supported")
     task_fields = fields(AdversarialTask if is_adversarial else ReconstructionTask)
-    keywords = [field.name for field in task_fields if field.kw_only]
+    unused = "kl_weight" if is_vq else "codebook_weight"
+    keywords = [field.name for field in task_fields if field.kw_only and field.name != unused]
     where = f"lightning.objective (with{'' if is_adversarial else 'out'} a discriminator)"
     check_names("key", objective, keywords, where)
     if not is_adversarial:
@@ -139,7 +140,7 @@ class ReconstructionTask(Task):
         with _record_outputs(layer for layer in layers if isinstance(layer, GroupNorm)) as outputs:
             reconstruction, latent = self.model(image, generator)
         error = reconstruction.float() - image
-        regularization, terms = _regularize(latent)
+        regularization, terms = _regularize(self.model, latent)
         is_vq = isinstance(latent, Quantized)
         edges = error.diff(dim=-2).abs().mean() + error.diff(dim=-1).abs().mean()
         loss = self.l1_weight * error.abs().mean() + self.l2_weight * error.square().mean()
@@ -314,7 +315,7 @@ class AdversarialTask(Task):
         leaf.requires_grad_(torch.is_grad_enabled())
         nll, error_terms = self._compute_nll(image, leaf)
         g = -self.discriminator(leaf).float().mean()
-        regularization, terms = _regularize(latent)
+        regularization, terms = _regularize(self.model, latent)
         factor, weight = self._disc_factor, self._regularization_weight
         d_weight = torch.zeros_like(regularization)
         gradients: list[tuple[Tensor, Tensor | float]] = [(regularization, weight)]
@@ -457,12 +458,18 @@ class VQAdversarialTask(AdversarialTask):
         return nll, {"rec_loss": nll.clone(), "p_loss": p_loss}
 
 
-def _regularize(latent: "DiagonalGaussian | Quantized") -> tuple[Tensor, dict[str, Tensor]]:
+def _regularize(
+    model: Autoencoder, latent: "DiagonalGaussian | Quantized"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the regularization of latents, the mean over the batch, and terms to log."""
     if isinstance(latent, DiagonalGaussian):
         kl = latent.kl().float().mean()
         return kl, {"kl_loss": kl}
-    counts = latent.indices.flatten().bincount().float()
+    assert isinstance(model, AutoencoderVQ)
+    indices = latent.indices.flatten()
+    # Not by `bincount`, which fake tensors do not have; they estimate memory.
+    counts = torch.zeros(model.quantize.embedding.num_embeddings, device=indices.device)
+    counts = counts.index_add(0, indices, torch.ones_like(indices, dtype=counts.dtype))
     fractions = counts / counts.sum()
     entropy = -(fractions * (fractions + 1e-10).log()).sum()
     loss = latent.loss.float()
