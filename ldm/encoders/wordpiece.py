@@ -60,7 +60,8 @@ def _split_words(text: str) -> Iterator[str]:
         if SPECIAL_TOKENS.fullmatch(piece):
             yield piece
             continue
-        cleaned = "".join(map(_clean, piece)).lower()
+        # Each character alone: a final capital sigma becomes that within words, as in the original.
+        cleaned = "".join(_clean(char).lower() for char in piece)
         decomposed = unicodedata.normalize("NFD", cleaned)
         letters = (char for char in decomposed if unicodedata.category(char) != "Mn")
         spaced = "".join(f" {char} " if _is_punctuation(char) else char for char in letters)
@@ -68,10 +69,10 @@ def _split_words(text: str) -> Iterator[str]:
 
 
 def _clean(char: str) -> str:
-    """Return a blank for white space, "" for a control character; set off ideographs."""
+    """Return a blank for white space, "" for a control or private character; set off ideographs."""
     if char in "\t\n\r" or unicodedata.category(char) == "Zs":
         return " "
-    if char == "\ufffd" or unicodedata.category(char).startswith("C"):
+    if char == "\ufffd" or unicodedata.category(char) in ("Cc", "Cf", "Co"):
         return ""
     is_ideograph = any(first <= ord(char) <= last for first, last in CJK_BLOCKS)
     return f" {char} " if is_ideograph else char

@@ -25,6 +25,12 @@ def test_texts_have_the_recorded_tokens(golden):
         assert wordpiece.tokenize([prompt]).tolist() == [ids.tolist()], prompt
 
 
+def test_unassigned_characters_are_unknown_and_private_ones_are_dropped():
+    assert wordpiece.encode("a\u0378") == [wordpiece.UNK_ID]
+    assert wordpiece.encode("a\ue000") == wordpiece.encode("a")
+    assert wordpiece.encode("ΑΣ") == wordpiece.encode("ασ")
+
+
 def test_special_tokens_are_read_in_capitals_only():
     assert wordpiece.encode("[MASK] [PAD]") == [103, 0]
     assert len(wordpiece.encode("[mask]")) == 3
