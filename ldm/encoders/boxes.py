@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["Box", "check_box", "tokenize_boxes"]
+__all__ = ["NUM_TOKENS", "Box", "check_box", "tokenize_boxes"]
 
 NUM_TOKENS = 8192
 GRID_SIDE = 90  # the largest whose cells are among the tokens

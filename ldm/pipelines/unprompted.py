@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import GuidanceScale
 from ldm.encoders.bert import BERTText
-from ldm.encoders.boxes import tokenize_boxes
+from ldm.encoders.boxes import NUM_TOKENS, tokenize_boxes
 from ldm.encoders.concat_images import SpatialRescaler
 from ldm.encoders.labels import ClassEmbedder
 from ldm.model import LatentDiffusion
@@ -147,6 +147,10 @@ def layout2img(
         size, tile, options: See `txt2img`.
     """
     encoder = model.conditioner.get(BERTText)
+    vocab_size = encoder.transformer.token_emb.num_embeddings
+    if vocab_size < NUM_TOKENS:
+        message = f"{quote_name(model)} has {vocab_size} tokens, boxes need {NUM_TOKENS}"
+        raise ArgumentError(message, "model")
     tokens = tokenize_boxes(boxes, encoder.length)
     cond = model.condition({encoder.key: tokens}).repeat(n)
     return _sample_and_decode(model, cond, None, n, 1.0, size, tile, options)

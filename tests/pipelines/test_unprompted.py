@@ -139,6 +139,13 @@ def test_layouts_are_sampled_as_recorded():
     assert ldm.layout2img(model, boxes, 2, steps=1, size=(32, 32)).shape == (2, 3, 32, 32)
 
 
+def test_a_layout_model_of_too_few_tokens_is_refused():
+    config = copy.deepcopy(load_golden("ldm_layout").meta["config"])
+    config["params"]["cond_stage_config"]["params"]["vocab_size"] = 1024
+    with pytest.raises(ArgumentError, match="this has 1024 tokens, boxes need 8192"):
+        ldm.layout2img(ldm.instantiate(config), [(5, 0.1, 0.2, 0.5, 0.5)], steps=1)
+
+
 @pytest.fixture(scope="module")
 def class_model():
     return build(load_golden("ldm_class"))
