@@ -202,6 +202,14 @@ def test_a_file_that_is_not_a_database_is_refused(models, inputs, tmp_path, caps
     assert "has no array `embedding` of numbers (--database)" in capsys.readouterr().err
 
 
+def test_a_model_without_cross_attention_refuses_loras(models, tmp_path, capsys):
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
+    flags = ["--ckpt", str(models["uncond2img"]), "--lora", str(tmp_path / "lora.safetensors")]
+    assert main(["uncond2img", *flags]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a model without cross-attention does not support LoRAs (--lora)" in error
+
+
 def test_models_of_other_tasks_are_named(models, capsys):
     assert main(["txt2img", "--ckpt", str(models["upscale"]), "--prompt", "a cat"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -70,6 +70,8 @@ def map_aliases(targets: Iterable[TargetLayer], model: LatentDiffusion) -> dict[
 def _list_unet_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[TargetLayer]:
     if isinstance(model.unet, LatentUpscalerUNet):
         raise WeightsMismatch("the x2 latent upscaler does not support LoRAs", "lora")
+    if model.unet.context_dim is None:
+        raise WeightsMismatch("a model without cross-attention does not support LoRAs", "lora")
     names = rename_unet_layers(_list_layer_names(model.unet, types))
     for original_name, diffusers_name in names.items():
         # kohya's scripts train SDXL in a UNet with the original's names.
