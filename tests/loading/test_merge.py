@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
         state = {n: add_noise(v) if v.dim() else v for n, v in file.state_dict.items()}
         metadata = file.metadata | {"modelspec.license": "MIT", "modelspec.title": name}
         write_checkpoint(folder / f"{name}.safetensors", state, metadata)
-    save_file({"quantize.embedding.weight": torch.ones(1)}, folder / "vq.safetensors")
+    save_file({"quantize.embed.weight": torch.ones(1)}, folder / "vq.safetensors")
     return folder
 
 
@@ -146,7 +146,7 @@ def test_the_metadata_name_the_models_and_the_rule(folder, tmp_path, capsys):
             "vq",
             "sd1",
             {},
-            "vq.safetensors` is a model with a VQ autoencoder, which is not supported",
+            "vq.safetensors` is a model with a VQ autoencoder of Gumbel-softmax, which",
         ),
         ("sd1", "b", {"block_weights": "1,2"}, "2 block weights"),
         ("sd1", "b", {"weight": float("nan")}, "weight must be a finite number, got nan"),
