@@ -71,6 +71,12 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
         ValueError: The model cannot be trained, or the settings are invalid for it.
     """
     params = settings.model.params
+    autoencoder = model.autoencoder if isinstance(model, LatentDiffusion) else model
+    if isinstance(autoencoder, Autoencoder) and autoencoder.in_channels != 3:
+        raise ValueError(
+            f"the model encodes {autoencoder.in_channels} channels (LDM3D: color and depth), so it "
+            "cannot be trained: images of the data have 3"
+        )
     if isinstance(model, Autoencoder):
         return build_autoencoder_task(model, params, settings.objective, load_weights=load_weights)
     if not isinstance(model, LatentDiffusion):

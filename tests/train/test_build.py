@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ConfigError
@@ -28,6 +29,12 @@ def build_model(family: str = "sd2") -> LatentDiffusion:
     for p in model.unet.parameters():  # last layers start at zero, and would hide the others
         nn.init.normal_(p, std=0.1)
     return model.train()
+
+
+def test_training_ldm3d_is_refused_in_one_line() -> None:
+    model = build_on_meta(make_small_config("ldm3d"))
+    with pytest.raises(ValueError, match="encodes 6 channels .* cannot be trained: images of the"):
+        build_task(model, read_settings({}))
 
 
 def compute_gradients(model: LatentDiffusion, autocast: bool = False) -> dict[str, Tensor]:
