@@ -29,11 +29,12 @@ def write_truncated(path):
 HUGE_PNG = make_png(40000, 25000, 8, 2, b"")  # 10^9 pixels
 # Planar, 16 bits per sample, which Pillow would read as 8 bits.
 PLANAR_TIFF = struct.pack(
-    "<2sHIH" + "HHII" * 10 + "I12x",
+    "<2sHIH" + "HHII" * 10 + "I" + "3H3I3I3H",
     b"II", 42, 8, 10,
-    *(256, 4, 1, 1, 257, 4, 1, 1, 258, 3, 3, 134, 259, 4, 1, 1, 262, 4, 1, 2, 273, 4, 3, 134),
-    *(277, 4, 1, 3, 278, 4, 1, 1, 279, 4, 3, 134, 284, 4, 1, 2),
+    *(256, 4, 1, 1, 257, 4, 1, 1, 258, 3, 3, 134, 259, 4, 1, 1, 262, 4, 1, 2, 273, 4, 3, 140),
+    *(277, 4, 1, 3, 278, 4, 1, 1, 279, 4, 3, 152, 284, 4, 1, 2),
     0,
+    *(16, 16, 16), *(164, 166, 168), *(2, 2, 2), *(65535, 0, 0),  # from offset 134 on
 )  # fmt: skip
 # By name: function that writes the file, and the message about it.
 UNREADABLE_FILES = {
