@@ -2,8 +2,7 @@
 
 tasks               txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd, upscale_latent
 variations          unclip, vary, and the Karlo prior
-unprompted          class2img, uncond2img, semantic2img, layout2img, super_resolve,
-                    knn2img
+latent_diffusion    class2img, uncond2img, semantic2img, layout2img, super_resolve, knn2img
 retrieval           neighbors of a prompt, for knn2img
 task                their decorator, which checks model and keywords
 arguments           checks of the types of their arguments
@@ -20,6 +19,14 @@ quirks              differences of the original scripts, enabled by the keyword 
 
 from ldm.diffusion.names import LEGACY
 from ldm.pipelines.images import add_depth, encode_image
+from ldm.pipelines.latent_diffusion import (
+    class2img,
+    knn2img,
+    layout2img,
+    semantic2img,
+    super_resolve,
+    uncond2img,
+)
 from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.pipelines.quirks import make_noise_source, make_seeded_noise_source
 from ldm.pipelines.sampling import invert, sample
@@ -32,14 +39,6 @@ from ldm.pipelines.tasks import (
     upscale,
     upscale_latent,
     upscale_rgbd,
-)
-from ldm.pipelines.unprompted import (
-    class2img,
-    knn2img,
-    layout2img,
-    semantic2img,
-    super_resolve,
-    uncond2img,
 )
 from ldm.pipelines.variations import sample_prior, unclip, vary
 from ldm.runtime.errors import NonFinite, Stop, WrongFamily

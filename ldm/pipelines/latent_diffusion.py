@@ -1,4 +1,4 @@
-"""Tasks of latent-diffusion's models that read no prompts.
+"""Tasks of latent-diffusion's models other than text to image and inpainting.
 
 class2img         class labels            class-conditional models
 uncond2img        nothing                 unconditional models
