@@ -194,7 +194,7 @@ def _build_entry(path: Path) -> CatalogEntry:
     if supports_variants(family) and (variant := detect_model_variant(weights)):
         has_scheduler = is_sdxl and path.is_dir() and has_defaults(model_config)
         defaults = variant.resolve_defaults(defaults, has_scheduler=has_scheduler)
-        image_size = VARIANTS[variant.name].sdxl_image_size if is_sdxl else image_size
+        image_size = VARIANTS[variant.name].sdxl_latent_size if is_sdxl else image_size
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
     return CatalogEntry(
         path=path,

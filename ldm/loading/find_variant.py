@@ -10,7 +10,7 @@ from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_metadat
 from ldm.loading.files.checkpoint import loads_lazily, read_checkpoint
 from ldm.loading.variants import (
     ARGUMENT_EVIDENCE,
-    GUIDANCE_WEIGHT,
+    GUIDANCE_EMBED_KEY,
     NO_VARIANT,
     VARIANTS,
     DetectedVariant,
@@ -50,7 +50,7 @@ def find_variant_without_weights(
     """
     if is_diffusers_folder(path):
         metadata, embeds_guidance = read_folder_metadata(path)
-        detected = detect_variant(path, metadata, [GUIDANCE_WEIGHT] if embeds_guidance else [])
+        detected = detect_variant(path, metadata, [GUIDANCE_EMBED_KEY] if embeds_guidance else [])
     elif loads_lazily(path):
         file = read_checkpoint(path)
         detected = detect_variant(

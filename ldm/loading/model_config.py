@@ -20,7 +20,7 @@ from ldm.loading.latent_upscaler import build_upscaler_config, find_config_json,
 from ldm.loading.legacy import LATENT_DIFFUSION, MODEL_CLASSES, translate_config
 from ldm.loading.matching import guess_file_type, match_weights
 from ldm.loading.sgm import DIFFUSION_ENGINE
-from ldm.loading.variants import GUIDANCE_WEIGHT
+from ldm.loading.variants import GUIDANCE_EMBED_KEY
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import Defaults
 from ldm.runtime.errors import (
@@ -192,9 +192,9 @@ def _adapt_config(config_dict: JsonObject, weights: Weights) -> None:
         params["image_size"] = [params["image_size"], 2 * params["image_size"]]
     if is_engine:
         _apply_buffers(params, weights)
-    if GUIDANCE_WEIGHT in weights.state_dict:
+    if GUIDANCE_EMBED_KEY in weights.state_dict:
         key = "network_config" if is_engine else "unet_config"
-        embed_dim = weights.state_dict[GUIDANCE_WEIGHT].shape[1]
+        embed_dim = weights.state_dict[GUIDANCE_EMBED_KEY].shape[1]
         params[key]["params"]["time_cond_proj_dim"] = embed_dim
 
 

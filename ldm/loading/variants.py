@@ -1,8 +1,8 @@
 """Few-step (distilled) models: how they are recognized, and their default sampling options.
 
-They have the shapes of their family, so they are recognized by metadata or file name; only a latent
-consistency model that embeds the guidance scale has an additional tensor. The first match in
-VARIANTS applies.
+They have the shapes of their family; only a latent consistency model that embeds the guidance scale
+has an additional tensor. So they are recognized by this tensor, else by metadata, file name or the
+scheduler of a diffusers folder, in this order. If a text matches several, the first one applies.
 """
 
 import re
@@ -15,7 +15,7 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import is_sdxl
 
 __all__ = [
-    "ARGUMENT_EVIDENCE", "GUIDANCE_WEIGHT", "NO_VARIANT", "SCHEDULER_KEY", "VARIANTS",
+    "ARGUMENT_EVIDENCE", "GUIDANCE_EMBED_KEY", "NO_VARIANT", "SCHEDULER_KEY", "VARIANTS",
     "DetectedVariant", "Variant", "detect_lora_variant", "detect_variant", "find_model_name",
     "is_variant_fixed", "looks_distilled", "set_variant",
 ]  # fmt: skip
@@ -23,7 +23,7 @@ __all__ = [
 NO_VARIANT = "base"  # the argument for an ordinary model
 ARGUMENT_EVIDENCE = "the argument"  # evidence of a variant that the caller names
 SCHEDULER_KEY = "ldm.scheduler"  # metadata key of the class of a diffusers folder's scheduler
-GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"
+GUIDANCE_EMBED_KEY = "unet.time_embed_cond.weight"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Variant:
         marker: Name of a tensor that only these models have; "" = no such tensor.
         prediction_type: "x0" …; None = that of the family.
         keeps_scheduler: Whether SDXL's diffusers folders keep their sampler and scheduler.
-        sdxl_image_size: Side in latent pixels at which SDXL models of this variant were trained.
+        sdxl_latent_size: Side in latent pixels at which SDXL models of this variant were trained.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Variant:
     marker: str = ""
     prediction_type: str | None = None
     keeps_scheduler: bool = False
-    sdxl_image_size: int = 128
+    sdxl_latent_size: int = 128
 
 
 NUM_STEPS_PATTERN = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
@@ -65,7 +65,7 @@ VARIANTS = {
     "lcm-full": Variant(
         "a latent consistency model that embeds the guidance scale",
         Defaults(8.0, 4, "lcm", "lcm", max_steps=16, max_scale=16.0),
-        "(?!)", "(?!)", marker=GUIDANCE_WEIGHT),
+        "(?!)", "(?!)", marker=GUIDANCE_EMBED_KEY),
     "lcm": Variant(
         "LCM",
         Defaults(1.0, 4, "lcm", "lcm", max_steps=16, max_scale=2.5),
@@ -100,7 +100,7 @@ VARIANTS = {
         "Turbo",
         Defaults(1.0, 4, "euler_a", "turbo", max_steps=10, max_scale=2.5),
         _make_word_pattern("turbo"), r"(sd|xl)[-_ ]?turbo|turbo[-_ ]?(lora|xl)",
-        keeps_scheduler=True, sdxl_image_size=64),
+        keeps_scheduler=True, sdxl_latent_size=64),
 }
 # fmt: on
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -112,10 +112,10 @@ GENERIC_NAMES = frozenset(
 MODEL_METADATA_KEYS = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
 LORA_METADATA_KEYS = ("modelspec.title", "ss_output_name")
 SCHEDULER_VARIANTS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}  # by diffusers' class
-# All published few-step LoRAs also change the layers of the timestep embedding.
+# Few-step LoRAs also change the projections of the timestep embedding in the residual blocks.
 TIME_LAYER = re.compile(r"time_emb_proj|emb_layers_1")
 TEXT_LAYER = re.compile(r"lora_te|text_encoder|text_model")
-DISTILLED_LORA_RANK = 64  # of all published few-step LoRAs
+DISTILLED_LORA_RANK = 64  # of LCM-LoRA and others
 
 
 class DetectedVariant(NamedTuple):
@@ -174,7 +174,10 @@ def detect_lora_variant(path: Path, metadata: Mapping[str, str]) -> DetectedVari
 def set_variant(
     model: LatentDiffusion, detected: DetectedVariant, *, has_scheduler: bool = False
 ) -> Callable[[], None]:
-    """Set the defaults and prediction type of a few-step model; return a function to undo it.
+    """Set a model's variant; return a function to undo it.
+
+    It determines the defaults, the prediction type, and in SDXL the size, and is recorded in
+    `provenance`.
 
     Args:
         has_scheduler: See `DetectedVariant.resolve_defaults`.
@@ -185,8 +188,8 @@ def set_variant(
     variant = VARIANTS[detected.name]
     model.defaults = detected.resolve_defaults(model.defaults, has_scheduler=has_scheduler)
     if is_sdxl(model):
-        model.image_size = variant.sdxl_image_size
-        model.latent_size = (variant.sdxl_image_size, variant.sdxl_image_size)
+        model.image_size = variant.sdxl_latent_size
+        model.latent_size = (variant.sdxl_latent_size, variant.sdxl_latent_size)
     model.parameterization = variant.prediction_type or model.parameterization
     model.provenance["variant"] = {
         "name": detected.name, "evidence": detected.evidence, "file": detected.path.name,
@@ -223,7 +226,7 @@ def find_model_name(path: Path) -> str:
 
 
 def looks_distilled(keys: Iterable[str], ranks: Collection[int]) -> bool:
-    """Return whether a LoRA has the layers and the rank of the published few-step LoRAs."""
+    """Return whether a LoRA has the layers and the rank that few-step LoRAs have."""
     keys = list(keys)
     has_time_layers = any(map(TIME_LAYER.search, keys))
     has_text_layers = any(map(TEXT_LAYER.search, keys))

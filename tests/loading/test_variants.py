@@ -18,7 +18,7 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.find_variant import find_variant_without_weights
-from ldm.loading.variants import GUIDANCE_WEIGHT, VARIANTS, detect_lora_variant, detect_variant
+from ldm.loading.variants import GUIDANCE_EMBED_KEY, VARIANTS, detect_lora_variant, detect_variant
 from ldm.model import Defaults
 from ldm.nets.lora import LoRA, LoRALayer
 from ldm.runtime.errors import ArgumentError
@@ -82,7 +82,7 @@ def test_a_model_that_embeds_the_guidance_scale_is_recognized_by_a_weight(tmp_pa
     state = file.state_dict | {name: 0.1 * torch.randn(width, 256)}
     write_checkpoint(tmp_path / "other.safetensors", state, file.metadata)
     model = ldm.load(tmp_path / "other.safetensors", variant="lcm")
-    assert GUIDANCE_WEIGHT in model.state_dict()
+    assert GUIDANCE_EMBED_KEY in model.state_dict()
     assert (model.guidance_embed_dim, model.defaults) == (256, VARIANTS["lcm-full"].defaults)
     with pytest.raises(ArgumentError, match="does not embed the guidance scale"):
         ldm.load(path, variant="lcm-full")
