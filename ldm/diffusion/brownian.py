@@ -34,10 +34,10 @@ class BrownianPaths:
 
     def __call__(self, like: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """Return the standard normal noise of a step, in the shape of `like`."""
-        before, after = self._get_value(sigma, like), self._get_value(sigma_next, like)
+        before, after = self._get_values(sigma, like), self._get_values(sigma_next, like)
         return (after - before) / math.sqrt(max(abs(sigma - sigma_next), 10**-SIGMA_DECIMALS))
 
-    def _get_value(self, sigma: float, like: Tensor) -> Tensor:
+    def _get_values(self, sigma: float, like: Tensor) -> Tensor:
         if sigma not in self._values:
             if len(self._values) == MAX_CACHED_SIGMAS:
                 self._values.pop(next(iter(self._values)))

@@ -30,9 +30,9 @@ HEADS, HEAD_DIM = 8, 64  # at any width
 
 
 class BERTText(Encoder):
-    """Texts, or token ids, -> context (B, N, D) of the hidden states after all blocks.
+    """Texts, or token ids, -> context (B, N, D) of the hidden states after the final norm.
 
-    Only texts are dropped in training.
+    A drop rate for all encoders applies to this one only if `null` is set, as it is for texts.
 
     Args:
         n_embed: D.
@@ -77,9 +77,9 @@ class BERTText(Encoder):
         """Return the end of a text that exceeds `length` tokens; "" if the text fits."""
         return wordpiece.find_truncated_text(text, self.length)
 
-    def forward(self, samples: Tensor | Sequence[str | Prompt]) -> Tensor:
+    def forward(self, prompts: Tensor | Sequence[str | Prompt]) -> Tensor:
         """Encode texts, or token ids (B, n)."""
-        tokens = samples
+        tokens = prompts
         if not isinstance(tokens, Tensor):
             texts = [text for text in tokens if not isinstance(text, Prompt)]
             if len(texts) < len(tokens):
@@ -92,8 +92,8 @@ class BERTText(Encoder):
 class TokenTransformer(nn.Module):
     """Embeds tokens and positions, and runs pre-norm blocks of attention and MLP.
 
-    Parameter names are those of the original: in `attn_layers.layers`, attention and MLP take
-    turns, each with its norm.
+    Parameter names are those of the original: in `attn_layers.layers`, attention and MLP alternate,
+    each with its norm.
     """
 
     def __init__(

@@ -35,8 +35,8 @@ from ldm.runtime.warn import warn_caller
 
 __all__ = ["class2img", "knn2img", "layout2img", "semantic2img", "super_resolve", "uncond2img"]
 
-CONTEXT_KEY = "context"  # batch key of a context that is given
-MAX_UNTILED_SIDE = 128  # latent pixels that the original's super-resolution runs on at once
+CONTEXT_KEY = "context"  # batch key of a precomputed context
+DEFAULT_TILE_SIDE = 128  # latent pixels in a tile of the original's super-resolution
 
 
 @task("class")
@@ -54,8 +54,8 @@ def class2img(
 
     Args:
         classes: The class label of each image, from 0.
-        unconditional_class: The label that stands for any class, for guidance; None = the model's
-            own, which models with 1,001 classes have.
+        unconditional_class: The class label of the unconditional prediction, for guidance; None =
+            that of the model, which models with 1,001 classes have.
         scale: Guidance scale; 1 = no guidance, None = the model's default.
         size, tile, options: See `txt2img`.
     """
@@ -106,7 +106,7 @@ def semantic2img(
     tile: int | None = None,
     **options: Unpack[UnguidedOptions],
 ) -> Tensor:
-    """Make n images of a segmentation map.
+    """Make n images from a segmentation map.
 
     Args:
         segmentation: The class of each pixel, from 0, (1, 1, H, W) int64; the images have its size.
@@ -174,7 +174,7 @@ def super_resolve(
         options: See `txt2img`.
     """
     (key,) = model.conditioner.keys
-    tile = MAX_UNTILED_SIDE if tile is None else tile
+    tile = DEFAULT_TILE_SIDE if tile is None else tile
     if options.get("unet_tile") is None:
         options["unet_tile"] = tile
     cond = model.condition({key: image.to(model.device, model.dtype)}).repeat(n)
@@ -197,20 +197,20 @@ def knn2img(
     Args:
         embeddings: Of each image, (N, D): embeddings of the prompt and of its neighbors, see
             `ldm.pipelines.retrieval`; a tensor (B, N, D). They are normalized here.
-        scale: Guidance scale, away from embeddings of zeros; 1 = no guidance, None = the model's
-            default.
+        scale: Guidance scale; the unconditional context is all zeros; 1 = no guidance, None = the
+            model's default.
         size, tile, options: See `txt2img`.
     """
     scale = get_default_scale(model, options.get("sampler")) if scale is None else scale
-    tokens = F.normalize(torch.stack([*embeddings]).to(model.device, torch.float32), dim=-1)
+    context = F.normalize(torch.stack([*embeddings]).to(model.device, torch.float32), dim=-1)
     assert isinstance(model.unet, UNet)
-    if tokens.dim() != 3 or tokens.shape[-1] != model.unet.context_dim:
+    if context.dim() != 3 or context.shape[-1] != model.unet.context_dim:
         message = f"embeddings must be tensors (N, {model.unet.context_dim}) for each image"
-        raise ArgumentError(f"{message}, got {tuple(tokens.shape)}", "embeddings")
-    cond = model.condition({CONTEXT_KEY: tokens})  # (B, N, D)
+        raise ArgumentError(f"{message}, got {tuple(context.shape)}", "embeddings")
+    cond = model.condition({CONTEXT_KEY: context})  # (B, N, D)
     is_guided = needs_uncond(model, options.get("sampler"), scale)
-    uncond = Cond(crossattn=torch.zeros_like(tokens)) if is_guided else None
-    return _sample_and_decode(model, cond, uncond, len(tokens), scale, size, tile, options)
+    uncond = Cond(crossattn=torch.zeros_like(context)) if is_guided else None
+    return _sample_and_decode(model, cond, uncond, len(context), scale, size, tile, options)
 
 
 def _check_classes(

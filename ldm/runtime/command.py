@@ -78,7 +78,7 @@ class CommandParser(ArgumentParser):
         """Add a flag as argparse does.
 
         `parse` accepts abbreviations of it, and suggests it for a misspelled flag. With the metavar
-        FILE or DIR, its value is a path, in which `~` is the home folder.
+        FILE or DIR, its value is a path, in which `~` is the home directory.
         """
         return self._register_flags(super().add_argument(*names, **_add_path_type(kwargs)))
 

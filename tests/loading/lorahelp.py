@@ -10,7 +10,7 @@ from ldm.conditioning import Conditioner
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import CLIPText, OpenCLIPText, TextEncoder
-from ldm.loading.addons.lora import read_changes
+from ldm.loading.addons.lora import read_weight_changes
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.diffusers.encoders import make_text_config, make_tokenizer_files
 from ldm.loading.diffusers.files import write_text_files
@@ -91,7 +91,7 @@ def make_random_lora(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=
 
 def read_lora(path: Path, model: LatentDiffusion) -> LoRA:
     """Read a plain LoRA without attaching or merging it."""
-    return LoRA(dict(read_changes(path, model)))
+    return LoRA(dict(read_weight_changes(path, model)))
 
 
 def rename_keys(state, *rules):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 import ldm
-from ldm.loading.addons.lora import load_loras, read_changes
+from ldm.loading.addons.lora import load_loras, read_weight_changes
 from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.loading.files.checkpoint import read_checkpoint
@@ -119,7 +119,7 @@ def test_the_rank_of_plain_loras_can_be_truncated(path, tmp_path):
     layer = read_lora(path, model)[name]
     up, down = layer.lora_up.weight[:, :1].flatten(1), layer.lora_down.weight[:1].flatten(1)
     delta = (up @ down).view_as(layer.target.weight) * layer.alpha / layer.rank
-    changes = dict(read_changes(path, model, "1:dyn=1"))
+    changes = dict(read_weight_changes(path, model, "1:dyn=1"))
     torch.testing.assert_close(changes[name].compute_delta(), delta, rtol=0, atol=1e-6)
     save_file({f"{name}.diff": torch.zeros_like(delta)}, tmp_path / "diff.safetensors")
     with pytest.raises(ValueError, match="is not a plain LoRA: its rank cannot be truncated"):

@@ -48,8 +48,8 @@ from ldm.runtime.errors import ArgumentError, FileFormatError, WeightsMismatch, 
 from ldm.runtime.offload import unload_all
 
 __all__ = [
-    "LoRAFile", "add_loras", "build_lora_layer", "load_loras", "parse_loras", "read_changes",
-    "read_loras", "set_loras",
+    "LoRAFile", "add_loras", "build_lora_layer", "load_loras", "parse_loras", "read_loras",
+    "read_weight_changes", "set_loras",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -93,11 +93,11 @@ def read_loras(
 ) -> list[LoRAFile]:
     """Read (file, weight) pairs for a model, which may be on the meta device.
 
-    Changes of weight 0 are left out. Raises the errors of `read_changes`.
+    Changes of weight 0 are left out. Raises the errors of `read_weight_changes`.
     """
     loras = []
     for path, weight in parse_loras(files):
-        changes = [change for _, change in read_changes(path, model, weight) if change.strength]
+        changes = [c for _, c in read_weight_changes(path, model, weight) if c.strength]
         loras.append(LoRAFile(path, weight, changes))
     return loras
 
@@ -152,7 +152,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
         warn_if_distilled(pairs)
 
 
-def read_changes(
+def read_weight_changes(
     path: str | Path, model: LatentDiffusion, weight: LoRAWeightLike = 1.0
 ) -> list[tuple[str, WeightChange]]:
     """Return (kohya's name of the layer, change) for all changes by a file or folder.

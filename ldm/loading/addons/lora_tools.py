@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.loading.addons.lora import build_lora_layer, read_changes
+from ldm.loading.addons.lora import build_lora_layer, read_weight_changes
 from ldm.loading.addons.lora_files import guess_family_of_lora, read_bundled_embeddings
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.addons.lora_weights import LoRAWeightLike
@@ -201,13 +201,13 @@ def join_loras(
 
     Raises:
         FileFormatError: A file scales or rotates weights, which a LoRA cannot do.
-        ValueError: As `read_changes`.
+        ValueError: As `read_weight_changes`.
     """
     names: dict[Target, str] = {}
     deltas: dict[Target, list[WeightDelta]] = {}
     other_tensors: dict[str, Tensor] = {}
     for path, weight in files:
-        for name, change in read_changes(path, model, weight):
+        for name, change in read_weight_changes(path, model, weight):
             if not isinstance(change, WeightDelta):
                 raise FileFormatError(
                     f"`{path}` scales or rotates weights (DoRA, (IA)^3, GLoRA, OFT, BOFT), which "
