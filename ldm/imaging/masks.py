@@ -4,8 +4,8 @@ The area that a mask file selects is determined by the first of these rules that
 
     partly transparent              opaque pixels; if these are black and white, the white ones
     two values                      the higher value
-    class labels, 255 = "ignored"   the labels 1 … MAX_LABEL
     a palette of colors             all but the darkest color
+    class labels, 255 = "ignored"   the labels 1 … MAX_LABEL
     anything else                   its values, 0 … 255; from THRESHOLD on they are inpainted
 """
 
