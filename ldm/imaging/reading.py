@@ -1,4 +1,4 @@
-"""Read image files of all formats that Pillow decodes; the only module that opens images.
+"""Read image files of all formats that Pillow itself decodes; only this module opens images.
 
 `load_image` and `decode_srgb` convert to 8 bits in sRGB, upright; the latter keeps transparency and
 logs no warnings. `load_stored` and `decode_stored` keep the values of the file, for masks and depth

@@ -92,6 +92,7 @@ def uncond2img(
     """Make n images.
 
     Args:
+        n: Number of images.
         size, tile, options: See `txt2img`.
     """
     return _sample_and_decode(model, model.condition({}), None, n, 1.0, size, tile, options)
@@ -110,6 +111,7 @@ def semantic2img(
 
     Args:
         segmentation: The class of each pixel, from 0, (1, 1, H, W) int64; the images have its size.
+        n: Number of images.
         tile, options: See `txt2img`.
     """
     encoder = model.conditioner.get(SpatialRescaler)
@@ -144,6 +146,7 @@ def layout2img(
     Args:
         boxes: (category, left, top, width, height) of each object, the last four as fractions of
             the image's sides; at most 30 in published models.
+        n: Number of images.
         size, tile, options: See `txt2img`.
     """
     encoder = model.conditioner.get(BERTText)
@@ -169,6 +172,7 @@ def super_resolve(
 
     Args:
         image: (1, 3, h, w) in [-1, 1].
+        n: Number of images.
         tile: Side of overlapping tiles in pixels of the input: the decoder's, and the UNet's
             unless `unet_tile` is given; None = 128.
         options: See `txt2img`.
