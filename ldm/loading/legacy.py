@@ -36,7 +36,7 @@ LDM_ENCODERS, LDM_LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses.
 OPENAI_UNET = "modules.diffusionmodules.openaimodel.UNetModel"
 SGM_ENCODERS = "sgm.modules.encoders.modules."
 
-# Our class -> its names in the original.
+# Our class -> its names in the original and in taming-transformers, and our former names.
 OUR_CLASSES = {
     LATENT_DIFFUSION: (),
     "ldm.model.Defaults": (),
@@ -136,8 +136,8 @@ UNSUPPORTED_CLASSES = {
     "sgm.models.autoencoder.AutoencodingEngine": "autoencoders of separate encoder and decoder",
     "taming.models.vqgan.GumbelVQ": "VQ autoencoders of Gumbel-softmax",
     "taming.models.vqgan.EMAVQ": "VQ autoencoders with an EMA codebook",
-    LDM_ENCODERS + "FrozenCLIPTextEmbedder": "retrieval-augmented models",
-    LDM_DDPM + "Layout2ImgDiffusion": "layout models",
+    LDM_ENCODERS + "FrozenCLIPTextEmbedder": "encoders of CLIP text embeddings",
+    LDM_DDPM + "Layout2ImgDiffusion": "layout models that log plots of boxes",
     "ldm.models.diffusion.ddpm_edit.LatentDiffusion": "InstructPix2Pix models",
     "cldm.cldm.ControlLDM": "ControlNets",
     "ldm.models.diffusion.classifier.NoisyLatentImageClassifier": "classifiers of noisy latents",
@@ -154,16 +154,16 @@ UNCONDITIONAL, FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"  # `co
 CLASS_KEY, LOW_RES_KEY, CONTEXT_KEY = "class_label", "lr", "context"
 ORIGINAL_LOW_RES_KEY = "LR_image"
 # Classes of ImageNet, and one more: the unconditional class, which is the last.
-NUM_CLASSES_WITH_NULL = 1001
+NUM_CLASSES_WITH_UNCONDITIONAL = 1001
 # Default sampling options by encoder, from the scripts of the original and of its forks.
 UNGUIDED_DEFAULTS = {"scale": 1.0}
-NOISY_DEFAULTS = {"scale": 1.0, "eta": 1.0}  # also of unconditional models
-DEFAULTS: Mapping[str, JsonObject] = {
+STOCHASTIC_DEFAULTS = {"scale": 1.0, "eta": 1.0}  # also of unconditional models
+SAMPLING_DEFAULTS: Mapping[str, JsonObject] = {
     BERT_TEXT: {"scale": 5.0, "steps": 200},
     CLASS_EMBEDDER: {"scale": 3.0, "steps": 20},  # with an unconditional class
     CONCAT_MODULE + "BlackMaskedImage": UNGUIDED_DEFAULTS,
-    CONCAT_MODULE + "PatchesToChannels": NOISY_DEFAULTS,
-    SPATIAL_RESCALER: NOISY_DEFAULTS,
+    CONCAT_MODULE + "PatchesToChannels": STOCHASTIC_DEFAULTS,
+    SPATIAL_RESCALER: STOCHASTIC_DEFAULTS,
     CLIP_IMAGE: {"scale": 3.0},
     IDENTITY_ENCODER: {"scale": 5.0},
 }
@@ -173,7 +173,7 @@ LDM3D_DEFAULTS = {"scale": 5.0, "steps": 49}
 LDM3D_SR_DEFAULTS = {"scale": 9.0, "steps": 75}
 # Parameters of the original's model classes that only training or logging uses.
 TRAINING_ONLY_PARAMS = {
-    "ckpt_path", "clip_denoised", "concat_mode", "cond_stage_forward", "first_stage_key",
+    "ckpt_path", "clip_denoised", "cond_stage_forward", "first_stage_key",
     "force_null_conditioning", "ignore_keys", "l_simple_weight", "learn_logvar", "load_only_unet",
     "log_every_t", "logvar_init", "loss_type", "make_it_fit", "monitor", "num_timesteps_cond",
     "original_elbo_weight", "reset_ema", "reset_num_ema_updates", "scale_by_std",
@@ -189,7 +189,7 @@ FINETUNE_PARAMS = (
 AUTOENCODER_CONFIG = "first_stage_config"
 SCHEDULE_KEYS = ("timesteps", "linear_start", "linear_end", "cosine_s")
 MODEL_PARAMS = {
-    "unet_config", "first_stage_config", "cond_stage_config", "cond_stage_trainable",
+    "unet_config", "first_stage_config", "cond_stage_config", "cond_stage_trainable", "concat_mode",
     "beta_schedule", "given_betas", "v_posterior", "parameterization", "scale_factor",
     "image_size", "rescale_betas_zero_snr", *SCHEDULE_KEYS,
     "defaults",  # ours: of `ldm.model.Defaults`
@@ -337,8 +337,8 @@ class _ModelTranslator:
             params.setdefault("freeze", False)
         if target == CLASS_EMBEDDER:
             params |= {"key": CLASS_KEY, "add_sequence_dim": True}
-            if params.get("n_classes") == NUM_CLASSES_WITH_NULL:
-                params.setdefault("null", NUM_CLASSES_WITH_NULL - 1)
+            if params.get("n_classes") == NUM_CLASSES_WITH_UNCONDITIONAL:
+                params.setdefault("null", NUM_CLASSES_WITH_UNCONDITIONAL - 1)
         elif target == SPATIAL_RESCALER or not params.get("use_tokenizer", True):
             params["key"] = key
         return {"text": spec}
@@ -346,14 +346,14 @@ class _ModelTranslator:
     def _find_defaults(self, cond_stage: Encoders) -> JsonObject:
         """Return the default sampling options of a model with these encoders in `cond_stage`."""
         if self.params["cond_stage_config"] == UNCONDITIONAL:
-            return NOISY_DEFAULTS
+            return STOCHASTIC_DEFAULTS
         for encoder in cond_stage.values():  # there is at most one
             target, params = encoder["target"], encoder["params"]
             if target == CLASS_EMBEDDER and params.get("null") is None:
                 return UNGUIDED_DEFAULTS
             if target == BERT_TEXT and not params.get("use_tokenizer", True):
                 return UNGUIDED_DEFAULTS
-            return DEFAULTS.get(target, {})
+            return SAMPLING_DEFAULTS.get(target, {})
         return {}
 
     def _translate_schedule(self) -> JsonObject:

@@ -132,9 +132,9 @@ def read_params():
     return read_yaml(SHIPPED[0].with_name("v2-inference.yaml"))["model"]["params"]
 
 
-def translate_params(params):
+def translate_params(params, skipped=None):
     spec = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
-    return translate_config({"model": spec}, where="x.yaml")
+    return translate_config({"model": spec}, where="x.yaml", skipped=skipped)
 
 
 def test_every_parameter_of_the_original_is_accepted():
@@ -148,6 +148,13 @@ def test_every_parameter_of_the_original_is_accepted():
         assert translate_params(read_params() | {key: None}) == translate_params(read_params()), key
     schedule = {"beta_schedule": "cosine", "cosine_s": 8e-3, "v_posterior": 0.5}
     assert translate_params(read_params() | schedule)["target"] == legacy.LATENT_DIFFUSION
+
+
+def test_concat_mode_is_not_skipped_unlike_parameters_of_training():
+    skipped = []
+    translate_params({**read_params(), "concat_mode": True, "logvar_init": 0.0}, skipped)
+    assert "x.yaml: model.logvar_init" in skipped
+    assert "x.yaml: model.concat_mode" not in skipped
 
 
 def test_given_betas_make_the_schedule():
