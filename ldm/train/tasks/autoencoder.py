@@ -1,11 +1,15 @@
 """Training of an autoencoder.
 
-    ReconstructionTask   pixel losses + KL, without other networks; sufficient for small models
-    AdversarialTask      as in the original, CompVis' ldm: L1 + LPIPS + KL, and a GAN loss from
-                         step `disc_start` on
-    VQAdversarialTask    the same for VQ autoencoders, with the codebook's loss in place of KL
+    ReconstructionTask   pixel losses + regularization, without other networks; sufficient for
+                         small models
+    AdversarialTask      as in the original, CompVis' ldm: L1 + LPIPS, summed over an image, + KL,
+                         and a GAN loss from step `disc_start` on
+    VQAdversarialTask    as in taming-transformers: L1 or L2 + LPIPS, averaged over an image, +
+                         quantization loss, and the same GAN loss
 
-Esser et al. 2020 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:2112.10752), G.
+The regularization is the KL divergence or, of VQ autoencoders, the quantization loss.
+Esser et al. 2021 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:2112.10752),
+appendix G.
 """
 
 import copy
@@ -73,7 +77,7 @@ def build_autoencoder_task(
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     config = instantiate(spec, where="model.params.lossconfig")
-    is_adversarial = isinstance(config, DiscriminatorConfig)
+    is_adversarial = isinstance(config, BaseLossConfig)
     is_vq = isinstance(model, AutoencoderVQ)
     if is_adversarial and isinstance(config, VQLossConfig) != is_vq:
         fitting = "a VQ autoencoder" if isinstance(config, VQLossConfig) else "an AutoencoderKL"
@@ -113,7 +117,7 @@ class ReconstructionTask(Task):
         image_gradient_weight: Weight of the absolute error of the image gradient, i.e. of edges.
         kl_weight: Weight of the KL divergence from a standard normal distribution, in nats per
             image; not for VQ autoencoders.
-        codebook_weight: Weight of the codebook's loss; for VQ autoencoders only.
+        codebook_weight: Weight of the quantization loss; for VQ autoencoders only.
         top_errors_weight: Weight of the mean of the largest 1 / 500 of absolute errors.
         outlier_weight: Weight of a penalty on huge activations in the decoder.
         trainable_part: Part to train: "all", or "decoder", which does not change the latents.
@@ -140,7 +144,7 @@ class ReconstructionTask(Task):
         with _record_outputs(layer for layer in layers if isinstance(layer, GroupNorm)) as outputs:
             reconstruction, latent = self.model(image, generator)
         error = reconstruction.float() - image
-        regularization, terms = _regularize(self.model, latent)
+        regularization, terms = _compute_regularization(self.model, latent)
         is_vq = isinstance(latent, Quantized)
         edges = error.diff(dim=-2).abs().mean() + error.diff(dim=-1).abs().mean()
         loss = self.l1_weight * error.abs().mean() + self.l2_weight * error.square().mean()
@@ -173,8 +177,8 @@ class ReconstructionTask(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig:
-    """Parameters that the losses of all autoencoders have.
+class BaseLossConfig:
+    """Parameters that the adversarial losses of KL and VQ autoencoders have in common.
 
     Args:
         disc_start: First step with the discriminator.
@@ -207,7 +211,7 @@ class DiscriminatorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdversarialLossConfig(DiscriminatorConfig):
+class AdversarialLossConfig(BaseLossConfig):
     """Parameters of the original's LPIPSWithDiscriminator, a `lossconfig`.
 
     Args:
@@ -219,11 +223,11 @@ class AdversarialLossConfig(DiscriminatorConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQLossConfig(DiscriminatorConfig):
+class VQLossConfig(BaseLossConfig):
     """Parameters of the VQLPIPSWithDiscriminator of taming-transformers and of the original.
 
     Args:
-        codebook_weight: Weight of the codebook's loss.
+        codebook_weight: Weight of the quantization loss.
         disc_ndf: Channels of the discriminator's first layer.
         n_classes: Vectors of the codebook; unused, as the model knows them.
         perceptual_loss: "lpips".
@@ -246,8 +250,7 @@ class VQLossConfig(DiscriminatorConfig):
 class AdversarialTask(Task):
     """Training of an AutoencoderKL against a discriminator, as in the original.
 
-    Errors are summed over an image, not averaged: hence the small weights and learning rates of
-    the original's configs.
+    Errors are summed over an image, not averaged.
 
     Args:
         perceptual: LPIPS; None if its weight is 0.
@@ -258,7 +261,7 @@ class AdversarialTask(Task):
 
     betas: ClassVar[tuple[float, float] | None] = (0.5, 0.9)
     model: Autoencoder
-    config: DiscriminatorConfig
+    config: BaseLossConfig
     _: KW_ONLY
     perceptual: LPIPS | None = None
     trainable_part: str = "all"
@@ -300,8 +303,8 @@ class AdversarialTask(Task):
 
             loss = nll + weight regularization + disc_factor d_weight g,    g = -mean(logits)
 
-        where the regularization is KL or the codebook's loss, and d_weight scales the gradient norm
-        of g at the last layer to disc_weight times that of nll. For that, nll and g are each
+        where the regularization is KL or the quantization loss, and d_weight scales the gradient
+        norm of g at the last layer to disc_weight times that of nll. For that, nll and g are each
         differentiated with respect to the reconstruction, and the weighted sum of these gradients
         is backpropagated from there.
         """
@@ -315,7 +318,7 @@ class AdversarialTask(Task):
         leaf.requires_grad_(torch.is_grad_enabled())
         nll, error_terms = self._compute_nll(image, leaf)
         g = -self.discriminator(leaf).float().mean()
-        regularization, terms = _regularize(self.model, latent)
+        regularization, terms = _compute_regularization(self.model, latent)
         factor, weight = self._disc_factor, self._regularization_weight
         d_weight = torch.zeros_like(regularization)
         gradients: list[tuple[Tensor, Tensor | float]] = [(regularization, weight)]
@@ -458,7 +461,7 @@ class VQAdversarialTask(AdversarialTask):
         return nll, {"rec_loss": nll.clone(), "p_loss": p_loss}
 
 
-def _regularize(
+def _compute_regularization(
     model: Autoencoder, latent: "DiagonalGaussian | Quantized"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the regularization of latents, the mean over the batch, and terms to log."""
