@@ -55,7 +55,7 @@ COMPONENT_PREFIX = re.compile(
     r"(?P<outer>(?:.*?\.)??)"
     r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<component>first_stage_model|cond_stage_model))\.)+"
 )
-# Layers of the autoencoder's attention in diffusers, also before version 0.15 -> our layers.
+# Layers of the autoencoder's attention in diffusers, also older ones -> our layers.
 ATTENTION_LAYER = re.compile(r"(?<=\.)(attn_1|attn\.\d+)\.([a-z_]+(?:\.0)?)(?=\.(?:weight|bias)$)")
 ATTENTION_LAYER_NAMES = {
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",

@@ -55,7 +55,7 @@ VAE_RULES = (  # (pattern, replacement), as for `replace_all`
     (r"(attentions\.\d+)\.([qkv])\b", r"\1.to_\2"),
     (r"(attentions\.\d+)\.proj_out\b", r"\1.to_out.0"),
 )
-# Layers of the autoencoder's attention: diffusers' name -> its name before diffusers 0.15.
+# Layers of the autoencoder's attention: diffusers' name -> its name in older diffusers.
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 VISION_TOWER_RULES = (
     (r"^class_embedding", "embeddings.class_embedding"),
@@ -87,7 +87,7 @@ DEPTH_RULES = (
     (r"pretrained\.act_postprocess4\.3", NECK + "layers.3.projection"),
     (r"pretrained\.act_postprocess4\.4", NECK + "layers.3.resize"),
     (r"scratch\.output_conv", "head.head"),
-    # diffusers counts levels from 0, and fuses from coarse to fine.
+    # transformers' DPT numbers levels from 0, and fusion layers from coarse to fine.
     *((rf"scratch\.layer{i}_rn", f"neck.convs.{i - 1}") for i in (1, 2, 3, 4)),
     *((rf"scratch\.refinenet{i}", f"neck.fusion_stage.layers.{4 - i}") for i in (1, 2, 3, 4)),
     (r"(layers\.\d)\.out_conv", r"\1.projection"),
@@ -95,16 +95,18 @@ DEPTH_RULES = (
 )
 
 INNER_PREFIX = "inner_model."  # prefix of the x2 latent upscaler, as of k-diffusion's wrappers
-UPSCALER_LAYER = re.compile(rf"{re.escape(INNER_PREFIX)}u_net\.([du])_blocks\.(\d+)\.(\d+)\.")
+LATENT_UPSCALER_LAYER = re.compile(
+    rf"{re.escape(INNER_PREFIX)}u_net\.([du])_blocks\.(\d+)\.(\d+)\."
+)
 # Our layer -> diffusers', outside of the levels.
-UPSCALER_OUTER_LAYERS = {
+LATENT_UPSCALER_OUTER_LAYERS = {
     "proj_in": "conv_in", "proj_out": "conv_out", "timestep_embed": "time_proj",
     "mapping.0": "time_embedding.linear_1", "mapping.2": "time_embedding.linear_2",
     "mapping_cond": "time_embedding.cond_proj",
 }  # fmt: skip
 # By type of block (residual block, self-attention or cross-attention): our layer -> diffusers'
 # layers; our layer is the concatenation of several.
-UPSCALER_BLOCK_LAYERS = {
+LATENT_UPSCALER_BLOCK_LAYERS = {
     "resnets": {
         "main.0.mapper": "norm1.linear", "main.2": "conv1", "main.4.mapper": "norm2.linear",
         "main.6": "conv2", "skip": "conv_shortcut",
@@ -119,7 +121,7 @@ UPSCALER_BLOCK_LAYERS = {
     },
 }  # fmt: skip
 # Weight in a block -> type of block.
-UPSCALER_BLOCK_TYPES = {
+LATENT_UPSCALER_BLOCK_TYPES = {
     "main.2.weight": "resnets", "qkv_proj.weight": "self", "kv_proj.weight": "cross"
 }  # fmt: skip
 Form = Literal["same", "matrix", "vector", "transposed"]
@@ -232,11 +234,11 @@ def locate_unet(names: Iterable[str]) -> dict[str, Location]:
     """Locate the UNet's tensors."""
     names = list(names)
     if any(name.startswith(INNER_PREFIX) for name in names):
-        return _locate_upscaler(names)
+        return _locate_latent_upscaler(names)
     return {name: Location((key,)) for name, key in rename_unet_layers(names).items()}
 
 
-def _locate_upscaler(names: Sequence[str]) -> dict[str, Location]:
+def _locate_latent_upscaler(names: Sequence[str]) -> dict[str, Location]:
     """Locate the tensors of the x2 latent upscaler, from names in the order of the blocks.
 
     The embedding of noise levels has no location: diffusers does not have it.
@@ -244,8 +246,8 @@ def _locate_upscaler(names: Sequence[str]) -> dict[str, Location]:
     blocks: dict[str, tuple[str, str]] = {}  # our prefix -> type, diffusers' prefix
     num_resnets: Counter[str] = Counter()  # by level
     for name in names:
-        match = UPSCALER_LAYER.match(name)
-        if match and (block_type := UPSCALER_BLOCK_TYPES.get(name[match.end() :])):
+        match = LATENT_UPSCALER_LAYER.match(name)
+        if match and (block_type := LATENT_UPSCALER_BLOCK_TYPES.get(name[match.end() :])):
             level = f"{'down' if match[1] == 'd' else 'up'}_blocks.{match[2]}"
             group = "resnets" if block_type == "resnets" else "attentions"
             if group == "resnets":  # attentions have the index of the resnet before them
@@ -253,16 +255,17 @@ def _locate_upscaler(names: Sequence[str]) -> dict[str, Location]:
             blocks[match[0]] = block_type, f"{level}.{group}.{num_resnets[level] - 1}"
     locations: dict[str, Location] = {}
     for name in names:
-        match = UPSCALER_LAYER.match(name)
+        match = LATENT_UPSCALER_LAYER.match(name)
         layer, _, parameter = name.removeprefix(match[0] if match else INNER_PREFIX).rpartition(".")
         if match and match[0] in blocks:  # others are resampling filters
             block_type, prefix = blocks[match[0]]
             form: Form = "matrix" if layer.endswith("_proj") and parameter == "weight" else "same"
-            layers = UPSCALER_BLOCK_LAYERS[block_type][layer].split()
+            layers = LATENT_UPSCALER_BLOCK_LAYERS[block_type][layer].split()
             locations[name] = Location(tuple(f"{prefix}.{n}.{parameter}" for n in layers), form)
-        elif layer in UPSCALER_OUTER_LAYERS:
+        elif layer in LATENT_UPSCALER_OUTER_LAYERS:
             form = "vector" if layer == "timestep_embed" else "same"
-            locations[name] = Location((f"{UPSCALER_OUTER_LAYERS[layer]}.{parameter}",), form)
+            key = f"{LATENT_UPSCALER_OUTER_LAYERS[layer]}.{parameter}"
+            locations[name] = Location((key,), form)
     return locations
 
 
