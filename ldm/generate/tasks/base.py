@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.options import TaskOptions, UnguidedOptions
 
-__all__ = ["PreparedTask", "Task", "UnguidedTask", "select_unguided_options"]
+__all__ = ["PreparedTask", "Task", "UnguidedTask", "drop_prompt_options"]
 
 
 class PreparedTask:
@@ -72,10 +72,10 @@ class UnguidedTask(PreparedTask):
             raise ArgumentError(message, "scale")
 
 
-def select_unguided_options(options: "TaskOptions") -> "UnguidedOptions":
-    """Return the keyword arguments of pipelines that take no prompts and no guidance scale."""
-    prompt_options = ("negative_prompt", "scale")
-    unguided = {name: value for name, value in options.items() if name not in prompt_options}
+def drop_prompt_options(options: "TaskOptions") -> "UnguidedOptions":
+    """Return the options without `negative_prompt` and `scale`, of which some tasks take one."""
+    dropped = ("negative_prompt", "scale")
+    unguided = {name: value for name, value in options.items() if name not in dropped}
     return cast("UnguidedOptions", unguided)  # pipelines reject other keyword arguments
 
 

@@ -8,7 +8,7 @@ from ldm.generate.groups import Inputs
 from ldm.generate.option_parsers import parse_natural
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import PreparedTask, Task, select_unguided_options
+from ldm.generate.tasks.base import PreparedTask, Task, drop_prompt_options
 from ldm.runtime.errors import MissingArgument
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Class2ImgTask(PreparedTask):
             unconditional_class=self.inputs.unconditional_class,
             scale=options["scale"],
             size=self.get_output_size(model),
-            **select_unguided_options(options),
+            **drop_prompt_options(options),
         )
 
 

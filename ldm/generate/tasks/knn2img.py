@@ -7,7 +7,7 @@ from ldm.generate.groups import Inputs
 from ldm.generate.option_parsers import parse_count
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import PreparedTask, Task, select_unguided_options
+from ldm.generate.tasks.base import PreparedTask, Task, drop_prompt_options
 from ldm.runtime.errors import ArgumentError, MissingArgument, errors_about
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class NeighborInputs(Inputs):
         help="embeddings of images, an .npz of the original or a folder of them (default: none,"
         " only the prompt)")
     knn: int = option(10, "--knn", parse=parse_count, metavar="N", label="Neighbors",
-        help="number of neighbors of the prompt, with --database; up to 20 (default: %(default)s)")
+        help="number of neighbors of the prompt, with --database; up to 20 for the published model"
+        " (default: %(default)s)")
     # fmt: on
 
 
@@ -78,7 +79,7 @@ class Knn2ImgTask(PreparedTask):
             list(embeddings),
             scale=options["scale"],
             size=self.get_output_size(model),
-            **select_unguided_options(options),
+            **drop_prompt_options(options),
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ldm.generate.groups import Inputs
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import Task, UnguidedTask, select_unguided_options
+from ldm.generate.tasks.base import Task, UnguidedTask, drop_prompt_options
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingArgument, errors_about
 from ldm.runtime.files import read_text
 
@@ -53,7 +53,7 @@ class Layout2ImgTask(UnguidedTask):
                 self.boxes,
                 len(prompts),
                 size=self.get_output_size(model),
-                **select_unguided_options(options),
+                **drop_prompt_options(options),
             )
 
 

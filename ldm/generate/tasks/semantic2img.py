@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ldm.generate.groups import Inputs
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import Task, UnguidedTask, select_unguided_options
+from ldm.generate.tasks.base import Task, UnguidedTask, drop_prompt_options
 from ldm.runtime.errors import ArgumentError, MissingArgument, errors_about
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Semantic2ImgTask(UnguidedTask):
         from ldm import pipelines
 
         return pipelines.semantic2img(
-            model, self.segmentation, len(prompts), **select_unguided_options(options)
+            model, self.segmentation, len(prompts), **drop_prompt_options(options)
         )
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ldm.generate.groups import Inputs
-from ldm.generate.tasks.base import Task, UnguidedTask, select_unguided_options
+from ldm.generate.tasks.base import Task, UnguidedTask, drop_prompt_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +21,7 @@ class Uncond2ImgTask(UnguidedTask):
         from ldm import pipelines
 
         size = self.get_output_size(model)
-        return pipelines.uncond2img(
-            model, len(prompts), size=size, **select_unguided_options(options)
-        )
+        return pipelines.uncond2img(model, len(prompts), size=size, **drop_prompt_options(options))
 
 
 TASK = Task(

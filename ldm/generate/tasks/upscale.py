@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ldm.generate.option_parsers import parse_fraction, parse_natural, parse_size
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import PreparedTask, Task, select_unguided_options
+from ldm.generate.tasks.base import PreparedTask, Task, drop_prompt_options
 from ldm.generate.tasks.images import FolderInputs, PreparedImageTask
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.ranks import get_rank_and_world_size
@@ -106,7 +106,7 @@ class UpscaleTask(PreparedImageTask):
                 model, prompts, image, depth, noise_level=level, **options
             )
         if family == "super-resolution":
-            unguided = select_unguided_options(options)
+            unguided = drop_prompt_options(options)
             return pipelines.super_resolve(model, self.image, len(prompts), **unguided)
         return pipelines.upscale(model, prompts, self.image, noise_level=level, **options)
 
