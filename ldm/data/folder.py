@@ -8,7 +8,7 @@ DIR/0001.png, 0001.txt    without metadata: every image, with the .txt or .capti
                           the `text` or `caption` of the .json
 DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten repeats per epoch; without a caption
                           file, the caption is the rest of the folder's name
-DIR/cat/0001.png          with `class_folders`: class labels are the ranks of the folders' names
+DIR/cat/0001.png          with `class_folders`: class labels are the indices of the sorted folders
 """
 
 import csv
@@ -49,7 +49,7 @@ class ImageFolder(ImageDataset):
         text: Field of the metadata with the caption; rows without it use `caption`.
         metadata: Metadata file, of any name; None = that in the folder, if there is one.
         class_folders: Whether each folder in `root` is a class, whose label `class_label` is the
-            rank of its name among all.
+            index of its name among the sorted names.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ def _read_rows(root: Path, metadata_file: Path | None) -> tuple[list[JsonObject]
 
 
 def _set_class_labels(rows: list[JsonObject], root: Path) -> None:
-    """Set `class_label` of each row to the rank of its folder.
+    """Set `class_label` of each row to the index of its folder among the sorted ones.
 
     Raises:
         FileFormatError: An image is not in a folder.
