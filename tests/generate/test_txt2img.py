@@ -216,7 +216,7 @@ def test_nan_in_float32_is_an_error_that_names_the_stage(txt2img, monkeypatch):
     assert "error: the UNet returned values that are not finite" in txt2img().error
 
 
-def test_out_of_memory_names_three_flags(txt2img, monkeypatch):
+def test_out_of_memory_suggests_flags(txt2img, monkeypatch):
     fail_at_batch(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory. Tried to …\n…"))
     assert "--n_samples 1, --vae-tile, a smaller --H and --W" in txt2img().error
 
@@ -242,9 +242,9 @@ def test_out_of_memory_names_three_flags(txt2img, monkeypatch):
 )
 def test_errors_are_one_line(txt2img, flags, message):
     status, out, err = txt2img(*flags)
+    (error,) = err.splitlines()
     assert (status, out) == (1, [])
-    assert message in err.splitlines()[-1]
-    assert "Traceback" not in err
+    assert message in error
 
 
 def test_a_component_with_its_config_is_refused(run_ldm, tmp_path):
@@ -255,7 +255,7 @@ def test_a_component_with_its_config_is_refused(run_ldm, tmp_path):
     path = tmp_path / "autoencoder.ckpt"
     write_checkpoint(path, instantiate(config).state_dict(), {"ldm.config": json.dumps(config)})
     flags = ["--ckpt", path, "--outdir", tmp_path / "out"]
-    error = run_ldm("txt2img", *flags, "--precision", "bf16").error  # not from the cache of tests
+    error = run_ldm("txt2img", *flags, "--precision", "bf16").error  # which is not cached
     assert error.endswith("a whole model of `ldm.load`, got AutoencoderKL (--ckpt)")
 
 

@@ -101,7 +101,7 @@ def test_former_yamls_of_sgm_are_read():
 
 
 def test_a_unet_of_sgm_has_transformers_without_a_context_too():
-    """They are at `attention_resolutions` and in the middle; both attentions are to x."""
+    """They are at `attention_resolutions` and in the middle, with self-attention only."""
     config = make_small_config("xl")
     params = config["model"]["params"]
     params["conditioner_config"] = None
@@ -115,7 +115,7 @@ def test_a_unet_of_sgm_has_transformers_without_a_context_too():
     assert model.unet(x, torch.zeros(1, device="meta")).shape == x.shape
 
 
-def test_parameters_of_training_are_ignored():
+def test_parameters_of_training_are_accepted():
     config = make_small_config("xl")
     config["model"]["params"] |= {
         "optimizer_config": {"target": "os.system"}, "use_ema": True, "input_key": "jpg",
