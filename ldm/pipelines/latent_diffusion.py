@@ -35,7 +35,6 @@ from ldm.runtime.warn import warn_caller
 
 __all__ = ["class2img", "knn2img", "layout2img", "semantic2img", "super_resolve", "uncond2img"]
 
-CONTEXT_KEY = "context"  # batch key of a precomputed context
 DEFAULT_TILE_SIDE = 128  # latent pixels in a tile of the original's super-resolution
 
 
@@ -211,7 +210,8 @@ def knn2img(
     if context.dim() != 3 or context.shape[-1] != model.unet.context_dim:
         message = f"embeddings must be tensors (N, {model.unet.context_dim}) for each image"
         raise ArgumentError(f"{message}, got {tuple(context.shape)}", "embeddings")
-    cond = model.condition({CONTEXT_KEY: context})  # (B, N, D)
+    (key,) = model.conditioner.keys
+    cond = model.condition({key: context})  # (B, N, D)
     is_guided = needs_uncond(model, options.get("sampler"), scale)
     uncond = Cond(crossattn=torch.zeros_like(context)) if is_guided else None
     return _sample_and_decode(model, cond, uncond, len(context), scale, size, tile, options)

@@ -129,7 +129,7 @@ def test_each_class_has_its_own_images(models, inputs, tmp_path):
         ("semantic2img", [], "a segmentation map is missing (--segmentation)"),
         ("layout2img", ["--layout", "none.json"], "no file `none.json`"),
         ("upscale", [], "an input image is missing (--init-img)"),
-        ("knn2img", [], "a CLIP is missing, such as ViT-L-14.pt (--clip)"),
+        ("knn2img", [], "a CLIP model is missing, such as ViT-L-14.pt (--clip)"),
     ],
 )
 def test_wrong_inputs_are_named_in_one_line(task, flags, message, models, tmp_path, capsys):

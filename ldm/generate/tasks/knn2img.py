@@ -44,7 +44,7 @@ class Knn2ImgTask(PreparedTask):
         super().__init__(request)
         self.inputs = inputs = request.get_inputs(NeighborInputs)
         if inputs.clip is None:
-            raise MissingArgument("a CLIP is missing, such as ViT-L-14.pt", "clip")
+            raise MissingArgument("a CLIP model is missing, such as ViT-L-14.pt", "clip")
         if request.prompts.negative_prompt:
             raise ArgumentError(f"{request.task.name} takes no negative prompt", "negative_prompt")
         with errors_about("clip"):
