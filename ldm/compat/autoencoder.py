@@ -222,7 +222,8 @@ class VQModel(LightningModule):
     """Placeholder for the VQ autoencoder, for `isinstance`; it cannot be built."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        raise NotImplementedError("VQ autoencoders are not supported yet")
+        message = "VQModel cannot be built here: use `ldm.nets.autoencoder.AutoencoderVQ`"
+        raise NotImplementedError(message)
 
 
 class VQModelInterface(VQModel):

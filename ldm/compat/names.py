@@ -41,32 +41,32 @@ DISTRIBUTION = "ldm-revived"
 VENDORED_PACKAGES = ("ldm.data.", "ldm.models.", "ldm.modules.")
 
 # Module or class that is missing here -> its alternative, for messages
+BERT = "its network is `ldm.encoders.bert.BERTText`"
 DEGRADATION = "the degradations of BSRGAN are in https://github.com/cszn/BSRGAN"
 KARLO = "the prior of unCLIP is `ldm.nets.karlo`, and is run by `ldm.unclip`"
 DATA = "read images with torchvision.datasets, or train with `ldm train` (docs/training.md)"
-LATENT_DIFFUSION = "it is in https://github.com/CompVis/latent-diffusion"
 MIDAS = "MiDaS is `ldm.modules.midas.api`, and its network `ldm.encoders.dpt.DPT`"
 T5 = "load it with transformers.T5EncoderModel"
-TAMING = "VQ autoencoders are in https://github.com/CompVis/taming-transformers"
+VQ_LOSS = "losses of VQ autoencoders are in `ldm.train.tasks.autoencoder`"
 MISSING_MODULES = {
     "ldm.data.imagenet": DATA,
     "ldm.data.lsun": DATA,
-    "ldm.models.diffusion.classifier": LATENT_DIFFUSION,
+    "ldm.models.diffusion.classifier": "it is in https://github.com/CompVis/latent-diffusion",
     "ldm.modules.image_degradation": DEGRADATION,
     "ldm.modules.image_degradation.bsrgan": DEGRADATION,
     "ldm.modules.image_degradation.bsrgan_light": DEGRADATION,
     "ldm.modules.image_degradation.utils_image": DEGRADATION,
     "ldm.modules.karlo": KARLO,
-    "ldm.modules.losses.vqperceptual": TAMING,
+    "ldm.modules.losses.vqperceptual": VQ_LOSS,
     "ldm.modules.midas.midas": MIDAS,
     "ldm.modules.midas.utils": MIDAS,
-    "ldm.modules.x_transformer": "the package `x-transformers` has it, with other numerics",
+    "ldm.modules.x_transformer": "the network of BERTEmbedder is `ldm.encoders.bert.BERTText`",
 }
 # Classes of `ldm.modules.encoders.modules`
 MISSING_ENCODERS = {
-    "BERTEmbedder": LATENT_DIFFUSION,
-    "BERTTokenizer": "transformers.BertTokenizerFast gives the same ids",
-    "TransformerEmbedder": LATENT_DIFFUSION,
+    "BERTEmbedder": BERT,
+    "BERTTokenizer": "its function is `ldm.encoders.wordpiece.tokenize`",
+    "TransformerEmbedder": BERT,
     "FrozenT5Embedder": T5,
     "FrozenCLIPT5Encoder": T5,
     "FrozenCLIPTextEmbedder": "its network is `ldm.encoders.text.OpenCLIPText`",

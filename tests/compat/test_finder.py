@@ -122,7 +122,7 @@ def test_a_fork_replaces_only_its_files_of_ldm_data(vendored):
 
 
 def test_an_import_of_an_unsupported_name_suggests_an_alternative(vendored):
-    for name, alternative in (("image_degradation.bsrgan", "BSRGAN"), ("x_transformer", "x-trans")):
+    for name, alternative in (("losses.vqperceptual", "losses of VQ"), ("x_transformer", "BERT")):
         with pytest.raises(ModuleNotFoundError, match=alternative):
             importlib.import_module(f"ldm.modules.{name}")
     with pytest.raises(ImportError, match="transformers.T5EncoderModel"):
